@@ -1,0 +1,1 @@
+"""classroomkd: distil one student from many mentors, fast."""

@@ -1,0 +1,39 @@
+"""The one door to torchvision, which the library needs only for data sets and models.
+
+torchvision's wheel carries compiled operators for one build of torch. Beside another build (a
+CPU-only torch, say) they fail to load, and the import then dies with ``operator torchvision::nms
+does not exist`` because Python code refers to schemas that nobody defined. Neither operator is
+used here, so defining the two schemas first is enough for the import to succeed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+
+_SCHEMAS = {
+    "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+}
+_libraries: list[torch.library.Library] = []  # a Library unregisters its schemas when collected
+
+
+def import_torchvision(submodule: str | None = None) -> ModuleType:
+    """Import ``torchvision``, or one of its submodules, beside whatever torch is installed.
+
+    Raises ImportError if torchvision is not installed.
+    """
+    name = "torchvision" if submodule is None else f"torchvision.{submodule}"
+    try:
+        return importlib.import_module(name)
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    for operator, schema in _SCHEMAS.items():
+        if not hasattr(torch.ops.torchvision, operator):
+            library = torch.library.Library("torchvision", "FRAGMENT")
+            library.define(schema)
+            _libraries.append(library)
+    return importlib.import_module(name)

@@ -1,0 +1,1 @@
+"""Triton only: device functions, kernels and their launch. Imported as ``classroomkd.kernels``."""

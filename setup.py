@@ -1,0 +1,36 @@
+"""Packaging. The kernels stand at the top of the tree and install as ``classroomkd.kernels``."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="classroomkd",
+    version="0.1.0",
+    description="Multi-mentor knowledge distillation with a fused Triton loss",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=[*find_packages(include=["classroomkd", "classroomkd.*"]), "classroomkd.kernels"],
+    package_dir={"classroomkd": "classroomkd", "classroomkd.kernels": "kernels"},
+    install_requires=[
+        "torch>=2.6",
+        "torchvision>=0.21",
+        "triton>=3.2; sys_platform == 'linux'",
+        "numpy>=1.26",
+        "pillow>=10",
+        "plotly>=6",
+        "pyyaml>=6",
+        "rich>=13",
+        "safetensors>=0.4",
+        "scikit-learn>=1.4",
+    ],
+    extras_require={
+        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "selenium>=4.20"],
+        "bench": ["pytest-benchmark>=5"],
+        "ffcv": ["numba>=0.60", "opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
+    },
+    entry_points={"console_scripts": ["classroomkd = classroomkd.cli:main"]},
+)
