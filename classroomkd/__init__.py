@@ -1,1 +1,11 @@
-"""classroomkd: distil one student from many mentors, fast."""
+"""classroomkd: distil one student from many mentors through a fused Triton loss."""
+
+from classroomkd.loss import (
+    ClassroomLoss,
+    ClassroomReport,
+    classroom_loss,
+    fused_classroom_loss,
+)
+
+__version__ = "0.1.0"
+__all__ = ["ClassroomLoss", "ClassroomReport", "classroom_loss", "fused_classroom_loss"]

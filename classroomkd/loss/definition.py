@@ -1,0 +1,327 @@
+"""The loss by definition: eager PyTorch, in the precision of its inputs, on any device.
+
+Everything else in the project that computes this loss is tested against this file in float64.
+It has two halves. `classroom_weights` decides who teaches, how loudly and how softly; nothing in
+it has a gradient. `weighted_row_loss` is the differentiable loss given those weights.
+
+Symbols, for one row b, k running over the student s and the mentors 1 … M:
+
+    t      target distribution (one-hot, smoothed, or the class probabilities given)
+    ℓ_k    Σ_c t(c) log softmax(z_k)(c), the log-confidence; ranking "batch": its mean over rows
+    r_k    M · exp(ℓ_k) / Σ_j exp(ℓ_j)
+    Δ_m    |r_m − r_s| / max(r_m, r_s) = 1 − exp(−|ℓ_m − ℓ_s|), the lead
+    τ_m    1 + temperature · Δ_m (mentoring "adaptive")
+    KL_m   Σ_c softmax(z_m/τ_m) · (log softmax(z_m/τ_m) − log softmax(z_s/τ_m))
+    loss   exp(ℓ_s) · CE(z_s, t) + Σ_m active_m · g_m · r_m · τ_m² · KL_m
+
+The method is that of Sarode et al., "Classroom-Inspired Multi-Mentor Distillation with Adaptive
+Learning Strategies" (arXiv 2409.20237).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax
+
+from classroomkd.loss.options import LossOptions, check_inputs
+from classroomkd.loss.report import ClassroomReport
+
+
+def classroom_loss(
+    student_logits: Tensor,
+    mentor_logits: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    *,
+    temperature: float = 12.0,
+    ranking: str = "sample",
+    knowledge_filter: str = "better",
+    mentoring: str = "adaptive",
+    weighting: str = "rank",
+    task_weight: str | float = "confidence",
+    rank_decimals: int | None = None,
+    label_smoothing: float = 0.0,
+    ignore_index: int = -100,
+    mentor_weight: Tensor | None = None,
+    reduction: str = "mean",
+    return_report: bool = False,
+) -> Tensor | tuple[Tensor, ClassroomReport]:
+    """ClassroomKD's multi-mentor distillation loss, by definition.
+
+    Args:
+        student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
+        mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
+        targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
+        temperature: how soft a lesson is. "adaptive" mentoring goes from 1 for an equal of the
+            student to 1 + temperature for a mentor that is infinitely ahead.
+        ranking: "sample" ranks by each row's own log-confidence (the paper), "batch" by its mean
+            over the valid rows (the published implementation, with ``rank_decimals=2``).
+        knowledge_filter: who teaches: "better", mentors whose rank is at least the student's;
+            "correct", mentors whose largest logit is the target class's; "correct_and_better",
+            both; "none", all.
+        mentoring: "adaptive"; "fixed" uses ``temperature`` itself; "none" uses 1; "dtkd" gives
+            student and mentor each their own (Dynamic Temperature Knowledge Distillation).
+        weighting: "rank" weighs a lesson by r_m, "uniform" by 1.
+        task_weight: weight of the cross-entropy: "confidence", exp(ℓ_s), or a number ≥ 0.
+        rank_decimals: if given, exp(ℓ_k) / Σ_j exp(ℓ_j) is rounded to so many decimals first.
+        label_smoothing: share of the target that is spread over all classes, 0 to 1.
+        ignore_index: rows with this class index count nowhere.
+        mentor_weight: [M] tensor of further weights g_m.
+        reduction: "mean" over the valid rows, "sum", or "none".
+        return_report: also return a `ClassroomReport`.
+
+    Returns:
+        The loss, 0-d, or [B] with ``reduction="none"``, in float32 (float64 if the student's or a
+        mentor's logits are); with ``return_report`` the pair (loss, report).
+
+    Raises:
+        ValueError: no mentor; shapes or devices that do not agree; an option out of its range;
+            on the CPU, a class index outside 0 … C − 1 (elsewhere its row becomes NaN).
+        TypeError: integer logits, floating-point class indices, or something not a tensor.
+
+    """
+    options = LossOptions(
+        temperature=temperature,
+        ranking=ranking,
+        knowledge_filter=knowledge_filter,
+        mentoring=mentoring,
+        weighting=weighting,
+        task_weight=task_weight,
+        rank_decimals=rank_decimals,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+    return loss_by_definition(
+        student_logits, mentors, targets, mentor_weight, options, return_report
+    )
+
+
+class Target(NamedTuple):
+    """The targets in the form the formulas need."""
+
+    index: Tensor  # [B] int64: the target class, 0 where there is none
+    probabilities: Tensor | None  # [B, C], or None for class indices
+    smoothing: float
+    valid: Tensor  # [B] bool: not ignore_index
+    out_of_range: Tensor  # [B] bool: a class index that names no class
+
+    def expectation(self, values: Tensor) -> Tensor:
+        """Σ_c t(c) · values(c) over the last dimension of values [..., B, C]; 0 · −inf is 0."""
+        if self.probabilities is None:
+            index = self.index[:, None].expand(*values.shape[:-1], 1)
+            picked = values.gather(-1, index).squeeze(-1)
+            if self.smoothing == 0:
+                return picked
+            return (1 - self.smoothing) * picked + self.smoothing * values.mean(-1)
+        t = (1 - self.smoothing) * self.probabilities + self.smoothing / values.shape[-1]
+        return torch.where(t > 0, t * values, 0).sum(-1)
+
+
+class Weights(NamedTuple):
+    """The first half's result: constants to the derivative."""
+
+    log_confidence: Tensor  # [1 + M, B], the student's first
+    rank: Tensor  # [M, B], r_m
+    active: Tensor  # [M, B] bool
+    mentor_temperature: Tensor  # [M, B], τ_m
+    student_temperature: Tensor  # [M, B], τ_m, or T_s with mentoring "dtkd"
+    task: Tensor  # [B], a_s
+    sick: Tensor  # [B] bool: a NaN or +inf somewhere, or a target that names no class
+
+
+def loss_by_definition(
+    student_logits: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    options: LossOptions,
+    return_report: bool,
+) -> Tensor | tuple[Tensor, ClassroomReport]:
+    """`classroom_loss` on checked arguments."""
+    dtype = torch.float32
+    for logits in (student_logits, *mentors):
+        dtype = torch.promote_types(dtype, logits.dtype)
+    target = prepare_targets(targets, student_logits.shape[1], options, dtype)
+    # A row that does not count may hold anything, also NaN, and must not reach a product.
+    student = torch.where(target.valid[:, None], student_logits.to(dtype), 0)
+    stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
+    stacked = torch.where(target.valid[:, None], stacked, 0)
+
+    weights = classroom_weights(student.detach(), stacked, target, options)
+    rows, cross_entropy, kl = weighted_row_loss(
+        student, stacked, target, weights, mentor_weight, options
+    )
+    n_valid = target.valid.sum().clamp_min(1)
+    if options.reduction == "none":
+        loss = rows
+    else:
+        loss = rows.sum() if options.reduction == "sum" else rows.sum() / n_valid
+    if not return_report:
+        return loss
+    return loss, _report(weights, target.valid, n_valid, cross_entropy.detach(), kl.detach())
+
+
+def prepare_targets(
+    targets: Tensor, n_classes: int, options: LossOptions, dtype: torch.dtype
+) -> Target:
+    """Split the targets into class, distribution and validity.
+
+    Raises:
+        ValueError: on the CPU, a class index outside 0 … C − 1 that is not ``ignore_index``.
+
+    """
+    if targets.dim() == 2:
+        everywhere = torch.ones_like(targets[:, 0], dtype=torch.bool)
+        return Target(
+            index=targets.argmax(1),
+            probabilities=targets.detach().to(dtype),
+            smoothing=options.label_smoothing,
+            valid=everywhere,
+            out_of_range=~everywhere,
+        )
+    targets = targets.to(torch.int64)
+    valid = targets != options.ignore_index
+    out_of_range = valid & ((targets < 0) | (targets >= n_classes))
+    if targets.device.type == "cpu" and out_of_range.any():  # elsewhere looking costs a sync
+        row = int(out_of_range.nonzero()[0, 0])
+        raise ValueError(
+            f"targets must be class indices from 0 to {n_classes - 1} or "
+            f"ignore_index={options.ignore_index}, got {int(targets[row])} in row {row}"
+        )
+    index = torch.where(valid & ~out_of_range, targets, 0)
+    return Target(index, None, options.label_smoothing, valid, out_of_range)
+
+
+def classroom_weights(
+    student: Tensor, mentors: Tensor, target: Target, options: LossOptions
+) -> Weights:
+    """First half: rank everyone, choose who teaches, and at what temperature.
+
+    Args:
+        student: [B, C]; mentors: [M, B, C]; both of one dtype, without gradient, 0 where the row
+            does not count.
+
+    """
+    n_mentors = mentors.shape[0]
+    everyone = torch.cat([student[None], mentors])
+    ell = target.expectation(log_softmax(everyone, dim=-1))  # [1 + M, B]
+    sick = target.out_of_range | ell.isnan().any(0)
+    # A confidence of exactly 0 becomes the smallest there is: equal to another 0, and never
+    # −inf − −inf.
+    floor = torch.finfo(ell.dtype).min
+    ell = ell.clamp_min(floor)
+    if options.ranking == "batch":
+        n_valid = target.valid.sum().clamp_min(1)
+        mean = torch.where(target.valid, ell, 0).sum(1, keepdim=True) / n_valid
+        ell = mean.clamp_min(floor).expand_as(ell)
+        sick = sick | mean.isnan().any()
+
+    share = torch.softmax(ell, dim=0)
+    if options.rank_decimals is not None:
+        share = share.round(decimals=options.rank_decimals)
+    r_s, r_m = n_mentors * share[0], n_mentors * share[1:]
+    ell_s, ell_m = ell[0], ell[1:]
+
+    if options.rank_decimals is None:
+        better = ell_m >= ell_s
+        lead = -torch.expm1(-(ell_m - ell_s).abs())
+    else:
+        better = r_m >= r_s
+        largest = torch.maximum(r_m, r_s)
+        lead = torch.where(largest > 0, (r_m - r_s).abs() / largest, 0)
+
+    index = target.index[:, None].expand(n_mentors, -1, 1)
+    correct = mentors.gather(-1, index).squeeze(-1) == mentors.amax(-1)
+    active = {
+        "better": better,
+        "correct": correct,
+        "correct_and_better": better & correct,
+        "none": torch.ones_like(better),
+    }[options.knowledge_filter] & target.valid
+
+    tau_m, tau_s = _temperatures(student, mentors, lead, options)
+    if options.task_weight == "confidence":
+        task = ell_s.exp()
+    else:
+        task = torch.full_like(ell_s, options.task_weight)
+    return Weights(ell, r_m, active, tau_m, tau_s, task, sick & target.valid)
+
+
+def _temperatures(
+    student: Tensor, mentors: Tensor, lead: Tensor, options: LossOptions
+) -> tuple[Tensor, Tensor]:
+    """Temperatures [M, B] of the mentors' and of the student's softmax."""
+    if options.mentoring == "dtkd":
+        x_s, x_m = student.amax(-1), mentors.amax(-1)
+        both_positive = (x_s > 0) & (x_m > 0)
+        scale = 2 * options.temperature / (x_s + x_m)
+        tau_m = torch.where(both_positive, scale * x_m, options.temperature)
+        tau_s = torch.where(both_positive, scale * x_s, options.temperature)
+        return tau_m, tau_s
+    tau = {
+        "adaptive": 1 + options.temperature * lead,
+        "fixed": torch.full_like(lead, options.temperature),
+        "none": torch.ones_like(lead),
+    }[options.mentoring]
+    return tau, tau
+
+
+def weighted_row_loss(
+    student: Tensor,
+    mentors: Tensor,
+    target: Target,
+    weights: Weights,
+    mentor_weight: Tensor | None,
+    options: LossOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Second half: each row's loss given the weights, differentiable in the student.
+
+    Args:
+        student: [B, C]; mentors: [M, B, C]; as for `classroom_weights`, the student with gradient.
+
+    Returns:
+        The loss [B], the cross-entropy [B] and KL_m [M, B], 0 in rows that do not count.
+
+    """
+    # In a sick row the gradient must be NaN too, whatever the selections below leave of it.
+    student = student * torch.where(weights.sick, torch.nan, 1.0).to(student.dtype)[:, None]
+    cross_entropy = -target.expectation(log_softmax(student, dim=-1))
+    task_loss = torch.where(weights.task == 0, 0, weights.task * cross_entropy)
+
+    log_p_m = log_softmax(mentors / weights.mentor_temperature[..., None], dim=-1)
+    log_p_s = log_softmax(student / weights.student_temperature[..., None], dim=-1)
+    p_m = log_p_m.exp()
+    kl = torch.where(p_m > 0, p_m * (log_p_m - log_p_s), 0).sum(-1)  # [M, B]
+
+    weight = weights.mentor_temperature * weights.student_temperature
+    if options.weighting == "rank":
+        weight = weight * weights.rank
+    if mentor_weight is not None:
+        weight = weight * mentor_weight.detach().to(weight.dtype)[:, None]
+    lessons = torch.where(weights.active, weight * kl, 0).sum(0)
+
+    rows = torch.where(weights.sick, torch.nan, task_loss + lessons)
+    return (
+        torch.where(target.valid, rows, 0),
+        torch.where(target.valid, cross_entropy, 0),
+        kl,
+    )
+
+
+def _report(
+    weights: Weights, valid: Tensor, n_valid: Tensor, cross_entropy: Tensor, kl: Tensor
+) -> ClassroomReport:
+    n_active = weights.active.sum(1)
+    return ClassroomReport(
+        active_share=(n_active / n_valid).to(kl.dtype),
+        rank_weight=torch.where(valid, weights.rank, 0).sum(1) / n_valid,
+        temperature=torch.where(valid, weights.mentor_temperature, 0).sum(1) / n_valid,
+        kl=torch.where(weights.active, kl, 0).sum(1) / n_active.clamp_min(1),
+        student_confidence=torch.where(valid, weights.log_confidence[0].exp(), 0).sum() / n_valid,
+        task_loss=cross_entropy.sum() / n_valid,
+    )
