@@ -51,16 +51,22 @@ def _store_line(ptr, line, row, n_rows, values):
 
 
 @triton.jit
-def _log_confidence(z, z_max, z_target, t, t_sum):
+def _log_confidence(z, z_max, is_target, t, t_sum, ONE_CLASS: tl.constexpr):
     """ℓ [R] of rows z, −inf kept, and the softmax numerators exp(z − max) with their sum."""
     e = tl.exp2((z - z_max[:, None]) * LOG2E)
     e_sum = tl.sum(e, 1)
-    if t is None:
-        ell = z_target - z_max - tl.log(e_sum)
+    if ONE_CLASS:
+        ell = _pick(z, is_target) - z_max - tl.log(e_sum)
     else:
-        picked = tl.sum(tl.where(t > 0, t * (z - z_max[:, None]), 0.0), 1)
+        picked = tl.sum(tl.where(t > 0.0, t * (z - z_max[:, None]), 0.0), 1)
         ell = picked - t_sum * tl.log(e_sum)
     return ell, e, e_sum
+
+
+@triton.jit
+def _pick(z, is_target):
+    """The target class's logit, out of registers: exact, as all other summands are 0."""
+    return tl.sum(tl.where(is_target, z, 0.0), 1)
 
 
 @triton.jit
@@ -89,7 +95,10 @@ def _targets(
     n_rows,
     C: tl.constexpr,
 ):
-    """Which rows count, which name no class, and the target as one class and as distribution."""
+    """Which rows count and which name no class; the target class as a mask; t and its sum.
+
+    Where the target is one class, unsmoothed, nobody uses t, and the compiler drops it.
+    """
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
     if target_stride is None:
@@ -97,24 +106,18 @@ def _targets(
         valid = in_range & (target != ignore_index)
         out_of_range = (target < 0) | (target >= C)
         is_target = column[None, :] == target[:, None]
-        t = None
-        t_sum = None
-        if label_smoothing is not None:
-            t = tl.where(is_target, 1.0 - label_smoothing, 0.0) + label_smoothing / C
-            t = tl.where(inside, t, 0.0)
-            t_sum = tl.sum(t, 1)
+        t = tl.where(is_target, 1.0, 0.0)
     else:
         valid = in_range
+        out_of_range = row < 0
         offsets = row[:, None] * target_stride + column[None, :]
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        out_of_range = row < 0
         best = tl.max(t, 1)
         first = tl.min(tl.where(inside & (t == best[:, None]), column[None, :], C), 1)
         is_target = column[None, :] == first[:, None]
-        if label_smoothing is not None:
-            t = tl.where(inside, (1.0 - label_smoothing) * t + label_smoothing / C, 0.0)
-        t_sum = tl.sum(t, 1)
-    return valid, out_of_range, is_target, t, t_sum
+    if label_smoothing is not None:
+        t = tl.where(inside, (1.0 - label_smoothing) * t + label_smoothing / C, 0.0)
+    return valid, out_of_range, is_target, t, tl.sum(t, 1)
 
 
 @triton.jit
@@ -143,13 +146,13 @@ def confidence_kernel(
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
     M: tl.constexpr = len(mentor_ptrs)
+    ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
     for k in tl.static_range(M + 1):
         if k == 0:
             z = _load_rows(student_ptr, student_stride, row, column, inside, ALIGN)
         else:
             z = _load_rows(mentor_ptrs[k - 1], mentor_strides[k - 1], row, column, inside, ALIGN)
-        z_target = tl.sum(tl.where(is_target, z, 0.0), 1)
-        ell, _, _ = _log_confidence(z, tl.max(z, 1), z_target, t, t_sum)
+        ell, _, _ = _log_confidence(z, tl.max(z, 1), is_target, t, t_sum, ONE_CLASS)
         ell = tl.where(out_of_range, float("nan"), _floored(ell))
         _store_line(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
 
@@ -199,12 +202,12 @@ def classroom_kernel(
         target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C
     )
     M: tl.constexpr = len(mentor_ptrs)
+    ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
 
     # First half: everyone's confidence. The logits stay in registers.
     z_s = _load_rows(student_ptr, student_stride, row, column, inside, ALIGN)
     s_max = tl.max(z_s, 1)
-    s_target = tl.sum(tl.where(is_target, z_s, 0.0), 1)
-    own_ell, e, e_sum = _log_confidence(z_s, s_max, s_target, t, t_sum)
+    own_ell, e, e_sum = _log_confidence(z_s, s_max, is_target, t, t_sum, ONE_CLASS)
     sick = out_of_range | (own_ell != own_ell)
     if batch_ell_ptr is None:
         ell_s = _floored(own_ell)
@@ -218,7 +221,7 @@ def classroom_kernel(
     # 0 · log 0 is 0: a confidence of 0 takes an infinite cross-entropy with it.
     loss = tl.where(task == 0.0, 0.0, task * -own_ell)
     if grad_ptr is not None:
-        if t is None:
+        if ONE_CLASS:
             grad = task[:, None] * (e / e_sum[:, None] - tl.where(is_target, 1.0, 0.0))
         else:
             grad = task[:, None] * (e * (t_sum / e_sum)[:, None] - t)
@@ -231,9 +234,8 @@ def classroom_kernel(
     for m in tl.static_range(M):
         z_m = _load_rows(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
         m_max = tl.max(z_m, 1)
-        m_target = tl.sum(tl.where(is_target, z_m, 0.0), 1)
         if batch_ell_ptr is None:
-            ell_m, _, _ = _log_confidence(z_m, m_max, m_target, t, t_sum)
+            ell_m, _, _ = _log_confidence(z_m, m_max, is_target, t, t_sum, ONE_CLASS)
             ell_m = _floored(ell_m)
         else:
             ell_m = tl.load(batch_ell_ptr + 1 + m) + tl.zeros([ROWS], tl.float32)
@@ -242,7 +244,7 @@ def classroom_kernel(
         logits = logits + (z_m,)
         maxima = maxima + (m_max,)
         ells = ells + (ell_m,)
-        corrects = corrects + (m_target == m_max,)
+        corrects = corrects + (_pick(z_m, is_target) == m_max,)
 
     total = tl.exp2((ell_s - top) * LOG2E)
     for m in tl.static_range(M):

@@ -14,10 +14,10 @@ from torch import Tensor
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 
 MAX_MENTORS = 16
-_WARP = 32
-_MAX_WARPS = 16
-# 32-bit values a thread may hold for logits and gradient. The kernels need about 30 registers
-# besides, and 16 warps leave 128 a thread.
+WARP_SIZE = 64 if torch.version.hip else 32
+_MAX_THREADS = 512
+# 32-bit values a thread may hold for logits and gradient. The kernels need about 50 registers
+# besides, and 512 threads leave 128 each.
 _MAX_VALUES_PER_THREAD = 80
 
 
@@ -29,24 +29,24 @@ class Blocks(NamedTuple):
     num_warps: int
 
 
-def blocks(n_classes: int, n_mentors: int) -> Blocks | None:
+def blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
     """Blocks for a pass that keeps M + 1 rows of logits and the gradient in registers.
 
-    A warp takes a row, several where a row is shorter than 128 columns (four a thread, the
+    A warp takes a row, or several where a row has fewer columns than give each thread four (the
     widest float32 load), and no more warps share one than the registers call for, since each
     reduction across warps costs a barrier. None if the rows do not fit.
     """
     block_c = triton.next_power_of_2(n_classes)
-    rows = max(1, 128 // block_c)
+    rows = max(1, 4 * warp_size // block_c)
     num_warps = 1
-    while (n_mentors + 2) * rows * block_c > _MAX_VALUES_PER_THREAD * _WARP * num_warps:
+    while (n_mentors + 2) * rows * block_c > _MAX_VALUES_PER_THREAD * warp_size * num_warps:
         num_warps *= 2
-    return Blocks(block_c, rows, num_warps) if num_warps <= _MAX_WARPS else None
+    return Blocks(block_c, rows, num_warps) if num_warps * warp_size <= _MAX_THREADS else None
 
 
 def fits(n_classes: int, n_mentors: int) -> bool:
     """Whether the kernels take so many classes and mentors."""
-    return n_mentors <= MAX_MENTORS and blocks(n_classes, n_mentors) is not None
+    return n_mentors <= MAX_MENTORS and blocks(n_classes, n_mentors, WARP_SIZE) is not None
 
 
 def alignment(strides: list[int]) -> int:
@@ -113,7 +113,7 @@ def classroom_rows(
 
     strides = [logits.stride(0) for logits in (student, *mentors)]
     align = alignment(strides)
-    cut = blocks(n_classes, len(mentors))
+    cut = blocks(n_classes, len(mentors), WARP_SIZE)
     grid = (triton.cdiv(n_rows, cut.ROWS),)
     shared = {
         "student_stride": strides[0] // align,

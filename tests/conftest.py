@@ -1,0 +1,45 @@
+"""Where the kernels run: in Triton's interpreter without a GPU, on the GPU where there is one.
+
+Triton decides when a kernel is defined whether it will be interpreted, so one process can do only
+one of the two. CPU tensors still take the definition, except in tests that ask for ``device``.
+"""
+
+import os
+
+import pytest
+import torch
+
+INTERPRETED = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import classroomkd.kernels.launch  # noqa: F401
+# Commands that tests start must not inherit it: there CPU tensors take the definition.
+os.environ.pop("TRITON_INTERPRET", None)
+
+from classroomkd.loss import fused  # noqa: E402
+
+fused._INTERPRET = False
+
+
+@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A device on which `fused_classroom_loss` runs its kernels."""
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        if INTERPRETED:
+            pytest.skip("TRITON_INTERPRET=1: this process interprets the kernels")
+        return torch.device("cuda")
+    if not INTERPRETED:
+        pytest.skip("this process compiles the kernels for its GPU")
+    monkeypatch.setattr(fused, "_INTERPRET", True)
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fill every freshly allocated tensor with NaN, so that an element left unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
