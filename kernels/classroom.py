@@ -85,6 +85,13 @@ def _round_half_even(x):
 
 
 @triton.jit
+def _one_minus_exp(d):
+    """1 − exp(−d) for d ≥ 0; by its series where the subtraction would cancel."""
+    series = d * (1.0 - d / 2 * (1.0 - d / 3 * (1.0 - d / 4 * (1.0 - d / 5))))
+    return tl.where(d < 0.125, series, 1.0 - tl.exp2(-d * LOG2E))
+
+
+@triton.jit
 def _targets(
     target_ptr,
     target_stride,
@@ -258,7 +265,7 @@ def classroom_kernel(
         share_m = tl.exp2((ells[m] - top) * LOG2E) / total
         if share_scale is None:
             better = ells[m] >= ell_s
-            lead = 1.0 - tl.exp2(-tl.abs(ells[m] - ell_s) * LOG2E)
+            lead = _one_minus_exp(tl.abs(ells[m] - ell_s))
         else:
             share_m = _round_half_even(share_m * share_scale) / share_scale
             better = share_m >= share_s

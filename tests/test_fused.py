@@ -1,0 +1,403 @@
+"""The kernels against the definition in float64: in Triton's interpreter, and on a GPU if there.
+
+The bar: the kernel's relative error (in norm) may not exceed that of the definition on the same
+inputs, computed like the kernel in float32, by more than a small margin.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from classrooms import OPTIONS, Classroom, classroom, probabilities
+
+from classroomkd import ClassroomLoss, classroom_loss, fused_classroom_loss
+from classroomkd.loss import fused
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+MARGIN = 1e-6
+# KL_m alone is ill-conditioned: temperature multiplies the roundings of ℓ. Over many batches the
+# definition's and the kernel's errors have the same mean, 1.5e-6, each with its own luck.
+KL_MARGIN = 1e-5
+
+
+def evaluate(function, student, mentors, targets, **options):
+    """Loss, gradient under a random upstream gradient, and report, in float64 on the CPU."""
+    student = student.detach().clone().requires_grad_()
+    loss, report = function(student, mentors, targets, return_report=True, **options)
+    rng = torch.Generator().manual_seed(1)
+    loss.backward(torch.randn(loss.shape, generator=rng).to(loss))
+    return [value.detach().double().cpu() for value in (loss, student.grad, *report)]
+
+
+def relative_error(value, truth):
+    if not truth.norm() > 0:
+        return value.norm().item()
+    return ((value - truth).norm() / truth.norm()).item()
+
+
+def assert_as_good_as_pytorch(batch: Classroom, device, **options):
+    """Compare on one batch; mentors may be a list, dtypes mixed."""
+    student, mentors, targets = batch
+    truth = evaluate(
+        classroom_loss, student.double(), [mentor.double() for mentor in mentors], targets, **options
+    )
+    pytorch = evaluate(classroom_loss, student, mentors, targets, **options)
+    if "mentor_weight" in options:
+        options["mentor_weight"] = options["mentor_weight"].to(device)
+    kernel = evaluate(
+        fused_classroom_loss,
+        student.to(device),
+        [mentor.to(device) for mentor in mentors],
+        targets.to(device),
+        **options,
+    )
+    names = ("loss", "grad", *fused.ClassroomReport._fields)
+    for name, got, same, exact in zip(names, kernel, pytorch, truth, strict=True):
+        assert got.shape == exact.shape, name
+        assert got.isfinite().all(), name
+        margin = KL_MARGIN if name == "kl" else MARGIN
+        if name == "grad" and student.dtype != torch.float32:
+            # Rounded when the pass stores it and again when backward has scaled it.
+            margin += torch.finfo(student.dtype).eps / 2
+        error, allowed = relative_error(got, exact), relative_error(same, exact) + margin
+        assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.fixture
+def kernels_ran(device, monkeypatch):
+    """Fail a test whose calls all took the definition."""
+    from classroomkd.kernels import launch
+
+    calls = []
+    original = launch.classroom_rows
+    monkeypatch.setattr(
+        launch, "classroom_rows", lambda *a, **k: calls.append(1) or original(*a, **k)
+    )
+    yield
+    assert calls
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option(device, name, soft):
+    batch = classroom(n_rows=9)
+    if soft:
+        batch = batch._replace(targets=probabilities(*batch.student.shape))
+    assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
+
+
+# 1, 2: the shortest rows; 10, 16: several rows a warp, one of them exactly full; 100: one row a
+# warp; 127, 129: either side of a block; 1000: several warps a row; 2500: rows of many warps.
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("n_mentors", [1, 2, 6])
+@pytest.mark.parametrize("n_classes", [1, 2, 10, 16, 100, 127, 129, 1000, 2500])
+def test_sizes(device, n_classes, n_mentors):
+    batch = classroom(n_mentors, 5, n_classes)
+    assert_as_good_as_pytorch(batch, device)
+    assert_as_good_as_pytorch(batch, device, ranking="batch", rank_decimals=2)
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("n_mentors", [12, 16])
+def test_many_mentors(device, n_mentors):
+    assert_as_good_as_pytorch(classroom(n_mentors, 4, 50), device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["defaults", "correct", "dtkd", "released"])
+def test_half_precision(device, dtype, name):
+    batch = classroom(n_rows=8, n_classes=100).to(dtype)
+    assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
+
+
+def test_mixed_dtypes_and_strides(device):
+    """A sequence of mentors of several dtypes, with padded, transposed and broadcast rows."""
+    student, mentors, targets = classroom(n_mentors=4, n_rows=6, n_classes=20)
+    padded = torch.full((6, 27), torch.nan)
+    padded[:, 3:23] = mentors[1]
+    mixed = [
+        mentors[0].half(),
+        padded[:, 3:23],
+        mentors[2].bfloat16().t().contiguous().t(),
+        mentors[3][:1].expand(6, 20),
+    ]
+    assert mixed[1].stride() == (27, 1)
+    assert mixed[3].stride() == (0, 1)
+    assert_as_good_as_pytorch(Classroom(student, mixed, targets), device)
+    every_other = torch.full((12, 20), torch.nan)
+    every_other[::2] = student
+    assert_as_good_as_pytorch(Classroom(every_other[::2], mixed, targets[:, None][:, 0]), device)
+
+
+def test_mentor_weight(device):
+    batch = classroom()
+    assert_as_good_as_pytorch(batch, device, mentor_weight=torch.tensor([0.3, 0.0, 2.0]))
+
+
+def test_ignored_rows(device):
+    student, mentors, targets = classroom(n_rows=9)
+    student[1], mentors[2, 4], targets[[1, 4]] = torch.nan, torch.inf, -100
+    for name in ("defaults", "batch", "rows", "sum"):
+        batch = Classroom(student, mentors, targets)
+        assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
+    z = student.to(device).requires_grad_()
+    fused_classroom_loss(z, mentors.to(device), targets.to(device)).backward()
+    assert not z.grad[[1, 4]].any()
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 3])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_valid_row(device, n_rows, reduction):
+    student, mentors, _ = classroom(n_rows=n_rows).to(device)
+    student.requires_grad_()
+    targets = torch.full((n_rows,), -100, device=device)
+    for ranking in ("sample", "batch"):
+        loss, report = fused_classroom_loss(
+            student, mentors, targets, ranking=ranking, reduction=reduction, return_report=True
+        )
+        assert loss.shape == ((n_rows,) if reduction == "none" else ())
+        assert not loss.any()
+        assert not any(value.any() for value in report)
+        (grad,) = torch.autograd.grad(loss.sum(), student)
+        assert grad.shape == student.shape
+        assert not grad.any()
+
+
+def same_as_definition(student, mentors, targets, device, rtol=1e-5, **options):
+    """Compare in float32, NaN and inf included."""
+    results = []
+    for function, place in ((classroom_loss, "cpu"), (fused_classroom_loss, device)):
+        z = student.to(place, copy=True).requires_grad_()
+        loss, report = function(
+            z, mentors.to(place), targets.to(place), return_report=True, **options
+        )
+        loss.sum().backward()
+        results.append([value.detach().cpu() for value in (loss, z.grad, *report)])
+    torch.testing.assert_close(*results, rtol=rtol, atol=1e-6, equal_nan=True)
+    return results[0]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("who", ["student", "mentor"])
+@pytest.mark.parametrize("ranking", ["sample", "batch"])
+def test_a_sick_row_is_seen(device, ranking, who, value):
+    student, mentors, targets = classroom()
+    (student if who == "student" else mentors[1])[2, 7] = value
+    for knowledge_filter in ("better", "correct", "none"):
+        z = student.to(device).requires_grad_()
+        loss = fused_classroom_loss(
+            z,
+            mentors.to(device),
+            targets.to(device),
+            ranking=ranking,
+            knowledge_filter=knowledge_filter,
+            task_weight=0.0,
+            reduction="none",
+        )
+        loss.sum().backward()
+        expected = torch.full((6,), True) if ranking == "batch" else torch.arange(6) == 2
+        assert loss.isnan().tolist() == expected.tolist()
+        assert z.grad.isnan().all(1).tolist() == expected.tolist()
+        assert z.grad.isnan().any(1).tolist() == expected.tolist()
+
+
+def test_ruled_out_classes(device):
+    student, mentors, targets = classroom(n_classes=12)
+    targets %= 10
+    mentors[:, :, 10:] = -torch.inf
+    student[:, 11] = -torch.inf
+    loss, grad, *_ = same_as_definition(student, mentors, targets, device)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    # A class that the student alone rules out while a mentor believes in it: infinitely wrong.
+    mentors[:, :, 11] = 0.0
+    loss, *_ = same_as_definition(student, mentors, targets, device, knowledge_filter="none")
+    assert loss == torch.inf
+
+
+def test_a_target_everyone_rules_out(device):
+    student, mentors, targets = classroom(n_rows=1)
+    student[0, targets[0]] = mentors[:, 0, targets[0]] = -torch.inf
+    loss, *_ = same_as_definition(student, mentors, targets, device)
+    assert loss.isfinite()
+    loss, *_ = same_as_definition(student, mentors, targets, device, task_weight=1.0)
+    assert loss == torch.inf
+
+
+def test_confidences_that_underflow(device):
+    """Logits of ±10⁴: every exp(ℓ) is 0 and ranks, temperatures and KL are still right."""
+    student = torch.tensor([[-1e4, 1e4, 3.0], [1e4, -1e4, 3.0]])
+    mentors = torch.stack([student + torch.tensor([d, 0.0, 1.0]) for d in (1.0, -1.0, 0.0)])
+    batch = Classroom(student, mentors, torch.tensor([0, 1]))
+    assert_as_good_as_pytorch(batch, device)
+    same_as_definition(*batch, device, knowledge_filter="none")
+
+
+def test_exact_ties(device):
+    student, mentors, targets = classroom()
+    mentors[1] = student
+    mentors[2] = mentors[0]
+    loss, _, *report = same_as_definition(student, mentors, targets, device)
+    assert report[0][1] == 1.0  # an equal of the student teaches
+    assert report[2][1] == 1.0
+    assert report[0][0] == report[0][2]
+    top = torch.zeros(1, 3)
+    mentors = torch.tensor([[[2.0, 2.0, 0.0]], [[1.0, 2.0, 0.0]]])
+    _, _, share, *_ = same_as_definition(
+        top, mentors, torch.tensor([0]), device, knowledge_filter="correct"
+    )
+    assert share.tolist() == [1.0, 0.0]
+
+
+def test_class_indices_out_of_range(device):
+    student, mentors, targets = classroom(n_rows=4).to(device)
+    targets[:3] = torch.tensor([10, -1, 2**32 + 1])
+    if device.type == "cpu":  # the definition would say so; the kernel does not look
+        with pytest.raises(ValueError, match="got 10 in row 0"):
+            classroom_loss(student, mentors, targets)
+    student.requires_grad_()
+    loss = fused_classroom_loss(student, mentors, targets, reduction="none")
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [True, True, True, False]
+    assert student.grad.isnan().all(1).tolist() == [True, True, True, False]
+
+
+def test_inputs_are_not_written_to(device):
+    batch = classroom().to(device)
+    copies = [tensor.clone() for tensor in batch]
+    student = batch.student.requires_grad_()
+    fused_classroom_loss(student, batch.mentors, batch.targets).backward()
+    for tensor, copy in zip(batch, copies, strict=True):
+        assert torch.equal(tensor.detach(), copy)
+
+
+def test_upstream_gradients(device):
+    student, mentors, targets = classroom().to(device)
+    student.requires_grad_()
+    rows = fused_classroom_loss(student, mentors, targets, reduction="none")
+    (unit,) = torch.autograd.grad(rows.sum(), student, retain_graph=True)
+    (again,) = torch.autograd.grad(rows.sum(), student, retain_graph=True)
+    assert torch.equal(unit, again)
+    factor = torch.tensor([[1.5, 9.0], [-2.0, 9.0], [0.0, 9.0]] * 2, device=device)[:, 0]
+    (grad,) = torch.autograd.grad(rows, student, factor, retain_graph=True)
+    torch.testing.assert_close(grad, unit * factor[:, None], rtol=1e-6, atol=0)
+    mean = fused_classroom_loss(student, mentors, targets)
+    (grad,) = torch.autograd.grad(mean * -3.0, student)
+    torch.testing.assert_close(grad, unit * (-3.0 / 6), rtol=1e-6, atol=0)
+
+
+def test_a_second_derivative_raises(device):
+    student, mentors, targets = classroom().to(device)
+    loss = fused_classroom_loss(student.requires_grad_(), mentors, targets)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError):
+        grad.sum().backward()
+
+
+def test_gradients_reach_the_student_only(device):
+    student, mentors, targets = classroom().to(device)
+    mentors.requires_grad_()
+    weight = torch.ones(3, device=device, requires_grad=True)
+    loss, report = fused_classroom_loss(
+        student.requires_grad_(), mentors, targets, mentor_weight=weight, return_report=True
+    )
+    loss.backward()
+    assert mentors.grad is None
+    assert weight.grad is None
+    assert not any(value.requires_grad for value in report)
+    assert student.grad is not None
+
+
+def test_without_gradient(device):
+    student, mentors, targets = classroom().to(device)
+    expected = fused_classroom_loss(student.requires_grad_(), mentors, targets).detach()
+    with torch.no_grad():
+        assert torch.equal(fused_classroom_loss(student, mentors, targets), expected)
+    with torch.inference_mode():
+        assert torch.equal(fused_classroom_loss(student, mentors, targets), expected)
+    assert not fused_classroom_loss(student.detach(), mentors, targets).requires_grad
+
+
+def test_operator_contract(device):
+    student, mentors, targets = classroom().to(device)
+    options = (12.0, "sample", "better", "adaptive", "rank", None, None, 0.0, -100, True, True)
+    torch.library.opcheck(
+        torch.ops.classroomkd.row_loss,
+        (student.requires_grad_(), list(mentors), targets, None, *options),
+    )
+
+
+def test_module(device):
+    student, mentors, targets = classroom().to(device)
+    loss_fn = ClassroomLoss(temperature=4.0, knowledge_filter="none", mentor_weight=[1.0, 0.5, 2])
+    loss_fn = loss_fn.to(device)
+    expected = fused_classroom_loss(
+        student,
+        mentors,
+        targets,
+        temperature=4.0,
+        knowledge_filter="none",
+        mentor_weight=torch.tensor([1.0, 0.5, 2.0], device=device),
+    )
+    assert torch.equal(loss_fn(student, mentors, targets), expected)
+    loss, report = loss_fn(student, list(mentors), targets, return_report=True)
+    assert torch.equal(loss, expected)
+    assert report.kl.shape == (3,)
+    assert "mentor_weight" in loss_fn.state_dict()
+    assert "temperature=4.0" in repr(loss_fn)
+    with pytest.raises(ValueError, match="ranking must be one of"):
+        ClassroomLoss(ranking="rows")
+    with pytest.raises(TypeError, match="temprature"):
+        ClassroomLoss(temprature=4.0)
+
+
+def test_limits_are_named(device):
+    student, mentors, targets = classroom().to(device)
+    with pytest.raises(TypeError, match="student_logits must be float32.*float64; classroom_loss"):
+        fused_classroom_loss(student.double(), mentors, targets)
+    with pytest.raises(ValueError, match="at most 16 mentors for the kernels, got 17"):
+        fused_classroom_loss(student, [mentors[0]] * 17, targets)
+    wide = torch.zeros(2, 30_000, device=device)
+    with pytest.raises(ValueError, match="30000 classes with 3 mentors do not fit"):
+        fused_classroom_loss(wide, [wide] * 3, targets[:2])
+
+
+def test_cpu_tensors_take_the_definition():
+    batch = classroom().to(torch.float64)  # which no kernel takes
+    assert torch.equal(fused_classroom_loss(*batch), classroom_loss(*batch))
+
+
+def test_environment_variable_chooses_the_interpreter():
+    """In a fresh process, as a user would."""
+    program = (
+        "import torch, classroomkd; z = torch.zeros(2, 3);"
+        "targets = torch.tensor([0, 7]);"  # out of range: the kernel makes it NaN, nobody raises
+        "print(classroomkd.fused_classroom_loss(z, [z], targets, reduction='none').tolist())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().endswith("nan]")
+
+
+def test_import_needs_torch_alone():
+    program = (
+        "import sys, classroomkd;"
+        "print(sorted({'triton', 'torchvision', 'ffcv', 'sklearn', 'PIL', 'plotly', 'rich',"
+        " 'yaml', 'safetensors'} & set(sys.modules)))"
+    )
+    before = "import sys, torch; print(sorted({'triton', 'rich', 'yaml', 'PIL'} & set(sys.modules)))"
+    outputs = [
+        subprocess.run([sys.executable, "-c", p], capture_output=True, text=True, check=True).stdout
+        for p in (before, program)
+    ]
+    assert outputs[0] == outputs[1]
