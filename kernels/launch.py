@@ -152,23 +152,26 @@ def classroom_rows(
     return loss, grad, statistics
 
 
+def scaling_blocks(n_classes: int) -> Blocks:
+    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
+    block_c = min(triton.next_power_of_2(n_classes), 1024)
+    return Blocks(block_c, 1024 // block_c, num_warps=4)
+
+
 def scale_rows(grad: Tensor, factor: Tensor) -> Tensor:
     """grad [B, C] times factor [B] (of any stride, 0 too), in float32, rounded to grad's dtype."""
     out = torch.empty_like(grad)
     n_rows, n_classes = grad.shape
     if n_rows == 0:
         return out
-    block_c = min(triton.next_power_of_2(n_classes), 2048)
-    rows = max(1, 512 // block_c)
-    scale_rows_kernel[(triton.cdiv(n_rows, rows), triton.cdiv(n_classes, block_c))](
+    cut = scaling_blocks(n_classes)
+    scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
         grad,
         factor,
         out,
         factor.stride(0),
         n_rows,
         C=n_classes,
-        BLOCK_C=block_c,
-        ROWS=rows,
-        num_warps=4,
+        **cut._asdict(),
     )
     return out

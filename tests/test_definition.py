@@ -1,4 +1,4 @@
-"""The definition against the published loss, hand calculations, finite differences and properties."""
+"""The definition against published values, hand calculation, finite differences, properties."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from classrooms import OPTIONS, classroom, probabilities
 
 from classroomkd import classroom_loss
 from classroomkd.loss.definition import (
@@ -15,6 +14,7 @@ from classroomkd.loss.definition import (
     weighted_row_loss,
 )
 from classroomkd.loss.options import LossOptions
+from classrooms import OPTIONS, classroom, probabilities
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "loss_released.npz")
 GOLDEN_OPTIONS = {
@@ -152,9 +152,7 @@ def test_without_active_mentors_only_the_task_is_left():
     student, mentors, targets = classroom().to(torch.float64)
     at_target = torch.nn.functional.one_hot(targets, 10).bool()
     worse = torch.where(at_target, -50.0, mentors)
-    loss, report = classroom_loss(
-        student, worse, targets, task_weight=1.0, return_report=True
-    )
+    loss, report = classroom_loss(student, worse, targets, task_weight=1.0, return_report=True)
     expected = torch.nn.functional.cross_entropy(student, targets)
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
     assert report.active_share.tolist() == report.kl.tolist() == [0.0] * 3

@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from classrooms import OPTIONS, Classroom, classroom, probabilities
 
 from classroomkd import ClassroomLoss, classroom_loss, fused_classroom_loss
 from classroomkd.loss import fused
+from classrooms import OPTIONS, Classroom, classroom, probabilities
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -42,7 +42,11 @@ def assert_as_good_as_pytorch(batch: Classroom, device, **options):
     """Compare on one batch; mentors may be a list, dtypes mixed."""
     student, mentors, targets = batch
     truth = evaluate(
-        classroom_loss, student.double(), [mentor.double() for mentor in mentors], targets, **options
+        classroom_loss,
+        student.double(),
+        [mentor.double() for mentor in mentors],
+        targets,
+        **options,
     )
     pytorch = evaluate(classroom_loss, student, mentors, targets, **options)
     if "mentor_weight" in options:
@@ -241,7 +245,7 @@ def test_exact_ties(device):
     student, mentors, targets = classroom()
     mentors[1] = student
     mentors[2] = mentors[0]
-    loss, _, *report = same_as_definition(student, mentors, targets, device)
+    _, _, *report = same_as_definition(student, mentors, targets, device)
     assert report[0][1] == 1.0  # an equal of the student teaches
     assert report[2][1] == 1.0
     assert report[0][0] == report[0][2]
@@ -357,7 +361,7 @@ def test_module(device):
 
 def test_limits_are_named(device):
     student, mentors, targets = classroom().to(device)
-    with pytest.raises(TypeError, match="student_logits must be float32.*float64; classroom_loss"):
+    with pytest.raises(TypeError, match=r"student_logits must be float32.*float64; classroom_loss"):
         fused_classroom_loss(student.double(), mentors, targets)
     with pytest.raises(ValueError, match="at most 16 mentors for the kernels, got 17"):
         fused_classroom_loss(student, [mentors[0]] * 17, targets)
@@ -395,7 +399,9 @@ def test_import_needs_torch_alone():
         "print(sorted({'triton', 'torchvision', 'ffcv', 'sklearn', 'PIL', 'plotly', 'rich',"
         " 'yaml', 'safetensors'} & set(sys.modules)))"
     )
-    before = "import sys, torch; print(sorted({'triton', 'rich', 'yaml', 'PIL'} & set(sys.modules)))"
+    before = (
+        "import sys, torch; print(sorted({'triton', 'rich', 'yaml', 'PIL'} & set(sys.modules)))"
+    )
     outputs = [
         subprocess.run([sys.executable, "-c", p], capture_output=True, text=True, check=True).stdout
         for p in (before, program)
