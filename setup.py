@@ -28,7 +28,13 @@ setup(
         "scikit-learn>=1.4",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100", "pytest>=8", "pytest-benchmark>=5", "selenium>=4.20"],
+        "test": [
+            "hypothesis>=6.100",
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "ruff>=0.8",
+            "selenium>=4.20",
+        ],
         "bench": ["pytest-benchmark>=5"],
         "ffcv": ["numba>=0.60", "opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
     },

@@ -1,0 +1,89 @@
+"""Reading what a run has left in its folder, finished or not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from classroomkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """The records of one run.
+
+    ``curves`` maps (phase, name) to that network's epochs in order, mentors first, then the student
+    alone, then the student in the classroom. ``summary`` is None until the run has finished.
+    ``unreadable`` holds the numbers, from 1, of the lines of metrics.jsonl that are not records.
+    """
+
+    config: str
+    summary: dict | None
+    curves: dict[tuple[str, str], list[dict]]
+    unreadable: list[int]
+
+    @property
+    def classroom(self) -> list[dict]:
+        """The epochs of the student in the classroom."""
+        return next(
+            (records for (phase, _), records in self.curves.items() if phase == "classroom"), []
+        )
+
+    @property
+    def mentors(self) -> list[str]:
+        """The mentors' names, trained here or given, each once and always in the same order."""
+        results = self.summary["results"] if self.summary else []
+        listed = [result["name"] for result in results if result["phase"] == "mentor"]
+        trained = [name for phase, name in self.curves if phase == "mentor"]
+        teaching = [name for record in self.classroom for name in record.get("mentors") or {}]
+        return list(dict.fromkeys([*listed, *teaching, *trained]))
+
+
+def label(phase: str, name: str) -> str:
+    """What a network of the run is called in tables and legends."""
+    return name + {"alone": " alone", "classroom": " in the classroom"}.get(phase, "")
+
+
+def read_run(folder: Path) -> Run:
+    """Read ``folder``; raises UserError if it holds no records or a summary that is not JSON."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(
+            f"no run folder at {folder}: give the folder that a training run has written"
+        )
+    metrics, summary, config = (
+        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
+    )
+    if not metrics.is_file():
+        raise UserError(
+            f"no metrics.jsonl in {folder}: give the folder that a training run has written"
+        )
+    try:
+        finished = json.loads(summary.read_bytes()) if summary.is_file() else None
+    except ValueError as error:
+        raise UserError(
+            f"{summary} is not JSON ({error}): delete it to report the run without it"
+        ) from None
+    curves, unreadable = _read_metrics(metrics)
+    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+    return Run(text, finished, curves, unreadable)
+
+
+def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[int]]:
+    epochs: dict[tuple[str, str], dict[int, dict]] = {}
+    unreadable = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity are gaps
+            # A resumed run may record again an epoch that it had not yet saved: the last stands.
+            epochs.setdefault((record["phase"], record["name"]), {})[record["epoch"]] = record
+        except (ValueError, KeyError, TypeError):  # a killed run leaves half a line
+            unreadable.append(number)
+    curves = {
+        key: [by_epoch[epoch] for epoch in sorted(by_epoch)]
+        for phase in ("mentor", "alone", "classroom")
+        for key, by_epoch in epochs.items()
+        if key[0] == phase
+    }
+    return curves, unreadable

@@ -1,0 +1,66 @@
+"""The results of a finished run, as rows for the report and for the terminal."""
+
+from __future__ import annotations
+
+import math
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from classroomkd.report.records import label
+
+COLUMNS = ("network", "parameters", "top-1", "top-5", "loss", "weights")
+
+
+def result_rows(summary: dict) -> list[tuple[str, ...]]:
+    """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS."""
+    return [
+        (
+            label(result["phase"], result["name"])
+            + (f" ({result['architecture']})" if result["architecture"] != result["name"] else ""),
+            _number(result.get("parameters"), ",d"),
+            _number(result.get("top1"), ".2%"),
+            _number(result.get("top5"), ".2%"),
+            _number(result.get("loss"), ".4f"),
+            "trained here" if result["trained"] else "given",
+        )
+        for result in summary["results"]
+    ]
+
+
+def evidence(summary: dict) -> str:
+    """How much the results can tell: the images behind them and what chance alone would move."""
+    data, images = summary["data"], summary["data"]["test_images"]
+    text = (
+        f"Measured on {images:,} held-out images of {data['name']}: "
+        f"one image is {100 / images:.2g} percentage points"
+    )
+    top1 = [result["top1"] for result in summary["results"] if result.get("top1") is not None]
+    if top1:
+        # The student's, who comes last. At 0 or 1 the formula would claim certainty, so stay one
+        # image away.
+        share = min(max(top1[-1], 1 / images), 1 - 1 / images)
+        error = 100 * math.sqrt(share * (1 - share) / images)
+        text += f", the binomial standard error of a top-1 near {share:.1%} is {error:.2f} points"
+    return text + ". This is one run with one seed; other seeds vary beyond that."
+
+
+def results_table(summary: dict) -> Table:
+    """The results of ``summary`` (a run's summary.json) as a table for the terminal."""
+    table = Table(
+        caption=escape(evidence(summary)),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("network", "weights") else "right")
+    for row in result_rows(summary):
+        table.add_row(*map(escape, row))
+    return table
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

@@ -1,0 +1,203 @@
+"""The order, the augmentation and the normalisation, against plain Python written separately."""
+
+import itertools
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from classroomkd.data import Augmentation
+from classroomkd.data.augment import AUGMENT, ORDER, SPLIT, normalisation_table, sample_order, words
+from classroomkd.errors import UserError
+
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+def slow_mix(x):
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x ^= x >> shift
+        x = x * factor % 2**32
+    return x ^ x >> 16
+
+
+def slow_word(stream, seed, epoch, index):
+    key = stream
+    for part in (seed % 2**32, seed // 2**32, epoch):
+        key = slow_mix(((key ^ part) + 0x9E3779B9) % 2**32)
+    return slow_mix(slow_mix(index) ^ key)
+
+
+def slow_augment(image, padding, flip, seed, epoch, index):
+    """One image, pixel by pixel."""
+    h, offsets = slow_word(AUGMENT, seed, epoch, index), 2 * padding + 1
+    top = (h // 2**17) * offsets // 2**15
+    left = (h // 4 % 2**15) * offsets // 2**15
+    height, width, _ = image.shape
+    result = np.zeros_like(image)
+    for y, x in itertools.product(range(height), range(width)):
+        from_x = width - 1 - x if flip and h % 2 else x
+        row, column = y + top - padding, from_x + left - padding
+        if 0 <= row < height and 0 <= column < width:
+            result[y, x] = image[row, column]
+    return result
+
+
+def test_words_are_pinned_on_every_platform():
+    """Literal values, so that this hash and its slow twin cannot drift together."""
+    indices = torch.tensor([0, 1, 49_999, 2**32 - 1])
+    pinned = {
+        (ORDER, 0, 0): [2878856625, 3749492157, 316637791, 2665924606],
+        (AUGMENT, 0, 0): [3233575629, 1587374837, 3496224018, 3901704459],
+        (SPLIT, 0, 0): [3229626469, 3132039559, 2488674030, 3539424371],
+        (AUGMENT, 2**64 - 1, 239): [2991301763, 2372101683, 194283706, 3452608182],
+    }
+    for key, values in pinned.items():
+        assert words(*key, indices).tolist() == values
+
+
+@given(seed=SEEDS, epoch=st.integers(0, 2**31), start=st.integers(0, 2**32 - 8))
+def test_words_match_unsigned_arithmetic(seed, epoch, start):
+    indices = torch.arange(start, start + 8)
+    for stream in (ORDER, AUGMENT, SPLIT):
+        expected = [slow_word(stream, seed, epoch, index) for index in indices.tolist()]
+        assert words(stream, seed, epoch, indices).tolist() == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+    padding=st.integers(0, 12),
+    flip=st.booleans(),
+    seed=SEEDS,
+    epoch=st.integers(0, 1000),
+    indices=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=6),
+)
+def test_augmentation_is_bit_equal_to_the_slow_one(
+    height, width, padding, flip, seed, epoch, indices
+):
+    generator = np.random.default_rng(seed)
+    images = generator.integers(1, 256, (len(indices), height, width, 3), dtype=np.uint8)
+    augmentation = Augmentation(padding, flip)
+    index_tensor = torch.tensor(indices, dtype=torch.int64)
+    result = augmentation.apply(torch.from_numpy(images), seed, epoch, index_tensor)
+    expected = [
+        slow_augment(image, padding, flip, seed, epoch, index)
+        for image, index in zip(images, indices, strict=True)
+    ]
+    assert result.shape == images.shape
+    np.testing.assert_array_equal(result.numpy(), np.array(expected, np.uint8))
+
+
+def test_augmentation_leaves_its_input_alone():
+    images = torch.randint(0, 256, (8, 6, 6, 3), dtype=torch.uint8)
+    before = images.clone()
+    Augmentation(0, True).apply(images, 0, 0, torch.arange(8))
+    Augmentation(0, False).apply(images, 0, 0, torch.arange(8)).zero_()
+    assert torch.equal(images, before)
+
+
+def test_padding_out_of_range():
+    for padding in (-1, 1025):
+        with pytest.raises(UserError, match=f"padding must be within .* got {padding}"):
+            Augmentation(padding, True)
+
+
+@given(seed=SEEDS, epoch=st.integers(0, 10**6), count=st.integers(0, 300))
+def test_order_is_the_sorted_words(seed, epoch, count):
+    expected = sorted(range(count), key=lambda index: slow_word(ORDER, seed, epoch, index))
+    assert sample_order(seed, epoch, count).tolist() == expected
+
+
+def assert_uniform(cells, shape):
+    """Chi-square of counts over equally likely cells: within five standard deviations.
+
+    ``cells`` are tuples of int64 tensors, one per axis of ``shape``. The statistic has the mean
+    ``dof`` and the variance ``2·dof``. Too small would be as wrong as too large: too even.
+    """
+    flat = torch.zeros_like(cells[0])
+    for cell, size in zip(cells, shape, strict=True):
+        flat = flat * size + cell
+    counts = torch.bincount(flat, minlength=int(np.prod(shape))).double()
+    assert len(counts) == np.prod(shape)
+    mean = len(flat) / len(counts)
+    assert mean >= 20
+    dof = len(counts) - 1
+    chi_square = ((counts - mean) ** 2 / mean).sum().item()
+    assert abs(chi_square - dof) < 5 * (2 * dof) ** 0.5
+
+
+SAMPLES = torch.arange(50_000)
+
+
+def draws(seed, epoch, indices=SAMPLES):
+    return Augmentation(4, True).draw(seed, epoch, indices)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 12345])
+@pytest.mark.parametrize("epoch", [0, 1, 239])
+def test_crops_and_flips_are_uniform(seed, epoch):
+    assert_uniform(draws(seed, epoch), (9, 9, 2))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ((0, 0, SAMPLES), (0, 1, SAMPLES)),  # the next epoch
+        ((0, 7, SAMPLES), (0, 8, SAMPLES)),
+        ((0, 0, SAMPLES), (1, 0, SAMPLES)),  # the next seed
+        ((0, 1, SAMPLES), (1, 0, SAMPLES)),  # seed and epoch are not merely added
+        ((0, 0, SAMPLES), (2**32, 0, SAMPLES)),  # the seed's upper half
+        ((0, 0, SAMPLES), (0, 0, SAMPLES + 1)),  # the neighbour
+        ((0, 0, SAMPLES), (0, 1, SAMPLES + 1)),
+    ],
+)
+def test_draws_are_independent(first, second):
+    a, b = draws(*first), draws(*second)
+    for x, y in itertools.product(range(3), repeat=2):
+        assert_uniform((a[x], b[y]), ((9, 9, 2)[x], (9, 9, 2)[y]))
+
+
+def test_one_sample_sees_every_crop_over_the_epochs():
+    drawn = [draws(3, epoch, torch.tensor([0, 1, 77])) for epoch in range(4000)]
+    tops, lefts, flips = (torch.stack(axis) for axis in zip(*drawn, strict=True))
+    for sample in range(3):
+        assert_uniform((tops[:, sample], lefts[:, sample], flips[:, sample]), (9, 9, 2))
+
+
+def test_order_is_a_fair_shuffle():
+    """Where a sample lands says nothing of where it lands next, nor its neighbour, nor its crop."""
+    count, bins = 50_000, 8
+    place, next_place = (
+        sample_order(0, epoch, count).argsort() * bins // count for epoch in (0, 1)
+    )
+    assert_uniform((place, next_place), (bins, bins))
+    assert_uniform((place, place.roll(1)), (bins, bins))
+    assert_uniform((place, draws(0, 0)[0]), (bins, 9))
+    numbers = {order: i for i, order in enumerate(itertools.permutations(range(4)))}
+    seen = [numbers[tuple(sample_order(5, epoch, 4).tolist())] for epoch in range(4000)]
+    assert_uniform((torch.tensor(seen),), (24,))
+
+
+def test_normalisation_table_is_the_nearest_float32():
+    """Against exact rationals: off by at most half a unit in the last place, and float64 dust."""
+    mean, std = (0.5071, 0.4865, 0.0), (0.2673, 0.2564, 1.0)
+    table = normalisation_table(mean, std)
+    assert table.dtype == np.float32
+    assert table.shape == (3, 256)
+    for channel, value in itertools.product(range(3), range(256)):
+        exact = (Fraction(value, 255) - Fraction(mean[channel])) / Fraction(std[channel])
+        error = abs(Fraction(float(table[channel, value])) - exact)
+        assert error <= Fraction(float(np.spacing(abs(table[channel, value])))) * Fraction(
+            501, 1000
+        )
+    assert table[2, 0] == 0.0
+    assert table[2, 255] == 1.0
+
+
+def test_flat_channel_is_refused():
+    with pytest.raises(UserError, match="standard deviation of each channel must be positive"):
+        normalisation_table((0.5, 0.5, 0.5), (0.2, 0.0, 0.2))

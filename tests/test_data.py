@@ -1,0 +1,689 @@
+"""Sources, statistics and the resident loader."""
+
+import contextlib
+import io
+import os
+import pickle
+import types
+import urllib.error
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_augment import slow_augment
+
+from classroomkd.data import (
+    Augmentation,
+    ImageSet,
+    ResidentLoader,
+    channel_statistics,
+    digits,
+    load_source,
+)
+from classroomkd.data.augment import normalisation_table, sample_order
+from classroomkd.errors import UserError
+
+# ---------------------------------------------------------------- making small data sets
+
+
+def pixels(seed, height=8, width=8):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def write(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(path, **options)
+
+
+def make_tree(root, parts=("train", "val"), classes=("cat", "dog"), count=3):
+    """PNG files of random pixels; returns {path relative to root: pixels}."""
+    made = {}
+    for part in parts:
+        for name in classes:
+            for i in range(count):
+                path = root / part / name / f"{i}.png"
+                made[str(path.relative_to(root))] = pixels(len(made))
+                write(path, made[str(path.relative_to(root))])
+    return made
+
+
+def load(path, **options):
+    return load_source(path, **{"image_size": 8, **options})
+
+
+def error_of(path, **options):
+    """The message of the UserError that loading raises; always a single line."""
+    with pytest.raises(UserError) as caught:
+        load(path, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------- class folders
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "test"), ("train", "val", "test")])
+def test_tree_with_held_out_part(tmp_path, parts):
+    made = make_tree(tmp_path, parts, classes=("dog", "Ant", "cat"))
+    train, test = load(tmp_path)
+    for image_set, part in ((train, "train"), (test, parts[-1])):
+        assert image_set.classes == ["Ant", "cat", "dog"]
+        assert image_set.targets.dtype == np.int64
+        assert image_set.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        expected = [made[f"{part}/{name}/{i}.png"] for name in train.classes for i in range(3)]
+        assert image_set.images.dtype == np.uint8
+        np.testing.assert_array_equal(image_set.images, expected)
+        assert len(image_set) == 9
+
+
+def test_files_are_in_natural_order_and_others_are_passed_over(tmp_path, monkeypatch):
+    names = ["b2.png", "b10.PNG", "b1.png", "a.webp", "b02.png", "².png"]
+    for part in ("train", "val"):
+        for i, name in enumerate(names):
+            write(tmp_path / part / "x" / name, pixels(i), lossless=True)
+            write(tmp_path / part / "y" / name, pixels(i), lossless=True)
+        (tmp_path / part / "x" / "notes.txt").write_text("not an image")
+        (tmp_path / part / "x" / "._b1.png").write_bytes(b"a Mac's metadata")
+        (tmp_path / part / "x" / "folder.png").mkdir()
+        (tmp_path / part / ".cache").mkdir()
+    order = ["a.webp", "b1.png", "b02.png", "b2.png", "b10.PNG", "².png"]
+    expected = [pixels(names.index(name)) for name in order] * 2
+    scandir = os.scandir
+    for backwards in (False, True):  # whatever order the file system lists them in
+
+        def listing(path, backwards=backwards):
+            with scandir(path) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+            return contextlib.nullcontext(entries)
+
+        monkeypatch.setattr("classroomkd.data.sources.os.scandir", listing)
+        train, _ = load(tmp_path)
+        assert train.classes == ["x", "y"]
+        np.testing.assert_array_equal(train.images, expected)
+
+
+def test_more_files_than_one_chunk_of_a_thread(tmp_path):
+    made = make_tree(tmp_path, count=150)
+    train, test = load(tmp_path)
+    expected = [made[f"train/{name}/{i}.png"] for name in ("cat", "dog") for i in range(150)]
+    np.testing.assert_array_equal(train.images, expected)
+    assert len(test) == 300
+
+
+def test_one_folder_is_split_by_class_and_seed(tmp_path):
+    counts = {"a": 10, "b": 5, "c": 2}
+    for name, count in counts.items():
+        for i in range(count):
+            write(
+                tmp_path / name / f"{i}.png", np.full((8, 8, 3), 20 * ord(name) % 200 + i, np.uint8)
+            )
+
+    def contents(image_set):
+        return list(
+            zip(image_set.targets.tolist(), image_set.images[:, 0, 0, 0].tolist(), strict=True)
+        )
+
+    train, test = load(tmp_path, seed=1, test_share=0.3)
+    assert np.bincount(test.targets).tolist() == [3, 2, 1]  # 3, 1.5, and 0.6 but at least 1
+    assert np.bincount(train.targets).tolist() == [7, 3, 1]
+    everything = [(t, 20 * ord(n) % 200 + i) for t, n in enumerate("abc") for i in range(counts[n])]
+    assert sorted(contents(train) + contents(test)) == sorted(everything)
+    assert contents(load(tmp_path, seed=1, test_share=0.3)[1]) == contents(test)
+    splits = {str(contents(load(tmp_path, seed=seed, test_share=0.3)[1])) for seed in range(8)}
+    assert len(splits) > 4
+    assert np.bincount(load(tmp_path, test_share=0.99)[0].targets).tolist() == [1, 1, 1]
+    assert np.bincount(load(tmp_path, test_share=0.01)[1].targets).tolist() == [1, 1, 1]
+
+
+def test_missing_folder_and_file(tmp_path):
+    assert error_of(tmp_path / "nowhere") == f"no such folder: {tmp_path / 'nowhere'}"
+    (tmp_path / "file.zip").write_bytes(b"PK")
+    assert f"{tmp_path / 'file.zip'} is a file" in error_of(tmp_path / "file.zip")
+
+
+def test_folders_without_classes_or_images(tmp_path):
+    assert error_of(tmp_path) == f"no class folders in {tmp_path}"
+    write(tmp_path / "0.jpeg", pixels(0))
+    assert "put the images of each class in a folder of its own" in error_of(tmp_path)
+    make_tree(tmp_path, parts=["all"])
+    (tmp_path / "all" / "empty").mkdir()
+    assert f"images in the class folder {tmp_path / 'all' / 'empty'}" in error_of(tmp_path / "all")
+
+
+def test_one_class_only(tmp_path):
+    make_tree(tmp_path, classes=["cat"])
+    assert f"only one class, 'cat', in {tmp_path / 'train'}" in error_of(tmp_path)
+    assert f"only one class, 'cat', in {tmp_path / 'val'}" in error_of(tmp_path / "val")
+
+
+def test_train_without_held_out_part(tmp_path):
+    make_tree(tmp_path, parts=["train", "valid"])
+    message = error_of(tmp_path)
+    assert f"{tmp_path} has train/ but neither test/ nor val/" in message
+    assert str(tmp_path / "train") in message
+
+
+def test_classes_that_differ(tmp_path):
+    make_tree(tmp_path)
+    write(tmp_path / "val" / "cow" / "0.png", pixels(0))
+    assert f"'cow' is in {tmp_path / 'val'} but not in {tmp_path / 'train'}" in error_of(tmp_path)
+    make_tree(tmp_path, parts=["train"], classes=["cow", "emu"])
+    assert f"'emu' is in {tmp_path / 'train'} but not in {tmp_path / 'val'}" in error_of(tmp_path)
+
+
+def test_class_too_small_to_split(tmp_path):
+    make_tree(tmp_path, parts=["all"])
+    write(tmp_path / "all" / "rare" / "0.png", pixels(0))
+    assert f"'rare' in {tmp_path / 'all'} has one image" in error_of(tmp_path / "all")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("damage", ["half", "few", "empty", "text"])
+def test_damaged_image_is_named(tmp_path, kind, damage):
+    make_tree(tmp_path)
+    bad = tmp_path / "val" / "dog" / f"1.{kind}"
+    buffer = io.BytesIO()
+    Image.fromarray(pixels(0, 64, 64)).save(buffer, kind)
+    data = buffer.getvalue()
+    content = {"half": data[: len(data) // 2], "few": data[:20], "empty": b"", "text": b"no image"}
+    bad.write_bytes(content[damage])
+    message = error_of(tmp_path)
+    assert message.startswith(str(bad))
+    assert "more" not in message
+
+
+def test_several_damaged_images_are_counted(tmp_path):
+    made = make_tree(tmp_path, count=100)
+    for name in ("train/dog/7.png", "train/dog/90.png", "val/cat/3.png"):
+        assert name in made
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-40])
+    message = error_of(tmp_path)
+    assert message.startswith(str(tmp_path / "train" / "dog" / "7.png"))
+    assert "; 2 more cannot be read either" in message
+
+
+def test_bad_arguments(tmp_path):
+    make_tree(tmp_path)
+    assert "got 0" in error_of(tmp_path, image_size=0)
+    for share in (0, 1, -0.1, 1.5):
+        assert f"got {share}" in error_of(tmp_path, test_share=share)
+    assert "'imagenet': only cifar10 and cifar100" in error_of(tmp_path, download="imagenet")
+
+
+# ---------------------------------------------------------------- decoding
+
+
+def decoded(tmp_path, image, size=8, name="0.png", **options):
+    for part in ("train", "val"):
+        write(tmp_path / part / "a" / name, image, **options)
+        write(tmp_path / part / "b" / "0.png", pixels(0))
+    return load(tmp_path, image_size=size)[0].images[0]
+
+
+@pytest.mark.parametrize("name", ["0.jpg", "0.JPEG", "0.webp", "0.PNG"])
+def test_formats(tmp_path, name):
+    smooth = np.linspace(0, 255, 16, dtype=np.uint8)[:, None, None].repeat(16, 1).repeat(3, 2)
+    result = decoded(tmp_path, smooth, 16, name)
+    assert np.abs(result.astype(int) - smooth).max() <= (0 if name.endswith("PNG") else 16)
+
+
+def test_grey_images(tmp_path):
+    grey = pixels(0)[..., 0]
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    np.testing.assert_array_equal(decoded(tmp_path, grey), expected)
+    deep = Image.fromarray(grey.astype(np.uint16) * 257)
+    np.testing.assert_array_equal(decoded(tmp_path, deep), expected)
+    bits = Image.fromarray(grey).convert("1")
+    assert set(np.unique(decoded(tmp_path, bits))) == {0, 255}
+
+
+def test_palette_images(tmp_path):
+    palette = Image.fromarray(pixels(0)).quantize(16)
+    np.testing.assert_array_equal(decoded(tmp_path, palette), np.asarray(palette.convert("RGB")))
+    flat = Image.new("P", (8, 8), 1)
+    flat.putpalette([10, 20, 30, 40, 50, 60])
+    assert (decoded(tmp_path, flat) == [40, 50, 60]).all()
+    assert (decoded(tmp_path, flat, transparency=1) == 255).all()
+
+
+@pytest.mark.parametrize("name", ["0.png", "0.webp"])
+def test_transparent_pixels_lie_on_white(tmp_path, name):
+    colour = np.zeros((8, 8, 4), np.uint8)
+    colour[:, :] = (200, 100, 0, 255)
+    colour[:4, :, 3] = 0
+    colour[7, :, 3] = 51  # a fifth
+    result = decoded(tmp_path, colour, name=name, lossless=True, exact=True)
+    assert (result[:4] == 255).all()
+    assert (result[4:7] == [200, 100, 0]).all()
+    assert (result[7] == [244, 224, 204]).all()
+    if name == "0.png":
+        grey = Image.merge("LA", [Image.fromarray(colour[..., i]) for i in (0, 3)])
+        result = decoded(tmp_path, grey)
+        assert (result[:4] == 255).all()
+        assert (result[4:7] == 200).all()
+        assert (result[7] == 244).all()
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    upright = pixels(0)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned 90° clockwise for display
+    lying = np.rot90(upright)  # anticlockwise
+    np.testing.assert_array_equal(decoded(tmp_path, lying, exif=exif), upright)
+
+
+def test_other_shapes_give_their_centred_square(tmp_path):
+    for shape in ((8, 24), (24, 8)):
+        image = np.zeros((*shape, 3), np.uint8)
+        middle = tuple(slice(8, 16) if side == 24 else slice(None) for side in shape)
+        image[middle] = pixels(1)
+        np.testing.assert_array_equal(decoded(tmp_path, image), pixels(1))
+
+
+def test_shrinking_is_antialiased_and_growing_keeps_flat_colours(tmp_path):
+    board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, 2)
+    assert np.abs(decoded(tmp_path, board).astype(int) - 127.5).max() <= 8
+    big = decoded(tmp_path, pixels(0, 32, 32), 8)
+    expected = Image.fromarray(pixels(0, 32, 32)).resize((8, 8), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(big, np.asarray(expected))
+    assert (decoded(tmp_path, np.full((1, 3, 3), 77, np.uint8)) == 77).all()
+
+
+# ---------------------------------------------------------------- CIFAR
+
+
+class Python2Pickler(pickle._Pickler):
+    """Writes what Python 2 wrote: text and bytes as one string type, protocol 2."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+    numpy_module = "numpy.core.multiarray"
+
+    def save_string(self, value):
+        data = value.encode() if isinstance(value, str) else value
+        self.write(pickle.BINSTRING + len(data).to_bytes(4, "little") + data)
+        self.memoize(value)
+
+    def save_global(self, value, name=None):
+        module = self.numpy_module if value.__name__ == "_reconstruct" else "numpy"
+        self.write(pickle.GLOBAL + f"{module}\n{value.__name__}\n".encode())
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+    dispatch[type] = dispatch[types.BuiltinFunctionType] = save_global
+
+
+class NewNumpyPickler(Python2Pickler):
+    numpy_module = "numpy._core.multiarray"
+
+
+def python2(path, content, pickler=Python2Pickler):
+    buffer = io.BytesIO()
+    pickler(buffer, protocol=2).dump(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+
+
+def make_cifar(root, kind, pickler=Python2Pickler):
+    """Five images a file, of random pixels; returns the training and the test images."""
+    generator = np.random.default_rng(0)
+    fine = kind == "cifar100"
+    folder = root / ("cifar-100-python" if fine else "cifar-10-batches-py")
+    names = [f"class {i:02}" for i in range(100 if fine else 10)]
+    python2(
+        folder / ("meta" if fine else "batches.meta"),
+        {"fine_label_names": names, "coarse_label_names": ["x"]}
+        if fine
+        else {"label_names": names},
+        pickler,
+    )
+    train_files = ["train"] if fine else [f"data_batch_{i}" for i in range(1, 6)]
+    made = {}
+    for number, file in enumerate([*train_files, "test" if fine else "test_batch"]):
+        made[file] = generator.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+        labels = [(7 * number + i) % len(names) for i in range(5)]
+        planes = np.ascontiguousarray(made[file].transpose(0, 3, 1, 2)).reshape(5, 3072)
+        batch = {"data": planes, "filenames": ["a.png"] * 5}
+        batch |= {"fine_labels": labels, "coarse_labels": [0] * 5} if fine else {"labels": labels}
+        python2(folder / file, batch, pickler)
+    *train, test = made.values()
+    return folder, np.concatenate(train), test
+
+
+@pytest.mark.parametrize("pickler", [Python2Pickler, NewNumpyPickler])
+@pytest.mark.parametrize("kind", ["cifar10", "cifar100"])
+def test_cifar(tmp_path, kind, pickler):
+    folder, train_images, test_images = make_cifar(tmp_path, kind, pickler)
+    for path in (folder, tmp_path):
+        train, test = load(path, image_size=32)
+        np.testing.assert_array_equal(train.images, train_images)
+        np.testing.assert_array_equal(test.images, test_images)
+        count = 10 if kind == "cifar10" else 100
+        assert train.classes == test.classes == [f"class {i:02}" for i in range(count)]
+        files = len(train_images) // 5
+        assert train.targets.tolist() == [
+            (7 * n + i) % count for n in range(files) for i in range(5)
+        ]
+        assert test.targets.tolist() == [(7 * files + i) % count for i in range(5)]
+        assert train.targets.dtype == np.int64
+        assert train.images.flags.c_contiguous
+    small, _ = load(tmp_path, image_size=16)
+    expected = Image.fromarray(train_images[0]).resize((16, 16), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(small.images[0], np.asarray(expected))
+
+
+def test_cifar_pickled_by_python_3(tmp_path):
+    folder, train_images, _ = make_cifar(tmp_path, "cifar100")
+    with (folder / "train").open("wb") as file:
+        planes = train_images.transpose(0, 3, 1, 2).reshape(5, 3072)
+        pickle.dump({"data": planes, "fine_labels": [1, 2, 3, 4, 5]}, file, protocol=4)
+    np.testing.assert_array_equal(load(tmp_path, image_size=32)[0].images, train_images)
+
+
+def test_both_cifars_in_one_folder(tmp_path):
+    make_cifar(tmp_path, "cifar10")
+    make_cifar(tmp_path, "cifar100")
+    message = error_of(tmp_path)
+    assert "cifar-10-batches-py and" in message
+    assert "name one of them" in message
+    assert len(load(tmp_path, download="cifar100")[0].classes) == 100
+
+
+def test_pickle_that_runs_code_is_refused(tmp_path):
+    folder, *_ = make_cifar(tmp_path, "cifar100")
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'owned'}",)
+
+    for file in ("meta", "train", "test"):
+        original = (folder / file).read_bytes()
+        (folder / file).write_bytes(pickle.dumps({"data": Evil()}))
+        message = error_of(tmp_path)
+        assert f"{folder / file} is damaged or not a CIFAR file (it asks for" in message
+        assert "system" in message
+        (folder / file).write_bytes(original)
+    assert not (tmp_path / "owned").exists()
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "Ran out of input"),
+        (b"\x80\x02}q\x00(U\x04data", "Ran out of input"),
+        (b"text", "is damaged or not a CIFAR file"),
+        (pickle.dumps([1, 2], 2), "a list instead of a dictionary"),
+        (pickle.dumps({"data": 3}, 2), "no uint8 matrix 'data'"),
+        (pickle.dumps({"data": np.zeros((5, 3072))}, 4), "no uint8 matrix 'data'"),
+        (pickle.dumps({"data": np.zeros((5, 99), "u1")}, 4), "99 bytes instead of 3072"),
+        (
+            pickle.dumps({"data": np.zeros((5, 3072), "u1"), "fine_labels": [1] * 4}, 4),
+            "no list 'fine_labels' of 5 labels",
+        ),
+        (
+            pickle.dumps({"data": np.zeros((5, 3072), "u1"), "fine_labels": [1] * 4 + [100]}, 4),
+            "a label outside 0..99",
+        ),
+    ],
+)
+def test_damaged_cifar_batch_is_named(tmp_path, content, reason):
+    folder, *_ = make_cifar(tmp_path, "cifar100")
+    (folder / "test").write_bytes(content)
+    message = error_of(tmp_path)
+    assert message.startswith(f"{folder / 'test'} is damaged or not a CIFAR file (")
+    assert reason in message
+
+
+def test_truncated_and_missing_cifar_files(tmp_path):
+    folder, *_ = make_cifar(tmp_path, "cifar10")
+    batch = (folder / "data_batch_3").read_bytes()
+    (folder / "data_batch_3").write_bytes(batch[: len(batch) // 2])
+    assert error_of(folder).startswith(f"{folder / 'data_batch_3'} is damaged")
+    (folder / "data_batch_3").unlink()
+    assert "not a whole CIFAR-10 folder: data_batch_3 is missing" in error_of(folder)
+    (folder / "data_batch_3").write_bytes(batch)
+    python2(folder / "batches.meta", {"label_names": "abc"})
+    assert f"{folder / 'batches.meta'} is damaged" in error_of(folder)
+
+
+@pytest.fixture
+def torchvision_stub(monkeypatch):
+    """Stands in for torchvision's data sets; what it is asked is kept, and what it does is set."""
+    stub = types.SimpleNamespace(calls=[], act=None)
+
+    def data_set(kind):
+        def make(root, train, download):
+            assert download
+            stub.calls.append((kind, root))
+            stub.act()
+
+        return make
+
+    stub.CIFAR10, stub.CIFAR100 = data_set("CIFAR10"), data_set("CIFAR100")
+    monkeypatch.setattr("classroomkd._torchvision.import_torchvision", lambda name: stub)
+    return stub
+
+
+def test_download_where_the_files_are_not(tmp_path, torchvision_stub):
+    root = tmp_path / "new"
+    torchvision_stub.act = lambda: make_cifar(root, "cifar100")
+    assert len(load(root, download="cifar100")[0].classes) == 100
+    assert torchvision_stub.calls == [("CIFAR100", str(root))]
+    load(root, download="cifar100")
+    load(root / "cifar-100-python", download="cifar100")
+    assert len(torchvision_stub.calls) == 1
+    (root / "cifar-100-python" / "test").unlink()  # an unpacking that was cut short
+    load(root, download="cifar100")
+    assert len(torchvision_stub.calls) == 2
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [urllib.error.URLError("no\nname"), RuntimeError("corrupt"), ImportError("no torchvision")],
+)
+def test_download_without_a_network(tmp_path, torchvision_stub, failure):
+    def fail():
+        raise failure
+
+    torchvision_stub.act = fail
+    message = error_of(tmp_path, download="cifar10")
+    assert f"could not download CIFAR-10 into {tmp_path} (" in message
+    assert "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz" in message
+    assert str(tmp_path / "cifar-10-batches-py") in message
+
+
+# ---------------------------------------------------------------- digits
+
+
+def test_digits():
+    train, test = digits()
+    assert (len(train), len(test)) == (1198, 599)
+    assert train.classes == test.classes == list("0123456789")
+    for image_set in (train, test):
+        assert image_set.images.shape == (len(image_set), 16, 16, 3)
+        assert image_set.images.dtype == np.uint8
+        assert image_set.targets.dtype == np.int64
+        assert (image_set.images == image_set.images[..., :1]).all()
+    total, held_out = np.bincount(np.r_[train.targets, test.targets]), np.bincount(test.targets)
+    assert np.abs(held_out - total / 3).max() <= 0.5
+    again, other = digits()[1], digits(seed=1)[1]
+    np.testing.assert_array_equal(again.images, test.images)
+    assert not np.array_equal(other.images, test.images)
+    tenth = np.bincount(digits(test_share=0.1)[1].targets)
+    assert np.abs(tenth - total / 10).max() <= 0.5
+
+
+def test_digits_are_scikit_learns():
+    from sklearn.datasets import load_digits
+
+    originals = load_digits()
+    expected = [
+        (Image.fromarray(grey).resize((16, 16), Image.Resampling.LANCZOS).tobytes(), label)
+        for grey, label in zip(
+            (originals.images * 255 / 16 + 0.5).astype(np.uint8), originals.target, strict=True
+        )
+    ]
+    found = [
+        (image[..., 0].tobytes(), target)
+        for part in digits(seed=3)
+        for image, target in zip(part.images, part.targets, strict=True)
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+# ---------------------------------------------------------------- statistics and loader
+
+
+def random_set(count=23, height=6, width=5, seed=0):
+    generator = np.random.default_rng(seed)
+    return ImageSet(
+        generator.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
+        generator.integers(0, 4, count),
+        list("abcd"),
+    )
+
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+def make_loader(image_set, batch_size=4, **options):
+    defaults = {
+        "mean": MEAN,
+        "std": STD,
+        "augmentation": Augmentation(2, True),
+        "shuffle": True,
+        "drop_last": False,
+    }
+    return ResidentLoader(image_set, batch_size, **{**defaults, **options})
+
+
+def test_channel_statistics_match_numpy():
+    image_set = random_set(200)
+    image_set.images[..., 1] //= 3
+    mean, std = channel_statistics(image_set)
+    values = image_set.images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, values.std(0), rtol=1e-12)
+    flat = ImageSet(np.full((2, 4, 4, 3), 51, np.uint8), np.zeros(2, np.int64), ["a", "b"])
+    assert channel_statistics(flat) == ((0.2, 0.2, 0.2), (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("augmentation", [None, Augmentation(0, True), Augmentation(2, True)])
+def test_loader_matches_the_slow_one(dtype, drop_last, augmentation):
+    """Images, targets and indices of two epochs, sample by sample, to the bit."""
+    image_set = random_set()
+    loader = make_loader(
+        image_set, augmentation=augmentation, drop_last=drop_last, seed=9, dtype=dtype
+    )
+    table = normalisation_table(MEAN, STD)
+    for epoch in (0, 5):
+        loader.set_epoch(epoch)
+        order = sample_order(9, epoch, 23).tolist()
+        batches = list(loader)
+        assert len(batches) == len(loader) == (5 if drop_last else 6)
+        assert [len(targets) for _, targets, _ in batches] == [4] * 5 + [3] * (not drop_last)
+        seen = []
+        for images, targets, indices in batches:
+            assert images.shape == (len(targets), 3, 6, 5)
+            assert images.dtype == dtype
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert targets.dtype == indices.dtype == torch.int64
+            for image, target, index in zip(images, targets, indices.tolist(), strict=True):
+                assert target == image_set.targets[index]
+                expected = image_set.images[index]
+                if augmentation is not None:
+                    expected = slow_augment(
+                        expected, augmentation.padding, augmentation.flip, 9, epoch, index
+                    )
+                expected = np.stack([table[c][expected[..., c]] for c in range(3)])
+                assert torch.equal(image, torch.from_numpy(expected).to(dtype))
+                seen.append(index)
+        assert seen == order[: 20 if drop_last else 23]
+
+
+def test_border_is_black_before_normalisation():
+    white = ImageSet(np.full((64, 4, 4, 3), 255, np.uint8), np.zeros(64, np.int64), ["a", "b"])
+    images, *_ = next(iter(make_loader(white, 64, augmentation=Augmentation(2, False))))
+    black = [(0 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
+    bright = [(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
+    for channel in range(3):
+        values = images[:, channel].unique().tolist()
+        assert values == pytest.approx([black[channel], bright[channel]])
+
+
+def test_an_epoch_covers_each_sample_once_and_in_a_new_order():
+    loader = make_loader(random_set(100), 7)
+    orders = []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        orders.append(torch.cat([indices for *_, indices in loader]).tolist())
+        assert sorted(orders[-1]) == list(range(100))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_evaluation_takes_the_set_as_it_is():
+    image_set = random_set()
+    loader = make_loader(image_set, augmentation=None, shuffle=False)
+    assert torch.cat([indices for *_, indices in loader]).tolist() == list(range(23))
+    images = torch.cat([images for images, *_ in loader]).double().numpy()
+    expected = (image_set.images / 255 - MEAN) / STD
+    np.testing.assert_allclose(images.transpose(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_same_seed_and_epoch_give_the_same_bits_whatever_the_batch_size():
+    def epoch_of(loader, epoch):
+        loader.set_epoch(epoch)
+        images, _, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
+        return images[indices.argsort()]
+
+    first = make_loader(random_set(), 4, seed=1)
+    reference = epoch_of(first, 3)
+    assert torch.equal(epoch_of(first, 3), reference)
+    assert torch.equal(epoch_of(make_loader(random_set(), 10, seed=1), 3), reference)
+    assert torch.equal(epoch_of(make_loader(random_set(), 5, seed=1, shuffle=False), 3), reference)
+    assert not torch.equal(epoch_of(first, 4), reference)
+    assert not torch.equal(epoch_of(make_loader(random_set(), 4, seed=2), 3), reference)
+
+
+def test_batches_do_not_alias_the_set_or_each_other():
+    image_set = random_set(8)
+    before = image_set.images.copy()
+    loader = make_loader(image_set, augmentation=None, shuffle=False)
+    for images, targets, _ in loader:
+        images.zero_()
+        targets.fill_(-1)
+    np.testing.assert_array_equal(image_set.images, before)
+    assert (image_set.targets >= 0).all()
+
+
+def test_strided_arrays_are_taken_right():
+    whole = random_set(20)
+    strided = ImageSet(whole.images[2::2, :, 0:4], whole.targets[2::2], whole.classes)
+    compact = ImageSet(strided.images.copy(), strided.targets.copy(), whole.classes)
+    assert not strided.images.flags.c_contiguous
+    for one, other in zip(make_loader(strided), make_loader(compact), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_loader_arguments():
+    image_set = random_set(10)
+    with pytest.raises(UserError, match="batch size must be at least 1, got 0"):
+        make_loader(image_set, 0)
+    with pytest.raises(UserError, match="batch size 11 is larger than the set of 10 images"):
+        make_loader(image_set, 11, drop_last=True)
+    assert len(make_loader(image_set, 11)) == 1
+    assert len(make_loader(image_set, 10, drop_last=True)) == 1
+
+
+def test_closed_loader():
+    with make_loader(random_set()) as loader:
+        assert len(list(loader)) == 6
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iter(loader))
