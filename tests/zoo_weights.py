@@ -1,0 +1,35 @@
+"""Weights and inputs that depend on nothing but names, to compare implementations of a network."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def fill(model: nn.Module) -> nn.Module:
+    """Overwrite the state dict: each tensor drawn from a generator seeded by its name's CRC-32."""
+    for name, tensor in model.state_dict().items():
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+        values = rng.standard_normal(tuple(tensor.shape))
+        kind = name.rpartition(".")[2]
+        if kind == "num_batches_tracked":
+            values = np.zeros(())
+        elif kind == "running_var":
+            values = 1.0 + 0.1 * np.abs(values)
+        elif tensor.dim() > 1:
+            values *= np.sqrt(2.0 / np.prod(tensor.shape[1:]))
+        elif kind == "weight":
+            values = 0.4 + 0.05 * values
+        else:
+            values *= 0.1
+        tensor.copy_(torch.from_numpy(values))
+    return model
+
+
+def probe() -> Tensor:
+    """The probe batch, float32 [2, 3, 32, 32]."""
+    rng = np.random.Generator(np.random.PCG64(7))
+    return torch.from_numpy(rng.standard_normal((2, 3, 32, 32))).float()
