@@ -5,7 +5,14 @@ from classroomkd.loss import (
     ClassroomReport,
     classroom_loss,
     fused_classroom_loss,
+    fused_classroom_loss_and_grad,
 )
 
 __version__ = "0.1.0"
-__all__ = ["ClassroomLoss", "ClassroomReport", "classroom_loss", "fused_classroom_loss"]
+__all__ = [
+    "ClassroomLoss",
+    "ClassroomReport",
+    "classroom_loss",
+    "fused_classroom_loss",
+    "fused_classroom_loss_and_grad",
+]

@@ -5,20 +5,27 @@ Tensors come checked (``classroomkd/loss/options.py``) and are float32, float16 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections import defaultdict
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
+from classroomkd.kernels.tiled import tiled_classroom_kernel, tiled_confidence_kernel
 
 MAX_MENTORS = 16
+MAX_CLASSES = 262_144
 WARP_SIZE = 64 if torch.version.hip else 32
 _MAX_THREADS = 512
 # 32-bit values a thread may hold for logits and gradient. The kernels need about 50 registers
 # besides, and 512 threads leave 128 each.
 _MAX_VALUES_PER_THREAD = 80
+# Up to here every program counts the valid rows itself, which hides behind its logits' way from
+# memory; beyond, its reading all targets would cost more than one more launch.
+_MAX_ROWS_COUNTED_IN_PASS = 1024
 
 
 class Blocks(NamedTuple):
@@ -34,7 +41,7 @@ def blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
 
     A warp takes a row, or several where a row has fewer columns than give each thread four (the
     widest float32 load), and no more warps share one than the registers call for, since each
-    reduction across warps costs a barrier. None if the rows do not fit.
+    reduction across warps costs a barrier. None if the rows do not fit: `tile_blocks`.
     """
     block_c = triton.next_power_of_2(n_classes)
     rows = max(1, 4 * warp_size // block_c)
@@ -44,9 +51,21 @@ def blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
     return Blocks(block_c, rows, num_warps) if num_warps * warp_size <= _MAX_THREADS else None
 
 
-def fits(n_classes: int, n_mentors: int) -> bool:
-    """Whether the kernels take so many classes and mentors."""
-    return n_mentors <= MAX_MENTORS and blocks(n_classes, n_mentors, WARP_SIZE) is not None
+def tile_blocks(warp_size: int) -> Blocks:
+    """Blocks for the sweeps over tiles: four columns for each of 256 threads."""
+    return Blocks(BLOCK_C=1024, ROWS=1, num_warps=256 // warp_size)
+
+
+def scaling_blocks(n_classes: int) -> Blocks:
+    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
+    block_c = min(triton.next_power_of_2(n_classes), 1024)
+    return Blocks(block_c, 1024 // block_c, num_warps=4)
+
+
+def sum_blocks(n_lines: int) -> dict[str, int]:
+    """Blocks in which the last program sums so many lines: at most 2048 numbers at a time."""
+    block_lines = triton.next_power_of_2(n_lines)
+    return {"BLOCK_LINES": block_lines, "BLOCK_R": min(1024, 2048 // block_lines)}
 
 
 def alignment(strides: list[int]) -> int:
@@ -62,60 +81,53 @@ def alignment(strides: list[int]) -> int:
     return common
 
 
+class Outputs(NamedTuple):
+    """What a launch gives."""
+
+    loss: Tensor
+    """float32, 0-d, or [B] for reduction "none"."""
+    grad: Tensor | None
+    """[B, C] in the student's dtype: each row's own gradient, or the finished one."""
+    count: Tensor | None
+    """float32, 0-d: the valid rows, at least 1; None for reduction "none" without report."""
+    report: Tensor | None
+    """float32 [4M + 2]: active share, rank weight, temperature, KL (M each), confidence, task."""
+
+
+class _Inputs(NamedTuple):
+    """Inputs as the kernels take them, and the arguments that describe them."""
+
+    student: Tensor
+    mentors: tuple[Tensor, ...]
+    targets: Tensor
+    grid: tuple[int]
+    tiled: bool
+    arguments: dict[str, Any]
+
+
 def _rows(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def classroom_rows(
+def _prepare(
     student: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
-    mentor_weight: Tensor | None,
-    *,
-    temperature: float,
-    ranking: str,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    task_weight: float | None,
-    rank_decimals: int | None,
     label_smoothing: float,
     ignore_index: int,
-    with_grad: bool,
-    with_statistics: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Each row's loss, its gradient and its statistics.
-
-    Args:
-        student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
-            any class stride, which is made 1 by a copy if it is not.
-        task_weight: None for the student's confidence.
-        with_grad: whether to compute the gradient; with_statistics: likewise.
-
-    Returns:
-        loss float32 [B]; d loss[b] / d student[b] [B, C] in the student's dtype; statistics
-        float32 [4M + 2, B] as `classroom_kernel` describes them.
-
-    """
+) -> _Inputs:
     n_rows, n_classes = student.shape
     student = _rows(student)
     mentors = [_rows(mentor) for mentor in mentors]
     soft = targets.dim() == 2
     targets = _rows(targets) if soft else targets.contiguous()
-    new = {"device": student.device}
-    loss = torch.empty(n_rows, dtype=torch.float32, **new)
-    grad = torch.empty((n_rows, n_classes), dtype=student.dtype, **new) if with_grad else None
-    statistics = None
-    if with_statistics:
-        statistics = torch.empty((4 * len(mentors) + 2, n_rows), dtype=torch.float32, **new)
-    if n_rows == 0:
-        return loss, grad, statistics
-
     strides = [logits.stride(0) for logits in (student, *mentors)]
     align = alignment(strides)
     cut = blocks(n_classes, len(mentors), WARP_SIZE)
-    grid = (triton.cdiv(n_rows, cut.ROWS),)
-    shared = {
+    tiled = cut is None
+    if tiled:
+        cut = tile_blocks(WARP_SIZE)
+    arguments = {
         "student_stride": strides[0] // align,
         "mentor_strides": tuple(stride // align for stride in strides[1:]),
         "target_stride": targets.stride(0) if soft else None,
@@ -123,43 +135,138 @@ def classroom_rows(
         "label_smoothing": float(label_smoothing) if label_smoothing else None,
         "ignore_index": ignore_index,
         "C": n_classes,
+        "BLOCK_C": cut.BLOCK_C,
         "ALIGN": align,
-        **cut._asdict(),
+        "num_warps": cut.num_warps,
     }
-    batch_ell = None
-    if ranking == "batch":
-        ell = torch.empty((1 + len(mentors), n_rows), dtype=torch.float32, **new)
-        confidence_kernel[grid](student, tuple(mentors), targets, ell, **shared)
-        n_valid = n_rows if soft else (targets != ignore_index).sum().clamp_min(1)
-        batch_ell = (ell.sum(1) / n_valid).clamp_min(torch.finfo(torch.float32).min)
-    classroom_kernel[grid](
-        student,
-        tuple(mentors),
-        targets,
+    if not tiled:
+        arguments["ROWS"] = cut.ROWS
+    grid = (triton.cdiv(n_rows, cut.ROWS),)
+    return _Inputs(student, tuple(mentors), targets, grid, tiled, arguments)
+
+
+def confidence_sums(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    *,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    """Sums over the valid rows of ℓ_k, the student's first, and their number: float32 [M + 2]."""
+    n_rows, lines = student.shape[0], len(mentors) + 2
+    if n_rows == 0:
+        return student.new_zeros(lines, dtype=torch.float32)
+    sums = student.new_empty(lines, dtype=torch.float32)
+    scratch = student.new_empty((lines, n_rows), dtype=torch.float32)
+    inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
+    kernel = tiled_confidence_kernel if inputs.tiled else confidence_kernel
+    kernel[inputs.grid](
+        inputs.student,
+        inputs.mentors,
+        inputs.targets,
+        scratch,
+        sums,
+        _counter(student.device),
+        **inputs.arguments,
+        **sum_blocks(lines),
+    )
+    return sums
+
+
+def classroom_loss_and_grad(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    ell_sums: Tensor | None,
+    *,
+    temperature: float,
+    knowledge_filter: str,
+    mentoring: str,
+    weighting: str,
+    task_weight: float | None,
+    rank_decimals: int | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+    with_grad: bool,
+    with_report: bool,
+    finished_grad: bool = False,
+    scale: Tensor | None = None,
+    n_valid: Tensor | None = None,
+) -> Outputs:
+    """Loss, gradient and report in one launch.
+
+    Args:
+        student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
+            any class stride, which is made 1 by a copy if it is not.
+        ell_sums: `confidence_sums` for ranking "batch", None for ranking "sample".
+        task_weight: None for the student's confidence.
+        with_grad: whether to compute the gradient; with_report: likewise.
+        finished_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
+            valid rows.
+        scale: one number on the device, or None for 1.
+        n_valid: the number of valid rows if it is known, one number on the device.
+
+    """
+    n_rows, n_classes = student.shape
+    n_mentors = len(mentors)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
+    grad = new((n_rows, n_classes), dtype=student.dtype) if with_grad else None
+    report = new(4 * n_mentors + 2) if with_report else None
+    if n_rows == 0:
+        loss = new(() if reduction != "none" else 0).zero_()
+        return Outputs(
+            loss, grad, torch.ones_like(loss), None if report is None else report.zero_()
+        )
+
+    n_lines = 4 * n_mentors + 3 if with_report else 1
+    lines = new(n_lines * n_rows + (n_lines if with_report else 0))
+    summed = reduction != "none"
+    loss = new(()) if summed else None
+    finished = summed or with_report
+    if (
+        finished_grad
+        and reduction == "mean"
+        and n_valid is None
+        and targets.dim() == 1
+        and n_rows > _MAX_ROWS_COUNTED_IN_PASS
+    ):
+        n_valid = (targets != ignore_index).sum()
+    count = new(()) if finished else None
+    inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
+    kernel = tiled_classroom_kernel if inputs.tiled else classroom_kernel
+    kernel[inputs.grid](
+        inputs.student,
+        inputs.mentors,
+        inputs.targets,
         mentor_weight,
-        batch_ell,
-        loss,
+        ell_sums,
+        lines,
         grad,
-        statistics,
+        loss,
+        count,
+        report,
+        _counter(student.device) if finished else None,
+        scale,
+        n_valid,
         temperature=float(temperature),
         task_weight=None if task_weight is None else float(task_weight),
         share_scale=None if rank_decimals is None else float(10**rank_decimals),
         KNOWLEDGE_FILTER=knowledge_filter,
         MENTORING=mentoring,
         RANK_WEIGHTING=weighting == "rank",
-        **shared,
+        MEAN=reduction == "mean",
+        FINISHED_GRAD=finished_grad,
+        **inputs.arguments,
+        **sum_blocks(n_lines),
     )
-    return loss, grad, statistics
+    return Outputs(loss if summed else lines[:n_rows], grad, count, report)
 
 
-def scaling_blocks(n_classes: int) -> Blocks:
-    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
-    block_c = min(triton.next_power_of_2(n_classes), 1024)
-    return Blocks(block_c, 1024 // block_c, num_warps=4)
-
-
-def scale_rows(grad: Tensor, factor: Tensor) -> Tensor:
-    """grad [B, C] times factor [B] (of any stride, 0 too), in float32, rounded to grad's dtype."""
+def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
+    """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
     out = torch.empty_like(grad)
     n_rows, n_classes = grad.shape
     if n_rows == 0:
@@ -168,10 +275,35 @@ def scale_rows(grad: Tensor, factor: Tensor) -> Tensor:
     scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
         grad,
         factor,
+        count,
         out,
-        factor.stride(0),
+        factor.stride(0) if factor.dim() else 0,
         n_rows,
         C=n_classes,
         **cut._asdict(),
     )
     return out
+
+
+# The programs of a launch find the last among them by a counter in memory, 0 before and after.
+# Launches that may overlap must not share one: each stream has its own, and so has each launch
+# captured into a CUDA graph, which may be replayed on any stream. Captured launches take theirs
+# from those that were zeroed before the capture began; were it zeroed in the graph, every replay
+# would do it again. Sixteen bytes each, as Triton compiles anew for pointers aligned otherwise.
+_COUNTERS_AT_ONCE = 1024
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+_unused: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+
+
+def _counter(device: torch.device) -> Tensor:
+    if device.type == "cpu":  # the interpreter
+        return torch.zeros(1, dtype=torch.int32)
+    if torch.cuda.is_current_stream_capturing():
+        unused = _unused[device]
+        return unused.pop() if unused else torch.zeros(4, dtype=torch.int32, device=device)
+    key = device, torch.cuda.current_stream(device).cuda_stream
+    if key not in _counters:
+        zeros = torch.zeros(4 * _COUNTERS_AT_ONCE, dtype=torch.int32, device=device)
+        _counters[key], *fresh = zeros.split(4)
+        _unused[device] += fresh
+    return _counters[key]

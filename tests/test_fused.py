@@ -11,10 +11,16 @@ import sys
 import pytest
 import torch
 
-from classroomkd import ClassroomLoss, classroom_loss, fused_classroom_loss
+from classroomkd import (
+    ClassroomLoss,
+    classroom_loss,
+    fused_classroom_loss,
+    fused_classroom_loss_and_grad,
+)
 from classroomkd.loss import fused
 from classrooms import OPTIONS, Classroom, classroom, probabilities
 
+launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 MARGIN = 1e-6
@@ -73,12 +79,10 @@ def assert_as_good_as_pytorch(batch: Classroom, device, **options):
 @pytest.fixture
 def kernels_ran(device, monkeypatch):
     """Fail a test whose calls all took the definition."""
-    from classroomkd.kernels import launch
-
     calls = []
-    original = launch.classroom_rows
+    original = launch.classroom_loss_and_grad
     monkeypatch.setattr(
-        launch, "classroom_rows", lambda *a, **k: calls.append(1) or original(*a, **k)
+        launch, "classroom_loss_and_grad", lambda *a, **k: calls.append(1) or original(*a, **k)
     )
     yield
     assert calls
@@ -95,14 +99,49 @@ def test_every_option(device, name, soft):
 
 
 # 1, 2: the shortest rows; 10, 16: several rows a warp, one of them exactly full; 100: one row a
-# warp; 127, 129: either side of a block; 1000: several warps a row; 2500: rows of many warps.
+# warp; 127, 129: either side of a block; 1000: several warps a row; 9000: tiles, also for M = 1
+# twice the last single pass.
 @pytest.mark.usefixtures("kernels_ran")
 @pytest.mark.parametrize("n_mentors", [1, 2, 6])
-@pytest.mark.parametrize("n_classes", [1, 2, 10, 16, 100, 127, 129, 1000, 2500])
+@pytest.mark.parametrize("n_classes", [1, 2, 10, 16, 100, 127, 129, 1000, 9000])
 def test_sizes(device, n_classes, n_mentors):
     batch = classroom(n_mentors, 5, n_classes)
     assert_as_good_as_pytorch(batch, device)
     assert_as_good_as_pytorch(batch, device, ranking="batch", rank_decimals=2)
+
+
+# The sweeps over tiles at sizes where the single pass would serve too: less than a tile, one, some.
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_tiled(device, monkeypatch, name, soft):
+    monkeypatch.setattr(launch, "blocks", lambda *_: None)
+    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    batch = classroom(n_mentors=5, n_rows=4, n_classes=37)
+    if soft:
+        batch = batch._replace(targets=probabilities(*batch.student.shape))
+    assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("n_classes", [16, 40, 48])
+def test_tiles_and_extremes(device, monkeypatch, n_classes):
+    """Tiles in which every class is ruled out, first, in the middle and last; large logits."""
+    monkeypatch.setattr(launch, "blocks", lambda *_: None)
+    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    student, mentors, targets = classroom(n_mentors=3, n_rows=3, n_classes=n_classes)
+    targets %= 16
+    for row in range(3):
+        targets[row] = (targets[row] + 16 * row) % n_classes
+        out = torch.arange(n_classes) // 16 != targets[row] // 16
+        student[row, out] = mentors[:, row, out] = -torch.inf
+    loss, grad, *_ = same_as_definition(student, mentors, targets, device)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+    same_as_definition(student * 3000, mentors * 3000, targets, device)
+    student[1] = -torch.inf
+    loss, grad, *_ = same_as_definition(student, mentors, targets, device, reduction="none")
+    assert loss.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.usefixtures("kernels_ran")
@@ -294,6 +333,52 @@ def test_upstream_gradients(device):
     torch.testing.assert_close(grad, unit * (-3.0 / 6), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("name", ["defaults", "released", "sum", "smoothed", "task_weight"])
+@pytest.mark.parametrize("n_rows", [1, 7, 1100])
+def test_loss_and_grad(device, monkeypatch, name, n_rows):
+    """The same numbers as through autograd; beyond so many rows they are counted beforehand."""
+    monkeypatch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 7)
+    n_rows = min(n_rows, 9)
+    student, mentors, targets = classroom(n_rows=n_rows).to(device)
+    targets[n_rows // 2 + 1 :: 3] = -100
+    options = OPTIONS[name]
+    z = student.clone().requires_grad_()
+    expected, expected_report = fused_classroom_loss(
+        z, mentors, targets, return_report=True, **options
+    )
+    expected.backward()
+    loss, grad, report = fused_classroom_loss_and_grad(
+        student, mentors, targets, return_report=True, **options
+    )
+    assert torch.equal(loss, expected.detach())
+    torch.testing.assert_close(grad, z.grad, rtol=1e-6, atol=1e-9)
+    assert all(map(torch.equal, report, expected_report))
+    assert not grad.requires_grad
+    scale = torch.tensor([1024.0], device=device)
+    scaled = fused_classroom_loss_and_grad(student, mentors, targets, scale=scale, **options)
+    assert torch.equal(scaled[0], loss)
+    torch.testing.assert_close(scaled[1], grad * 1024.0, rtol=1e-6, atol=0)
+
+
+def test_loss_and_grad_by_definition():
+    student, mentors, targets = classroom()
+    z = student.clone().requires_grad_()
+    expected, expected_report = classroom_loss(z, mentors, targets, return_report=True)
+    expected.backward()
+    scale = torch.tensor(2.0)
+    with torch.no_grad():
+        loss, grad, report = fused_classroom_loss_and_grad(
+            student, mentors, targets, scale=scale, return_report=True
+        )
+    assert torch.equal(loss, expected.detach())
+    assert torch.equal(grad, z.grad * 2)
+    assert all(map(torch.equal, report, expected_report))
+    with pytest.raises(ValueError, match="'mean' or 'sum'"):
+        fused_classroom_loss_and_grad(student, mentors, targets, reduction="none")
+    with pytest.raises(ValueError, match="scale must be a tensor of one number"):
+        fused_classroom_loss_and_grad(student, mentors, targets, scale=2.0)
+
+
 def test_a_second_derivative_raises(device):
     student, mentors, targets = classroom().to(device)
     loss = fused_classroom_loss(student.requires_grad_(), mentors, targets)
@@ -328,11 +413,18 @@ def test_without_gradient(device):
 
 def test_operator_contract(device):
     student, mentors, targets = classroom().to(device)
-    options = (12.0, "sample", "better", "adaptive", "rank", None, None, 0.0, -100, True, True)
-    torch.library.opcheck(
-        torch.ops.classroomkd.row_loss,
-        (student.requires_grad_(), list(mentors), targets, None, *options),
-    )
+    weight = torch.ones(3, device=device)
+    options = (12.0, "better", "adaptive", "rank", None, None, 0.0, -100)
+    operators = torch.ops.classroomkd
+    sums = operators.confidence_sums(student, list(mentors), targets, 0.0, -100)
+    torch.library.opcheck(operators.confidence_sums, (student, list(mentors), targets, 0.0, -100))
+    for reduction, with_report in (("mean", True), ("sum", False), ("none", True)):
+        inputs = (student.clone().requires_grad_(), list(mentors), targets, weight, sums)
+        torch.library.opcheck(operators.loss, (*inputs, *options, reduction, True, with_report))
+    inputs = (student, list(mentors), targets, None, None)
+    scale = torch.tensor(2.0, device=device)
+    torch.library.opcheck(operators.loss_and_grad, (*inputs, *options, "mean", scale, True))
+    torch.library.opcheck(operators.scale_rows, (student, scale, scale))
 
 
 def test_module(device):
@@ -365,9 +457,9 @@ def test_limits_are_named(device):
         fused_classroom_loss(student.double(), mentors, targets)
     with pytest.raises(ValueError, match="at most 16 mentors for the kernels, got 17"):
         fused_classroom_loss(student, [mentors[0]] * 17, targets)
-    wide = torch.zeros(2, 30_000, device=device)
-    with pytest.raises(ValueError, match="30000 classes with 3 mentors do not fit"):
-        fused_classroom_loss(wide, [wide] * 3, targets[:2])
+    wide = torch.zeros(1, 262_145, device=device)
+    with pytest.raises(ValueError, match="at most 262,144 classes for the kernels, got 262,145"):
+        fused_classroom_loss(wide, [wide], targets[:1])
 
 
 def test_cpu_tensors_take_the_definition():

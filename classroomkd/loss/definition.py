@@ -21,7 +21,7 @@ Learning Strategies" (arXiv 2409.20237).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from torch.nn.functional import log_softmax
 
 from classroomkd.loss.options import LossOptions, check_inputs
 from classroomkd.loss.report import ClassroomReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def classroom_loss(
@@ -47,6 +50,7 @@ def classroom_loss(
     ignore_index: int = -100,
     mentor_weight: Tensor | None = None,
     reduction: str = "mean",
+    process_group: ProcessGroup | None = None,
     return_report: bool = False,
 ) -> Tensor | tuple[Tensor, ClassroomReport]:
     """ClassroomKD's multi-mentor distillation loss, by definition.
@@ -71,6 +75,7 @@ def classroom_loss(
         ignore_index: rows with this class index count nowhere.
         mentor_weight: [M] tensor of further weights g_m.
         reduction: "mean" over the valid rows, "sum", or "none".
+        process_group: with ranking "batch", average over the valid rows of all its processes.
         return_report: also return a `ClassroomReport`.
 
     Returns:
@@ -97,7 +102,7 @@ def classroom_loss(
     )
     mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
     return loss_by_definition(
-        student_logits, mentors, targets, mentor_weight, options, return_report
+        student_logits, mentors, targets, mentor_weight, options, return_report, process_group
     )
 
 
@@ -141,6 +146,7 @@ def loss_by_definition(
     mentor_weight: Tensor | None,
     options: LossOptions,
     return_report: bool,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, ClassroomReport]:
     """`classroom_loss` on checked arguments."""
     dtype = torch.float32
@@ -152,7 +158,7 @@ def loss_by_definition(
     stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
     stacked = torch.where(target.valid[:, None], stacked, 0)
 
-    weights = classroom_weights(student.detach(), stacked, target, options)
+    weights = classroom_weights(student.detach(), stacked, target, options, process_group)
     rows, cross_entropy, kl = weighted_row_loss(
         student, stacked, target, weights, mentor_weight, options
     )
@@ -198,7 +204,11 @@ def prepare_targets(
 
 
 def classroom_weights(
-    student: Tensor, mentors: Tensor, target: Target, options: LossOptions
+    student: Tensor,
+    mentors: Tensor,
+    target: Target,
+    options: LossOptions,
+    process_group: ProcessGroup | None = None,
 ) -> Weights:
     """First half: rank everyone, choose who teaches, and at what temperature.
 
@@ -216,8 +226,11 @@ def classroom_weights(
     floor = torch.finfo(ell.dtype).min
     ell = ell.clamp_min(floor)
     if options.ranking == "batch":
-        n_valid = target.valid.sum().clamp_min(1)
-        mean = torch.where(target.valid, ell, 0).sum(1, keepdim=True) / n_valid
+        sums = torch.where(target.valid, ell, 0).sum(1)
+        sums = torch.cat([sums, target.valid.sum(0, keepdim=True)])
+        if process_group is not None:
+            torch.distributed.all_reduce(sums, group=process_group)
+        mean = sums[:-1, None] / sums[-1].clamp_min(1)
         ell = mean.clamp_min(floor).expand_as(ell)
         sick = sick | mean.isnan().any()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,9 @@ from classroomkd.loss.fused import fused_classroom_loss
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
 
 class ClassroomLoss(nn.Module):
     """`fused_classroom_loss` with its options fixed.
@@ -18,6 +22,7 @@ class ClassroomLoss(nn.Module):
     Args:
         mentor_weight: M further weights g_m, a sequence or a tensor [M]. A buffer: it moves with
             the module and is saved with it.
+        process_group: see `classroom_loss`.
         **options: the other options of `fused_classroom_loss`, from ``temperature`` to
             ``reduction``, checked at once.
 
@@ -32,10 +37,12 @@ class ClassroomLoss(nn.Module):
         self,
         *,
         mentor_weight: Sequence[float] | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
         **options: float | str | int | None,
     ) -> None:
         super().__init__()
         self.options = LossOptions(**options)
+        self.process_group = process_group
         if mentor_weight is not None:
             mentor_weight = torch.as_tensor(mentor_weight, dtype=torch.float32).detach().clone()
             if mentor_weight.dim() != 1:
@@ -58,6 +65,7 @@ class ClassroomLoss(nn.Module):
             mentor_logits,
             targets,
             mentor_weight=self.mentor_weight,
+            process_group=self.process_group,
             return_report=return_report,
             **vars(self.options),
         )

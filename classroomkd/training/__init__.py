@@ -1,0 +1,1 @@
+"""Training: the trainer, its schedules, the run folder, the whole classroom."""

@@ -1,0 +1,58 @@
+"""Measuring a network on held-out images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from classroomkd.data import ImageSet, ResidentLoader
+from classroomkd.models import NetworkInfo
+
+_BATCH_SIZE = 256  # changes speed and memory only
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracies are fractions 0..1; ``top5`` counts the best min(5, C) classes.
+
+    ``loss`` is the mean cross entropy in nats over the ``images`` seen.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+def evaluation_loader(
+    image_set: ImageSet, info: NetworkInfo, device: torch.device
+) -> ResidentLoader:
+    """Every image once, in order, normalised by the statistics of ``info``."""
+    return ResidentLoader(
+        image_set,
+        _BATCH_SIZE,
+        mean=info.mean,
+        std=info.std,
+        augmentation=None,
+        shuffle=False,
+        drop_last=False,
+        device=device,
+    )
+
+
+@torch.no_grad()
+def evaluate(network: nn.Module, loader: ResidentLoader) -> Evaluation:
+    """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end."""
+    network.eval()
+    sums, images_seen = 0.0, 0
+    for images, targets, _ in loader:
+        logits = network(images).float()
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        loss = F.cross_entropy(logits, targets, reduction="sum")
+        sums = sums + torch.stack([best[:, 0].sum(), best.sum(), loss]).double()
+        images_seen += len(targets)
+    top1, top5, loss = (sums / images_seen).tolist()
+    return Evaluation(top1, top5, loss, images_seen)

@@ -1,0 +1,222 @@
+"""Device functions that the kernels share. Rows are [R], tiles of logits [R, BLOCK_C]."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-3.4028234663852886e38)  # log-confidence of a probability of exactly 0
+
+
+@triton.jit
+def load_tile(ptr, stride, row, column, inside, ALIGN: tl.constexpr):
+    """Logits [R, BLOCK_C] as float32, −inf outside. ``stride`` counts units of ALIGN elements."""
+    offsets = row[:, None] * (stride * ALIGN) + column[None, :]
+    return tl.load(ptr + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def store_line(ptr, line, row, n_rows, values):
+    """Write values [R] into line ``line`` of a [lines, n_rows] array; offsets in 64 bits."""
+    tl.store(ptr + (tl.zeros_like(row) + line) * n_rows + row, values, mask=row < n_rows)
+
+
+@triton.jit
+def floored(ell):
+    """ℓ with −inf made finite, so that two confidences of 0 compare equal. NaN stays NaN."""
+    return tl.where(ell < FLOOR, FLOOR, ell)
+
+
+@triton.jit
+def smoothed(t, label_smoothing, inside, C: tl.constexpr):
+    """Target probabilities after label smoothing, 0 outside."""
+    if label_smoothing is None:
+        return t
+    else:
+        return tl.where(inside, (1.0 - label_smoothing) * t + label_smoothing / C, 0.0)
+
+
+@triton.jit
+def round_half_even(x):
+    """Nearest integer to x ≥ 0, halves to the even one, as torch.round does."""
+    low = tl.floor(x)
+    above = x - low
+    odd = low - 2.0 * tl.floor(low * 0.5)
+    return low + tl.where((above > 0.5) | ((above == 0.5) & (odd == 1.0)), 1.0, 0.0)
+
+
+@triton.jit
+def one_minus_exp(d):
+    """1 − exp(−d) for d ≥ 0; by its series where the subtraction would cancel."""
+    series = d * (1.0 - d / 2 * (1.0 - d / 3 * (1.0 - d / 4 * (1.0 - d / 5))))
+    return tl.where(d < 0.125, series, 1.0 - tl.exp2(-d * LOG2E))
+
+
+@triton.jit
+def share_of(ell, top, total, share_scale):
+    """exp(ℓ) / Σ_j exp(ℓ_j), with total = Σ_j exp(ℓ_j − top); rounded on request."""
+    share = tl.exp2((ell - top) * LOG2E) / total
+    if share_scale is not None:
+        share = round_half_even(share * share_scale) / share_scale
+    return share
+
+
+@triton.jit
+def plan_lesson(
+    ell_s,
+    ell_m,
+    share_s,
+    share_m,
+    s_max,
+    m_max,
+    correct,
+    valid,
+    temperature,
+    share_scale,
+    KNOWLEDGE_FILTER: tl.constexpr,
+    MENTORING: tl.constexpr,
+):
+    """Whether the mentor teaches, its temperature and the student's; all [R]."""
+    if share_scale is None:
+        better = ell_m >= ell_s
+        lead = one_minus_exp(tl.abs(ell_m - ell_s))
+    else:
+        better = share_m >= share_s
+        largest = tl.maximum(share_m, share_s)
+        lead = tl.where(largest > 0.0, tl.abs(share_m - share_s) / largest, 0.0)
+
+    if KNOWLEDGE_FILTER == "better":
+        active = better & valid
+    elif KNOWLEDGE_FILTER == "correct":
+        active = correct & valid
+    elif KNOWLEDGE_FILTER == "correct_and_better":
+        active = better & correct & valid
+    else:
+        active = valid
+
+    if MENTORING == "dtkd":
+        both_positive = (s_max > 0.0) & (m_max > 0.0)
+        scale = 2.0 * temperature / (s_max + m_max)
+        tau_m = tl.where(both_positive, scale * m_max, temperature)
+        tau_s = tl.where(both_positive, scale * s_max, temperature)
+    else:
+        if MENTORING == "adaptive":
+            tau_m = 1.0 + temperature * lead
+        elif MENTORING == "fixed":
+            tau_m = tl.zeros_like(lead) + temperature
+        else:
+            tau_m = tl.zeros_like(lead) + 1.0
+        tau_s = tau_m
+    return active, tau_m, tau_s
+
+
+@triton.jit
+def lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.constexpr):
+    """g_m · r_m · τ_m [R]: times τ_s the weight of KL_m, alone that of its gradient."""
+    weight = tau_m
+    if RANK_WEIGHTING:
+        weight = weight * (share_m * M)
+    if mentor_weight_ptr is not None:
+        weight = weight * tl.load(mentor_weight_ptr + m).to(tl.float32)
+    return weight
+
+
+@triton.jit
+def soften(z, z_max, tau):
+    """log2 of the softmax numerators at temperature τ: (z − max z) · log2(e) / τ."""
+    return (z - z_max[:, None]) * (1.0 / tau * LOG2E)[:, None]
+
+
+@triton.jit
+def cross_terms(e_m, u_m, u_s):
+    """e_m · (u_m − u_s); 0 · log 0 is 0, also where u_m − u_s is −inf − −inf."""
+    return tl.where(e_m > 0.0, e_m * (u_m - u_s), 0.0)
+
+
+@triton.jit
+def divergence(cross, sum_m, sum_s):
+    """KL_m in nats from Σ e_m (u_m − u_s) in log2 units and the two sums."""
+    return cross * LN2 / sum_m - tl.log(sum_m / sum_s)
+
+
+@triton.jit
+def count_valid(target_ptr, target_stride, ignore_index, n_rows, BLOCK_R: tl.constexpr):
+    """How many rows count, at least 1, as a float."""
+    if target_stride is None:
+        count = tl.zeros([BLOCK_R], tl.int32)
+        for start in range(0, n_rows, BLOCK_R):
+            row = start + tl.arange(0, BLOCK_R)
+            target = tl.load(target_ptr + row, mask=row < n_rows, other=ignore_index)
+            count += (target != ignore_index).to(tl.int32)
+        return tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
+    else:
+        return tl.maximum(n_rows, 1).to(tl.float32)
+
+
+@triton.jit
+def is_last_program(counter_ptr):
+    """True in the one program that arrives here last; by then all others' lines can be read.
+
+    The barrier puts this program's writes before its thread's release, and that thread's acquire
+    before whatever follows. The counter is left at 0 for the next launch.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def sum_lines(
+    lines_ptr, n_rows, LINES: tl.constexpr, BLOCK_LINES: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Sums over the rows of lines [LINES, n_rows], in an order fixed by their number alone."""
+    line = tl.arange(0, BLOCK_LINES).to(tl.int64)
+    sums = tl.zeros([BLOCK_LINES, BLOCK_R], tl.float32)
+    for start in range(0, n_rows, BLOCK_R):
+        row = start + tl.arange(0, BLOCK_R)
+        inside = (line < LINES)[:, None] & (row < n_rows)[None, :]
+        offsets = line[:, None] * n_rows + row[None, :]
+        # Other programs wrote these: read the cache that all of them share.
+        sums += tl.load(lines_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def finish(
+    lines_ptr,
+    loss_ptr,
+    count_ptr,
+    report_ptr,
+    counter_ptr,
+    target_ptr,
+    target_stride,
+    ignore_index,
+    n_rows,
+    M: tl.constexpr,
+    MEAN: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Let the last program turn the rows' lines into the batch's loss, count and report."""
+    if is_last_program(counter_ptr):
+        n_valid = count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
+        tl.store(count_ptr, n_valid)
+        LINES: tl.constexpr = 1 if report_ptr is None else 4 * M + 3
+        sums = sum_lines(lines_ptr, n_rows, LINES, BLOCK_LINES, BLOCK_R)
+        line = tl.arange(0, BLOCK_LINES)
+        if loss_ptr is not None:
+            loss = sums / n_valid if MEAN else sums
+            tl.store(loss_ptr + line, loss, mask=line == 0)
+        if report_ptr is not None:
+            # KL is a mean over the rows where the mentor taught; lines 1 … M counted them.
+            scratch_ptr = lines_ptr + (tl.zeros_like(line).to(tl.int64) + LINES) * n_rows
+            tl.store(scratch_ptr + line, sums, mask=line < LINES)
+            tl.debug_barrier()
+            is_kl = (line > 3 * M) & (line <= 4 * M)
+            n_active = tl.load(scratch_ptr + line - 3 * M, mask=is_kl, other=1.0)
+            rows = tl.where(is_kl, tl.maximum(n_active, 1.0), n_valid)
+            tl.store(report_ptr + line - 1, sums / rows, mask=(line >= 1) & (line < LINES))

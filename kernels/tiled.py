@@ -1,0 +1,419 @@
+"""Rows too long for registers: the pass of ``classroom.py`` in three sweeps over tiles.
+
+The mathematics is the same. The first sweep takes each row's confidence with a running maximum
+
+    S ← S · exp(max_old − max_new) + Σ_tile exp(z − max_new),
+
+the second the sums of the temperature softmaxes and of the KL, with the maxima known, the third
+the gradient. Each sweep reads the M + 1 rows; the last writes one: (3M + 4) · C logits a row. In
+the second and third the student's row is read once for every _GROUP mentors, whose running sums
+share the registers.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from classroomkd.kernels.classroom import grad_factor
+from classroomkd.kernels.device import (
+    LOG2E,
+    cross_terms,
+    divergence,
+    finish,
+    floored,
+    is_last_program,
+    lesson_weight,
+    load_tile,
+    plan_lesson,
+    share_of,
+    smoothed,
+    soften,
+    store_line,
+    sum_lines,
+)
+
+_GROUP = tl.constexpr(4)
+
+
+@triton.jit
+def _load_targets(
+    target_ptr, target_stride, label_smoothing, row, column, inside, target, C: tl.constexpr
+):
+    """t [1, BLOCK_C] of one tile."""
+    if target_stride is None:
+        t = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+    else:
+        offsets = row[:, None] * target_stride + column[None, :]
+        t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    return smoothed(t, label_smoothing, inside, C)
+
+
+@triton.jit
+def _scan_targets(
+    target_ptr,
+    target_stride,
+    label_smoothing,
+    ignore_index,
+    row,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Whether the row counts, whether it names no class, its target class, and Σ_c t(c); [1]."""
+    if target_stride is None:
+        target = tl.load(target_ptr + row).to(tl.int64)
+        valid = target != ignore_index
+        out_of_range = (target < 0) | (target >= C)
+        t_sum = tl.zeros([1], tl.float32) + 1.0
+    else:
+        valid = row >= 0
+        out_of_range = row < 0
+        best = tl.full([1], -float("inf"), tl.float32)
+        target = tl.zeros([1], tl.int64)
+        t_sum = tl.zeros([1], tl.float32)
+        for start in range(0, C, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)
+            inside = (column < C)[None, :]
+            offsets = row[:, None] * target_stride + column[None, :]
+            t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+            tile_best = tl.max(tl.where(inside, t, -float("inf")), 1)
+            at = tl.min(tl.where(inside & (t == tile_best[:, None]), column[None, :], C), 1)
+            target = tl.where(tile_best > best, at.to(tl.int64), target)
+            best = tl.maximum(best, tile_best)
+            t_sum += tl.sum(smoothed(t, label_smoothing, inside, C), 1)
+    return valid, out_of_range, target, t_sum
+
+
+@triton.jit
+def _scan_row(
+    ptr,
+    stride,
+    target_ptr,
+    target_stride,
+    label_smoothing,
+    row,
+    target,
+    out_of_range,
+    t_sum,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """ℓ, max z, Σ exp(z − max z) and the target class's logit of a row; each [1]."""
+    z_max = tl.full([1], -float("inf"), tl.float32)
+    e_sums = tl.zeros([1, BLOCK_C], tl.float32)
+    picked = tl.zeros([1], tl.float32)  # Σ t · (z − max) over the tiles so far
+    seen = tl.zeros([1], tl.float32)  # Σ t over the tiles so far
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = (column < C)[None, :]
+        z = load_tile(ptr, stride, row, column, inside, ALIGN)
+        new_max = tl.maximum(z_max, tl.max(z, 1))
+        # While every class so far is ruled out there is no maximum to subtract.
+        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        e_sums *= tl.exp2((z_max - shift) * LOG2E)[:, None]
+        e_sums += tl.exp2((z - shift[:, None]) * LOG2E)
+        if (target_stride is not None) or (label_smoothing is not None):
+            t = _load_targets(
+                target_ptr, target_stride, label_smoothing, row, column, inside, target, C
+            )
+            picked += tl.where(seen > 0.0, seen * (z_max - shift), 0.0)
+            picked += tl.sum(tl.where(t > 0.0, t * (z - shift[:, None]), 0.0), 1)
+            seen += tl.sum(t, 1)
+        z_max = new_max
+    e_sum = tl.sum(e_sums, 1)
+    offset = tl.where(out_of_range, 0, target)
+    z_target = tl.load(ptr + row * (stride * ALIGN) + offset).to(tl.float32)
+    if (target_stride is None) and (label_smoothing is None):
+        ell = z_target - z_max - tl.log(e_sum)
+    else:
+        ell = picked - t_sum * tl.log(e_sum)
+    # A row without any class has no distribution; single-pass, −inf − −inf says so.
+    ell = tl.where(z_max == -float("inf"), float("nan"), ell)
+    return ell, z_max, e_sum, z_target
+
+
+@triton.jit
+def tiled_confidence_kernel(
+    student_ptr,
+    mentor_ptrs,
+    target_ptr,
+    ell_ptr,
+    sums_ptr,
+    counter_ptr,
+    student_stride,
+    mentor_strides,
+    target_stride,
+    n_rows,
+    label_smoothing,
+    ignore_index,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """`confidence_kernel`, one row a program."""
+    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    valid, out_of_range, target, t_sum = _scan_targets(
+        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C
+    )
+    M: tl.constexpr = len(mentor_ptrs)
+    for k in tl.static_range(M + 1):
+        if k == 0:
+            ptr, stride = student_ptr, student_stride
+        else:
+            ptr, stride = mentor_ptrs[k - 1], mentor_strides[k - 1]
+        ell, _, _, _ = _scan_row(
+            ptr,
+            stride,
+            target_ptr,
+            target_stride,
+            label_smoothing,
+            row,
+            target,
+            out_of_range,
+            t_sum,
+            C,
+            BLOCK_C,
+            ALIGN,
+        )
+        ell = tl.where(out_of_range, float("nan"), floored(ell))
+        store_line(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
+    store_line(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
+    if is_last_program(counter_ptr):
+        line = tl.arange(0, BLOCK_LINES)
+        sums = sum_lines(ell_ptr, n_rows, M + 2, BLOCK_LINES, BLOCK_R)
+        tl.store(sums_ptr + line, sums, mask=line < M + 2)
+
+
+@triton.jit
+def tiled_classroom_kernel(
+    student_ptr,
+    mentor_ptrs,
+    target_ptr,
+    mentor_weight_ptr,
+    ell_sums_ptr,
+    lines_ptr,
+    grad_ptr,
+    loss_ptr,
+    count_ptr,
+    report_ptr,
+    counter_ptr,
+    scale_ptr,
+    n_valid_ptr,
+    student_stride,
+    mentor_strides,
+    target_stride,
+    n_rows,
+    temperature,
+    task_weight,
+    label_smoothing,
+    share_scale,
+    ignore_index,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_LINES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    KNOWLEDGE_FILTER: tl.constexpr,
+    MENTORING: tl.constexpr,
+    RANK_WEIGHTING: tl.constexpr,
+    MEAN: tl.constexpr,
+    FINISHED_GRAD: tl.constexpr,
+):
+    """`classroom_kernel`, one row a program, whose arguments and outputs it shares."""
+    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    valid, out_of_range, target, t_sum = _scan_targets(
+        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C
+    )
+    M: tl.constexpr = len(mentor_ptrs)
+
+    # First sweep: everyone's confidence.
+    own_ell, s_max, s_sum, _ = _scan_row(
+        student_ptr,
+        student_stride,
+        target_ptr,
+        target_stride,
+        label_smoothing,
+        row,
+        target,
+        out_of_range,
+        t_sum,
+        C,
+        BLOCK_C,
+        ALIGN,
+    )
+    sick = out_of_range | (own_ell != own_ell)
+    if ell_sums_ptr is None:
+        ell_s = floored(own_ell)
+    else:
+        n_ranked = tl.maximum(tl.load(ell_sums_ptr + M + 1), 1.0)
+        ell_s = floored(tl.load(ell_sums_ptr) / n_ranked) + tl.zeros([1], tl.float32)
+        sick = sick | (ell_s != ell_s)
+    if task_weight is None:
+        task = tl.exp2(ell_s * LOG2E)
+    else:
+        task = tl.zeros([1], tl.float32) + task_weight
+    loss = tl.where(task == 0.0, 0.0, task * -own_ell)
+
+    maxima = ()
+    ells = ()
+    corrects = ()
+    top = ell_s
+    for m in tl.static_range(M):
+        ell_m, m_max, _, m_target = _scan_row(
+            mentor_ptrs[m],
+            mentor_strides[m],
+            target_ptr,
+            target_stride,
+            label_smoothing,
+            row,
+            target,
+            out_of_range,
+            t_sum,
+            C,
+            BLOCK_C,
+            ALIGN,
+        )
+        if ell_sums_ptr is not None:
+            ell_m = tl.load(ell_sums_ptr + 1 + m) / n_ranked + tl.zeros([1], tl.float32)
+        ell_m = floored(ell_m)
+        sick = sick | (ell_m != ell_m)
+        top = tl.maximum(top, ell_m)
+        maxima = maxima + (m_max,)
+        ells = ells + (ell_m,)
+        corrects = corrects + (m_target == m_max,)
+
+    total = tl.exp2((ell_s - top) * LOG2E)
+    for m in tl.static_range(M):
+        total += tl.exp2((ells[m] - top) * LOG2E)
+    share_s = share_of(ell_s, top, total, share_scale)
+    shares = ()
+    actives = ()
+    taus_m = ()
+    taus_s = ()
+    weights = ()
+    for m in tl.static_range(M):
+        share_m = share_of(ells[m], top, total, share_scale)
+        active, tau_m, tau_s = plan_lesson(
+            ell_s,
+            ells[m],
+            share_s,
+            share_m,
+            s_max,
+            maxima[m],
+            corrects[m],
+            valid,
+            temperature,
+            share_scale,
+            KNOWLEDGE_FILTER,
+            MENTORING,
+        )
+        weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
+        shares = shares + (share_m,)
+        actives = actives + (active,)
+        taus_m = taus_m + (tau_m,)
+        taus_s = taus_s + (tau_s,)
+        weights = weights + (weight,)
+
+    # Second sweep: the lessons of those who teach, _GROUP mentors at a time.
+    kls = ()
+    pulls_m = ()  # weight / Σ e_m and weight / Σ e_s, which the gradient needs
+    pulls_s = ()
+    for first in tl.static_range(0, M, _GROUP):
+        sums_m = ()
+        sums_s = ()
+        crosses = ()
+        for _ in tl.static_range(first, min(first + _GROUP, M)):
+            sums_m = sums_m + (tl.zeros([1, BLOCK_C], tl.float32),)
+            sums_s = sums_s + (tl.zeros([1, BLOCK_C], tl.float32),)
+            crosses = crosses + (tl.zeros([1, BLOCK_C], tl.float32),)
+        for start in range(0, C, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)
+            inside = (column < C)[None, :]
+            z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
+            new_sums_m = ()
+            new_sums_s = ()
+            new_crosses = ()
+            for m in tl.static_range(first, min(first + _GROUP, M)):
+                sum_m, sum_s, cross = sums_m[m - first], sums_s[m - first], crosses[m - first]
+                if tl.max(actives[m].to(tl.int32), 0) > 0:
+                    z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
+                    u_m = soften(z_m, maxima[m], taus_m[m])
+                    u_s = soften(z_s, s_max, taus_s[m])
+                    e_m = tl.exp2(u_m)
+                    sum_m += e_m
+                    sum_s += tl.exp2(u_s)
+                    cross += cross_terms(e_m, u_m, u_s)
+                new_sums_m = new_sums_m + (sum_m,)
+                new_sums_s = new_sums_s + (sum_s,)
+                new_crosses = new_crosses + (cross,)
+            sums_m = new_sums_m
+            sums_s = new_sums_s
+            crosses = new_crosses
+        for m in tl.static_range(first, min(first + _GROUP, M)):
+            sum_m = tl.sum(sums_m[m - first], 1)
+            sum_s = tl.sum(sums_s[m - first], 1)
+            cross = tl.sum(crosses[m - first], 1)
+            kl = tl.where(actives[m], divergence(cross, sum_m, sum_s), 0.0)
+            loss += tl.where(actives[m], weights[m] * taus_s[m] * kl, 0.0)
+            kls = kls + (kl,)
+            pulls_m = pulls_m + (tl.where(actives[m], weights[m] / sum_m, 0.0),)
+            pulls_s = pulls_s + (tl.where(actives[m], weights[m] / sum_s, 0.0),)
+
+    # Third sweep: the gradient.
+    if grad_ptr is not None:
+        factor = 1.0
+        if FINISHED_GRAD:
+            factor = grad_factor(
+                scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN
+            )
+        for start in range(0, C, BLOCK_C):
+            column = start + tl.arange(0, BLOCK_C)
+            inside = (column < C)[None, :]
+            z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
+            e = tl.exp2((z_s - s_max[:, None]) * LOG2E)
+            t = _load_targets(
+                target_ptr, target_stride, label_smoothing, row, column, inside, target, C
+            )
+            grad = task[:, None] * (e * (t_sum / s_sum)[:, None] - t)
+            for m in tl.static_range(M):
+                if tl.max(actives[m].to(tl.int32), 0) > 0:
+                    z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
+                    e_m = tl.exp2(soften(z_m, maxima[m], taus_m[m]))
+                    e_s = tl.exp2(soften(z_s, s_max, taus_s[m]))
+                    grad += e_s * pulls_s[m][:, None] - e_m * pulls_m[m][:, None]
+            grad = tl.where(sick[:, None], float("nan"), grad * factor)
+            grad = tl.where(valid[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
+            tl.store(grad_ptr + row[:, None] * C + column[None, :], grad, mask=inside)
+
+    loss = tl.where(sick, float("nan"), loss)
+    store_line(lines_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
+    if report_ptr is not None:
+        for m in tl.static_range(M):
+            rank = tl.where(valid, shares[m] * M, 0.0)
+            store_line(lines_ptr, 1 + m, row, n_rows, actives[m].to(tl.float32))
+            store_line(lines_ptr, 1 + M + m, row, n_rows, rank)
+            store_line(lines_ptr, 1 + 2 * M + m, row, n_rows, tl.where(valid, taus_m[m], 0.0))
+            store_line(lines_ptr, 1 + 3 * M + m, row, n_rows, kls[m])
+        confidence = tl.where(valid, tl.exp2(ell_s * LOG2E), 0.0)
+        cross_entropy = tl.where(valid, tl.where(sick, float("nan"), -own_ell), 0.0)
+        store_line(lines_ptr, 1 + 4 * M, row, n_rows, confidence)
+        store_line(lines_ptr, 2 + 4 * M, row, n_rows, cross_entropy)
+    if count_ptr is not None:
+        finish(
+            lines_ptr,
+            loss_ptr,
+            count_ptr,
+            report_ptr,
+            counter_ptr,
+            target_ptr,
+            target_stride,
+            ignore_index,
+            n_rows,
+            M,
+            MEAN,
+            BLOCK_LINES,
+            BLOCK_R,
+        )

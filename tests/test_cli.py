@@ -1,0 +1,331 @@
+"""The commands, and what a newcomer reads when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from classroomkd import cli
+from classroomkd.models import NetworkInfo, create, save_network
+from classroomkd.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_classes(root: Path, count: int, classes=("cat", "dog", "eel"), seed: int = 0) -> Path:
+    """Folders of noise images, each class brighter than the one before."""
+    rng = np.random.default_rng(seed)
+    for level, name in enumerate(classes):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = rng.integers(0, 156, (8, 8, 3)) + 50 * level
+            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory) -> Path:
+    """A data set with train/ and val/."""
+    root = tmp_path_factory.mktemp("split")
+    write_classes(root / "train", 12)
+    write_classes(root / "val", 5, seed=1)
+    return root
+
+
+@pytest.fixture(scope="module")
+def one_folder(tmp_path_factory) -> Path:
+    """A data set that is split by seed."""
+    return write_classes(tmp_path_factory.mktemp("one"), 20)
+
+
+def network(path: Path, classes=("cat", "dog", "eel"), architecture: str = "resnet8") -> Path:
+    """A checkpoint with info."""
+    torch.manual_seed(0)
+    info = NetworkInfo(architecture, list(classes), (0.5,) * 3, (0.25,) * 3, 8)
+    save_network(path, create(architecture, len(classes)), info)
+    return path
+
+
+def train(data: Path, out: Path, *options: str, mentors=("resnet8",), student="resnet8") -> int:
+    small = ["--epochs", "1", "--batch-size", "8", "--image-size", "8"]
+    networks = ["--student", student, "--mentors", *map(str, mentors)]
+    return cli.main(["train", "--data", str(data), "--out", str(out), *networks, *small, *options])
+
+
+def error_of(capsys, status: int) -> str:
+    """The message of a command that ended with ``status``, checked to be a newcomer's error."""
+    captured = capsys.readouterr()
+    assert status == 2
+    lines = captured.err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("classroomkd: error: ")
+    for unwanted in ("Traceback", "usage"):
+        assert unwanted not in captured.err + captured.out
+    return lines[0].removeprefix("classroomkd: error: ")
+
+
+def measured(output: str) -> dict[str, float]:
+    """The numbers that evaluate printed."""
+    found = dict(re.findall(r"^(images|top-1|top-5|loss) +([\d.]+)%?$", output, re.MULTILINE))
+    return {name: float(value) for name, value in found.items()}
+
+
+# ---------------------------------------------------------------- what works
+
+
+def test_quickstart_from_the_command_line(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "classroomkd", "quickstart", "--epochs", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    run = tmp_path / "runs" / "quickstart"
+    assert done.stdout.splitlines()[-1] == "report: runs/quickstart/report.html"
+    assert "599 held-out images" in done.stdout
+    summary = json.loads((run / "summary.json").read_text())
+    assert [(r["phase"], r["name"]) for r in summary["results"]] == [
+        ("mentor", "resnet20"),
+        ("mentor", "resnet14"),
+        ("mentor", "resnet8"),
+        ("alone", "resnet8"),
+        ("classroom", "resnet8"),
+    ]
+    for result in summary["results"]:
+        assert f"{result['top1']:.2%}" in done.stdout
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["test_share"], config["flip"], config["seed"]) == (1 / 3, False, 0)
+    for name in ("config.yaml", "report.html", "student.safetensors", "student_alone.safetensors"):
+        assert (run / name).stat().st_size > 0
+
+
+def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert train(split, out, "--mentor-epochs", "2", mentors=("resnet8", "mobilenetv2")) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["data"] == {
+        "name": split.name,
+        "classes": 3,
+        "train_images": 36,
+        "test_images": 15,
+    }
+    assert [r["epochs"] for r in summary["results"]] == [2, 2, 1, 1]
+    capsys.readouterr()
+    student = summary["results"][-1]
+    checkpoint = out / "checkpoints" / "classroom-resnet8.pt"
+    for file in (out, out / "student.safetensors", checkpoint):
+        assert cli.main(["evaluate", str(file), "--data", str(split)]) == 0
+        numbers = measured(capsys.readouterr().out)
+        assert numbers["images"] == 15
+        assert numbers["top-1"] == pytest.approx(100 * student["top1"], abs=0.006)
+        assert numbers["top-5"] == pytest.approx(100 * student["top5"], abs=0.006)
+        assert numbers["loss"] == pytest.approx(student["loss"], abs=6e-5)
+
+
+def test_evaluate_measures_on_the_split_of_the_run(one_folder: Path, tmp_path: Path, capsys):
+    out = tmp_path / "run"
+    assert train(one_folder, out, "--seed", "5", "--test-share", "0.3") == 0
+    loss = json.loads((out / "summary.json").read_text())["results"][-1]["loss"]
+    capsys.readouterr()
+    for file in (out, out / "student.safetensors", out / "checkpoints" / "classroom-resnet8.pt"):
+        assert cli.main(["evaluate", str(file), "--data", str(one_folder)]) == 0
+        numbers = measured(capsys.readouterr().out)
+        assert (numbers["images"], numbers["loss"]) == (18, pytest.approx(loss, abs=6e-5))
+    # Elsewhere the defaults hold, and the command line overrides both.
+    (tmp_path / "copy.safetensors").write_bytes((out / "student.safetensors").read_bytes())
+    for file, options, images in (
+        (tmp_path / "copy.safetensors", [], 12),
+        (out, ["--test-share", "0.5"], 30),
+    ):
+        assert cli.main(["evaluate", str(file), "--data", str(one_folder), *options]) == 0
+        assert measured(capsys.readouterr().out)["images"] == images
+
+
+def test_evaluate_of_a_foreign_checkpoint_says_what_it_assumes(split, tmp_path, capsys):
+    torch.manual_seed(0)
+    torch.save({"state_dict": create("resnet8", 3).state_dict()}, tmp_path / "theirs.pth")
+    assert cli.main(["evaluate", str(tmp_path / "theirs.pth"), "--data", str(split)]) == 0
+    output = capsys.readouterr().out
+    assert "does not say how its images were prepared" in output
+    assert measured(output)["images"] == 15
+
+
+def test_mentors_from_files_and_run_folders(split: Path, tmp_path: Path, capsys):
+    first = tmp_path / "first"
+    assert train(split, first) == 0
+    mentors = (first / "mentors" / "resnet8.safetensors", first)
+    assert train(split, tmp_path / "second", mentors=mentors) == 0
+    results = {
+        name: json.loads((tmp_path / name / "summary.json").read_text())["results"]
+        for name in ("first", "second")
+    }
+    taught = results["first"][-1] | {"phase": "mentor", "name": "resnet8-2"}
+    for result, own in zip(results["second"], (results["first"][0], taught), strict=False):
+        assert not result["trained"]
+        assert result == own | {"trained": False, "epochs": None}
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["train", "--help"], ["--version"]):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 0
+    assert re.search(r"^classroomkd \d+\.\d+", capsys.readouterr().out, re.MULTILINE)
+
+
+# ---------------------------------------------------------------- what a newcomer gets wrong
+
+
+def test_missing_folder(tmp_path: Path, capsys):
+    message = error_of(capsys, train(tmp_path / "absent", tmp_path / "run"))
+    assert str(tmp_path / "absent") in message
+    status = cli.main(
+        ["evaluate", str(network(tmp_path / "a.safetensors")), "--data", str(tmp_path / "absent")]
+    )
+    assert str(tmp_path / "absent") in error_of(capsys, status)
+    assert not (tmp_path / "run").exists()
+    assert "two lines" in error_of(capsys, train(tmp_path / "two\nlines", tmp_path / "run"))
+
+
+def test_one_class_only(tmp_path: Path, capsys):
+    data = write_classes(tmp_path / "data", 4, classes=("cat",))
+    message = error_of(capsys, train(data, tmp_path / "run"))
+    assert "only one class" in message
+    assert "cat" in message
+
+
+def test_corrupt_image(tmp_path: Path, capsys):
+    data = write_classes(tmp_path / "data", 4)
+    broken = data / "dog" / "2.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert str(broken) in error_of(capsys, train(data, tmp_path / "run"))
+
+
+def test_mentor_of_another_number_of_classes(split: Path, tmp_path: Path, capsys):
+    mentor = network(tmp_path / "two.safetensors", classes=("cat", "dog"))
+    message = error_of(capsys, train(split, tmp_path / "run", mentors=("resnet8", mentor)))
+    assert str(mentor) in message
+    assert "2 classes" in message
+    assert "has 3" in message
+
+
+def test_mentor_of_other_classes(split: Path, tmp_path: Path, capsys):
+    mentor = network(tmp_path / "other.safetensors", classes=("cat", "cow", "eel"))
+    message = error_of(capsys, train(split, tmp_path / "run", mentors=(mentor,)))
+    assert "'cow'" in message
+    assert "'dog'" in message
+
+
+def test_student_of_another_number_of_classes(split: Path, tmp_path: Path, capsys):
+    student = network(tmp_path / "two.safetensors", classes=("cat", "dog"))
+    message = error_of(capsys, cli.main(["evaluate", str(student), "--data", str(split)]))
+    assert "2 classes" in message
+    assert "has 3" in message
+
+
+@pytest.mark.parametrize("names", [{"student": "resnet2O"}, {"mentors": ("resnet8", "resnet2O")}])
+def test_unknown_model_name_suggests_near_ones(split: Path, tmp_path: Path, capsys, names):
+    message = error_of(capsys, train(split, tmp_path / "run", **names))
+    assert "'resnet2O'" in message
+    assert "resnet20" in message
+
+
+def test_checkpoint_of_another_network(split: Path, tmp_path: Path, capsys):
+    torch.save(nn.Linear(3, 3).state_dict(), tmp_path / "linear.pt")
+    message = error_of(capsys, train(split, tmp_path / "run", mentors=(tmp_path / "linear.pt",)))
+    assert str(tmp_path / "linear.pt") in message
+    # It says it is a resnet14 but holds the weights of a resnet8.
+    liar = network(tmp_path / "liar.safetensors")
+    info = NetworkInfo("resnet14", ["cat", "dog", "eel"], (0.5,) * 3, (0.25,) * 3, 8)
+    save_network(liar, create("resnet8", 3), info)
+    message = error_of(capsys, cli.main(["evaluate", str(liar), "--data", str(split)]))
+    assert str(liar) in message
+    assert "resnet14" in message
+
+
+@pytest.mark.parametrize("file", ["absent.safetensors", "absent.pt", "folder/absent"])
+def test_missing_checkpoint(split: Path, tmp_path: Path, capsys, file):
+    message = error_of(capsys, train(split, tmp_path / "run", mentors=(tmp_path / file,)))
+    assert file in message
+
+
+def test_folder_that_is_in_use(split: Path, tmp_path: Path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("precious")
+    assert str(tmp_path / "run") in error_of(capsys, train(split, tmp_path / "run"))
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--epochs", "0"], "--epochs"),
+        (["--epochs", "many"], "many"),
+        (["--batch-size", "-1"], "--batch-size"),
+        (["--temperature", "0"], "--temperature"),
+        (["--temperature", "nan"], "--temperature"),
+        (["--learning-rate", "inf"], "--learning-rate"),
+        (["--test-share", "1"], "--test-share"),
+        (["--seed", "-1"], "--seed"),
+        (["--ranking", "class"], "class"),
+        (["--device", "toaster"], "toaster"),
+        (["--device", "meta"], "meta"),
+        (["--device", "cuda:99"], "cuda:99"),
+        (["--sudent", "x"], "--sudent"),
+        (["--student", "vgg8", "--image-size", "1"], "vgg8"),
+        (["--student", "resnet8", "--image-size", "1", "--batch-size", "1"], "--batch-size"),
+    ],
+)
+def test_values_that_cannot_be(split: Path, tmp_path: Path, capsys, options, part):
+    assert part in error_of(capsys, train(split, tmp_path / "run", *options))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate"]])
+def test_incomplete_command(capsys, arguments):
+    assert "--help" in error_of(capsys, cli.main(arguments))
+
+
+def test_error_in_a_process_of_its_own(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-m", "classroomkd", "evaluate", "absent.pt", "--data", "absent"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"classroomkd: error: .*absent\.pt.*\n", done.stderr)
+
+
+def test_interruption(split: Path, tmp_path: Path, capsys, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", interrupt)
+    assert train(split, tmp_path / "run") == 130
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("classroomkd: interrupted: ")
+    assert str(tmp_path / "run") in lines[0]

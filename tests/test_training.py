@@ -1,0 +1,628 @@
+"""The trainer, the schedules, the run folder and a whole small classroom."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from rich.console import Console
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from classroomkd import ClassroomLoss, classroom_loss
+from classroomkd.data import Augmentation, ImageSet, ResidentLoader, channel_statistics
+from classroomkd.errors import UserError
+from classroomkd.models import NetworkInfo, create, load_network, save_network
+from classroomkd.training import classroom as classroom_module
+from classroomkd.training.classroom import Classroom, ClassroomConfig
+from classroomkd.training.evaluation import evaluate, evaluation_loader
+from classroomkd.training.mentors import MentorConfig, Renormalised, fit_to_data
+from classroomkd.training.run import Run, choose_folder
+from classroomkd.training.schedule import mentor_learning_rate, student_learning_rate
+from classroomkd.training.trainer import Trainer
+
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # networks this small only wait for more
+    yield
+    torch.set_num_threads(threads)
+
+
+def colours(count: int, seed: int = 0, size: int = 8) -> ImageSet:
+    """Noise in which the channel of the class is brighter: separable, but not trivially."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(count) % 3
+    images = rng.integers(0, 200, (count, size, size, 3))
+    images[np.arange(count), :, :, targets] += 55
+    return ImageSet(images.astype(np.uint8), targets.astype(np.int64), CLASSES)
+
+
+def info_of(image_set: ImageSet, architecture: str = "resnet8") -> NetworkInfo:
+    size = image_set.images.shape[1]
+    return NetworkInfo(architecture, image_set.classes, *channel_statistics(image_set), size)
+
+
+def batches(image_set: ImageSet, batch_size: int = 8, seed: int = 0) -> ResidentLoader:
+    mean, std = channel_statistics(image_set)
+    return ResidentLoader(
+        image_set,
+        batch_size,
+        mean=mean,
+        std=std,
+        augmentation=Augmentation(1, True),
+        shuffle=True,
+        drop_last=True,
+        seed=seed,
+    )
+
+
+def network(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3)
+    )
+
+
+def values_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# ---------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("epoch", "student", "mentor"),
+    [  # of 240, counted from 1
+        (1, 0.05, 0.05),
+        (61, 0.03, 0.05),
+        (120, 0.01 + 0.04 / 120, 0.05),
+        (121, 0.01, 0.05),
+        (150, 0.01, 0.05),
+        (151, 1e-3, 5e-3),
+        (180, 1e-3, 5e-3),
+        (181, 1e-4, 5e-4),
+        (211, 1e-5, 5e-5),
+        (240, 1e-5, 5e-5),
+    ],
+)
+def test_schedules_are_the_published_ones_at_240_epochs(epoch, student, mentor):
+    progress = (epoch - 1) / 240
+    assert student_learning_rate(progress) == pytest.approx(student, rel=1e-12)
+    assert mentor_learning_rate(progress) == pytest.approx(mentor, rel=1e-12)
+    assert student_learning_rate(progress, peak=0.5) == pytest.approx(10 * student, rel=1e-12)
+
+
+def test_schedule_scales_with_the_epochs():
+    rates = [student_learning_rate(done / 8) for done in range(8)]
+    assert rates == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01, 1e-3, 1e-4, 1e-5], rel=1e-12)
+
+
+# ---------------------------------------------------------------- the trainer
+
+
+def test_trainer_learns_a_separable_problem():
+    trainer = Trainer(
+        network(0), batches(colours(96)), name="toy", epochs=6, schedule=mentor_learning_rate
+    )
+    records = [trainer.train_epoch(epoch) for epoch in range(1, 7)]
+    assert records[0]["train_loss"] > 0.2 > 0.1 > records[-1]["train_loss"]
+    assert records[-1]["train_top1"] > 0.95
+    held_out = colours(60, seed=1)
+    with evaluation_loader(held_out, info_of(colours(96)), torch.device("cpu")) as loader:
+        assert evaluate(trainer.network, loader).top1 > 0.9
+
+
+@pytest.mark.parametrize("mentor_seeds", [(), (1, 2)])
+def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
+    image_set = colours(44)  # 5 batches of 8 and an incomplete one, which is dropped
+    mentors = {f"m{seed}": network(seed) for seed in mentor_seeds}
+    trained, expected = network(0), network(0)
+    trainer = Trainer(
+        trained,
+        batches(image_set),
+        name="toy",
+        epochs=2,
+        schedule=lambda progress: 0.1 * (1 - progress),
+        mentors=mentors,
+        loss=ClassroomLoss(temperature=4.0),
+    )
+    records = [trainer.train_epoch(epoch) for epoch in (1, 2)]
+
+    reference = {name: copy.deepcopy(mentor).eval() for name, mentor in mentors.items()}
+    velocity = [torch.zeros_like(parameter) for parameter in expected.parameters()]
+    for epoch, rate in ((1, 0.1), (2, 0.05)):
+        losses, hits, reports = [], 0, []
+        loader = batches(image_set)
+        loader.set_epoch(epoch)
+        for images, targets, _ in loader:
+            logits = expected(images)
+            if reference:
+                taught = torch.stack([mentor(images).detach() for mentor in reference.values()])
+                loss, report = classroom_loss(
+                    logits, taught, targets, temperature=4.0, return_report=True
+                )
+                reports.append(report)
+            else:
+                loss = F.cross_entropy(logits, targets)
+            losses.append(loss.item())
+            hits += int((logits.argmax(1) == targets).sum())
+            gradients = torch.autograd.grad(loss, list(expected.parameters()))
+            with torch.no_grad():
+                for parameter, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
+                    v.mul_(0.9).add_(g + 5e-4 * parameter)
+                    parameter.sub_(rate * v)
+        record = records[epoch - 1]
+        assert len(losses) == 5
+        assert record["learning_rate"] == pytest.approx(rate)
+        assert record["train_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+        assert record["train_top1"] == pytest.approx(hits / 40, abs=1e-9)
+        for index, name in enumerate(reference):
+            means = record["mentors"][name]
+            for field in ("active_share", "rank_weight", "temperature"):
+                values = [getattr(report, field)[index].item() for report in reports]
+                assert means[field] == pytest.approx(np.mean(values), rel=1e-4)
+    for ours, theirs in zip(trained.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def scripted_loss(active_shares, kls):
+    """A loss that ignores the mentors and reports, batch after batch, what it was told."""
+    script = iter(zip(active_shares, kls, strict=True))
+
+    def loss(student, mentors, targets, *, return_report):
+        assert return_report
+        active, kl = next(script)
+        report = SimpleNamespace(
+            active_share=torch.tensor([active, 0.0]),
+            rank_weight=torch.tensor([1.5, 0.5]),
+            temperature=torch.tensor([3.0, 1.0]),
+            kl=torch.tensor([kl, 0.0]),
+            student_confidence=torch.tensor(0.25),
+            task_loss=torch.tensor(2.0),
+        )
+        return F.cross_entropy(student, targets), report
+
+    return loss
+
+
+def test_record_averages_kl_over_the_rows_that_were_taught():
+    trainer = Trainer(
+        network(0),
+        batches(colours(16)),
+        name="toy",
+        epochs=1,
+        schedule=mentor_learning_rate,
+        mentors={"busy": network(1), "idle": network(2)},
+        loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
+    )
+    record = trainer.train_epoch(1)
+    assert record["mentors"]["busy"] == pytest.approx(
+        {"active_share": 0.625, "rank_weight": 1.5, "temperature": 3.0, "kl": 0.36}
+    )  # (8 · 0.2 + 2 · 1.0) / 10
+    assert record["mentors"]["idle"]["kl"] == 0.0
+    assert (record["task_loss"], record["student_confidence"]) == (2.0, 0.25)
+
+
+class _NoHostReads(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_step_reads_a_value_back():
+    trainer = Trainer(
+        network(0),
+        batches(colours(16)),
+        name="toy",
+        epochs=1,
+        schedule=mentor_learning_rate,
+        mentors={"a": network(1), "b": network(2)},
+        loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
+    )
+    with _NoHostReads():
+        trainer.train_epoch(1)
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            torch.zeros(1).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_step_waits_for_the_gpu():
+    image_set, device = colours(64), torch.device("cuda")
+    mean, std = channel_statistics(image_set)
+    loader = ResidentLoader(
+        image_set,
+        8,
+        mean=mean,
+        std=std,
+        augmentation=Augmentation(1, True),
+        shuffle=True,
+        drop_last=True,
+        device=device,
+    )
+    trainer = Trainer(
+        network(0).to(device),
+        loader,
+        name="toy",
+        epochs=2,
+        schedule=mentor_learning_rate,
+        mentors={"a": network(1).to(device), "b": network(2).to(device)},
+        loss=ClassroomLoss(),
+    )
+    trainer.train_epoch(1)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for images, targets, _ in loader:
+            trainer._step(images, targets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_mentors_stay_what_they_are_bit_for_bit():
+    mentors = {"a": network(1).train(), "b": network(2)}
+    before = {name: values_of(mentor) for name, mentor in mentors.items()}
+    student = network(0)
+    start = values_of(student)
+    trainer = Trainer(
+        student,
+        batches(colours(32)),
+        name="toy",
+        epochs=1,
+        schedule=mentor_learning_rate,
+        mentors=mentors,
+        loss=ClassroomLoss(),
+    )
+    trainer.train_epoch(1)
+    assert not same(start, values_of(student))
+    for name, mentor in mentors.items():
+        assert same(before[name], values_of(mentor))
+        assert not mentor.training
+        assert all(not p.requires_grad and p.grad is None for p in mentor.parameters())
+
+
+class _Mentor(nn.Module):
+    """Rules a class out for one image; after some healthy calls gives it no number at all."""
+
+    def __init__(self, healthy_calls: int) -> None:
+        super().__init__()
+        self.inner, self.left = network(5), healthy_calls
+
+    def forward(self, images):
+        logits = self.inner(images).clone()
+        self.left -= 1
+        logits[0, 2] = -math.inf if self.left >= 0 else math.nan
+        return logits
+
+
+def test_a_sick_mentor_stops_the_training_by_name():
+    trainer = Trainer(
+        network(0),
+        batches(colours(48)),  # 6 steps
+        name="resnet8 in the classroom",
+        epochs=3,
+        schedule=lambda _: 1e-3,
+        mentors={"well": _Mentor(healthy_calls=99), "sick": _Mentor(healthy_calls=8)},
+        loss=ClassroomLoss(),
+    )
+    trainer.require_finite(trainer.train_epoch(1) | {"test_loss": 1.0})
+    record = trainer.train_epoch(2) | {"test_loss": 1.0}
+    with pytest.raises(UserError) as caught:
+        trainer.require_finite(record)
+    message = str(caught.value)
+    assert message.startswith("resnet8 in the classroom, epoch 2: train_loss is nan")
+    assert "mentor sick " in message
+
+
+@pytest.mark.parametrize(("rate", "test_loss"), [(1e20, 1.0), (1e-3, math.inf)])
+def test_divergence_is_not_blamed_on_a_mentor(rate, test_loss):
+    trainer = Trainer(
+        network(0),
+        batches(colours(32)),
+        name="resnet8",
+        epochs=1,
+        schedule=lambda _: rate,
+        mentors={"well": network(1)},
+        loss=ClassroomLoss(),
+    )
+    with pytest.raises(UserError, match=r"resnet8, epoch 1: .* lower learning rate"):
+        trainer.require_finite(trainer.train_epoch(1) | {"test_loss": test_loss})
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+def test_evaluation_agrees_with_counting_by_hand():
+    rng = np.random.default_rng(0)
+    count, classes = 300, 7  # two batches
+    image_set = ImageSet(
+        rng.integers(0, 256, (count, 8, 8, 3), dtype=np.uint8),
+        rng.integers(0, classes, count),
+        [str(name) for name in range(classes)],
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes), nn.Dropout(0.5)).train()
+    info = info_of(image_set)
+    with evaluation_loader(image_set, info, torch.device("cpu")) as loader:
+        measured = evaluate(model, loader)
+
+    weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
+    top1 = top5 = loss = 0.0
+    for image, target in zip(image_set.images, image_set.targets, strict=True):
+        pixels = (image / 255 - info.mean) / info.std
+        logits = weight @ pixels.transpose(2, 0, 1).reshape(-1) + bias
+        rank = int((logits > logits[target]).sum())
+        top1, top5 = top1 + (rank == 0), top5 + (rank < 5)
+        loss += np.log(np.exp(logits).sum()) - logits[target]
+    assert (measured.top1, measured.top5) == pytest.approx((top1 / count, top5 / count), abs=1e-12)
+    assert measured.loss == pytest.approx(loss / count, rel=1e-5)
+    assert measured.images == count
+    assert not model.training
+
+
+def test_top5_of_three_classes_is_all():
+    with evaluation_loader(colours(9), info_of(colours(9)), torch.device("cpu")) as loader:
+        assert evaluate(network(0), loader).top5 == 1.0
+
+
+# ---------------------------------------------------------------- given mentors
+
+
+def test_renormalised_network_gives_the_logits_of_its_own_statistics():
+    image_set = colours(12)
+    data = info_of(image_set)
+    own = replace(data, mean=(0.2, 0.3, 0.4), std=(0.1, 0.2, 0.3))
+    model = network(3).eval()
+    fitted = fit_to_data(model, own, data, "mentor")
+    assert isinstance(fitted, Renormalised)
+    with (
+        evaluation_loader(image_set, data, torch.device("cpu")) as here,
+        evaluation_loader(image_set, own, torch.device("cpu")) as there,
+    ):
+        (images, *_), (own_images, *_) = next(iter(here)), next(iter(there))
+    with torch.no_grad():
+        torch.testing.assert_close(fitted(images), model(own_images), rtol=1e-4, atol=1e-5)
+        assert (model(images) - model(own_images)).abs().max() > 0.1  # it did matter
+    assert fit_to_data(model, data, data, "mentor") is model
+    assert fit_to_data(model, None, data, "mentor") is model
+
+
+def test_network_of_other_classes_is_refused():
+    data = info_of(colours(12))
+    with pytest.raises(UserError, match=r"mentor x tells 3 classes apart, the data has 2"):
+        fit_to_data(network(0), None, replace(data, classes=["a", "b"]), "mentor x")
+    other = replace(data, classes=["red", "blue", "green"])
+    with pytest.raises(UserError, match=r"class 1 is 'blue' there and 'green' in the data"):
+        fit_to_data(network(0), other, data, "mentor x")
+
+
+# ---------------------------------------------------------------- the run folder
+
+
+def test_run_writes_null_for_what_is_not_finite(tmp_path: Path):
+    run = Run(tmp_path / "run", {"seed": 3})
+    run.record({"epoch": 1, "train_loss": math.nan, "mentors": {"a": {"kl": math.inf}}})
+    run.record({"epoch": 2})
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"epoch": 1, "train_loss": None, "mentors": {"a": {"kl": None}}},
+        {"epoch": 2},
+    ]
+    with pytest.raises(UserError, match="cannot write to"):
+        Run(tmp_path / "run", {})  # a second run beside it
+
+
+def test_choice_of_the_folder(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert choose_folder(None, "quickstart") == Path("runs/quickstart")
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    (tmp_path / "runs/quickstart-2").mkdir()
+    assert choose_folder(None, "quickstart") == Path("runs/quickstart-3")
+    assert choose_folder(Path("runs/quickstart"), "x") == Path("runs/quickstart")  # empty
+    (tmp_path / "runs/quickstart/file").touch()
+    for path in (Path("runs"), Path("runs/quickstart/file"), Path("runs/quickstart/file/below")):
+        with pytest.raises(UserError, match=str(path)):
+            choose_folder(path, "x")
+
+
+# ---------------------------------------------------------------- a whole classroom
+
+CONFIG = ClassroomConfig(
+    data="colours",
+    student="resnet8",
+    mentors=(MentorConfig("resnet8", 2), MentorConfig("resnet14", 1), MentorConfig("resnet8", 1)),
+    epochs=2,
+    image_size=8,
+    padding=1,
+    flip=True,
+    test_share=0.2,
+    batch_size=8,
+)
+TRAINED = [  # in this order
+    ("mentor", "resnet8", 2),
+    ("mentor", "resnet14", 1),
+    ("mentor", "resnet8-2", 1),
+    ("alone", "resnet8", 2),
+    ("classroom", "resnet8", 2),
+]
+
+
+def hold(out: Path, **changes) -> dict:
+    quiet = Console(file=io.StringIO())
+    return Classroom(replace(CONFIG, **changes), quiet).run(colours(28), colours(13, seed=1), out)
+
+
+def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
+    out = tmp_path / "run"
+    summary = hold(out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["name"], line["epoch"], line["epochs"]) for line in lines] == [
+        (phase, name, epoch, epochs)
+        for phase, name, epochs in TRAINED
+        for epoch in range(1, epochs + 1)
+    ]
+    for line in lines:
+        assert line["images_per_second"] > 0 < line["seconds"]
+        assert ("mentors" in line) == (line["phase"] == "classroom")
+    assert list(lines[-1]["mentors"]) == ["resnet8", "resnet14", "resnet8-2"]
+    assert [line["learning_rate"] for line in lines[-4:]] == pytest.approx([0.05, 0.01] * 2)
+
+    assert summary == json.loads((out / "summary.json").read_text())
+    assert summary["data"] == {
+        "name": "colours",
+        "classes": 3,
+        "train_images": 28,
+        "test_images": 13,
+    }
+    assert [(r["phase"], r["name"], r["epochs"]) for r in summary["results"]] == TRAINED
+    last = {(line["phase"], line["name"]): line for line in lines}
+    data = info_of(colours(28))
+    files = {
+        **{("mentor", f.stem): f for f in (out / "mentors").iterdir()},
+        ("alone", "resnet8"): out / "student_alone.safetensors",
+        ("classroom", "resnet8"): out / "student.safetensors",
+    }
+    assert len(files) == 5
+    for result in summary["results"]:
+        key = result["phase"], result["name"]
+        assert (result["top1"], result["loss"]) == (last[key]["test_top1"], last[key]["test_loss"])
+        model, info, architecture = load_network(files[key])
+        assert architecture == result["architecture"] == result["name"].removesuffix("-2")
+        assert info == replace(data, architecture=architecture)
+        assert result["parameters"] == sum(p.numel() for p in model.parameters())
+        with evaluation_loader(colours(13, seed=1), info, torch.device("cpu")) as loader:
+            measured = evaluate(model, loader)
+        assert (measured.top1, measured.top5) == (result["top1"], result["top5"])
+        assert measured.loss == pytest.approx(result["loss"], rel=1e-5)
+        checkpoint = out / "checkpoints" / f"{key[0]}-{key[1]}.pt"
+        again, again_info, _ = load_network(checkpoint)
+        assert same(again.state_dict(), model.state_dict())
+        assert again_info == info
+        state = torch.load(checkpoint, weights_only=True)
+        assert state["epoch"] == result["epochs"]
+        assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["student"], config["mentors"][1]) == (
+        "resnet8",
+        {"source": "resnet14", "epochs": 1},
+    )
+    assert (out / "report.html").stat().st_size > 0
+
+
+def test_same_seed_same_bits(tmp_path: Path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.rand(7)  # what the process drew before does not matter
+        hold(tmp_path / name, seed=seed)
+    for file in (
+        "student.safetensors",
+        "student_alone.safetensors",
+        "mentors/resnet14.safetensors",
+    ):
+        first, again, other = ((tmp_path / name / file).read_bytes() for name in "abc")
+        assert first == again
+        assert first != other
+
+
+def test_student_starts_alike_alone_and_in_the_classroom(tmp_path: Path, monkeypatch):
+    starts, seen = {}, {}
+
+    class Spy(Trainer):
+        def __init__(self, model, loader, **options):
+            super().__init__(model, loader, **options)
+            starts[self.name] = values_of(model)
+            loader.set_epoch(2)
+            seen[self.name] = [torch.cat([i.flatten() for i in batch]) for batch in loader]
+
+    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    hold(tmp_path / "run")
+    alone, taught = "resnet8 alone", "resnet8 in the classroom"
+    assert same(starts[alone], starts[taught])
+    assert torch.equal(torch.stack(seen[alone]), torch.stack(seen[taught]))
+    for first, second in ((alone, "resnet8"), ("resnet8", "resnet8-2")):
+        assert not same(starts[first], starts[second])
+        assert not torch.equal(torch.stack(seen[first]), torch.stack(seen[second]))
+
+
+def given(path: Path, weight: float = 0.0) -> str:
+    """A checkpoint of resnet8 with other statistics, its classifier's bias all ``weight``."""
+    torch.manual_seed(0)
+    model = create("resnet8", 3)
+    nn.init.constant_(model.fc.bias, weight)
+    save_network(path, model, NetworkInfo("resnet8", CLASSES, (0.5,) * 3, (0.25,) * 3, 8))
+    return str(path)
+
+
+def test_given_mentor_teaches_untrained_here(tmp_path: Path):
+    source = given(tmp_path / "mine.safetensors")
+    mentors = (MentorConfig("resnet8", 1), MentorConfig(source, None))
+    summary = hold(tmp_path / "run", mentors=mentors)
+    assert [(r["name"], r["trained"], r["epochs"]) for r in summary["results"][:2]] == [
+        ("resnet8", True, 1),
+        ("resnet8-2", False, None),
+    ]
+    model, info, _ = load_network(Path(source))
+    with evaluation_loader(colours(13, seed=1), info, torch.device("cpu")) as loader:
+        measured = evaluate(model, loader)
+    assert summary["results"][1]["loss"] == pytest.approx(measured.loss, rel=1e-4)
+
+
+def test_sick_given_mentor_is_refused_before_training(tmp_path: Path):
+    source = given(tmp_path / "mine.safetensors", weight=math.nan)
+    mentors = (MentorConfig("resnet8", 1), MentorConfig(source, None))
+    with pytest.raises(UserError, match=r"mentor resnet8-2: its loss .* is nan"):
+        hold(tmp_path / "run", mentors=mentors)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
+
+
+def test_divergence_is_recorded_and_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(
+        classroom_module, "mentor_learning_rate", lambda done, peak: 1e30 if done else peak
+    )
+    with pytest.raises(UserError, match=r"resnet8, epoch 2: .* lower learning rate"):
+        hold(tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
+    assert json.loads(lines[1])["test_loss"] is None
+    state = torch.load(tmp_path / "run" / "checkpoints" / "mentor-resnet8.pt", weights_only=True)
+    assert state["epoch"] == 1
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_set_smaller_than_a_batch_is_used_whole(tmp_path: Path, monkeypatch):
+    sizes = []
+
+    class Spy(Trainer):
+        def _step(self, images, targets):
+            sizes.append(len(targets))
+            return super()._step(images, targets)
+
+    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    hold(tmp_path / "run", mentors=(MentorConfig("resnet8", 1),), epochs=1, batch_size=64)
+    assert sizes == [28, 28, 28]
+
+
+def test_interruption_says_where_the_run_is(tmp_path: Path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_step", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=str(tmp_path / "run")):
+        hold(tmp_path / "run")
