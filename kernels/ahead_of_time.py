@@ -21,11 +21,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
-from classroomkd.kernels.launch import Blocks, alignment, blocks, scaling_blocks
+from classroomkd.kernels.launch import (
+    Blocks,
+    alignment,
+    blocks,
+    scaling_blocks,
+    sum_blocks,
+    tile_blocks,
+)
+from classroomkd.kernels.tiled import tiled_classroom_kernel, tiled_confidence_kernel
 
 KERNELS = {
     "classroom": classroom_kernel,
     "confidence": confidence_kernel,
+    "tiled_classroom": tiled_classroom_kernel,
+    "tiled_confidence": tiled_confidence_kernel,
     "scale_rows": scale_rows_kernel,
 }
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
@@ -57,69 +67,76 @@ def compile_kernel(
     mentoring: str = "adaptive",
     class_probabilities: bool = False,
     rounded: bool = False,
+    reduction: str = "mean",
     with_grad: bool = True,
-    with_statistics: bool = False,
+    finished_grad: bool = False,
+    with_report: bool = False,
 ) -> Compiled:
     """Compile one kernel as a launch with these options would.
 
     Args:
-        kernel: "classroom", "confidence" (ranking "batch" runs it first) or "scale_rows"
-            (autograd's backward).
+        kernel: "classroom", "confidence" (ranking "batch" runs it first), of which a launch takes
+            the ones over tiles where the rows need it, or "scale_rows" (autograd's backward).
         target: "cuda:<compute capability × 10>" or "hip:<architecture>".
         dtype: of all logits, in Triton's words: "fp32", "fp16" or "bf16".
-        ranking, knowledge_filter, mentoring: as in the loss.
+        ranking, knowledge_filter, mentoring, reduction: as in the loss.
         class_probabilities: targets [B, C], smoothed; otherwise class indices.
         rounded: with ``rank_decimals``.
-
-    Raises:
-        ValueError: so many classes and mentors do not fit the kernel.
+        finished_grad: as for `fused_classroom_loss_and_grad`, with a scale.
 
     """
     backend, architecture = target.split(":")
     cuda = backend == "cuda"
     warp_size = 32 if cuda else 64
-    cut = scaling_blocks(n_classes) if kernel == "scale_rows" else None
-    cut = cut or blocks(n_classes, n_mentors, warp_size)
-    if cut is None:
-        raise ValueError(f"{n_classes} classes with {n_mentors} mentors do not fit the kernel")
+    if kernel == "scale_rows":
+        cut = scaling_blocks(n_classes)
+    else:
+        cut = blocks(n_classes, n_mentors, warp_size)
+        if cut is None:
+            cut = tile_blocks(warp_size)
+            kernel = f"tiled_{kernel}"
+    n_lines = n_mentors + 2 if "confidence" in kernel else 4 * n_mentors + 3 if with_report else 1
 
-    mentors = (f"*{dtype}",) * n_mentors
-    inputs = {
-        "student_ptr": f"*{dtype}",
-        "mentor_ptrs": mentors,
+    logits, one = f"*{dtype}", "*fp32"
+    arguments = {
+        "student_ptr": logits,
+        "mentor_ptrs": (logits,) * n_mentors,
         "target_ptr": "*fp32" if class_probabilities else "*i64",
+        "mentor_weight_ptr": None,
+        "ell_ptr": "*fp32",
+        "sums_ptr": "*fp32",
+        "ell_sums_ptr": "*fp32" if ranking == "batch" else None,
+        "lines_ptr": "*fp32",
+        "grad_ptr": logits if with_grad else None,
+        "out_ptr": logits,
+        "factor_ptr": "*fp32",
+        "loss_ptr": one if reduction != "none" else None,
+        "count_ptr": one if reduction != "none" or with_report else None,
+        "report_ptr": "*fp32" if with_report else None,
+        "counter_ptr": "*i32",
+        "scale_ptr": one if finished_grad else None,
+        "n_valid_ptr": None,
         "student_stride": "i32",
         "mentor_strides": ("i32",) * n_mentors,
         "target_stride": "i32" if class_probabilities else None,
+        "factor_stride": "i32",
         "n_rows": "i32",
+        "temperature": "fp32",
+        "task_weight": None,
         "label_smoothing": "fp32" if class_probabilities else None,
+        "share_scale": "fp32" if rounded else None,
         "ignore_index": "i32",
+        "C": n_classes,
+        "BLOCK_C": cut.BLOCK_C,
+        "ROWS": cut.ROWS,
         "ALIGN": alignment([n_classes]),
+        **sum_blocks(n_lines),
+        "KNOWLEDGE_FILTER": tl.constexpr(knowledge_filter),
+        "MENTORING": tl.constexpr(mentoring),
+        "RANK_WEIGHTING": True,
+        "MEAN": reduction == "mean",
+        "FINISHED_GRAD": finished_grad,
     }
-    arguments = {
-        "classroom": inputs
-        | {
-            "mentor_weight_ptr": None,
-            "batch_ell_ptr": "*fp32" if ranking == "batch" else None,
-            "loss_ptr": "*fp32",
-            "grad_ptr": f"*{dtype}" if with_grad else None,
-            "statistics_ptr": "*fp32" if with_statistics else None,
-            "temperature": "fp32",
-            "task_weight": None,
-            "share_scale": "fp32" if rounded else None,
-            "KNOWLEDGE_FILTER": tl.constexpr(knowledge_filter),
-            "MENTORING": tl.constexpr(mentoring),
-            "RANK_WEIGHTING": True,
-        },
-        "confidence": inputs | {"ell_ptr": "*fp32"},
-        "scale_rows": {
-            "grad_ptr": f"*{dtype}",
-            "factor_ptr": "*fp32",
-            "out_ptr": f"*{dtype}",
-            "factor_stride": "i32",
-            "n_rows": "i32",
-        },
-    }[kernel] | {"C": n_classes, "BLOCK_C": cut.BLOCK_C, "ROWS": cut.ROWS}
     compiled = triton.compile(
         _source(KERNELS[kernel], arguments),
         target=GPUTarget(backend, int(architecture) if cuda else architecture, warp_size),

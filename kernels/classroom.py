@@ -37,11 +37,12 @@ import triton.language as tl
 
 from classroomkd.kernels.device import (
     LOG2E,
-    count_valid,
+    batch_ell,
     cross_terms,
     divergence,
     finish,
     floored,
+    grad_factor,
     is_last_program,
     lesson_weight,
     load_tile,
@@ -49,8 +50,14 @@ from classroomkd.kernels.device import (
     share_of,
     smoothed,
     soften,
+    store_grad,
+    store_lesson,
     store_line,
+    store_row_loss,
+    store_student,
     sum_lines,
+    task_loss,
+    task_weights,
 )
 
 
@@ -64,6 +71,7 @@ def _targets(
     column,
     n_rows,
     C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Which rows count and which name no class; the target class as a mask; t and its sum.
 
@@ -80,7 +88,7 @@ def _targets(
     else:
         valid = in_range
         out_of_range = row < 0
-        offsets = row[:, None] * target_stride + column[None, :]
+        offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         best = tl.max(t, 1)
         first = tl.min(tl.where(inside & (t == best[:, None]), column[None, :], C), 1)
@@ -137,7 +145,7 @@ def confidence_kernel(
     column = tl.arange(0, BLOCK_C)
     inside = (row < n_rows)[:, None] & (column < C)[None, :]
     valid, out_of_range, is_target, t, t_sum = _targets(
-        target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C
+        target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
@@ -214,7 +222,7 @@ def classroom_kernel(
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
     valid, out_of_range, is_target, t, t_sum = _targets(
-        target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C
+        target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
@@ -227,15 +235,10 @@ def classroom_kernel(
     if ell_sums_ptr is None:
         ell_s = floored(own_ell)
     else:
-        n_ranked = tl.maximum(tl.load(ell_sums_ptr + M + 1), 1.0)
-        ell_s = floored(tl.load(ell_sums_ptr) / n_ranked) + tl.zeros([ROWS], tl.float32)
+        ell_s = batch_ell(ell_sums_ptr, 0, M, s_max)
         sick = sick | (ell_s != ell_s)
-    if task_weight is None:
-        task = tl.exp2(ell_s * LOG2E)
-    else:
-        task = tl.zeros([ROWS], tl.float32) + task_weight
-    # 0 · log 0 is 0: a confidence of 0 takes an infinite cross-entropy with it.
-    loss = tl.where(task == 0.0, 0.0, task * -own_ell)
+    task = task_weights(ell_s, task_weight)
+    loss = task_loss(task, own_ell)
     if grad_ptr is not None:
         if ONE_CLASS:
             grad = task[:, None] * (e / e_sum[:, None] - tl.where(is_target, 1.0, 0.0))
@@ -254,8 +257,7 @@ def classroom_kernel(
             ell_m, _, _ = _log_confidence(z_m, m_max, is_target, t, t_sum, ONE_CLASS)
             ell_m = floored(ell_m)
         else:
-            ell_m = tl.load(ell_sums_ptr + 1 + m) / n_ranked
-            ell_m = floored(ell_m) + tl.zeros([ROWS], tl.float32)
+            ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
         sick = sick | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
         logits = logits + (z_m,)
@@ -301,28 +303,17 @@ def classroom_kernel(
                 pull = e_s * (weight / sum_s)[:, None] - e_m * (weight / sum_m)[:, None]
                 grad += tl.where(active[:, None], pull, 0.0)
         if report_ptr is not None:
-            rank = tl.where(valid, share_m * M, 0.0)
-            store_line(lines_ptr, 1 + m, row, n_rows, active.to(tl.float32))
-            store_line(lines_ptr, 1 + M + m, row, n_rows, rank)
-            store_line(lines_ptr, 1 + 2 * M + m, row, n_rows, tl.where(valid, tau_m, 0.0))
-            store_line(lines_ptr, 1 + 3 * M + m, row, n_rows, kl)
+            store_lesson(lines_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl)
 
-    # A sick mentor must be seen, not filtered; a row that does not count must not be.
-    loss = tl.where(sick, float("nan"), loss)
-    store_line(lines_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
+    store_row_loss(lines_ptr, row, n_rows, valid, sick, loss)
+    if report_ptr is not None:
+        store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell)
     if grad_ptr is not None:
-        grad = tl.where(sick[:, None], float("nan"), grad)
         if FINISHED_GRAD:
             grad *= grad_factor(
                 scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN
             )
-        grad = tl.where(valid[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
-        tl.store(grad_ptr + row[:, None] * C + column[None, :], grad, mask=inside)
-    if report_ptr is not None:
-        confidence = tl.where(valid, tl.exp2(ell_s * LOG2E), 0.0)
-        cross_entropy = tl.where(valid, tl.where(sick, float("nan"), -own_ell), 0.0)
-        store_line(lines_ptr, 1 + 4 * M, row, n_rows, confidence)
-        store_line(lines_ptr, 2 + 4 * M, row, n_rows, cross_entropy)
+        store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
     if count_ptr is not None:
         finish(
             lines_ptr,
@@ -339,22 +330,6 @@ def classroom_kernel(
             BLOCK_LINES,
             BLOCK_R,
         )
-
-
-@triton.jit
-def grad_factor(
-    scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN: tl.constexpr
-):
-    """What a finished gradient is multiplied by: the scale, over the valid rows for the mean."""
-    factor = 1.0
-    if scale_ptr is not None:
-        factor = tl.load(scale_ptr).to(tl.float32)
-    if MEAN:
-        if n_valid_ptr is None:
-            factor /= count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
-        else:
-            factor /= tl.maximum(tl.load(n_valid_ptr).to(tl.float32), 1.0)
-    return factor
 
 
 @triton.jit

@@ -55,6 +55,28 @@ def one_minus_exp(d):
 
 
 @triton.jit
+def batch_ell(ell_sums_ptr, k, M, like):
+    """Ranking "batch": the mean of ℓ_k over the valid rows, floored, as [R]."""
+    mean = tl.load(ell_sums_ptr + k) / tl.maximum(tl.load(ell_sums_ptr + M + 1), 1.0)
+    return floored(mean) + tl.zeros_like(like)
+
+
+@triton.jit
+def task_weights(ell_s, task_weight):
+    """a_s [R]: the confidence, or the number given."""
+    if task_weight is None:
+        return tl.exp2(ell_s * LOG2E)
+    else:
+        return tl.zeros_like(ell_s) + task_weight
+
+
+@triton.jit
+def task_loss(task, own_ell):
+    """a_s · CE [R]. 0 · log 0 is 0: a confidence of 0 takes an infinite cross-entropy with it."""
+    return tl.where(task == 0.0, 0.0, task * -own_ell)
+
+
+@triton.jit
 def share_of(ell, top, total, share_scale):
     """exp(ℓ) / Σ_j exp(ℓ_j), with total = Σ_j exp(ℓ_j − top); rounded on request."""
     share = tl.exp2((ell - top) * LOG2E) / total
@@ -153,6 +175,55 @@ def count_valid(target_ptr, target_stride, ignore_index, n_rows, BLOCK_R: tl.con
         return tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
     else:
         return tl.maximum(n_rows, 1).to(tl.float32)
+
+
+@triton.jit
+def grad_factor(
+    scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN: tl.constexpr
+):
+    """What a finished gradient is multiplied by: the scale, over the valid rows for the mean."""
+    factor = 1.0
+    if scale_ptr is not None:
+        factor = tl.load(scale_ptr).to(tl.float32)
+    if MEAN:
+        if n_valid_ptr is None:
+            factor /= count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
+        else:
+            factor /= tl.maximum(tl.load(n_valid_ptr).to(tl.float32), 1.0)
+    return factor
+
+
+@triton.jit
+def store_lesson(lines_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl):
+    """Mentor m's lines for the report."""
+    store_line(lines_ptr, 1 + m, row, n_rows, active.to(tl.float32))
+    store_line(lines_ptr, 1 + M + m, row, n_rows, tl.where(valid, share_m * M, 0.0))
+    store_line(lines_ptr, 1 + 2 * M + m, row, n_rows, tl.where(valid, tau_m, 0.0))
+    store_line(lines_ptr, 1 + 3 * M + m, row, n_rows, kl)
+
+
+@triton.jit
+def store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell):
+    """The student's lines for the report: its confidence and cross-entropy."""
+    cross_entropy = tl.where(sick, float("nan"), -own_ell)
+    confidence = tl.where(valid, tl.exp2(ell_s * LOG2E), 0.0)
+    store_line(lines_ptr, 1 + 4 * M, row, n_rows, confidence)
+    store_line(lines_ptr, 2 + 4 * M, row, n_rows, tl.where(valid, cross_entropy, 0.0))
+
+
+@triton.jit
+def store_row_loss(lines_ptr, row, n_rows, valid, sick, loss):
+    """A sick mentor must be seen, not filtered; a row that does not count must not be."""
+    loss = tl.where(sick, float("nan"), loss)
+    store_line(lines_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
+
+
+@triton.jit
+def store_grad(grad_ptr, grad, row, column, inside, valid, sick, C: tl.constexpr):
+    """A tile of the gradient, in its own dtype."""
+    grad = tl.where(sick[:, None], float("nan"), grad)
+    grad = tl.where(valid[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
+    tl.store(grad_ptr + row[:, None] * C + column[None, :], grad, mask=inside)
 
 
 @triton.jit

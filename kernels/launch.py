@@ -63,9 +63,9 @@ def scaling_blocks(n_classes: int) -> Blocks:
 
 
 def sum_blocks(n_lines: int) -> dict[str, int]:
-    """Blocks in which the last program sums so many lines: at most 2048 numbers at a time."""
+    """Blocks in which the last program sums so many lines: 1024 numbers at a time."""
     block_lines = triton.next_power_of_2(n_lines)
-    return {"BLOCK_LINES": block_lines, "BLOCK_R": min(1024, 2048 // block_lines)}
+    return {"BLOCK_LINES": block_lines, "BLOCK_R": 1024 // block_lines}
 
 
 def alignment(strides: list[int]) -> int:
@@ -122,7 +122,8 @@ def _prepare(
     soft = targets.dim() == 2
     targets = _rows(targets) if soft else targets.contiguous()
     strides = [logits.stride(0) for logits in (student, *mentors)]
-    align = alignment(strides)
+    target_stride = targets.stride(0) if soft else 0
+    align = alignment([*strides, target_stride])
     cut = blocks(n_classes, len(mentors), WARP_SIZE)
     tiled = cut is None
     if tiled:
@@ -130,7 +131,7 @@ def _prepare(
     arguments = {
         "student_stride": strides[0] // align,
         "mentor_strides": tuple(stride // align for stride in strides[1:]),
-        "target_stride": targets.stride(0) if soft else None,
+        "target_stride": target_stride // align if soft else None,
         "n_rows": n_rows,
         "label_smoothing": float(label_smoothing) if label_smoothing else None,
         "ignore_index": ignore_index,

@@ -15,13 +15,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.classroom import grad_factor
 from classroomkd.kernels.device import (
     LOG2E,
+    batch_ell,
     cross_terms,
     divergence,
     finish,
     floored,
+    grad_factor,
     is_last_program,
     lesson_weight,
     load_tile,
@@ -29,8 +30,14 @@ from classroomkd.kernels.device import (
     share_of,
     smoothed,
     soften,
+    store_grad,
+    store_lesson,
     store_line,
+    store_row_loss,
+    store_student,
     sum_lines,
+    task_loss,
+    task_weights,
 )
 
 _GROUP = tl.constexpr(4)
@@ -38,13 +45,21 @@ _GROUP = tl.constexpr(4)
 
 @triton.jit
 def _load_targets(
-    target_ptr, target_stride, label_smoothing, row, column, inside, target, C: tl.constexpr
+    target_ptr,
+    target_stride,
+    label_smoothing,
+    row,
+    column,
+    inside,
+    target,
+    C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """t [1, BLOCK_C] of one tile."""
     if target_stride is None:
         t = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     else:
-        offsets = row[:, None] * target_stride + column[None, :]
+        offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     return smoothed(t, label_smoothing, inside, C)
 
@@ -58,6 +73,7 @@ def _scan_targets(
     row,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Whether the row counts, whether it names no class, its target class, and Σ_c t(c); [1]."""
     if target_stride is None:
@@ -74,7 +90,7 @@ def _scan_targets(
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
-            offsets = row[:, None] * target_stride + column[None, :]
+            offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
             t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             tile_best = tl.max(tl.where(inside, t, -float("inf")), 1)
             at = tl.min(tl.where(inside & (t == tile_best[:, None]), column[None, :], C), 1)
@@ -115,7 +131,7 @@ def _scan_row(
         e_sums += tl.exp2((z - shift[:, None]) * LOG2E)
         if (target_stride is not None) or (label_smoothing is not None):
             t = _load_targets(
-                target_ptr, target_stride, label_smoothing, row, column, inside, target, C
+                target_ptr, target_stride, label_smoothing, row, column, inside, target, C, ALIGN
             )
             picked += tl.where(seen > 0.0, seen * (z_max - shift), 0.0)
             picked += tl.sum(tl.where(t > 0.0, t * (z - shift[:, None]), 0.0), 1)
@@ -156,7 +172,7 @@ def tiled_confidence_kernel(
     """`confidence_kernel`, one row a program."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     valid, out_of_range, target, t_sum = _scan_targets(
-        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C
+        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
     for k in tl.static_range(M + 1):
@@ -225,7 +241,7 @@ def tiled_classroom_kernel(
     """`classroom_kernel`, one row a program, whose arguments and outputs it shares."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     valid, out_of_range, target, t_sum = _scan_targets(
-        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C
+        target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
 
@@ -248,14 +264,10 @@ def tiled_classroom_kernel(
     if ell_sums_ptr is None:
         ell_s = floored(own_ell)
     else:
-        n_ranked = tl.maximum(tl.load(ell_sums_ptr + M + 1), 1.0)
-        ell_s = floored(tl.load(ell_sums_ptr) / n_ranked) + tl.zeros([1], tl.float32)
+        ell_s = batch_ell(ell_sums_ptr, 0, M, s_max)
         sick = sick | (ell_s != ell_s)
-    if task_weight is None:
-        task = tl.exp2(ell_s * LOG2E)
-    else:
-        task = tl.zeros([1], tl.float32) + task_weight
-    loss = tl.where(task == 0.0, 0.0, task * -own_ell)
+    task = task_weights(ell_s, task_weight)
+    loss = task_loss(task, own_ell)
 
     maxima = ()
     ells = ()
@@ -276,9 +288,10 @@ def tiled_classroom_kernel(
             BLOCK_C,
             ALIGN,
         )
-        if ell_sums_ptr is not None:
-            ell_m = tl.load(ell_sums_ptr + 1 + m) / n_ranked + tl.zeros([1], tl.float32)
-        ell_m = floored(ell_m)
+        if ell_sums_ptr is None:
+            ell_m = floored(ell_m)
+        else:
+            ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
         sick = sick | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
         maxima = maxima + (m_max,)
@@ -322,40 +335,42 @@ def tiled_classroom_kernel(
     pulls_m = ()  # weight / Σ e_m and weight / Σ e_s, which the gradient needs
     pulls_s = ()
     for first in tl.static_range(0, M, _GROUP):
-        sums_m = ()
-        sums_s = ()
-        crosses = ()
+        parts_m = ()  # column by column, so that the loop needs no reduction
+        parts_s = ()
+        parts_cross = ()
         for _ in tl.static_range(first, min(first + _GROUP, M)):
-            sums_m = sums_m + (tl.zeros([1, BLOCK_C], tl.float32),)
-            sums_s = sums_s + (tl.zeros([1, BLOCK_C], tl.float32),)
-            crosses = crosses + (tl.zeros([1, BLOCK_C], tl.float32),)
+            parts_m = parts_m + (tl.zeros([1, BLOCK_C], tl.float32),)
+            parts_s = parts_s + (tl.zeros([1, BLOCK_C], tl.float32),)
+            parts_cross = parts_cross + (tl.zeros([1, BLOCK_C], tl.float32),)
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
             z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
-            new_sums_m = ()
-            new_sums_s = ()
-            new_crosses = ()
+            next_m = ()
+            next_s = ()
+            next_cross = ()
             for m in tl.static_range(first, min(first + _GROUP, M)):
-                sum_m, sum_s, cross = sums_m[m - first], sums_s[m - first], crosses[m - first]
+                part_m = parts_m[m - first]
+                part_s = parts_s[m - first]
+                part_cross = parts_cross[m - first]
                 if tl.max(actives[m].to(tl.int32), 0) > 0:
                     z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
                     u_m = soften(z_m, maxima[m], taus_m[m])
                     u_s = soften(z_s, s_max, taus_s[m])
                     e_m = tl.exp2(u_m)
-                    sum_m += e_m
-                    sum_s += tl.exp2(u_s)
-                    cross += cross_terms(e_m, u_m, u_s)
-                new_sums_m = new_sums_m + (sum_m,)
-                new_sums_s = new_sums_s + (sum_s,)
-                new_crosses = new_crosses + (cross,)
-            sums_m = new_sums_m
-            sums_s = new_sums_s
-            crosses = new_crosses
+                    part_m += e_m
+                    part_s += tl.exp2(u_s)
+                    part_cross += cross_terms(e_m, u_m, u_s)
+                next_m = next_m + (part_m,)
+                next_s = next_s + (part_s,)
+                next_cross = next_cross + (part_cross,)
+            parts_m = next_m
+            parts_s = next_s
+            parts_cross = next_cross
         for m in tl.static_range(first, min(first + _GROUP, M)):
-            sum_m = tl.sum(sums_m[m - first], 1)
-            sum_s = tl.sum(sums_s[m - first], 1)
-            cross = tl.sum(crosses[m - first], 1)
+            sum_m = tl.sum(parts_m[m - first], 1)
+            sum_s = tl.sum(parts_s[m - first], 1)
+            cross = tl.sum(parts_cross[m - first], 1)
             kl = tl.where(actives[m], divergence(cross, sum_m, sum_s), 0.0)
             loss += tl.where(actives[m], weights[m] * taus_s[m] * kl, 0.0)
             kls = kls + (kl,)
@@ -375,7 +390,7 @@ def tiled_classroom_kernel(
             z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
             e = tl.exp2((z_s - s_max[:, None]) * LOG2E)
             t = _load_targets(
-                target_ptr, target_stride, label_smoothing, row, column, inside, target, C
+                target_ptr, target_stride, label_smoothing, row, column, inside, target, C, ALIGN
             )
             grad = task[:, None] * (e * (t_sum / s_sum)[:, None] - t)
             for m in tl.static_range(M):
@@ -384,23 +399,15 @@ def tiled_classroom_kernel(
                     e_m = tl.exp2(soften(z_m, maxima[m], taus_m[m]))
                     e_s = tl.exp2(soften(z_s, s_max, taus_s[m]))
                     grad += e_s * pulls_s[m][:, None] - e_m * pulls_m[m][:, None]
-            grad = tl.where(sick[:, None], float("nan"), grad * factor)
-            grad = tl.where(valid[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + row[:, None] * C + column[None, :], grad, mask=inside)
+            store_grad(grad_ptr, grad * factor, row, column, inside, valid, sick, C)
 
-    loss = tl.where(sick, float("nan"), loss)
-    store_line(lines_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
+    store_row_loss(lines_ptr, row, n_rows, valid, sick, loss)
     if report_ptr is not None:
         for m in tl.static_range(M):
-            rank = tl.where(valid, shares[m] * M, 0.0)
-            store_line(lines_ptr, 1 + m, row, n_rows, actives[m].to(tl.float32))
-            store_line(lines_ptr, 1 + M + m, row, n_rows, rank)
-            store_line(lines_ptr, 1 + 2 * M + m, row, n_rows, tl.where(valid, taus_m[m], 0.0))
-            store_line(lines_ptr, 1 + 3 * M + m, row, n_rows, kls[m])
-        confidence = tl.where(valid, tl.exp2(ell_s * LOG2E), 0.0)
-        cross_entropy = tl.where(valid, tl.where(sick, float("nan"), -own_ell), 0.0)
-        store_line(lines_ptr, 1 + 4 * M, row, n_rows, confidence)
-        store_line(lines_ptr, 2 + 4 * M, row, n_rows, cross_entropy)
+            store_lesson(
+                lines_ptr, m, M, row, n_rows, valid, actives[m], shares[m], taus_m[m], kls[m]
+            )
+        store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell)
     if count_ptr is not None:
         finish(
             lines_ptr,

@@ -42,7 +42,7 @@ def test_one_wide_load_a_logit_and_no_spill(compile_all, n_classes, dtype, width
                 "n_mentors": n_mentors,
                 "dtype": dtype,
                 "target": target,
-                "with_statistics": True,
+                "reduction": "none",  # nothing but the rows: no counting, no summing
             },
         )
         for target in TARGETS
@@ -71,7 +71,8 @@ MODES = {
     "batch": {"ranking": "batch", "rounded": True},
     "probabilities": {"class_probabilities": True},
     "batch_probabilities": {"ranking": "batch", "class_probabilities": True},
-    "forward": {"with_grad": False, "with_statistics": True},
+    "forward": {"with_grad": False, "with_report": True},
+    "autograd": {"finished_grad": False},
     "fp16": {"dtype": "fp16"},
 }
 
@@ -79,9 +80,12 @@ MODES = {
 @pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
 def test_no_mode_spills(compile_all, target):
     sizes = {"n_classes": 100, "n_mentors": 6, "target": target}
-    jobs = [("classroom", sizes | mode) for mode in MODES.values()]
+    jobs = [("classroom", sizes | {"finished_grad": True} | mode) for mode in MODES.values()]
     jobs += [("confidence", sizes), ("scale_rows", sizes)]
     jobs += [("classroom", sizes | {"n_classes": 10, "n_mentors": 1})]
+    long = sizes | {"n_classes": 32_768}
+    jobs += [("classroom", long), ("classroom", long | {"class_probabilities": True})]
+    jobs += [("confidence", long)]
     for (kernel, mode), got in zip(jobs, compile_all(jobs), strict=True):
         assert got.spilled_bytes == 0, f"{kernel} {mode}: {got}"
 
@@ -105,7 +109,7 @@ def test_the_reader_sees_spills_and_narrow_loads():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         squeezed = pool.map(_compile_squeezed, ["cuda:90", "hip:gfx942"], [1024, 4096])
-        sizes = {"n_classes": 99, "n_mentors": 2, "target": "cuda:90"}
+        sizes = {"n_classes": 99, "n_mentors": 2, "target": "cuda:90", "reduction": "none"}
         narrow = pool.submit(_compile, ("classroom", sizes))
         assert all(got.spilled_bytes > 0 for got in squeezed)
         # Rows of 99 floats: four bytes a load, four of them a thread; and the target.
