@@ -7,6 +7,7 @@ inputs, computed like the kernel in float32, by more than a small margin.
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -465,6 +466,22 @@ def test_limits_are_named(device):
 def test_cpu_tensors_take_the_definition():
     batch = classroom().to(torch.float64)  # which no kernel takes
     assert torch.equal(fused_classroom_loss(*batch), classroom_loss(*batch))
+
+
+@pytest.mark.parametrize(
+    ("version", "serves"), [("3.3.0", True), ("3.10.1", True), ("3.2.0", False), (None, False)]
+)
+def test_without_a_fit_triton_the_definition_serves(monkeypatch, version, serves):
+    fused._triton_serves.cache_clear()
+    if version is None:
+        monkeypatch.setattr(fused.importlib.util, "find_spec", lambda _: None)
+    else:
+        monkeypatch.setattr("triton.__version__", version)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [fused._use_kernels("cuda") for _ in range(2)] == [serves, serves]
+    assert len(caught) == (not serves)
+    fused._triton_serves.cache_clear()
 
 
 def test_environment_variable_chooses_the_interpreter():
