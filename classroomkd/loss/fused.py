@@ -1,8 +1,6 @@
 """The loss through the Triton kernels: one pass for the loss and its gradient.
 
-The pass is the operator ``torch.ops.classroomkd.loss``, so that torch.compile, autocast and export
-see one opaque node. It computes the gradient of each row's loss beside the loss; backward only
-multiplies it by what arrives from above. ``loss_and_grad`` is the same pass without autograd.
+Arguments are checked here, and the path is chosen; ``operators.py`` holds the operators.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_by_definition
 from classroomkd.loss.options import LossOptions, check_inputs
 from classroomkd.loss.report import ClassroomReport
@@ -103,7 +102,7 @@ def fused_classroom_loss(
     arguments = _kernel_arguments(
         student_logits, mentors, targets, mentor_weight, options, process_group
     )
-    loss, _, _, report = torch.ops.classroomkd.loss(
+    loss, _, _, report = operators.loss(
         *arguments,
         options.reduction,
         student_logits.requires_grad and torch.is_grad_enabled(),
@@ -190,8 +189,8 @@ def fused_classroom_loss_and_grad(
     arguments = _kernel_arguments(
         student_logits, mentors, targets, mentor_weight, options, process_group
     )
-    loss, grad, report = torch.ops.classroomkd.loss_and_grad(
-        *arguments, reduction, None if scale is None else scale.detach(), return_report
+    loss, grad, report = operators.loss_and_grad(
+        *arguments, reduction, None if scale is None else _constant(scale), return_report
     )
     if return_report:
         return loss, grad, _report(report, len(mentors))
@@ -207,11 +206,11 @@ def _kernel_arguments(
     process_group: ProcessGroup | None,
 ) -> tuple[object, ...]:
     """What both operators take first; for ranking "batch" with the sums of the log-confidences."""
-    mentors = [mentor.detach() for mentor in mentors]
-    targets = targets.detach()
+    mentors = [_constant(mentor) for mentor in mentors]
+    targets = _constant(targets)
     ell_sums = None
     if options.ranking == "batch":
-        ell_sums = torch.ops.classroomkd.confidence_sums(
+        ell_sums = operators.confidence_sums(
             student.detach(), mentors, targets, options.label_smoothing, options.ignore_index
         )
         if process_group is not None:
@@ -220,7 +219,7 @@ def _kernel_arguments(
         student,
         mentors,
         targets,
-        None if mentor_weight is None else mentor_weight.detach(),
+        None if mentor_weight is None else _constant(mentor_weight),
         ell_sums,
         options.temperature,
         options.knowledge_filter,
@@ -233,8 +232,12 @@ def _kernel_arguments(
     )
 
 
+def _constant(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
+
+
 def _report(means: Tensor, n_mentors: int) -> ClassroomReport:
-    *per_mentor, rest = means.detach().split([n_mentors] * 4 + [2])
+    *per_mentor, rest = means.split([n_mentors] * 4 + [2])
     return ClassroomReport(*per_mentor, rest[0], rest[1])
 
 
@@ -263,11 +266,9 @@ def _triton_serves() -> bool:
 def _check_kernel_limits(student_logits: Tensor, mentors: list[Tensor]) -> None:
     from classroomkd.kernels.launch import MAX_CLASSES, MAX_MENTORS
 
-    for name, logits in (
-        ("student_logits", student_logits),
-        *((f"mentor_logits[{index}]", mentor) for index, mentor in enumerate(mentors)),
-    ):
+    for index, logits in enumerate((student_logits, *mentors)):
         if logits.dtype not in _KERNEL_DTYPES:
+            name = f"mentor_logits[{index - 1}]" if index else "student_logits"
             raise TypeError(
                 f"{name} must be float32, float16 or bfloat16 for the kernels, got "
                 f"{logits.dtype}; classroom_loss takes it"
@@ -283,167 +284,3 @@ def _check_kernel_limits(student_logits: Tensor, mentors: list[Tensor]) -> None:
             f"student_logits must have at most {MAX_CLASSES:,} classes for the kernels, got "
             f"{n_classes:,}; classroom_loss takes any number"
         )
-
-
-@torch.library.custom_op("classroomkd::confidence_sums", mutates_args=())
-def _confidence_sums(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
-) -> Tensor:
-    from classroomkd.kernels import launch
-
-    return launch.confidence_sums(
-        student, mentors, targets, label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
-
-
-@_confidence_sums.register_fake
-def _(student, mentors, *_):
-    return student.new_empty(len(mentors) + 2, dtype=torch.float32)
-
-
-@torch.library.custom_op("classroomkd::loss", mutates_args=())
-def _loss(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    mentor_weight: Tensor | None,
-    ell_sums: Tensor | None,
-    temperature: float,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    task_weight: float | None,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    with_grad: bool,
-    with_report: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the rows' own gradients, number of valid rows, report; empty where not wanted."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
-        student,
-        mentors,
-        targets,
-        mentor_weight,
-        ell_sums,
-        temperature=temperature,
-        knowledge_filter=knowledge_filter,
-        mentoring=mentoring,
-        weighting=weighting,
-        task_weight=task_weight,
-        rank_decimals=rank_decimals,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        with_grad=with_grad,
-        with_report=with_report,
-    )
-    nothing = functools.partial(student.new_empty, 0)
-    return (
-        outputs.loss,
-        nothing() if outputs.grad is None else outputs.grad,
-        nothing(dtype=torch.float32) if outputs.count is None else outputs.count,
-        nothing(dtype=torch.float32) if outputs.report is None else outputs.report,
-    )
-
-
-@_loss.register_fake
-def _(student, mentors, *arguments):
-    reduction, with_grad, with_report = arguments[-3:]
-    summed = reduction != "none"
-    new = functools.partial(student.new_empty, dtype=torch.float32)
-    return (
-        new(() if summed else student.shape[0]),
-        student.new_empty(student.shape if with_grad else 0),
-        new(() if summed or with_report else 0),
-        new(4 * len(mentors) + 2 if with_report else 0),
-    )
-
-
-def _save_grad(ctx, inputs, output):
-    ctx.n_mentors, ctx.n_others = len(inputs[1]), len(inputs) - 2
-    ctx.mean = inputs[-3] == "mean"
-    ctx.save_for_backward(output[1], output[2])
-
-
-def _backward(ctx, loss_grad, *_):
-    grad, count = ctx.saved_tensors
-    grad = torch.ops.classroomkd.scale_rows(grad, loss_grad, count if ctx.mean else None)
-    return grad, [None] * ctx.n_mentors, *[None] * ctx.n_others
-
-
-_loss.register_autograd(_backward, setup_context=_save_grad)
-
-
-@torch.library.custom_op("classroomkd::scale_rows", mutates_args=())
-def _scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
-    from classroomkd.kernels import launch
-
-    return launch.scale_rows(grad, factor, count)
-
-
-@_scale_rows.register_fake
-def _(grad, factor, count):
-    return torch.empty_like(grad)
-
-
-@torch.library.custom_op("classroomkd::loss_and_grad", mutates_args=())
-def _loss_and_grad(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    mentor_weight: Tensor | None,
-    ell_sums: Tensor | None,
-    temperature: float,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    task_weight: float | None,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    scale: Tensor | None,
-    with_report: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its finished gradient, report (empty where not wanted)."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
-        student,
-        mentors,
-        targets,
-        mentor_weight,
-        ell_sums,
-        temperature=temperature,
-        knowledge_filter=knowledge_filter,
-        mentoring=mentoring,
-        weighting=weighting,
-        task_weight=task_weight,
-        rank_decimals=rank_decimals,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        with_grad=True,
-        with_report=with_report,
-        finished_grad=True,
-        scale=scale,
-    )
-    report = outputs.report
-    if report is None:
-        report = student.new_empty(0, dtype=torch.float32)
-    return outputs.loss, outputs.grad, report
-
-
-@_loss_and_grad.register_fake
-def _(student, mentors, *arguments):
-    new = functools.partial(student.new_empty, dtype=torch.float32)
-    report = new(4 * len(mentors) + 2 if arguments[-1] else 0)
-    return new(()), student.new_empty(student.shape), report
