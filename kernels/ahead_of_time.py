@@ -68,6 +68,7 @@ def compile_kernel(
     class_probabilities: bool = False,
     rounded: bool = False,
     reduction: str = "mean",
+    n_rows: int = 512,
     with_grad: bool = True,
     finished_grad: bool = False,
     with_report: bool = False,
@@ -82,6 +83,7 @@ def compile_kernel(
         ranking, knowledge_filter, mentoring, reduction: as in the loss.
         class_probabilities: targets [B, C], smoothed; otherwise class indices.
         rounded: with ``rank_decimals``.
+        n_rows: Triton makes a 1 a constant.
         finished_grad: as for `fused_classroom_loss_and_grad`, with a scale.
 
     """
@@ -97,6 +99,8 @@ def compile_kernel(
             kernel = f"tiled_{kernel}"
     n_lines = n_mentors + 2 if "confidence" in kernel else 4 * n_mentors + 3 if with_report else 1
 
+    align = alignment([n_classes])
+    stride = _integer(n_classes // align)
     logits, one = f"*{dtype}", "*fp32"
     arguments = {
         "student_ptr": logits,
@@ -116,11 +120,11 @@ def compile_kernel(
         "counter_ptr": "*i32",
         "scale_ptr": one if finished_grad else None,
         "n_valid_ptr": None,
-        "student_stride": "i32",
-        "mentor_strides": ("i32",) * n_mentors,
-        "target_stride": "i32" if class_probabilities else None,
-        "factor_stride": "i32",
-        "n_rows": "i32",
+        "student_stride": stride,
+        "mentor_strides": (stride,) * n_mentors,
+        "target_stride": stride if class_probabilities else None,
+        "factor_stride": _integer(0),
+        "n_rows": _integer(n_rows),
         "temperature": "fp32",
         "task_weight": None,
         "label_smoothing": "fp32" if class_probabilities else None,
@@ -129,7 +133,7 @@ def compile_kernel(
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
         "ROWS": cut.ROWS,
-        "ALIGN": alignment([n_classes]),
+        "ALIGN": align,
         **sum_blocks(n_lines),
         "KNOWLEDGE_FILTER": tl.constexpr(knowledge_filter),
         "MENTORING": tl.constexpr(mentoring),
@@ -146,21 +150,31 @@ def compile_kernel(
     return Compiled(**read(compiled), blocks=cut)
 
 
+def _integer(value: int) -> str | int:
+    """Describe an integer as Triton sees it: 1 is a constant, a multiple of 16 known to be one."""
+    if value == 1:
+        return 1
+    return "i32 of 16" if value % 16 == 0 else "i32"
+
+
 def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSource:
-    """Types as the kernel's signature, all else as constants; pointers aligned to 16 bytes."""
+    """Describe a call: strings are types, all else constants; pointers are aligned to 16 bytes."""
     signature, constants, aligned = {}, {}, {}
+
+    def describe(place: tuple[int, ...], value: object) -> str:
+        if not isinstance(value, str):
+            constants[place] = value.value if isinstance(value, tl.constexpr) else value
+            return "constexpr"
+        if value[0] == "*" or value.endswith(" of 16"):
+            aligned[place] = [["tt.divisibility", 16]]
+        return value.removesuffix(" of 16")
+
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
-        if isinstance(value, (str, tuple)):
-            signature[name] = value
-            if isinstance(value, tuple):
-                pointers = {(index, i) for i, kind in enumerate(value) if kind[0] == "*"}
-            else:
-                pointers = {(index,)} if value[0] == "*" else set()
-            aligned |= {pointer: [["tt.divisibility", 16]] for pointer in pointers}
+        if isinstance(value, tuple):
+            signature[name] = tuple(describe((index, i), item) for i, item in enumerate(value))
         else:
-            signature[name] = "constexpr"
-            constants[name] = value.value if isinstance(value, tl.constexpr) else value
+            signature[name] = describe((index,), value)
     return ASTSource(kernel, signature, constants, aligned)
 
 

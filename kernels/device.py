@@ -171,7 +171,7 @@ def count_valid(target_ptr, target_stride, ignore_index, n_rows, BLOCK_R: tl.con
         for start in range(0, n_rows, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
             target = tl.load(target_ptr + row, mask=row < n_rows, other=ignore_index)
-            count += (target != ignore_index).to(tl.int32)
+            count += ((row < n_rows) & (target != ignore_index)).to(tl.int32)
         return tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
     else:
         return tl.maximum(n_rows, 1).to(tl.float32)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +95,11 @@ class Outputs(NamedTuple):
     """float32 [4M + 2]: active share, rank weight, temperature, KL (M each), confidence, task."""
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 class _Inputs(NamedTuple):
     """Inputs as the kernels take them, and the arguments that describe them."""
 
@@ -162,16 +168,17 @@ def confidence_sums(
     scratch = student.new_empty((lines, n_rows), dtype=torch.float32)
     inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
     kernel = tiled_confidence_kernel if inputs.tiled else confidence_kernel
-    kernel[inputs.grid](
-        inputs.student,
-        inputs.mentors,
-        inputs.targets,
-        scratch,
-        sums,
-        _counter(student.device),
-        **inputs.arguments,
-        **sum_blocks(lines),
-    )
+    with _on(student.device):
+        kernel[inputs.grid](
+            inputs.student,
+            inputs.mentors,
+            inputs.targets,
+            scratch,
+            sums,
+            _counter(student.device),
+            **inputs.arguments,
+            **sum_blocks(lines),
+        )
     return sums
 
 
@@ -238,31 +245,32 @@ def classroom_loss_and_grad(
     count = new(()) if finished else None
     inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
     kernel = tiled_classroom_kernel if inputs.tiled else classroom_kernel
-    kernel[inputs.grid](
-        inputs.student,
-        inputs.mentors,
-        inputs.targets,
-        mentor_weight,
-        ell_sums,
-        lines,
-        grad,
-        loss,
-        count,
-        report,
-        _counter(student.device) if finished else None,
-        scale,
-        n_valid,
-        temperature=float(temperature),
-        task_weight=None if task_weight is None else float(task_weight),
-        share_scale=None if rank_decimals is None else float(10**rank_decimals),
-        KNOWLEDGE_FILTER=knowledge_filter,
-        MENTORING=mentoring,
-        RANK_WEIGHTING=weighting == "rank",
-        MEAN=reduction == "mean",
-        FINISHED_GRAD=finished_grad,
-        **inputs.arguments,
-        **sum_blocks(n_lines),
-    )
+    with _on(student.device):
+        kernel[inputs.grid](
+            inputs.student,
+            inputs.mentors,
+            inputs.targets,
+            None if mentor_weight is None else mentor_weight.contiguous(),
+            ell_sums,
+            lines,
+            grad,
+            loss,
+            count,
+            report,
+            _counter(student.device) if finished else None,
+            scale,
+            n_valid,
+            temperature=float(temperature),
+            task_weight=None if task_weight is None else float(task_weight),
+            share_scale=None if rank_decimals is None else float(10**rank_decimals),
+            KNOWLEDGE_FILTER=knowledge_filter,
+            MENTORING=mentoring,
+            RANK_WEIGHTING=weighting == "rank",
+            MEAN=reduction == "mean",
+            FINISHED_GRAD=finished_grad,
+            **inputs.arguments,
+            **sum_blocks(n_lines),
+        )
     return Outputs(loss if summed else lines[:n_rows], grad, count, report)
 
 
@@ -273,16 +281,17 @@ def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
     if n_rows == 0:
         return out
     cut = scaling_blocks(n_classes)
-    scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
-        grad,
-        factor,
-        count,
-        out,
-        factor.stride(0) if factor.dim() else 0,
-        n_rows,
-        C=n_classes,
-        **cut._asdict(),
-    )
+    with _on(grad.device):
+        scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
+            grad,
+            factor,
+            count,
+            out,
+            factor.stride(0) if factor.dim() else 0,
+            n_rows,
+            C=n_classes,
+            **cut._asdict(),
+        )
     return out
 
 

@@ -86,6 +86,10 @@ def test_no_mode_spills(compile_all, target):
     long = sizes | {"n_classes": 32_768}
     jobs += [("classroom", long), ("classroom", long | {"class_probabilities": True})]
     jobs += [("confidence", long)]
+    # One row, one class, one mentor: lengths and strides of 1 are constants to Triton.
+    one = {"n_classes": 1, "n_mentors": 1, "n_rows": 1, "target": target, "with_report": True}
+    jobs += [("classroom", one), ("classroom", one | {"class_probabilities": True})]
+    jobs += [("confidence", one), ("scale_rows", one)]
     for (kernel, mode), got in zip(jobs, compile_all(jobs), strict=True):
         assert got.spilled_bytes == 0, f"{kernel} {mode}: {got}"
 
