@@ -76,8 +76,8 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes) as pool:
         lines = list(track(pool.map(compile_job, work), "compiling", total=len(work)))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"triton": triton.__version__, "kernels": lines}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    kernels = ",\n".join(map(json.dumps, lines))
+    arguments.out.write_text(f'{{"triton": "{triton.__version__}", "kernels": [\n{kernels}\n]}}\n')
 
     heads = ("target", "mode", "C", "M", "dtype", "tiled", "warps", "registers", "spilled bytes")
     table = Table(*heads, "shared bytes", "loads (bytes × count)")

@@ -41,8 +41,8 @@ from classroomkd.kernels.device import (
     cross_terms,
     divergence,
     finish,
+    finished,
     floored,
-    grad_factor,
     is_last_program,
     lesson_weight,
     load_tile,
@@ -58,6 +58,7 @@ from classroomkd.kernels.device import (
     sum_lines,
     task_loss,
     task_weights,
+    valid_rows,
 )
 
 
@@ -227,8 +228,18 @@ def classroom_kernel(
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
 
-    # First half: everyone's confidence. The logits stay in registers.
+    # All loads first, so that they travel together, and the count beside them.
     z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
+    logits = ()
+    for m in tl.static_range(M):
+        z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
+        logits = logits + (z_m,)
+    COUNTED: tl.constexpr = FINISHED_GRAD and MEAN
+    n_valid = 1.0
+    if COUNTED:
+        n_valid = valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows)
+
+    # First half: everyone's confidence. The logits stay in registers.
     s_max = tl.max(z_s, 1)
     own_ell, e, e_sum = _log_confidence(z_s, s_max, is_target, t, t_sum, ONE_CLASS)
     sick = out_of_range | (own_ell != own_ell)
@@ -245,13 +256,12 @@ def classroom_kernel(
         else:
             grad = task[:, None] * (e * (t_sum / e_sum)[:, None] - t)
 
-    logits = ()
     maxima = ()
     ells = ()
     corrects = ()
     top = ell_s
     for m in tl.static_range(M):
-        z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
+        z_m = logits[m]
         m_max = tl.max(z_m, 1)
         if ell_sums_ptr is None:
             ell_m, _, _ = _log_confidence(z_m, m_max, is_target, t, t_sum, ONE_CLASS)
@@ -260,7 +270,6 @@ def classroom_kernel(
             ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
         sick = sick | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
-        logits = logits + (z_m,)
         maxima = maxima + (m_max,)
         ells = ells + (ell_m,)
         corrects = corrects + (_pick(z_m, is_target) == m_max,)
@@ -310,9 +319,7 @@ def classroom_kernel(
         store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell)
     if grad_ptr is not None:
         if FINISHED_GRAD:
-            grad *= grad_factor(
-                scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN
-            )
+            grad = finished(grad, scale_ptr, n_valid, MEAN)
         store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
     if count_ptr is not None:
         finish(
@@ -325,8 +332,10 @@ def classroom_kernel(
             target_stride,
             ignore_index,
             n_rows,
+            n_valid,
             M,
             MEAN,
+            COUNTED,
             BLOCK_LINES,
             BLOCK_R,
         )

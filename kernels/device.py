@@ -178,19 +178,23 @@ def count_valid(target_ptr, target_stride, ignore_index, n_rows, BLOCK_R: tl.con
 
 
 @triton.jit
-def grad_factor(
-    scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN: tl.constexpr
-):
-    """What a finished gradient is multiplied by: the scale, over the valid rows for the mean."""
+def valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows):
+    """The number of valid rows, at least 1: as given, or counted."""
+    if n_valid_ptr is None:
+        return count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
+    else:
+        return tl.maximum(tl.load(n_valid_ptr).to(tl.float32), 1.0)
+
+
+@triton.jit
+def finished(grad, scale_ptr, n_valid, MEAN: tl.constexpr):
+    """A gradient times the scale and, for the mean, over the valid rows."""
     factor = 1.0
     if scale_ptr is not None:
         factor = tl.load(scale_ptr).to(tl.float32)
     if MEAN:
-        if n_valid_ptr is None:
-            factor /= count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
-        else:
-            factor /= tl.maximum(tl.load(n_valid_ptr).to(tl.float32), 1.0)
-    return factor
+        factor /= n_valid
+    return grad * factor
 
 
 @triton.jit
@@ -267,14 +271,17 @@ def finish(
     target_stride,
     ignore_index,
     n_rows,
+    n_valid,
     M: tl.constexpr,
     MEAN: tl.constexpr,
+    COUNTED: tl.constexpr,
     BLOCK_LINES: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Let the last program turn the rows' lines into the batch's loss, count and report."""
     if is_last_program(counter_ptr):
-        n_valid = count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
+        if not COUNTED:
+            n_valid = count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
         tl.store(count_ptr, n_valid)
         LINES: tl.constexpr = 1 if report_ptr is None else 4 * M + 3
         sums = sum_lines(lines_ptr, n_rows, LINES, BLOCK_LINES, BLOCK_R)

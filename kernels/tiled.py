@@ -21,8 +21,8 @@ from classroomkd.kernels.device import (
     cross_terms,
     divergence,
     finish,
+    finished,
     floored,
-    grad_factor,
     is_last_program,
     lesson_weight,
     load_tile,
@@ -38,6 +38,7 @@ from classroomkd.kernels.device import (
     sum_lines,
     task_loss,
     task_weights,
+    valid_rows,
 )
 
 _GROUP = tl.constexpr(4)
@@ -244,6 +245,10 @@ def tiled_classroom_kernel(
         target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
+    COUNTED: tl.constexpr = FINISHED_GRAD and MEAN
+    n_valid = 1.0
+    if COUNTED:
+        n_valid = valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows)
 
     # First sweep: everyone's confidence.
     own_ell, s_max, s_sum, _ = _scan_row(
@@ -379,11 +384,6 @@ def tiled_classroom_kernel(
 
     # Third sweep: the gradient.
     if grad_ptr is not None:
-        factor = 1.0
-        if FINISHED_GRAD:
-            factor = grad_factor(
-                scale_ptr, n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows, MEAN
-            )
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
@@ -399,7 +399,9 @@ def tiled_classroom_kernel(
                     e_m = tl.exp2(soften(z_m, maxima[m], taus_m[m]))
                     e_s = tl.exp2(soften(z_s, s_max, taus_s[m]))
                     grad += e_s * pulls_s[m][:, None] - e_m * pulls_m[m][:, None]
-            store_grad(grad_ptr, grad * factor, row, column, inside, valid, sick, C)
+            if FINISHED_GRAD:
+                grad = finished(grad, scale_ptr, n_valid, MEAN)
+            store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
 
     store_row_loss(lines_ptr, row, n_rows, valid, sick, loss)
     if report_ptr is not None:
@@ -419,8 +421,10 @@ def tiled_classroom_kernel(
             target_stride,
             ignore_index,
             n_rows,
+            n_valid,
             M,
             MEAN,
+            COUNTED,
             BLOCK_LINES,
             BLOCK_R,
         )
