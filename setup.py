@@ -32,6 +32,7 @@ setup(
             "hypothesis>=6.100",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-xdist>=3.5",
             "ruff>=0.8",
             "selenium>=4.20",
         ],
