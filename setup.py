@@ -37,6 +37,7 @@ setup(
             "selenium>=4.20",
         ],
         "bench": ["pytest-benchmark>=5"],
+        "liger": ["liger-kernel>=0.5"],
         "ffcv": ["numba>=0.60", "opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
     },
     entry_points={"console_scripts": ["classroomkd = classroomkd.cli:main"]},

@@ -6,7 +6,6 @@ Tensors come checked (``classroomkd/loss/options.py``) and are float32, float16 
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -295,25 +294,46 @@ def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
     return out
 
 
-# The programs of a launch find the last among them by a counter in memory, 0 before and after.
-# Launches that may overlap must not share one: each stream has its own, and so has each launch
-# captured into a CUDA graph, which may be replayed on any stream. Captured launches take theirs
-# from those that were zeroed before the capture began; were it zeroed in the graph, every replay
-# would do it again. Sixteen bytes each, as Triton compiles anew for pointers aligned otherwise.
-_COUNTERS_AT_ONCE = 1024
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-_unused: defaultdict[torch.device, list[Tensor]] = defaultdict(list)
+class _Counters:
+    """Counters in a device's memory by which a launch's programs find the last among them.
+
+    Each is 0 before a launch and after. Launches that may overlap must not share one: each stream
+    has its own, and so has each launch captured into a CUDA graph, which may be replayed on any
+    stream, for good. Captured launches take theirs from a block that was zeroed before the capture
+    began; were it zeroed in the graph, every replay would do it again. They are 16 bytes each, as
+    Triton compiles anew for pointers that are not aligned to that.
+    """
+
+    _IN_A_BLOCK = 16_384
+
+    def __init__(self, device: torch.device) -> None:
+        self._new = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        self._of_stream: dict[int, Tensor] = {}
+        self._blocks: list[Tensor] = []  # all of them: graphs hold addresses in them
+        self._taken = self._IN_A_BLOCK
+
+    def take(self, stream: torch.cuda.Stream) -> Tensor:
+        """A counter for a launch on the current stream."""
+        if torch.cuda.is_current_stream_capturing():
+            if self._taken == self._IN_A_BLOCK:
+                return self._new(4)
+            self._taken += 1
+            return self._blocks[-1][4 * self._taken - 4 : 4 * self._taken]
+        if self._taken > self._IN_A_BLOCK // 2:
+            self._blocks.append(self._new(4 * self._IN_A_BLOCK))
+            self._taken = 0
+        counter = self._of_stream.get(stream.cuda_stream)
+        if counter is None:
+            counter = self._of_stream[stream.cuda_stream] = self._new(4)
+        return counter
+
+
+_counters: dict[torch.device, _Counters] = {}
 
 
 def _counter(device: torch.device) -> Tensor:
     if device.type == "cpu":  # the interpreter
         return torch.zeros(1, dtype=torch.int32)
-    if torch.cuda.is_current_stream_capturing():
-        unused = _unused[device]
-        return unused.pop() if unused else torch.zeros(4, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _counters:
-        zeros = torch.zeros(4 * _COUNTERS_AT_ONCE, dtype=torch.int32, device=device)
-        _counters[key], *fresh = zeros.split(4)
-        _unused[device] += fresh
-    return _counters[key]
+    if device not in _counters:
+        _counters[device] = _Counters(device)
+    return _counters[device].take(torch.cuda.current_stream(device))

@@ -1,0 +1,314 @@
+"""The loss and its gradient: this project beside what else computes them, on this machine.
+
+    python benchmarks/loss.py [--small] [--seconds N] [--out FOLDER]
+
+Measures the full grid of sizes for this project, then everything at six named cases, prints the
+tables, and writes loss.json as it goes. Every mentor is active, so that no work is skipped. On the
+CPU it takes small sizes and wall times, which prove the script and say nothing of the kernels; with
+TRITON_INTERPRET=1 it goes through the kernels, in the interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import math
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import roofline
+from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
+from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.kernels.launch import WARP_SIZE, blocks
+from measure import (
+    DEVICE,
+    GPU,
+    INTERPRETED,
+    environment,
+    graph_time,
+    host_time,
+    n_cold_sets,
+    peak_extra_bytes,
+    profiler_time,
+    write_json,
+)
+from tables import LEGEND, cells, terminal
+
+LossAndGrad = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
+
+
+class Case(NamedTuple):
+    """One batch's size and kind."""
+
+    n_rows: int
+    n_classes: int
+    n_mentors: int
+    dtype: torch.dtype
+    ranking: str
+
+
+SIZES = (
+    *((64, 100), (128, 100), (512, 100)),
+    *((256, 1000), (1024, 1000), (4096, 1000), (8192, 1000)),
+    *((8192, 4096), (4096, 16_384), (2048, 32_768), (2048, 128_256)),
+)
+# A step on CIFAR-100; a large one, ranked as the published implementation does; ImageNet; then
+# sizes that bandwidth and exponentials bind, up to a vocabulary.
+NAMED = {
+    "CIFAR": Case(64, 100, 6, torch.float32, "sample"),
+    "CIFAR, large batch": Case(512, 100, 6, torch.float32, "batch"),
+    "ImageNet": Case(256, 1000, 6, torch.bfloat16, "sample"),
+    "ImageNet, large batch": Case(8192, 1000, 6, torch.float32, "sample"),
+    "many classes": Case(8192, 4096, 6, torch.bfloat16, "sample"),
+    "vocabulary": Case(2048, 32_768, 2, torch.bfloat16, "sample"),
+}
+SMALL_NAMED = {"small": Case(4, 100, 2, torch.float32, "sample")}
+LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
+
+
+def grid(small: bool) -> list[Case]:
+    """Every size and number of mentors, both dtypes, both rankings."""
+    sizes, mentors = (((4, 100), (2, 1000)), (2,)) if small else (SIZES, (1, 2, 6, 12))
+    kinds = itertools.product(sizes, mentors, LARGEST_ERROR, ("sample", "batch"))
+    return [Case(*size, *kind) for size, *kind in kinds]
+
+
+def work(case: Case) -> tuple[int, int]:
+    """Bytes of logits and gradient that the kernels must move, and exponentials, all active.
+
+    One pass reads student and mentors and writes the gradient: M + 2 times [B, C] elements.
+    Ranking by batch first reads all logits once: 2M + 3. Rows too long for the registers are swept
+    three times: 3M + 4. A class of a row needs one exponential for the student, one for each
+    mentor, and two for each lesson; those that a further sweep repeats are not counted.
+    """
+    M = case.n_mentors
+    passes = M + 2 if case.ranking == "sample" else 2 * M + 3
+    if blocks(case.n_classes, M, WARP_SIZE) is None:
+        passes = 3 * M + 4
+    elements = case.n_rows * case.n_classes
+    return passes * elements * case.dtype.itemsize, (1 + 3 * M) * elements
+
+
+def input_sets(case: Case, n_sets: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
+    """Random (student, mentors, targets); at the target all mentors are ahead of the student."""
+    rng = torch.Generator(DEVICE).manual_seed(0)
+    shape = (n_sets, 1 + case.n_mentors, case.n_rows, case.n_classes)
+    logits = torch.randn(shape, generator=rng, dtype=case.dtype, device=DEVICE).mul_(2)
+    targets = torch.randint(case.n_classes, (n_sets, case.n_rows), generator=rng, device=DEVICE)
+    for k in range(1 + case.n_mentors):
+        logits[:, k].scatter_(2, targets[..., None], 4.0 if k else -4.0)
+    return [
+        (everyone[0].detach().requires_grad_(), list(everyone[1:]), target)
+        for everyone, target in zip(logits, targets, strict=True)
+    ]
+
+
+def differentiated(loss_function: Callable[..., Tensor], ranking: str) -> LossAndGrad:
+    """Loss and gradient by autograd."""
+
+    def call(student: Tensor, mentors: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
+        loss = loss_function(student, mentors, targets, ranking=ranking)
+        (grad,) = torch.autograd.grad(loss, student)
+        return loss.detach(), grad
+
+    return call
+
+
+def compiled(ranking: str, mode: str) -> LossAndGrad:
+    """The definition through torch.compile."""
+    torch.compiler.reset()
+    call = differentiated(
+        torch.compile(classroom_loss, mode=mode, dynamic=False, fullgraph=GPU), ranking
+    )
+
+    def step(*arguments: Any) -> tuple[Tensor, Tensor]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return call(*arguments)
+
+    return step if mode == "reduce-overhead" else call
+
+
+THIS = "fused_classroom_loss_and_grad"
+# Name → how its device time is taken, and what makes it for a ranking.
+IMPLEMENTATIONS: dict[str, tuple[str, Callable[[str], LossAndGrad]]] = {
+    THIS: ("graph", lambda ranking: partial(fused_classroom_loss_and_grad, ranking=ranking)),
+    "fused_classroom_loss + backward": ("graph", partial(differentiated, fused_classroom_loss)),
+    "eager": ("graph", partial(differentiated, classroom_loss)),
+    "compile default": ("graph", partial(compiled, mode="default")),
+    # Its .item()s wait for the GPU, and so does Liger's backward, which makes a tensor from a
+    # Python number: no graph captures them.
+    "per-mentor loop": ("profiler", partial(differentiated, per_mentor_loop)),
+    "Liger KL": ("profiler", partial(differentiated, liger_loss)),
+    "compile reduce-overhead": ("own graph", partial(compiled, mode="reduce-overhead")),
+    # Without graphs of its own, to be replayed as the others are, with no copies of its inputs.
+    "compile max-autotune": ("graph", partial(compiled, mode="max-autotune-no-cudagraphs")),
+}
+TIMERS = {"graph": graph_time, "profiler": profiler_time, "own graph": profiler_time}
+# What compiles longest comes last, and may fall to a limit on the time.
+PHASES = tuple(IMPLEMENTATIONS)[:4], tuple(IMPLEMENTATIONS)[4:7], tuple(IMPLEMENTATIONS)[7:]
+
+
+def not_here(name: str) -> str | None:
+    """Why this machine does not run an implementation."""
+    if not GPU and name in ("compile reduce-overhead", "compile max-autotune", "Liger KL"):
+        return "not run: needs a GPU"
+    if name == "Liger KL" and importlib.util.find_spec("liger_kernel") is None:
+        return "not installed: liger-kernel"
+    return "not run: TRITON_INTERPRET=1" if INTERPRETED and "compile" in name else None
+
+
+def relative_error(value: Tensor, truth: Tensor) -> float:
+    """In norm, over some rows at a time, as a float64 copy of the whole may not fit."""
+    pairs = zip(value.split(1024), truth.split(1024), strict=True)
+    squares = sum((part.double() - true).square().sum().item() for part, true in pairs)
+    return math.sqrt(squares) / truth.norm().item()
+
+
+def measure(case: Case, name: str, sets: list, truth: list, ceilings: dict) -> dict[str, Any]:
+    """One row's numbers, after its result is found right."""
+    by, make = IMPLEMENTATIONS[name]
+    call = make(case.ranking)
+    loss, grad = call(*sets[0])
+    errors = relative_error(loss[None], truth[0][None]), relative_error(grad, truth[1])
+    del loss, grad
+    if not all(error < LARGEST_ERROR[case.dtype] for error in errors):
+        raise ArithmeticError(f"relative errors of loss and gradient: {errors}")
+
+    counted = GPU and by != "own graph"
+    memory = peak_extra_bytes(call, sets[0]) / 2**20 if counted else None
+    host = host_time(call, sets)
+    seconds = TIMERS[by](call, sets) if GPU else host
+    n_bytes, n_exponentials = work(case)
+    gigabytes, gigaexponentials = n_bytes / seconds / 1e9, n_exponentials / seconds / 1e9
+    shares = (
+        gigabytes / ceilings["copy_gigabytes_per_second"],
+        gigaexponentials / ceilings["gigaexponentials_per_second"],
+    )
+    return {
+        "device_time_us": seconds * 1e6,
+        "device_time_by": by if GPU else "wall",
+        "host_time_us": host * 1e6,
+        "gigabytes_per_second": gigabytes,
+        "gigaexponentials_per_second": gigaexponentials,
+        "roofline_percent": 100 * max(shares),
+        "peak_extra_mib": memory,
+        "loss_relative_error": errors[0],
+        "grad_relative_error": errors[1],
+    }
+
+
+def rows(
+    case: Case, title: str, names: Iterable[str], ceilings: dict, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """One row for each implementation, whatever becomes of it."""
+    prepared = None
+    for name in names:
+        status = not_here(name)
+        if status is None and time.monotonic() > deadline:
+            status = "not run: out of time"
+        numbers = {}
+        if status is None:
+            status = "ok"
+            try:
+                prepared = prepared or _prepare(case)
+                numbers = measure(case, name, *prepared, ceilings)
+            except Exception as error:
+                status = "out of memory" if _out_of_memory(error) else f"failed: {error!r}"
+        if GPU:
+            torch.cuda.empty_cache()
+        yield {
+            "case": title,
+            "implementation": name,
+            "rows": case.n_rows,
+            "classes": case.n_classes,
+            "mentors": case.n_mentors,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "ranking": case.ranking,
+            "status": status,
+            **numbers,
+        }
+
+
+def _prepare(case: Case) -> tuple[list, list[Tensor]]:
+    """Input sets, and loss and gradient of the first."""
+    elements = (1 + case.n_mentors) * case.n_rows * case.n_classes
+    sets = input_sets(case, n_cold_sets(elements * case.dtype.itemsize))
+    *truth, active = float64_loss_and_grad(*sets[0], case.ranking)
+    if not active.all():
+        raise ArithmeticError("the inputs leave a mentor inactive")
+    return sets, truth
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also where the end of a broken capture raised another error on top."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
+
+
+def precompile(cases: list[Case]) -> None:
+    """Compile this project's kernels for all cases, many at a time, into Triton's disk cache."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
+        list(pool.map(_compile, cases))
+
+
+def _compile(case: Case) -> None:
+    try:
+        ((student, _, targets),) = input_sets(case._replace(n_mentors=0), 1)
+        mentors = [student.detach()] * case.n_mentors
+        fused_classroom_loss_and_grad(student, mentors, targets, ranking=case.ranking)
+    except Exception as error:  # the case's own row will meet it again
+        print(f"{case}: {error!r}", file=sys.stderr)
+
+
+def main() -> int:
+    """Run; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for loss.json")
+    parser.add_argument(
+        "--small", action="store_true", default=not GPU, help="few, small cases (CPU: always)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="begin no further row after so many"
+    )
+    arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
+    if not GPU:
+        torch.set_num_threads(1)  # so small, and steadier
+
+    cases = grid(arguments.small)
+    named = SMALL_NAMED if arguments.small else NAMED
+    if GPU:
+        precompile(cases)
+    ceilings = roofline.measure()
+    record = {"benchmark": "loss", "environment": environment(), "roofline": ceilings, "rows": []}
+    todo = [(case, "", [THIS]) for case in cases]
+    todo += [(case, title, names) for names in PHASES for title, case in named.items()]
+    for case, title, names in todo:
+        for row in rows(case, title, names, ceilings, deadline):
+            record["rows"].append(row)
+            print(row["implementation"], *case, *cells(row), file=sys.stderr, flush=True)
+        if arguments.out:
+            write_json(arguments.out, "loss", record)
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(*terminal(record), sep="\n")
+    console.print(record["environment"], ceilings, LEGEND)
+    return int(any(row["status"].startswith("failed") for row in record["rows"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Timing, memory, environment and records, shared by the benchmarks.
+
+Times are seconds, medians over repeats. Inputs rotate over so many sets that none is still in the
+GPU's L2 cache when its turn comes again.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+import classroomkd
+from classroomkd.files import atomic_write
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+GPU = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if GPU else "cpu")
+
+Call = Callable[..., object]
+Sets = Sequence[tuple]
+
+
+def n_cold_sets(n_bytes: int) -> int:
+    """How many input sets of ``n_bytes`` to rotate over: twice the L2 cache together."""
+    if not GPU:
+        return 1
+    return max(1, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / n_bytes))
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def graph_time(call: Call, sets: Sets, repeats: int = 10) -> float:
+    """Device time of one call: a CUDA graph of calls over all sets, replayed.
+
+    A replay's start costs microseconds, so that each timing takes as many as fill 2 ms.
+    """
+    calls = list(sets) * math.ceil(4 / len(sets))
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    # The outer `stream` restores the current stream also where the capture fails.
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles and loads, which a capture must not
+            call(*sets[0])
+        with torch.cuda.graph(graph, stream=side):
+            for arguments in calls:  # results are dropped at once: calls share their memory
+                call(*arguments)
+        _event_seconds(graph.replay, 1)
+        n_replays = math.ceil(2e-3 / _event_seconds(graph.replay, 1))
+        seconds = [_event_seconds(graph.replay, n_replays) / n_replays for _ in range(repeats)]
+    torch.cuda.current_stream().wait_stream(side)
+    return statistics.median(seconds) / len(calls)
+
+
+def _event_seconds(work: Callable[[], object], times: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(times):
+        work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def profiler_time(call: Call, sets: Sets, n_calls: int = 20) -> float:
+    """Device time of one call that no graph can hold: its kernels' and copies' times, summed.
+
+    The gaps between them are left out, so that this flatters what it measures.
+    """
+    # Taking the profiler down and up again beside CUDA graphs crashes before CUDA 12.6.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
+    for _ in range(3):
+        call(*sets[0])
+    synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as recorded:
+        for index in range(n_calls):
+            call(*sets[index % len(sets)])
+        synchronize()
+    microseconds = sum(
+        event.time_range.elapsed_us()
+        for event in recorded.events()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    )
+    if microseconds == 0:
+        raise RuntimeError("the profiler saw no kernel")
+    return microseconds / 1e6 / n_calls
+
+
+def host_time(call: Call, sets: Sets, n_calls: int = 50, at_most: float = 0.5) -> float:
+    """Wall time of the Python call, not waiting for the GPU; on the CPU, of all the work.
+
+    Every few calls the GPU's queue is emptied, outside the timing, lest it fill up and block.
+    """
+    seconds = []
+    call(*sets[0])
+    begin = time.perf_counter()
+    for index in range(n_calls):
+        if index % 4 == 0:
+            synchronize()
+        arguments = sets[index % len(sets)]
+        start = time.perf_counter()
+        call(*arguments)
+        seconds.append(time.perf_counter() - start)
+        if index >= 2 and time.perf_counter() - begin > at_most:
+            break
+    synchronize()
+    return statistics.median(seconds)
+
+
+def peak_extra_bytes(call: Call, arguments: tuple) -> int:
+    """Most GPU memory that one call holds beyond what was there, its results included."""
+    call(*arguments)
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(*arguments)
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def environment() -> dict[str, object]:
+    """Where and when: device, versions, date."""
+    about: dict[str, object] = {
+        "classroomkd": classroomkd.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": platform.processor() or platform.machine(),
+        "cpu_threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or torch.version.hip,
+    }
+    for package in ("triton", "liger-kernel"):
+        try:
+            about[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            about[package] = None
+    if GPU:
+        properties = torch.cuda.get_device_properties(0)
+        about["device"] = properties.name
+        about["memory_gib"] = round(properties.total_memory / 2**30, 1)
+        about["l2_mib"] = round(properties.L2_cache_size / 2**20, 1)
+        about["multiprocessors"] = properties.multi_processor_count
+    if INTERPRETED:
+        about["device"] = f"{about['device']}, kernels in Triton's interpreter"
+    return about
+
+
+def write_json(out: Path, name: str, record: dict[str, object]) -> None:
+    """Write ``record`` to ``out/name.json``; the folder is made."""
+    out.mkdir(parents=True, exist_ok=True)
+    atomic_write(out / f"{name}.json", json.dumps(record, indent=1) + "\n")

@@ -1,0 +1,67 @@
+#!/usr/bin/env bash
+# What a machine with a GPU should do, in order: install, GPU tests, roofline, benchmarks.
+#
+#     benchmarks/run_gpu.sh OUT [--minutes N]
+#
+# JSON and logs go to the folder OUT. Each part may take N minutes (8); one that fails does not stop
+# the next; the exit status is 0 if all passed. Needs no network, and of packages torch with its
+# triton, numpy, pytest, pytest-benchmark, hypothesis and rich; with liger-kernel there is one row
+# more. Without a GPU it takes small sizes on the CPU, which shows only that the scripts work.
+set -uo pipefail
+
+# Name and command of each part; a later benchmark is one more line.
+parts() {
+    part tests "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
+    part roofline "$python" "$repo/benchmarks/roofline.py" --out "$out"
+    # It begins no further row near its end, so that the tables are still printed.
+    part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
+}
+
+part() {
+    local name=$1 begin=$SECONDS code result=passed
+    shift
+    echo "=== $name"
+    timeout --kill-after=10 "$limit" "$@" >"$name.log" 2>&1
+    code=$?
+    tail -n 160 "$name.log"
+    if [[ $code -ne 0 ]]; then
+        status=1
+        result="failed ($code)"
+        [[ $code -ne 124 && $code -ne 137 ]] || result="out of time"
+    fi
+    results+=("$(printf '%-10s %-12s %5d s' "$name" "$result" $((SECONDS - begin)))")
+}
+
+if [[ $# -ne 1 && ! ($# -eq 3 && $2 == --minutes && $3 =~ ^[1-9][0-9]*$) ]]; then
+    echo "usage: $0 OUT [--minutes N]" >&2
+    exit 2
+fi
+limit=$((60 * ${3:-8}))
+python=${PYTHON:-python3}
+repo=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$1" && out=$(cd "$1" && pwd) && scratch=$(mktemp -d) || exit 2
+trap 'rm -rf "$scratch"' EXIT
+cd "$out" # away from the repository, whose classroomkd/ lacks the kernels beside it
+export PYTHONUNBUFFERED=1 HYPOTHESIS_STORAGE_DIRECTORY=$scratch/hypothesis
+results=()
+status=0
+
+part install "$python" -m pip install --no-deps --no-build-isolation -e "$repo"
+if [[ $status -ne 0 ]]; then
+    echo "pip failed: the package is put together from links instead"
+    status=0
+    mkdir "$scratch/classroomkd"
+    ln -s "$repo"/classroomkd/* "$repo/kernels" "$scratch/classroomkd/"
+    export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
+fi
+tests=("$repo/tests/test_definition.py" "$repo/tests/test_fused.py")
+where="on a GPU"
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"
+    tests=("${tests[0]}")
+fi
+parts
+
+echo "=== $where; JSON and logs in $out"
+printf '%s\n' "${results[@]}"
+exit "$status"
