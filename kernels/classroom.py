@@ -23,8 +23,8 @@ So a row costs one read of its M + 1 rows of logits and one write of the gradien
 1 + M exponentials a class plus 2 for each active mentor. Between the two halves (all ℓ_k must be
 known before any r_m) the rows wait in registers. Rows too long for that: ``tiled.py``.
 
-All exponentials are powers of two of (z − max) · log2(e)/τ: the subtraction comes first, because
-z · scale − max · scale would lose the difference of two large logits.
+All exponentials are powers of two, of v = u · log2(e); what is summed in log2 units is multiplied
+by ln 2 at the end.
 
 Each program leaves its rows' losses (and statistics) in lines [lines, B]; the last program to
 finish sums them, so that one launch gives the batch's loss, with the same bits on every run.
@@ -36,20 +36,22 @@ import triton
 import triton.language as tl
 
 from classroomkd.kernels.device import (
+    LN2,
     LOG2E,
     batch_ell,
     cross_terms,
     divergence,
+    exponents,
     finish,
     finished,
     floored,
     is_last_program,
     lesson_weight,
+    load_column,
     load_tile,
     plan_lesson,
     share_of,
     smoothed,
-    soften,
     store_grad,
     store_lesson,
     store_line,
@@ -74,46 +76,39 @@ def _targets(
     C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Which rows count and which name no class; the target class as a mask; t and its sum.
+    """Which rows count and which name no class; the target class, 0 where there is none; t, Σ t.
 
-    Where the target is one class, unsmoothed, nobody uses t, and the compiler drops it.
+    Where the target is one class, unsmoothed, only the gradient uses t, as a comparison.
     """
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
     if target_stride is None:
-        target = tl.load(target_ptr + row, mask=in_range, other=ignore_index).to(tl.int64)
-        valid = in_range & (target != ignore_index)
-        out_of_range = (target < 0) | (target >= C)
-        is_target = column[None, :] == target[:, None]
-        t = tl.where(is_target, 1.0, 0.0)
+        index = tl.load(target_ptr + row, mask=in_range, other=ignore_index).to(tl.int64)
+        valid = in_range & (index != ignore_index)
+        out_of_range = (index < 0) | (index >= C)
+        target = tl.where(out_of_range, 0, index).to(tl.int32)
+        t = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     else:
         valid = in_range
         out_of_range = row < 0
-        offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
+        offsets = (row * ALIGN)[:, None] * target_stride + column[None, :]
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         best = tl.max(t, 1)
-        first = tl.min(tl.where(inside & (t == best[:, None]), column[None, :], C), 1)
-        is_target = column[None, :] == first[:, None]
+        target = tl.min(tl.where(inside & (t == best[:, None]), column[None, :], C - 1), 1)
     t = smoothed(t, label_smoothing, inside, C)
-    return valid, out_of_range, is_target, t, tl.sum(t, 1)
+    return valid, out_of_range, target, t, tl.sum(t, 1)
 
 
 @triton.jit
-def _pick(z, is_target):
-    """The target class's logit, out of registers: exact, as all other summands are 0."""
-    return tl.sum(tl.where(is_target, z, 0.0), 1)
-
-
-@triton.jit
-def _log_confidence(z, z_max, is_target, t, t_sum, ONE_CLASS: tl.constexpr):
-    """ℓ [R] of rows z, −inf kept, and the softmax numerators exp(z − max) with their sum."""
-    e = tl.exp2((z - z_max[:, None]) * LOG2E)
+def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
+    """ℓ [R] of rows d = z − max z, −inf kept, and the softmax numerators with their sum."""
+    v = d * LOG2E
+    e = tl.exp2(v)
     e_sum = tl.sum(e, 1)
     if ONE_CLASS:
-        ell = _pick(z, is_target) - z_max - tl.log(e_sum)
+        ell = z_target - z_max - tl.log2(e_sum) * LN2
     else:
-        picked = tl.sum(tl.where(t > 0.0, t * (z - z_max[:, None]), 0.0), 1)
-        ell = picked - t_sum * tl.log(e_sum)
+        ell = (tl.sum(tl.where(t > 0.0, t * v, 0.0), 1) - t_sum * tl.log2(e_sum)) * LN2
     return ell, e, e_sum
 
 
@@ -145,17 +140,21 @@ def confidence_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_C)
     inside = (row < n_rows)[:, None] & (column < C)[None, :]
-    valid, out_of_range, is_target, t, t_sum = _targets(
+    valid, out_of_range, target, t, t_sum = _targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
     for k in tl.static_range(M + 1):
         if k == 0:
-            z = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
+            ptr, stride = student_ptr, student_stride
         else:
-            z = load_tile(mentor_ptrs[k - 1], mentor_strides[k - 1], row, column, inside, ALIGN)
-        ell, _, _ = _log_confidence(z, tl.max(z, 1), is_target, t, t_sum, ONE_CLASS)
+            ptr, stride = mentor_ptrs[k - 1], mentor_strides[k - 1]
+        z = load_tile(ptr, stride, row, column, inside, ALIGN)
+        z_target = load_column(ptr, stride, row, target, n_rows, ALIGN)
+        z_max = tl.max(z, 1)
+        d = z - z_max[:, None]
+        ell, _, _ = _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS)
         ell = tl.where(out_of_range, float("nan"), floored(ell))
         store_line(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
     store_line(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
@@ -222,7 +221,7 @@ def classroom_kernel(
     column = tl.arange(0, BLOCK_C)
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
-    valid, out_of_range, is_target, t, t_sum = _targets(
+    valid, out_of_range, target, t, t_sum = _targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
@@ -234,14 +233,21 @@ def classroom_kernel(
     for m in tl.static_range(M):
         z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
         logits = logits + (z_m,)
+    # The target class's logits once more, out of the cache: cheaper than to find them in registers.
+    s_target = load_column(student_ptr, student_stride, row, target, n_rows, ALIGN)
+    targets = ()
+    for m in tl.static_range(M):
+        m_target = load_column(mentor_ptrs[m], mentor_strides[m], row, target, n_rows, ALIGN)
+        targets = targets + (m_target,)
     COUNTED: tl.constexpr = FINISHED_GRAD and MEAN
     n_valid = 1.0
     if COUNTED:
         n_valid = valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows)
 
-    # First half: everyone's confidence. The logits stay in registers.
+    # First half: everyone's confidence. The logits, less their maximum, stay in registers.
     s_max = tl.max(z_s, 1)
-    own_ell, e, e_sum = _log_confidence(z_s, s_max, is_target, t, t_sum, ONE_CLASS)
+    d_s = z_s - s_max[:, None]
+    own_ell, e, e_sum = _log_confidence(d_s, s_max, s_target, t, t_sum, ONE_CLASS)
     sick = out_of_range | (own_ell != own_ell)
     if ell_sums_ptr is None:
         ell_s = floored(own_ell)
@@ -251,37 +257,37 @@ def classroom_kernel(
     task = task_weights(ell_s, task_weight)
     loss = task_loss(task, own_ell)
     if grad_ptr is not None:
-        if ONE_CLASS:
-            grad = task[:, None] * (e / e_sum[:, None] - tl.where(is_target, 1.0, 0.0))
-        else:
-            grad = task[:, None] * (e * (t_sum / e_sum)[:, None] - t)
+        grad = e * (task * t_sum / e_sum)[:, None] - t * task[:, None]
 
+    ds = ()
     maxima = ()
     ells = ()
     corrects = ()
     top = ell_s
     for m in tl.static_range(M):
-        z_m = logits[m]
-        m_max = tl.max(z_m, 1)
+        m_max = tl.max(logits[m], 1)
+        d_m = logits[m] - m_max[:, None]
         if ell_sums_ptr is None:
-            ell_m, _, _ = _log_confidence(z_m, m_max, is_target, t, t_sum, ONE_CLASS)
+            ell_m, _, _ = _log_confidence(d_m, m_max, targets[m], t, t_sum, ONE_CLASS)
             ell_m = floored(ell_m)
         else:
             ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
         sick = sick | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
+        ds = ds + (d_m,)
         maxima = maxima + (m_max,)
         ells = ells + (ell_m,)
-        corrects = corrects + (_pick(z_m, is_target) == m_max,)
+        corrects = corrects + (targets[m] == m_max,)
 
     total = tl.exp2((ell_s - top) * LOG2E)
     for m in tl.static_range(M):
         total += tl.exp2((ells[m] - top) * LOG2E)
-    share_s = share_of(ell_s, top, total, share_scale)
+    over_total = 1.0 / total
+    share_s = share_of(ell_s, top, over_total, share_scale)
 
     # Second half: the lessons of those who teach.
     for m in tl.static_range(M):
-        share_m = share_of(ells[m], top, total, share_scale)
+        share_m = share_of(ells[m], top, over_total, share_scale)
         active, tau_m, tau_s = plan_lesson(
             ell_s,
             ells[m],
@@ -298,19 +304,19 @@ def classroom_kernel(
         )
         kl = tl.zeros([ROWS], tl.float32)
         if tl.max(active.to(tl.int32), 0) > 0:
-            u_m = soften(logits[m], maxima[m], tau_m)
-            u_s = soften(z_s, s_max, tau_s)
-            e_m = tl.exp2(u_m)
-            e_s = tl.exp2(u_s)
+            v_m = exponents(ds[m], tau_m)
+            v_s = exponents(d_s, tau_s)
+            e_m = tl.exp2(v_m)
+            e_s = tl.exp2(v_s)
             sum_m = tl.sum(e_m, 1)
+            cross = tl.sum(cross_terms(e_m, v_m, v_s), 1)
             sum_s = tl.sum(e_s, 1)
-            cross = tl.sum(cross_terms(e_m, u_m, u_s), 1)
             kl = tl.where(active, divergence(cross, sum_m, sum_s), 0.0)
             weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
             loss += tl.where(active, weight * tau_s * kl, 0.0)
             if grad_ptr is not None:
-                pull = e_s * (weight / sum_s)[:, None] - e_m * (weight / sum_m)[:, None]
-                grad += tl.where(active[:, None], pull, 0.0)
+                grad += e_s * tl.where(active, weight / sum_s, 0.0)[:, None]
+                grad -= e_m * tl.where(active, weight / sum_m, 0.0)[:, None]
         if report_ptr is not None:
             store_lesson(lines_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl)
 

@@ -13,8 +13,15 @@ FLOOR = tl.constexpr(-3.4028234663852886e38)  # log-confidence of a probability 
 @triton.jit
 def load_tile(ptr, stride, row, column, inside, ALIGN: tl.constexpr):
     """Logits [R, BLOCK_C] as float32, −inf outside. ``stride`` counts units of ALIGN elements."""
-    offsets = row[:, None] * (stride * ALIGN) + column[None, :]
+    offsets = (row * ALIGN)[:, None] * stride + column[None, :]
     return tl.load(ptr + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+
+
+@triton.jit
+def load_column(ptr, stride, row, column, n_rows, ALIGN: tl.constexpr):
+    """One logit [R] of each row, as float32; ``column`` [R]."""
+    offsets = row * ALIGN * stride + column
+    return tl.load(ptr + offsets, mask=row < n_rows, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -50,7 +57,8 @@ def round_half_even(x):
 @triton.jit
 def one_minus_exp(d):
     """1 − exp(−d) for d ≥ 0; by its series where the subtraction would cancel."""
-    series = d * (1.0 - d / 2 * (1.0 - d / 3 * (1.0 - d / 4 * (1.0 - d / 5))))
+    series = 1.0 - d * (1.0 / 4) * (1.0 - d * (1.0 / 5))
+    series = d * (1.0 - d * (1.0 / 2) * (1.0 - d * (1.0 / 3) * series))
     return tl.where(d < 0.125, series, 1.0 - tl.exp2(-d * LOG2E))
 
 
@@ -77,9 +85,9 @@ def task_loss(task, own_ell):
 
 
 @triton.jit
-def share_of(ell, top, total, share_scale):
-    """exp(ℓ) / Σ_j exp(ℓ_j), with total = Σ_j exp(ℓ_j − top); rounded on request."""
-    share = tl.exp2((ell - top) * LOG2E) / total
+def share_of(ell, top, over_total, share_scale):
+    """exp(ℓ) / Σ_j exp(ℓ_j), with 1 / Σ_j exp(ℓ_j − top); rounded on request."""
+    share = tl.exp2((ell - top) * LOG2E) * over_total
     if share_scale is not None:
         share = round_half_even(share * share_scale) / share_scale
     return share
@@ -146,21 +154,35 @@ def lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.co
 
 
 @triton.jit
-def soften(z, z_max, tau):
-    """log2 of the softmax numerators at temperature τ: (z − max z) · log2(e) / τ."""
-    return (z - z_max[:, None]) * (1.0 / tau * LOG2E)[:, None]
+def exponents(d, tau):
+    """log2 of the softmax numerators at temperature τ of logits d = z − max z: d · log2(e)/τ.
+
+    The subtraction comes first, so that the largest gives exactly 0: confidences that float32
+    cannot tell from 1 are equal, and so are the sums of two distributions that it cannot tell
+    from one class.
+    """
+    return d * (1.0 / tau * LOG2E)[:, None]
 
 
 @triton.jit
-def cross_terms(e_m, u_m, u_s):
-    """e_m · (u_m − u_s); 0 · log 0 is 0, also where u_m − u_s is −inf − −inf."""
-    return tl.where(e_m > 0.0, e_m * (u_m - u_s), 0.0)
+def cross_terms(e_m, v_m, v_s):
+    """e_m · (v_m − v_s), and 0 where the mentor rules the class out: 0 · log 0 is 0.
+
+    There the difference is −inf, or NaN if the student does so too, which is not above the floor.
+    """
+    difference = v_m - v_s
+    return e_m * tl.where(difference > FLOOR, difference, FLOOR)
 
 
 @triton.jit
 def divergence(cross, sum_m, sum_s):
-    """KL_m in nats from Σ e_m (u_m − u_s) in log2 units and the two sums."""
-    return cross * LN2 / sum_m - tl.log(sum_m / sum_s)
+    """KL_m in nats from Σ e_m (v_m − v_s) in log2 units and the sums Σ e_m and Σ e_s.
+
+    NaN is left where the student rules out what is so improbable to the mentor that e_m is 0 and
+    yet not impossible: then KL is infinite.
+    """
+    kl = (cross / sum_m - tl.log2(sum_m / sum_s)) * LN2
+    return tl.where(kl != kl, float("inf"), kl)
 
 
 @triton.jit

@@ -19,10 +19,11 @@ from classroomkd.kernels.tiled import tiled_classroom_kernel, tiled_confidence_k
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
 WARP_SIZE = 64 if torch.version.hip else 32
-_MAX_THREADS = 512
-# 32-bit values a thread may hold for logits and gradient. The kernels need about 50 registers
-# besides, and 512 threads leave 128 each.
-_MAX_VALUES_PER_THREAD = 80
+_MAX_THREADS = 256
+# 32-bit values a thread may hold for logits and gradient; the kernels need up to 90 registers
+# besides. Much for each thread means few threads a row, and so few instructions: what is done once
+# a row (divisions, logarithms, reductions) every thread does.
+_MAX_VALUES_PER_THREAD = 144
 # Up to here every program counts the valid rows itself, which hides behind its logits' way from
 # memory; beyond, its reading all targets would cost more than one more launch.
 _MAX_ROWS_COUNTED_IN_PASS = 1024

@@ -6,8 +6,8 @@ The mathematics is the same. The first sweep takes each row's confidence with a 
 
 the second the sums of the temperature softmaxes and of the KL, with the maxima known, the third
 the gradient. Each sweep reads the M + 1 rows; the last writes one: (3M + 4) · C logits a row. In
-the second and third the student's row is read once for every _GROUP mentors, whose running sums
-share the registers.
+the second the running sums of _GROUP mentors share the registers, and for every further _GROUP the
+student's row is read once more.
 """
 
 from __future__ import annotations
@@ -16,20 +16,22 @@ import triton
 import triton.language as tl
 
 from classroomkd.kernels.device import (
+    LN2,
     LOG2E,
     batch_ell,
     cross_terms,
     divergence,
+    exponents,
     finish,
     finished,
     floored,
     is_last_program,
     lesson_weight,
+    load_column,
     load_tile,
     plan_lesson,
     share_of,
     smoothed,
-    soften,
     store_grad,
     store_lesson,
     store_line,
@@ -60,7 +62,7 @@ def _load_targets(
     if target_stride is None:
         t = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
     else:
-        offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
+        offsets = (row * ALIGN)[:, None] * target_stride + column[None, :]
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     return smoothed(t, label_smoothing, inside, C)
 
@@ -76,26 +78,29 @@ def _scan_targets(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Whether the row counts, whether it names no class, its target class, and Σ_c t(c); [1]."""
+    """Whether the row counts, whether it names no class, its target class (0 where there is none),
+    and Σ_c t(c); [1].
+    """
     if target_stride is None:
-        target = tl.load(target_ptr + row).to(tl.int64)
-        valid = target != ignore_index
-        out_of_range = (target < 0) | (target >= C)
+        index = tl.load(target_ptr + row).to(tl.int64)
+        valid = index != ignore_index
+        out_of_range = (index < 0) | (index >= C)
+        target = tl.where(out_of_range, 0, index).to(tl.int32)
         t_sum = tl.zeros([1], tl.float32) + 1.0
     else:
         valid = row >= 0
         out_of_range = row < 0
         best = tl.full([1], -float("inf"), tl.float32)
-        target = tl.zeros([1], tl.int64)
+        target = tl.zeros([1], tl.int32)
         t_sum = tl.zeros([1], tl.float32)
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
-            offsets = row[:, None] * (target_stride * ALIGN) + column[None, :]
+            offsets = (row * ALIGN)[:, None] * target_stride + column[None, :]
             t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
             tile_best = tl.max(tl.where(inside, t, -float("inf")), 1)
             at = tl.min(tl.where(inside & (t == tile_best[:, None]), column[None, :], C), 1)
-            target = tl.where(tile_best > best, at.to(tl.int64), target)
+            target = tl.where(tile_best > best, at, target)
             best = tl.maximum(best, tile_best)
             t_sum += tl.sum(smoothed(t, label_smoothing, inside, C), 1)
     return valid, out_of_range, target, t_sum
@@ -110,7 +115,6 @@ def _scan_row(
     label_smoothing,
     row,
     target,
-    out_of_range,
     t_sum,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -118,33 +122,41 @@ def _scan_row(
 ):
     """ℓ, max z, Σ exp(z − max z) and the target class's logit of a row; each [1]."""
     z_max = tl.full([1], -float("inf"), tl.float32)
+    shift = tl.zeros([1], tl.float32)  # what stands for max z: 0 while every class is ruled out
     e_sums = tl.zeros([1, BLOCK_C], tl.float32)
-    picked = tl.zeros([1], tl.float32)  # Σ t · (z − max) over the tiles so far
+    picked = tl.zeros([1], tl.float32)  # Σ t · v over the tiles so far
     seen = tl.zeros([1], tl.float32)  # Σ t over the tiles so far
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = (column < C)[None, :]
         z = load_tile(ptr, stride, row, column, inside, ALIGN)
         new_max = tl.maximum(z_max, tl.max(z, 1))
-        # While every class so far is ruled out there is no maximum to subtract.
-        shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        e_sums *= tl.exp2((z_max - shift) * LOG2E)[:, None]
-        e_sums += tl.exp2((z - shift[:, None]) * LOG2E)
+        new_shift = tl.where(new_max == -float("inf"), 0.0, new_max)
+        lower = tl.where(z_max == -float("inf"), 0.0, (shift - new_shift) * LOG2E)
+        v = (z - new_shift[:, None]) * LOG2E
+        e_sums = e_sums * tl.exp2(lower)[:, None] + tl.exp2(v)
         if (target_stride is not None) or (label_smoothing is not None):
             t = _load_targets(
-                target_ptr, target_stride, label_smoothing, row, column, inside, target, C, ALIGN
+                target_ptr,
+                target_stride,
+                label_smoothing,
+                row,
+                column,
+                inside,
+                target,
+                C,
+                ALIGN,
             )
-            picked += tl.where(seen > 0.0, seen * (z_max - shift), 0.0)
-            picked += tl.sum(tl.where(t > 0.0, t * (z - shift[:, None]), 0.0), 1)
+            picked += seen * lower + tl.sum(tl.where(t > 0.0, t * v, 0.0), 1)
             seen += tl.sum(t, 1)
         z_max = new_max
+        shift = new_shift
     e_sum = tl.sum(e_sums, 1)
-    offset = tl.where(out_of_range, 0, target)
-    z_target = tl.load(ptr + row * (stride * ALIGN) + offset).to(tl.float32)
+    z_target = load_column(ptr, stride, row, target, row + 1, ALIGN)
     if (target_stride is None) and (label_smoothing is None):
-        ell = z_target - z_max - tl.log(e_sum)
+        ell = z_target - z_max - tl.log2(e_sum) * LN2
     else:
-        ell = picked - t_sum * tl.log(e_sum)
+        ell = (picked - t_sum * tl.log2(e_sum)) * LN2
     # A row without any class has no distribution; single-pass, −inf − −inf says so.
     ell = tl.where(z_max == -float("inf"), float("nan"), ell)
     return ell, z_max, e_sum, z_target
@@ -189,7 +201,6 @@ def tiled_confidence_kernel(
             label_smoothing,
             row,
             target,
-            out_of_range,
             t_sum,
             C,
             BLOCK_C,
@@ -259,7 +270,6 @@ def tiled_classroom_kernel(
         label_smoothing,
         row,
         target,
-        out_of_range,
         t_sum,
         C,
         BLOCK_C,
@@ -287,7 +297,6 @@ def tiled_classroom_kernel(
             label_smoothing,
             row,
             target,
-            out_of_range,
             t_sum,
             C,
             BLOCK_C,
@@ -306,14 +315,15 @@ def tiled_classroom_kernel(
     total = tl.exp2((ell_s - top) * LOG2E)
     for m in tl.static_range(M):
         total += tl.exp2((ells[m] - top) * LOG2E)
-    share_s = share_of(ell_s, top, total, share_scale)
+    over_total = 1.0 / total
+    share_s = share_of(ell_s, top, over_total, share_scale)
     shares = ()
     actives = ()
     taus_m = ()
     taus_s = ()
     weights = ()
     for m in tl.static_range(M):
-        share_m = share_of(ells[m], top, total, share_scale)
+        share_m = share_of(ells[m], top, over_total, share_scale)
         active, tau_m, tau_s = plan_lesson(
             ell_s,
             ells[m],
@@ -351,6 +361,7 @@ def tiled_classroom_kernel(
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
             z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
+            d_s = z_s - s_max[:, None]
             next_m = ()
             next_s = ()
             next_cross = ()
@@ -360,12 +371,12 @@ def tiled_classroom_kernel(
                 part_cross = parts_cross[m - first]
                 if tl.max(actives[m].to(tl.int32), 0) > 0:
                     z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
-                    u_m = soften(z_m, maxima[m], taus_m[m])
-                    u_s = soften(z_s, s_max, taus_s[m])
-                    e_m = tl.exp2(u_m)
+                    v_m = exponents(z_m - maxima[m][:, None], taus_m[m])
+                    v_s = exponents(d_s, taus_s[m])
+                    e_m = tl.exp2(v_m)
                     part_m += e_m
-                    part_s += tl.exp2(u_s)
-                    part_cross += cross_terms(e_m, u_m, u_s)
+                    part_s += tl.exp2(v_s)
+                    part_cross += cross_terms(e_m, v_m, v_s)
                 next_m = next_m + (part_m,)
                 next_s = next_s + (part_s,)
                 next_cross = next_cross + (part_cross,)
@@ -374,8 +385,8 @@ def tiled_classroom_kernel(
             parts_cross = next_cross
         for m in tl.static_range(first, min(first + _GROUP, M)):
             sum_m = tl.sum(parts_m[m - first], 1)
-            sum_s = tl.sum(parts_s[m - first], 1)
             cross = tl.sum(parts_cross[m - first], 1)
+            sum_s = tl.sum(parts_s[m - first], 1)
             kl = tl.where(actives[m], divergence(cross, sum_m, sum_s), 0.0)
             loss += tl.where(actives[m], weights[m] * taus_s[m] * kl, 0.0)
             kls = kls + (kl,)
@@ -384,21 +395,24 @@ def tiled_classroom_kernel(
 
     # Third sweep: the gradient.
     if grad_ptr is not None:
+        pull_t = task * t_sum / s_sum
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
             z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
-            e = tl.exp2((z_s - s_max[:, None]) * LOG2E)
+            d_s = z_s - s_max[:, None]
+            e = tl.exp2(d_s * LOG2E)
             t = _load_targets(
                 target_ptr, target_stride, label_smoothing, row, column, inside, target, C, ALIGN
             )
-            grad = task[:, None] * (e * (t_sum / s_sum)[:, None] - t)
+            grad = e * pull_t[:, None] - t * task[:, None]
             for m in tl.static_range(M):
                 if tl.max(actives[m].to(tl.int32), 0) > 0:
                     z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
-                    e_m = tl.exp2(soften(z_m, maxima[m], taus_m[m]))
-                    e_s = tl.exp2(soften(z_s, s_max, taus_s[m]))
-                    grad += e_s * pulls_s[m][:, None] - e_m * pulls_m[m][:, None]
+                    e_m = tl.exp2(exponents(z_m - maxima[m][:, None], taus_m[m]))
+                    e_s = tl.exp2(exponents(d_s, taus_s[m]))
+                    grad += e_s * pulls_s[m][:, None]
+                    grad -= e_m * pulls_m[m][:, None]
             if FINISHED_GRAD:
                 grad = finished(grad, scale_ptr, n_valid, MEAN)
             store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
