@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-CLASSES = (10, 100, 200, 1000, 4096, 8192, 32_768, 128_256)
-MENTORS = (1, 2, 6, 12, 16)
+CLASSES = (10, 100, 1000, 4096, 32_768, 128_256)
+MENTORS = (1, 6, 16)
 MODES = {
     "loss and gradient": {"finished_grad": True},
     "with report": {"finished_grad": True, "with_report": True},
