@@ -128,9 +128,9 @@ def plan_lesson(
 
     if MENTORING == "dtkd":
         both_positive = (s_max > 0.0) & (m_max > 0.0)
-        scale = 2.0 * temperature / (s_max + m_max)
-        tau_m = tl.where(both_positive, scale * m_max, temperature)
-        tau_s = tl.where(both_positive, scale * s_max, temperature)
+        both = s_max + m_max
+        tau_m = tl.where(both_positive, 2.0 * m_max / both * temperature, temperature)
+        tau_s = tl.where(both_positive, 2.0 * s_max / both * temperature, temperature)
     else:
         if MENTORING == "adaptive":
             tau_m = 1.0 + temperature * lead

@@ -6,6 +6,7 @@ Tensors come checked (``classroomkd/loss/options.py``) and are float32, float16 
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -202,7 +203,6 @@ def classroom_loss_and_grad(
     with_report: bool,
     finished_grad: bool = False,
     scale: Tensor | None = None,
-    n_valid: Tensor | None = None,
 ) -> Outputs:
     """Loss, gradient and report in one launch.
 
@@ -215,7 +215,6 @@ def classroom_loss_and_grad(
         finished_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
             valid rows.
         scale: one number on the device, or None for 1.
-        n_valid: the number of valid rows if it is known, one number on the device.
 
     """
     n_rows, n_classes = student.shape
@@ -234,10 +233,10 @@ def classroom_loss_and_grad(
     summed = reduction != "none"
     loss = new(()) if summed else None
     finished = summed or with_report
+    n_valid = None
     if (
         finished_grad
         and reduction == "mean"
-        and n_valid is None
         and targets.dim() == 1
         and n_rows > _MAX_ROWS_COUNTED_IN_PASS
     ):
@@ -308,7 +307,7 @@ class _Counters:
     _IN_A_BLOCK = 16_384
 
     def __init__(self, device: torch.device) -> None:
-        self._new = functools.partial(torch.zeros, dtype=torch.int32, device=device)
+        self._device = device
         self._of_stream: dict[int, Tensor] = {}
         self._blocks: list[Tensor] = []  # all of them: graphs hold addresses in them
         self._taken = self._IN_A_BLOCK
@@ -317,16 +316,33 @@ class _Counters:
         """A counter for a launch on the current stream."""
         if torch.cuda.is_current_stream_capturing():
             if self._taken == self._IN_A_BLOCK:
-                return self._new(4)
-            self._taken += 1
-            return self._blocks[-1][4 * self._taken - 4 : 4 * self._taken]
+                return torch.zeros(4, dtype=torch.int32, device=self._device)
+            return self._next()
         if self._taken > self._IN_A_BLOCK // 2:
-            self._blocks.append(self._new(4 * self._IN_A_BLOCK))
-            self._taken = 0
+            self._add_block()
         counter = self._of_stream.get(stream.cuda_stream)
         if counter is None:
-            counter = self._of_stream[stream.cuda_stream] = self._new(4)
+            stream.wait_event(self._zeroed)
+            counter = self._of_stream[stream.cuda_stream] = self._next()
         return counter
+
+    def _next(self) -> Tensor:
+        self._taken += 1
+        return self._blocks[-1][4 * self._taken - 4 : 4 * self._taken]
+
+    def _add_block(self) -> None:
+        # torch.compile's CUDA graphs warm up with all of this thread's allocations in a pool of
+        # theirs, where nothing may stay; another thread's go where they always do.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._allocate).result()
+        self._taken = 0
+
+    def _allocate(self) -> None:
+        with torch.cuda.device(self._device):
+            size = 4 * self._IN_A_BLOCK
+            self._blocks.append(torch.zeros(size, dtype=torch.int32, device=self._device))
+            self._zeroed = torch.cuda.Event()
+            self._zeroed.record()
 
 
 _counters: dict[torch.device, _Counters] = {}

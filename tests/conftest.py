@@ -5,6 +5,7 @@ one of the two. CPU tensors still take the definition, except in tests that ask 
 """
 
 import contextlib
+import importlib.util
 import os
 
 import numpy as np
@@ -28,7 +29,10 @@ def _round_bfloat16_to_nearest():
     interpreter._convert_float = rounding
 
 
-INTERPRETED = not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = TRITON and (
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+)
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
@@ -48,6 +52,8 @@ fused._INTERPRET = False
 @pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """A device on which `fused_classroom_loss` runs its kernels."""
+    if not TRITON:
+        pytest.skip("no Triton")
     if request.param == "gpu":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")

@@ -327,6 +327,7 @@ BAD = {
     "class too large": ({"targets": torch.full((6,), 10)}, ValueError, "from 0 to 9 .* got 10"),
     "class negative": ({"targets": torch.full((6,), -1)}, ValueError, "got -1 in row 0"),
     "temperature": ({"temperature": 0.0}, ValueError, "temperature must be greater than 0"),
+    "temperature large": ({"temperature": 1e30}, ValueError, "at most 1e.06, got 1e.30"),
     "temperature NaN": ({"temperature": math.nan}, ValueError, "temperature must be finite"),
     "temperature text": ({"temperature": "4"}, TypeError, "temperature must be a number, got str"),
     "ranking": ({"ranking": "rows"}, ValueError, "ranking must be one of 'sample', 'batch'"),

@@ -24,10 +24,11 @@ from classrooms import OPTIONS, Classroom, classroom, probabilities
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-MARGIN = 1e-6
-# KL_m alone is ill-conditioned: temperature multiplies the roundings of ℓ. Over many batches the
-# definition's and the kernel's errors have the same mean, 1.5e-6, each with its own luck.
-KL_MARGIN = 1e-5
+# Temperature multiplies the roundings of ℓ, so every batch has its own luck: over 40 batches the
+# loss's mean error was 2.4e-7 for the kernel and 3.6e-7 for the definition, the largest 8e-7 and
+# 1.7e-6; of KL_m alone the largest were 6e-6 and 5e-6.
+MARGIN = {"loss": 3e-6, "kl": 1e-5}
+OTHER_MARGIN = 1e-6
 
 
 def evaluate(function, student, mentors, targets, **options):
@@ -69,7 +70,7 @@ def assert_as_good_as_pytorch(batch: Classroom, device, **options):
     for name, got, same, exact in zip(names, kernel, pytorch, truth, strict=True):
         assert got.shape == exact.shape, name
         assert got.isfinite().all(), name
-        margin = KL_MARGIN if name == "kl" else MARGIN
+        margin = MARGIN.get(name, OTHER_MARGIN)
         if name == "grad" and student.dtype != torch.float32:
             # Rounded when the pass stores it and again when backward has scaled it.
             margin += torch.finfo(student.dtype).eps / 2
@@ -180,6 +181,27 @@ def test_mixed_dtypes_and_strides(device):
 def test_mentor_weight(device):
     batch = classroom()
     assert_as_good_as_pytorch(batch, device, mentor_weight=torch.tensor([0.3, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_target_dtypes(device, dtype):
+    student, mentors, targets = classroom().to(device)
+    expected = fused_classroom_loss(student, mentors, targets)
+    assert torch.equal(fused_classroom_loss(student, mentors, targets.to(dtype)), expected)
+    loss, _ = fused_classroom_loss_and_grad(student, mentors, targets.to(dtype))
+    assert torch.equal(loss, expected)
+
+
+def test_mentor_weight_of_any_stride_and_dtype(device):
+    student, mentors, targets = classroom().to(device)
+    weight = torch.tensor([[0.3, 9.0], [1.0, 9.0], [2.0, 9.0]], device=device)
+    expected = fused_classroom_loss(
+        student, mentors, targets, mentor_weight=weight[:, 0].contiguous()
+    )
+    for same in (weight[:, 0], weight[:, 0].double()):
+        assert torch.equal(
+            fused_classroom_loss(student, mentors, targets, mentor_weight=same), expected
+        )
 
 
 def test_ignored_rows(device):
@@ -335,11 +357,10 @@ def test_upstream_gradients(device):
 
 
 @pytest.mark.parametrize("name", ["defaults", "released", "sum", "smoothed", "task_weight"])
-@pytest.mark.parametrize("n_rows", [1, 7, 1100])
+@pytest.mark.parametrize("n_rows", [1, 7, 9])
 def test_loss_and_grad(device, monkeypatch, name, n_rows):
     """The same numbers as through autograd; beyond so many rows they are counted beforehand."""
     monkeypatch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 7)
-    n_rows = min(n_rows, 9)
     student, mentors, targets = classroom(n_rows=n_rows).to(device)
     targets[n_rows // 2 + 1 :: 3] = -100
     options = OPTIONS[name]
@@ -378,14 +399,27 @@ def test_loss_and_grad_by_definition():
         fused_classroom_loss_and_grad(student, mentors, targets, reduction="none")
     with pytest.raises(ValueError, match="scale must be a tensor of one number"):
         fused_classroom_loss_and_grad(student, mentors, targets, scale=2.0)
+    with pytest.raises(ValueError, match="scale must be on the student's device cpu, got meta"):
+        fused_classroom_loss_and_grad(student, mentors, targets, scale=scale.to("meta"))
+    # A gradient scaler's usual scale, beyond float16 itself; the gradient is rounded only then.
+    half = fused_classroom_loss_and_grad(
+        student.half(), mentors, targets, scale=torch.tensor(65536.0), reduction="mean"
+    )[1]
+    z = student.half().float().requires_grad_()
+    classroom_loss(z, mentors, targets).backward()
+    torch.testing.assert_close(half, (z.grad * 65536.0).half(), rtol=0, atol=0)
 
 
 def test_a_second_derivative_raises(device):
     student, mentors, targets = classroom().to(device)
-    loss = fused_classroom_loss(student.requires_grad_(), mentors, targets)
-    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
-    with pytest.raises(RuntimeError):
-        grad.sum().backward()
+    student.requires_grad_()
+    for function in (fused_classroom_loss, classroom_loss):
+        loss = function(student, mentors, targets)
+        (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+        # Also where another path leads to the student, on which a silent 0 would not be seen.
+        penalty = grad.square().sum() + student.square().sum()
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            torch.autograd.grad(penalty, student)
 
 
 def test_gradients_reach_the_student_only(device):

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from classroomkd.loss.derivative import OnceDifferentiable
 from classroomkd.loss.options import LossOptions, check_inputs
 from classroomkd.loss.report import ClassroomReport
 
@@ -80,7 +81,8 @@ def classroom_loss(
 
     Returns:
         The loss, 0-d, or [B] with ``reduction="none"``, in float32 (float64 if the student's or a
-        mentor's logits are); with ``return_report`` the pair (loss, report).
+        mentor's logits are); with ``return_report`` the pair (loss, report). A second derivative
+        raises RuntimeError.
 
     Raises:
         ValueError: no mentor; shapes or devices that do not agree; an option out of its range;
@@ -122,6 +124,8 @@ class Target(NamedTuple):
             picked = values.gather(-1, index).squeeze(-1)
             if self.smoothing == 0:
                 return picked
+            if self.smoothing == 1:
+                return values.mean(-1)  # 0 · −inf is 0
             return (1 - self.smoothing) * picked + self.smoothing * values.mean(-1)
         t = (1 - self.smoothing) * self.probabilities + self.smoothing / values.shape[-1]
         return torch.where(t > 0, t * values, 0).sum(-1)
@@ -154,7 +158,8 @@ def loss_by_definition(
         dtype = torch.promote_types(dtype, logits.dtype)
     target = prepare_targets(targets, student_logits.shape[1], options, dtype)
     # A row that does not count may hold anything, also NaN, and must not reach a product.
-    student = torch.where(target.valid[:, None], student_logits.to(dtype), 0)
+    student = OnceDifferentiable.apply(student_logits).to(dtype)
+    student = torch.where(target.valid[:, None], student, 0)
     stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
     stacked = torch.where(target.valid[:, None], stacked, 0)
 
@@ -272,9 +277,10 @@ def _temperatures(
     if options.mentoring == "dtkd":
         x_s, x_m = student.amax(-1), mentors.amax(-1)
         both_positive = (x_s > 0) & (x_m > 0)
-        scale = 2 * options.temperature / (x_s + x_m)
-        tau_m = torch.where(both_positive, scale * x_m, options.temperature)
-        tau_s = torch.where(both_positive, scale * x_s, options.temperature)
+        tau_m = 2 * x_m / (x_s + x_m) * options.temperature
+        tau_s = 2 * x_s / (x_s + x_m) * options.temperature
+        tau_m = torch.where(both_positive, tau_m, options.temperature)
+        tau_s = torch.where(both_positive, tau_s, options.temperature)
         return tau_m, tau_s
     tau = {
         "adaptive": 1 + options.temperature * lead,

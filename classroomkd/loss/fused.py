@@ -137,7 +137,7 @@ def fused_classroom_loss_and_grad(
         logits.backward(grad)
 
     saves autograd's second pass over the gradient. With ranking "batch" there are two launches;
-    with more than 1024 rows and the mean, one more to count the valid ones.
+    with more than 1024 rows and the mean, PyTorch counts the valid ones first.
 
     Args:
         student_logits, mentor_logits, targets: see `fused_classroom_loss`.
@@ -172,19 +172,21 @@ def fused_classroom_loss_and_grad(
         reduction=reduction,
     )
     mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
-    if scale is not None and not (isinstance(scale, Tensor) and scale.numel() == 1):
-        raise ValueError(f"scale must be a tensor of one number, got {scale!r}")
+    if scale is not None:
+        _check_scale(scale, student_logits)
     student_logits = student_logits.detach()
     if not _use_kernels(student_logits.device.type):
+        precise = torch.promote_types(student_logits.dtype, torch.float32)
         with torch.enable_grad():
-            student = student_logits.clone().requires_grad_()
+            student = student_logits.to(precise, copy=True).requires_grad_()
             loss, report = loss_by_definition(
                 student, mentors, targets, mentor_weight, options, True, process_group
             )
         (grad,) = torch.autograd.grad(loss, student)
         if scale is not None:
-            grad = grad * scale.to(grad.dtype)
-        return (loss.detach(), grad, report) if return_report else (loss.detach(), grad)
+            grad = grad * scale.reshape(()).to(precise)
+        loss, grad = loss.detach(), grad.to(student_logits.dtype)
+        return (loss, grad, report) if return_report else (loss, grad)
     _check_kernel_limits(student_logits, mentors)
     arguments = _kernel_arguments(
         student_logits, mentors, targets, mentor_weight, options, process_group
@@ -195,6 +197,15 @@ def fused_classroom_loss_and_grad(
     if return_report:
         return loss, grad, _report(report, len(mentors))
     return loss, grad
+
+
+def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
+    if not (isinstance(scale, Tensor) and scale.numel() == 1):
+        raise ValueError(f"scale must be a tensor of one number, got {scale!r}")
+    if scale.device != student_logits.device:
+        raise ValueError(
+            f"scale must be on the student's device {student_logits.device}, got {scale.device}"
+        )
 
 
 def _kernel_arguments(

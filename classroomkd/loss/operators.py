@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from classroomkd.loss.derivative import final
 
 _library = torch.library.Library("classroomkd", "DEF")
 
@@ -116,16 +117,15 @@ class _Loss(torch.autograd.Function):
         _, grad, count, _ = outputs
         ctx.n_inputs = 2 + len(arguments)
         ctx.mean = arguments[-3] == "mean"
-        ctx.save_for_backward(grad, count)
+        ctx.save_for_backward(student, grad, count)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, loss_grad, *_):
-        grad, count = ctx.saved_tensors
-        grad = scale_rows(grad, loss_grad, count if ctx.mean else None)
-        return grad, *[None] * (ctx.n_inputs - 1)
+        student, grad, count = ctx.saved_tensors
+        grad = scale_rows(grad, loss_grad.detach(), count if ctx.mean else None)
+        return final(grad, student), *[None] * (ctx.n_inputs - 1)
 
 
 def _loss_below_autograd(*arguments):

@@ -14,6 +14,7 @@ KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
 WEIGHTINGS = ("rank", "uniform")
 REDUCTIONS = ("mean", "sum", "none")
+MAX_TEMPERATURE = 1e6  # far beyond use, and its square far from float32's limits
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,11 @@ class LossOptions:
         _one_of("mentoring", self.mentoring, MENTORINGS)
         _one_of("weighting", self.weighting, WEIGHTINGS)
         _one_of("reduction", self.reduction, REDUCTIONS)
-        if not _number("temperature", self.temperature) > 0:
-            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if not 0 < _number("temperature", self.temperature) <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:.0e}, "
+                f"got {self.temperature}"
+            )
         if self.task_weight != "confidence":
             if isinstance(self.task_weight, str):
                 raise ValueError(
@@ -71,7 +75,7 @@ def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
 def _number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # math.isfinite is beyond torch.compile
         raise ValueError(f"{name} must be finite, got {value}")
     return value
 
