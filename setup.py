@@ -12,7 +12,8 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.10",
+    package_data={"classroomkd": ["py.typed"]},
+    python_requires=">=3.11",
     packages=[*find_packages(include=["classroomkd", "classroomkd.*"]), "classroomkd.kernels"],
     package_dir={"classroomkd": "classroomkd", "classroomkd.kernels": "kernels"},
     install_requires=[

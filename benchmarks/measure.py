@@ -14,7 +14,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -138,7 +138,7 @@ def environment() -> dict[str, object]:
     """Where and when: device, versions, date."""
     about: dict[str, object] = {
         "classroomkd": classroomkd.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": platform.processor() or platform.machine(),
         "cpu_threads": torch.get_num_threads(),
         "python": platform.python_version(),
