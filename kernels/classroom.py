@@ -88,6 +88,8 @@ def _targets(
         out_of_range = (index < 0) | (index >= C)
         target = tl.where(out_of_range, 0, index).to(tl.int32)
         t = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+        t = smoothed(t, label_smoothing, inside, C)
+        t_sum = tl.full(target.shape, 1.0, tl.float32)
     else:
         valid = in_range
         out_of_range = row < 0
@@ -95,8 +97,9 @@ def _targets(
         t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         best = tl.max(t, 1)
         target = tl.min(tl.where(inside & (t == best[:, None]), column[None, :], C - 1), 1)
-    t = smoothed(t, label_smoothing, inside, C)
-    return valid, out_of_range, target, t, tl.sum(t, 1)
+        t = smoothed(t, label_smoothing, inside, C)
+        t_sum = tl.sum(t, 1)
+    return valid, out_of_range, target, t, t_sum
 
 
 @triton.jit
