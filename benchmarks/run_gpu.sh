@@ -54,7 +54,7 @@ if [[ $status -ne 0 ]]; then
     ln -s "$repo"/classroomkd/* "$repo/kernels" "$scratch/classroomkd/"
     export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
 fi
-tests=("$repo/tests/test_definition.py" "$repo/tests/test_fused.py")
+tests=("$repo"/tests/test_{definition,fused,operator,fused_properties}.py)
 where="on a GPU"
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,18 +25,35 @@ _SEED, _TEST_SHARE, _IMAGE_SIZE = 0, 0.2, 32
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
 
-    0 is success, 2 a mistake of the user's, told in one line on stderr, 130 an interruption.
+    0 is success, 2 a mistake of the user's or a refusal of the system's, told in one line on
+    stderr, 130 an interruption, 141 that nobody reads the output any more.
     """
     try:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
-    except UserError as error:
-        print(f"classroomkd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, head for one, has seen enough
+        # What is left in the buffer must go somewhere, or Python complains of it at the exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as error:
+        message = _system_message(error) if isinstance(error, OSError) else str(error)
+        print(f"classroomkd: error: {' '.join(message.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"classroomkd: interrupted: {interrupt or 'nothing was written'}", file=sys.stderr)
+        reason = str(interrupt) or "nothing was written"
+        print(f"classroomkd: interrupted: {reason}", file=sys.stderr)
         return 130
     return 0
+
+
+def _system_message(error: OSError) -> str:
+    message = error.strerror or str(error)
+    if error.filename:
+        message = f"{error.filename}: {message}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        message += ": free some space and start again; what was written before is intact"
+    return message
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
@@ -135,18 +154,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from classroomkd.data import channel_statistics, load_source
+    from classroomkd.data import channel_statistics, is_split_by_seed, join, load_source
     from classroomkd.models import NetworkInfo, load_network
-    from classroomkd.training.evaluation import evaluate, evaluation_loader
+    from classroomkd.training.evaluation import evaluate, evaluation_loader, require_finite
     from classroomkd.training.machine import find_device
     from classroomkd.training.mentors import fit_to_data
 
     device = find_device(arguments.device)
     network, info, architecture = load_network(arguments.student)
     image_size = info.image_size if info else _IMAGE_SIZE
-    train_set, test_set = load_source(
-        arguments.data, image_size=image_size, **_split(arguments, ours=info is not None)
-    )
+    split = _split(arguments, ours=info is not None)
+    train_set, test_set = load_source(arguments.data, image_size=image_size, **split)
     if info is None:
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
@@ -157,12 +175,19 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         )
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
     network.to(device, memory_format=torch.channels_last)
-    with evaluation_loader(test_set, info, device) as loader:
+    images = join(train_set, test_set) if arguments.all else test_set
+    with evaluation_loader(images, info, device) as loader:
         result = evaluate(network, loader)
-    print(f"{architecture} of {arguments.student} on the held-out part of {arguments.data}:")
-    print(f"images  {result.images}")
+    require_finite(result, str(arguments.student))
+    part = "all images" if arguments.all else "the held-out part"
+    print(f"{architecture} of {arguments.student} on {part} of {arguments.data}:")
+    chosen = ""
+    if not arguments.all and is_split_by_seed(arguments.data):
+        total = len(train_set) + len(test_set)
+        chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
+    print(f"images  {result.images}{chosen}")
     print(f"top-1   {result.top1:.2%}")
-    print(f"top-5   {result.top5:.2%}")
+    print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
     print(f"loss    {result.loss:.4f}")
 
 
@@ -171,14 +196,11 @@ def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
 
     With any others a network would be measured on images that it was trained on.
     """
-    import yaml
+    from classroomkd.training.run import recorded_split
 
     split = {"seed": _SEED, "test_share": _TEST_SHARE}
-    for folder in (arguments.student, *arguments.student.absolute().parents[:2]):
-        if ours and (folder / "config.yaml").is_file():
-            config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-            split = {name: config[name] for name in split}
-            break
+    if ours:
+        split |= recorded_split(arguments.student)
     given = {name: getattr(arguments, name) for name in split}
     return split | {name: value for name, value in given.items() if value is not None}
 
@@ -192,8 +214,17 @@ def _console() -> Any:
 class _Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, as every other mistake of the user's."""
 
+    lists_zoo = False
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self) -> str:
+        if self.lists_zoo:
+            from classroomkd.models import names
+
+            self.epilog = f"networks of the zoo: {', '.join(names())}"
+        return super().format_help()
 
 
 def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
@@ -209,7 +240,15 @@ def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callab
 _COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 _NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
 _POSITIVE = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
+_TEMPERATURE = _checked(float, lambda value: 0 < value <= 1e6, "a number above 0, at most 1e6")
+_PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 _SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not empty")  # or it would be this folder
+    return Path(text)
 
 
 def _parser() -> _Parser:
@@ -241,8 +280,11 @@ def _parser() -> _Parser:
     _add_run_options(quickstart, "quickstart")
 
     train = command("train", _train, "train mentors and a student on your own images")
-    train.add_argument("--data", type=Path, required=True, metavar="PATH", help=_DATA_HELP)
-    train.add_argument("--student", required=True, metavar="NAME", help="a network of the zoo")
+    train.lists_zoo = True
+    train.add_argument("--data", type=_path, required=True, metavar="PATH", help=_DATA_HELP)
+    train.add_argument(
+        "--student", required=True, metavar="NAME", help="a network of the zoo, see below"
+    )
     train.add_argument(
         "--mentors",
         required=True,
@@ -262,7 +304,7 @@ def _parser() -> _Parser:
     )
     train.add_argument(
         "--temperature",
-        type=_POSITIVE,
+        type=_TEMPERATURE,
         default=12.0,
         metavar="T",
         help=f"softens a lesson by 1 + T · the mentor's lead over the student {_DEFAULT}",
@@ -275,7 +317,7 @@ def _parser() -> _Parser:
     )
     train.add_argument(
         "--image-size",
-        type=_COUNT,
+        type=_PIXELS,
         default=_IMAGE_SIZE,
         metavar="PIXELS",
         help=f"width and height that images are brought to {_DEFAULT}",
@@ -302,11 +344,11 @@ def _parser() -> _Parser:
     evaluate = command("evaluate", _evaluate, "measure a trained student on held-out images")
     evaluate.add_argument(
         "student",
-        type=Path,
+        type=_path,
         metavar="STUDENT",
         help="a run folder, a .safetensors file or another checkpoint",
     )
-    evaluate.add_argument("--data", type=Path, required=True, metavar="PATH", help=_DATA_HELP)
+    evaluate.add_argument("--data", type=_path, required=True, metavar="PATH", help=_DATA_HELP)
     own = "(default: that of the run folder STUDENT lies in, else {})"
     evaluate.add_argument(
         "--seed", type=_NATURAL, metavar="N", help=f"of the split {own.format(_SEED)}"
@@ -316,6 +358,9 @@ def _parser() -> _Parser:
         type=_SHARE,
         metavar="SHARE",
         help=f"held out of a data set without test/ and val/ {own.format(_TEST_SHARE)}",
+    )
+    evaluate.add_argument(
+        "--all", action="store_true", help="measure every image, those of the training part too"
     )
     _add_device(evaluate)
     return parser
@@ -332,7 +377,7 @@ _DATA_HELP = (
 def _add_run_options(parser: _Parser, name: str) -> None:
     parser.add_argument("--seed", type=_NATURAL, default=_SEED, metavar="N", help=_DEFAULT)
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help=f"run folder (default: runs/{name}, or -2, -3, …)"
+        "--out", type=_path, metavar="DIR", help=f"run folder (default: runs/{name}, or -2, -3, …)"
     )
 
 

@@ -83,7 +83,7 @@ def _targets(
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
     if target_stride is None:
-        index = tl.load(target_ptr + row, mask=in_range, other=ignore_index).to(tl.int64)
+        index = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
         valid = in_range & (index != ignore_index)
         out_of_range = (index < 0) | (index >= C)
         target = tl.where(out_of_range, 0, index).to(tl.int32)

@@ -192,7 +192,7 @@ def count_valid(target_ptr, target_stride, ignore_index, n_rows, BLOCK_R: tl.con
         count = tl.zeros([BLOCK_R], tl.int32)
         for start in range(0, n_rows, BLOCK_R):
             row = start + tl.arange(0, BLOCK_R)
-            target = tl.load(target_ptr + row, mask=row < n_rows, other=ignore_index)
+            target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
             count += ((row < n_rows) & (target != ignore_index)).to(tl.int32)
         return tl.maximum(tl.sum(count, 0), 1).to(tl.float32)
     else:

@@ -240,7 +240,7 @@ def classroom_loss_and_grad(
         and targets.dim() == 1
         and n_rows > _MAX_ROWS_COUNTED_IN_PASS
     ):
-        n_valid = (targets != ignore_index).sum()
+        n_valid = (targets.long() != ignore_index).sum()  # uint8 would wrap the index around
     count = new(()) if finished else None
     inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
     kernel = tiled_classroom_kernel if inputs.tiled else classroom_kernel

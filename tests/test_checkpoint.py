@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -257,6 +258,48 @@ def test_info_that_does_not_fit_the_weights(
     path = tmp_path / "wrong.safetensors"
     save_network(path, network, NetworkInfo(**{**asdict(INFO), **change}))
     assert_refused(path, str(path), *parts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"architecture": ["resnet8"]},
+        {"classes": "abc"},
+        {"classes": [1, 2, 3]},
+        {"classes": []},
+        {"mean": 0.5},
+        {"mean": [0.5, 0.5]},
+        {"mean": [0.5, 0.5, "0.5"]},
+        {"mean": [0.5, 0.5, float("nan")]},
+        {"std": [0.5, 0.5, 0.0]},
+        {"std": None},
+        {"image_size": "32"},
+        {"image_size": 0},
+        {"image_size": 32.0},
+    ],
+)
+def test_damaged_info(tmp_path: Path, network: nn.Module, change: dict) -> None:
+    info = {**asdict(INFO), **change}
+    metadata = {"classroomkd": json.dumps(info)}
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "a.safetensors", metadata)
+    torch.save({"model": network.state_dict(), "info": info}, tmp_path / "a.pt")
+    (name,) = change
+    for file in ("a.safetensors", "a.pt"):
+        assert_refused(tmp_path / file, str(tmp_path / file), f"is damaged: its {name} cannot be")
+
+
+def test_metadata_that_is_no_json(tmp_path: Path, network: nn.Module) -> None:
+    path = tmp_path / "a.safetensors"
+    safetensors.torch.save_file(network.state_dict(), path, {"classroomkd": "{'mean': "})
+    assert_refused(path, str(path), "metadata is not JSON")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
+def test_file_that_may_not_be_read(tmp_path: Path, network: nn.Module, name: str) -> None:
+    save_network(tmp_path / name, network, INFO)
+    (tmp_path / name).chmod(0)
+    assert_refused(tmp_path / name, f"cannot read {tmp_path / name}: Permission denied")
 
 
 def test_metadata_is_readable_json(tmp_path: Path, network: nn.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
 import re
 import subprocess
@@ -17,7 +19,7 @@ from PIL import Image
 from torch import nn
 
 from classroomkd import cli
-from classroomkd.models import NetworkInfo, create, save_network
+from classroomkd.models import NetworkInfo, create, names, save_network
 from classroomkd.training.trainer import Trainer
 
 
@@ -83,8 +85,8 @@ def error_of(capsys, status: int) -> str:
 
 def measured(output: str) -> dict[str, float]:
     """The numbers that evaluate printed."""
-    found = dict(re.findall(r"^(images|top-1|top-5|loss) +([\d.]+)%?$", output, re.MULTILINE))
-    return {name: float(value) for name, value in found.items()}
+    found = re.findall(r"^(images|top-1|top-5|loss) +([\d.]+|–)%?( .*)?$", output, re.MULTILINE)
+    return {name: math.nan if value == "–" else float(value) for name, value, _ in found}
 
 
 # ---------------------------------------------------------------- what works
@@ -139,7 +141,7 @@ def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
         numbers = measured(capsys.readouterr().out)
         assert numbers["images"] == 15
         assert numbers["top-1"] == pytest.approx(100 * student["top1"], abs=0.006)
-        assert numbers["top-5"] == pytest.approx(100 * student["top5"], abs=0.006)
+        assert math.isnan(numbers["top-5"])  # of three classes it says nothing
         assert numbers["loss"] == pytest.approx(student["loss"], abs=6e-5)
 
 
@@ -184,6 +186,60 @@ def test_mentors_from_files_and_run_folders(split: Path, tmp_path: Path, capsys)
     for result, own in zip(results["second"], (results["first"][0], taught), strict=False):
         assert not result["trained"]
         assert result == own | {"trained": False, "epochs": None}
+
+
+def test_evaluate_says_which_images_it_measures(split, one_folder, tmp_path, capsys):
+    file = network(tmp_path / "a.safetensors")
+    losses = []
+    for data, options, line in (
+        (split, [], "15"),
+        (split, ["--all"], "51"),
+        (one_folder, [], "12 of 60 (held out by seed 0; --all measures every image)"),
+        (one_folder, ["--all"], "60"),
+        (one_folder, ["--all", "--seed", "4"], "60"),
+    ):
+        assert cli.main(["evaluate", str(file), "--data", str(data), *options]) == 0
+        output = capsys.readouterr().out
+        assert f"images  {line}\n" in output
+        assert ("held-out part" in output) == ("--all" not in options)
+        losses.append(measured(output)["loss"])
+    assert losses[-1] == pytest.approx(losses[-2], abs=2e-4)  # all are all, however split
+
+
+def test_top5_of_more_than_five_classes(tmp_path: Path, capsys):
+    classes = tuple("abcdef")
+    data = write_classes(tmp_path / "data", 4, classes)
+    file = network(tmp_path / "a.safetensors", classes)
+    assert cli.main(["evaluate", str(file), "--data", str(data)]) == 0
+    assert 0 <= measured(capsys.readouterr().out)["top-5"] <= 100
+
+
+def test_evaluate_beside_the_configuration_of_another_tool(one_folder, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("trainer: {devices: 8}\nseed: [")
+    file = network(tmp_path / "a.safetensors")
+    assert cli.main(["evaluate", str(file), "--data", str(one_folder)]) == 0
+    assert measured(capsys.readouterr().out)["images"] == 12
+
+
+def test_help_of_train_names_the_zoo(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    listed = capsys.readouterr().out.split("networks of the zoo:")[1]
+    assert re.findall(r"\w+", listed) == names()
+
+
+def test_output_that_is_not_read_to_its_end(split: Path, tmp_path: Path):
+    file = network(tmp_path / "a.safetensors")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "classroomkd", "evaluate", file, "--data", split],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_help_and_version(capsys):
@@ -244,9 +300,9 @@ def test_student_of_another_number_of_classes(split: Path, tmp_path: Path, capsy
     assert "has 3" in message
 
 
-@pytest.mark.parametrize("names", [{"student": "resnet2O"}, {"mentors": ("resnet8", "resnet2O")}])
-def test_unknown_model_name_suggests_near_ones(split: Path, tmp_path: Path, capsys, names):
-    message = error_of(capsys, train(split, tmp_path / "run", **names))
+@pytest.mark.parametrize("wrong", [{"student": "resnet2O"}, {"mentors": ("resnet8", "resnet2O")}])
+def test_unknown_model_name_suggests_near_ones(split: Path, tmp_path: Path, capsys, wrong):
+    message = error_of(capsys, train(split, tmp_path / "run", **wrong))
     assert "'resnet2O'" in message
     assert "resnet20" in message
 
@@ -285,6 +341,11 @@ def test_folder_that_is_in_use(split: Path, tmp_path: Path, capsys):
         (["--batch-size", "-1"], "--batch-size"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
+        (["--temperature", "1000001"], "--temperature"),
+        (["--image-size", "1025"], "--image-size"),
+        (["--image-size", "1000000000000"], "--image-size"),
+        (["--data", ""], "--data"),
+        (["--out", ""], "--out"),
         (["--learning-rate", "inf"], "--learning-rate"),
         (["--test-share", "1"], "--test-share"),
         (["--seed", "-1"], "--seed"),
@@ -329,3 +390,63 @@ def test_interruption(split: Path, tmp_path: Path, capsys, monkeypatch):
     assert len(lines) == 1
     assert lines[0].startswith("classroomkd: interrupted: ")
     assert str(tmp_path / "run") in lines[0]
+
+
+def test_interruption_before_anything_is_written(split: Path, tmp_path: Path, capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("classroomkd.data.load_source", interrupt)
+    assert train(split, tmp_path / "run") == 130
+    assert capsys.readouterr().err == "classroomkd: interrupted: nothing was written\n"
+
+
+def test_full_disk(split: Path, tmp_path: Path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("classroomkd.training.classroom.write_report", refuse)
+    message = error_of(capsys, train(split, tmp_path / "run"))
+    assert message.startswith(f"{tmp_path / 'run'}: No space left on device: free some space")
+    assert "intact" in message
+    assert (tmp_path / "run" / "summary.json").is_file()
+
+
+def test_refusals_of_the_system(split: Path, tmp_path: Path, capsys):
+    long = tmp_path / ("a" * 300)
+    assert str(long) in error_of(capsys, train(long, tmp_path / "run"))
+    assert str(long) in error_of(capsys, train(split, long))
+    status = cli.main(["evaluate", f"{long}/x.pt", "--data", str(split)])
+    assert f"{long}/x.pt" in error_of(capsys, status)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
+def test_folders_without_permission(split: Path, tmp_path: Path, capsys):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    write_classes(tmp_path / "data", 4)
+    locked.chmod(0)
+    (tmp_path / "data" / "dog").chmod(0)
+    file = network(tmp_path / "a.safetensors")
+    for run, named in (
+        (lambda: train(split, locked / "run"), locked / "run"),
+        (lambda: train(locked, tmp_path / "run"), locked),
+        (lambda: train(tmp_path / "data", tmp_path / "run"), tmp_path / "data" / "dog"),
+        (lambda: cli.main(["evaluate", f"{locked}/x.pt", "--data", str(split)]), locked / "x.pt"),
+        (lambda: cli.main(["evaluate", str(file), "--data", str(locked)]), locked),
+    ):
+        message = error_of(capsys, run())
+        assert "Permission denied" in message
+        assert str(named) in message
+
+
+@pytest.mark.parametrize("options", [[], ["--all"]])
+def test_network_whose_loss_is_not_finite(split: Path, tmp_path: Path, capsys, options):
+    torch.manual_seed(0)
+    sick = create("resnet8", 3)
+    nn.init.constant_(sick.fc.bias, math.nan)
+    info = NetworkInfo("resnet8", ["cat", "dog", "eel"], (0.5,) * 3, (0.25,) * 3, 8)
+    save_network(tmp_path / "sick.safetensors", sick, info)
+    arguments = ["evaluate", str(tmp_path / "sick.safetensors"), "--data", str(split), *options]
+    message = error_of(capsys, cli.main(arguments))
+    assert message.startswith(f"{tmp_path / 'sick.safetensors'}: its loss on the images is nan")

@@ -20,6 +20,7 @@ from classroomkd.data import (
     ResidentLoader,
     channel_statistics,
     digits,
+    is_split_by_seed,
     load_source,
 )
 from classroomkd.data.augment import normalisation_table, sample_order
@@ -195,6 +196,45 @@ def test_damaged_image_is_named(tmp_path, kind, damage):
     assert "more" not in message
 
 
+def test_files_passed_over_are_counted(tmp_path, capfd):
+    make_tree(tmp_path)
+    load(tmp_path)
+    assert capfd.readouterr().err == ""
+    for name in ("train/cat/a.gif", "train/dog/b.bmp", "val/cat/c.tiff"):
+        write(tmp_path / name, pixels(0))
+    (tmp_path / "train" / "cat" / ".hidden.gif").touch()
+    load(tmp_path)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "not PNG, JPEG or WebP: 3 " in line
+    assert str(tmp_path / "train" / "cat" / "a.gif") in line
+
+
+def test_broken_link_is_named(tmp_path):
+    make_tree(tmp_path)
+    link = tmp_path / "train" / "dog" / "9.png"
+    link.symlink_to(tmp_path / "gone.png")
+    assert error_of(tmp_path).startswith(f"{link} is no file, or a link")
+    write(tmp_path / "gone.png", pixels(9))
+    np.testing.assert_array_equal(load(tmp_path)[0].images[-1], pixels(9))
+
+
+def test_image_of_too_many_pixels_is_named(tmp_path, monkeypatch, recwarn):
+    make_tree(tmp_path)
+    huge = tmp_path / "val" / "cat" / "huge.png"
+    write(huge, pixels(0, 30, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert error_of(tmp_path).startswith(f"{huge} cannot be read (Image size (1200 pixels)")
+    assert not recwarn.list
+
+
+def test_which_data_is_split_by_seed(tmp_path):
+    make_tree(tmp_path)
+    assert not is_split_by_seed(tmp_path)
+    assert is_split_by_seed(str(tmp_path / "val"))
+    make_cifar(tmp_path / "cifar", "cifar10")
+    assert not is_split_by_seed(tmp_path / "cifar")
+
+
 def test_several_damaged_images_are_counted(tmp_path):
     made = make_tree(tmp_path, count=100)
     for name in ("train/dog/7.png", "train/dog/90.png", "val/cat/3.png"):
@@ -208,6 +248,7 @@ def test_several_damaged_images_are_counted(tmp_path):
 def test_bad_arguments(tmp_path):
     make_tree(tmp_path)
     assert "got 0" in error_of(tmp_path, image_size=0)
+    assert "got 1025" in error_of(tmp_path, image_size=1025)
     for share in (0, 1, -0.1, 1.5):
         assert f"got {share}" in error_of(tmp_path, test_share=share)
     assert "'imagenet': only cifar10 and cifar100" in error_of(tmp_path, download="imagenet")
@@ -568,7 +609,12 @@ def test_channel_statistics_match_numpy():
     np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
     np.testing.assert_allclose(std, values.std(0), rtol=1e-12)
     flat = ImageSet(np.full((2, 4, 4, 3), 51, np.uint8), np.zeros(2, np.int64), ["a", "b"])
-    assert channel_statistics(flat) == ((0.2, 0.2, 0.2), (0.0, 0.0, 0.0))
+    flat.images[0, 0, 0, 1] = 50
+    mean, std = channel_statistics(flat)
+    assert std[::2] == (1.0, 1.0)  # instead of 0, by which nothing can be divided
+    assert std[1] == pytest.approx(flat.images[..., 1].std() / 255)
+    batch = next(iter(make_loader(flat, mean=mean, std=std, augmentation=None)))
+    assert (batch[0][:, ::2] == 0).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

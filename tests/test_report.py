@@ -16,6 +16,7 @@ from selenium import webdriver
 
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
+from classroomkd.report.results import result_rows
 
 MENTORS = ("resnet110", "resnet56", "resnet32", "resnet20", "resnet20-2", "resnet8-2")
 LESSONS = ("active_share", "temperature", "rank_weight", "kl")
@@ -81,7 +82,7 @@ def make_run(
                 "top5": 1.0,
                 "loss": 0.1234,
                 "trained": name not in given,
-                "epochs": epochs,
+                "epochs": None if name in given else epochs,
             }
             for phase, name, top1 in (
                 *(("mentor", name, best[name]) for name in mentors),
@@ -99,13 +100,17 @@ def make_run(
 
 def expected_plots(records: list[dict], mentors: tuple[str, ...] = MENTORS) -> dict:
     """For each plot its traces, {name: (epochs, values)}, straight from the records."""
-    suffix = {"mentor": "", "alone": " alone", "classroom": " in the classroom"}
+    suffix = {"mentor": " (mentor)", "alone": " alone", "classroom": " in the classroom"}
     plots = {"accuracy": {}, "loss": {}} | {key: {} for key in LESSONS}
     for record in records:
         name = record["name"] + suffix[record["phase"]]
         points = [("accuracy", name, record["test_top1"]), ("loss", name, record["train_loss"])]
         if record["phase"] == "classroom":
-            points += [(key, m, record["mentors"][m][key]) for key in LESSONS for m in mentors]
+            points += [
+                (key, f"{m} (mentor)", record["mentors"][m][key])
+                for key in LESSONS
+                for m in mentors
+            ]
         for plot, trace, value in points:
             xs, ys = plots[plot].setdefault(trace, ([], []))
             xs.append(record["epoch"])
@@ -214,10 +219,11 @@ def test_page_tells_the_results(browser, tmp_path):
         ".map(row => [...row.cells].map(cell => cell.innerText))"
     )
     assert len(rows) == len(summary["results"])
-    assert rows[0] == ["resnet110", "272,474", "98.50%", "100.00%", "0.1234", "given"]
-    assert rows[4][0] == "resnet20-2 (resnet20)"
+    given = ["resnet110 (mentor)", "272,474", "–", "98.50%", "100.00%", "0.1234", "given"]
+    assert rows[0] == given
+    assert rows[4][::2] == ["resnet20-2 (mentor)", "30", "100.00%", "trained"]
     assert [row[0] for row in rows[-2:]] == ["resnet8 alone", "resnet8 in the classroom"]
-    assert rows[-1][-1] == "trained here"
+    assert rows[-1][-1] == "trained"
     # 599 images: 100/599 = 0.167; 569 right: sqrt(0.94992 * 0.05008 / 599) = 0.00891
     assert "599 held-out images of digits: one image is 0.17 percentage points" in text
     assert "near 95.0% is 0.89 points" in text
@@ -305,7 +311,7 @@ def test_text_from_files_is_not_markup(browser, tmp_path):
     plots = open_page(browser, write_report(run))
     assert len(plots) == 6
     for name, plot in plots.items():
-        assert plot["legend"][0] == nasty, name
+        assert plot["legend"][0] == f"{nasty} (mentor)", name
     assert browser.execute_script("return window.ran") is None
     browser.find_element("tag name", "summary").click()
     text = browser.find_element("tag name", "body").text
@@ -315,8 +321,8 @@ def test_text_from_files_is_not_markup(browser, tmp_path):
     assert terminal(summary).count("[red]a[/red] [/x]") == 2
 
 
-def terminal(summary: dict) -> str:
-    console = Console(width=200, record=True, file=io.StringIO())
+def terminal(summary: dict, width: int = 200) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
     console.print(results_table(summary))
     return console.export_text()
 
@@ -327,7 +333,9 @@ def test_terminal_table(tmp_path):
     given = next(line for line in text.splitlines() if "resnet110" in line)
     assert given.split() == [
         "resnet110",
+        "(mentor)",
         "272,474",
+        "–",
         "98.50%",
         "100.00%",
         "0.1234",
@@ -337,6 +345,17 @@ def test_terminal_table(tmp_path):
     assert "599 held-out images of digits" in text
     summary["results"][-1]["top1"] = 1.0  # certainty is not on offer: one image away from it
     assert "near 99.8% is 0.17 points" in " ".join(terminal(summary).split())
+    top5 = [row[4] for row in result_rows(summary)]
+    assert top5 == ["100.00%"] * len(top5)
+    for classes, shown in ((6, "100.00%"), (5, "–")):  # of five the best five say nothing
+        summary["data"]["classes"] = classes
+        assert {row[4] for row in result_rows(summary)} == {shown}
+
+
+def test_terminal_of_80_characters_breaks_no_row(tmp_path):
+    _, summary = make_run(tmp_path / "run")
+    rows = [line for line in terminal(summary, width=80).splitlines() if "272,474" in line]
+    assert [row.split("  ")[0] for row in rows] == [row[0] for row in result_rows(summary)]
 
 
 def test_folder_that_is_not_a_run(tmp_path):

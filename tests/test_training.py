@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import json
 import math
@@ -27,7 +28,7 @@ from classroomkd.training import classroom as classroom_module
 from classroomkd.training.classroom import Classroom, ClassroomConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.mentors import MentorConfig, Renormalised, fit_to_data
-from classroomkd.training.run import Run, choose_folder
+from classroomkd.training.run import Run, choose_folder, recorded_split
 from classroomkd.training.schedule import mentor_learning_rate, student_learning_rate
 from classroomkd.training.trainer import Trainer
 
@@ -556,7 +557,8 @@ def test_student_starts_alike_alone_and_in_the_classroom(tmp_path: Path, monkeyp
     alone, taught = "resnet8 alone", "resnet8 in the classroom"
     assert same(starts[alone], starts[taught])
     assert torch.equal(torch.stack(seen[alone]), torch.stack(seen[taught]))
-    for first, second in ((alone, "resnet8"), ("resnet8", "resnet8-2")):
+    mentors = ("resnet8 (mentor)", "resnet8-2 (mentor)")
+    for first, second in ((alone, mentors[0]), mentors):
         assert not same(starts[first], starts[second])
         assert not torch.equal(torch.stack(seen[first]), torch.stack(seen[second]))
 
@@ -587,8 +589,9 @@ def test_given_mentor_teaches_untrained_here(tmp_path: Path):
 def test_sick_given_mentor_is_refused_before_training(tmp_path: Path):
     source = given(tmp_path / "mine.safetensors", weight=math.nan)
     mentors = (MentorConfig("resnet8", 1), MentorConfig(source, None))
-    with pytest.raises(UserError, match=r"mentor resnet8-2: its loss .* is nan"):
+    with pytest.raises(UserError, match=r"mentor resnet8-2 .*its loss .* is nan") as caught:
         hold(tmp_path / "run", mentors=mentors)
+    assert source in str(caught.value)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
@@ -596,7 +599,7 @@ def test_divergence_is_recorded_and_keeps_the_last_good_checkpoint(tmp_path: Pat
     monkeypatch.setattr(
         classroom_module, "mentor_learning_rate", lambda done, peak: 1e30 if done else peak
     )
-    with pytest.raises(UserError, match=r"resnet8, epoch 2: .* lower learning rate"):
+    with pytest.raises(UserError, match=r"resnet8 \(mentor\), epoch 2: .* lower learning rate"):
         hold(tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
@@ -626,3 +629,59 @@ def test_interruption_says_where_the_run_is(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(Trainer, "_step", interrupt)
     with pytest.raises(KeyboardInterrupt, match=str(tmp_path / "run")):
         hold(tmp_path / "run")
+
+
+def test_full_disk_says_where_the_run_is(tmp_path: Path, monkeypatch):
+    def refuse(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("classroomkd.files.os.fsync", lambda _: None)
+    out = tmp_path / "run"
+    run_init = Run.__init__
+
+    def start(self, *arguments):
+        run_init(self, *arguments)
+        monkeypatch.setattr("classroomkd.files.os.fsync", refuse)
+
+    monkeypatch.setattr(Run, "__init__", start)
+    with pytest.raises(OSError, match="No space left") as caught:
+        hold(out)
+    assert caught.value.filename == str(out)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    assert list((out / "checkpoints").iterdir()) == []  # nor a temporary file
+
+
+def test_one_constant_channel_is_no_hindrance(tmp_path: Path):
+    train_set, test_set = colours(28), colours(13, seed=1)
+    for image_set in (train_set, test_set):
+        image_set.images[..., 2] = 7
+    config = replace(CONFIG, mentors=(MentorConfig("resnet8", 1),), epochs=1)
+    quiet = Console(file=io.StringIO())
+    summary = Classroom(config, quiet).run(train_set, test_set, tmp_path / "run")
+    assert all(math.isfinite(result["loss"]) for result in summary["results"])
+
+
+@pytest.mark.parametrize(
+    ("text", "split"),
+    [
+        ("seed: 5\ntest_share: 0.25\nepochs: 3", {"seed": 5, "test_share": 0.25}),
+        ("defaults:\n- model: vit", {}),
+        ("seed: 5", {}),
+        ("seed: five\ntest_share: 0.25", {}),
+        ("seed: true\ntest_share: 0.25", {}),
+        ("seed: -1\ntest_share: 0.25", {}),
+        ("seed: 5\ntest_share: 1.5", {}),
+        ("- seed", {}),
+        ("", {}),
+        ("a: b: c: {", {}),
+        ("\x00", {}),
+    ],
+)
+def test_only_a_run_of_ours_tells_the_split(tmp_path: Path, text, split):
+    inner = tmp_path / "run" / "mentors"
+    inner.mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text(text)
+    for network in (tmp_path / "run", inner.parent / "a.safetensors", inner / "b.safetensors"):
+        assert recorded_split(network) == split
+    (inner / "config.yaml").write_text("theirs: 1")  # nearer, but not ours
+    assert recorded_split(inner / "b.safetensors") == split

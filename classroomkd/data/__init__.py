@@ -9,7 +9,7 @@ of files, and this folder knows nothing of them.
 
 from classroomkd.data.augment import Augmentation
 from classroomkd.data.loader import ResidentLoader, channel_statistics
-from classroomkd.data.sources import ImageSet, digits, load_source
+from classroomkd.data.sources import ImageSet, digits, is_split_by_seed, join, load_source
 
 __all__ = [
     "Augmentation",
@@ -17,5 +17,7 @@ __all__ = [
     "ResidentLoader",
     "channel_statistics",
     "digits",
+    "is_split_by_seed",
+    "join",
     "load_source",
 ]

@@ -108,7 +108,7 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarr
     """The normalised value of each channel's 256 pixel values, float32 [3, 256].
 
     ``mean`` and ``std`` are per RGB channel, of values scaled to 0..1. Raises UserError if a
-    standard deviation is not positive (every image the same flat colour, for one).
+    standard deviation is not positive.
     """
     mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
     if not (std > 0).all():

@@ -18,7 +18,8 @@ def channel_statistics(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation (of the population) per RGB channel, of values scaled to 0..1.
 
-    The sums are exact integers, so the result is the same on every machine.
+    The sums are exact integers, so the result is the same on every machine. A channel of one value
+    throughout has no deviation to divide by: its 0 is given as 1, so that it normalises to 0.
     """
     means, stds = [], []
     for channel in range(3):
@@ -27,7 +28,7 @@ def channel_statistics(
         n, total = sum(counts), sum(v * count for v, count in enumerate(counts))
         squares = sum(v * v * count for v, count in enumerate(counts))
         means.append(total / (255 * n))
-        stds.append(math.sqrt(n * squares - total * total) / (255 * n))
+        stds.append(math.sqrt(n * squares - total * total) / (255 * n) or 1.0)
     return tuple(means), tuple(stds)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import sys
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from classroomkd.errors import UserError
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
 _CHUNK = 64  # images a thread decodes before it reports
 
 
@@ -33,6 +36,12 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.targets)
+
+
+def join(first: ImageSet, second: ImageSet) -> ImageSet:
+    """The images of both parts of a data set, in order."""
+    images = np.concatenate((first.images, second.images))
+    return ImageSet(images, np.concatenate((first.targets, second.targets)), first.classes)
 
 
 def load_source(
@@ -53,11 +62,11 @@ def load_source(
       (at least one image, at most all but one), chosen by ``seed``, to the held-out part;
     - the folder of CIFAR-10's or CIFAR-100's Python files, or the folder around it.
 
-    Images are PNG, JPEG or WebP. The classes are the sorted folder names, the files of a class in
-    natural order (2 before 10), so the arrays are the same on every machine. Photographs are turned
-    upright, transparent pixels laid on white, 16-bit grey scaled to 8 bits; an image of another
-    size gives its largest centred square, resampled to ``image_size`` with an antialiasing
-    (Lanczos) filter.
+    Images are PNG, JPEG or WebP; a line on stderr counts the files passed over for being neither.
+    The classes are the sorted folder names, the files of a class in natural order (2 before 10), so
+    the arrays are the same on every machine. Photographs are turned upright, transparent pixels
+    laid on white, 16-bit grey scaled to 8 bits; an image of another size gives its largest centred
+    square, resampled to ``image_size`` with an antialiasing (Lanczos) filter.
 
     ``download`` ("cifar10" or "cifar100") fetches that set into ``path`` first, if not there.
 
@@ -65,8 +74,8 @@ def load_source(
     fewer than two classes, the classes of the two parts differ, or a class is too small to split.
     """
     path = Path(path).expanduser()
-    if image_size < 1:
-        raise UserError(f"the image size must be at least 1 pixel, got {image_size}")
+    if not 1 <= image_size <= _LARGEST:
+        raise UserError(f"the image size must be within 1..{_LARGEST} pixels, got {image_size}")
     if not 0 < test_share < 1:
         raise UserError(f"the held-out share must be between 0 and 1, got {test_share}")
     if path.exists() and not path.is_dir():
@@ -84,6 +93,12 @@ def load_source(
             ImageSet(_resize(part[0], image_size), part[1], classes) for part in (train, test)
         )
     return _load_folders(path, image_size, seed, test_share)
+
+
+def is_split_by_seed(path: Path | str) -> bool:
+    """Whether `load_source` has to split the data set at ``path``, for it is one folder."""
+    path = Path(path).expanduser()
+    return cifar.find(path) is None and "train" not in _subfolders(path)
 
 
 def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet]:
@@ -113,17 +128,23 @@ def _load_folders(path: Path, size: int, seed: int, test_share: float) -> tuple[
                 f"{path} has train/ but neither test/ nor val/: give {path / 'train'} to split it "
                 "by seed (or rename train/ if it is a class)"
             )
-        files, targets, classes = _list_classes(path / "train")
-        test_files, test_targets, test_classes = _list_classes(held_out)
+        files, targets, classes, others = _list_classes(path / "train")
+        test_files, test_targets, test_classes, test_others = _list_classes(held_out)
+        others += test_others
         for name in sorted(set(test_classes) - set(classes)):
             raise UserError(f"the class {name!r} is in {held_out} but not in {path / 'train'}")
         for name in sorted(set(classes) - set(test_classes)):
             raise UserError(f"the class {name!r} is in {path / 'train'} but not in {held_out}")
     else:
-        files, targets, classes = _list_classes(path)
+        files, targets, classes, others = _list_classes(path)
         held_out = _held_out(targets, classes, seed, test_share, path)
         test_files, test_targets = [files[i] for i in np.flatnonzero(held_out)], targets[held_out]
         files, targets = [files[i] for i in np.flatnonzero(~held_out)], targets[~held_out]
+    if others:
+        print(
+            f"files passed over, as not PNG, JPEG or WebP: {len(others)} ({others[0]} for one)",
+            file=sys.stderr,
+        )
     images = _decode(files + test_files, size)
     train, test = images[: len(files)], images[len(files) :]
     return ImageSet(train, targets, classes), ImageSet(test, test_targets, classes)
@@ -134,38 +155,48 @@ def _subfolders(path: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _image_names(path: Path) -> list[str]:
-    """The image files of a folder in natural order: digits compare as numbers."""
+def _file_names(path: Path) -> tuple[list[str], list[str]]:
+    """A folder's image files in natural order, in which digits compare as numbers, and the others.
+
+    Hidden files are neither.
+    """
+    images, others = [], []
     with os.scandir(path) as entries:
-        names = [
-            e.name
-            for e in entries
-            if e.name.lower().endswith(_SUFFIXES) and not e.name.startswith(".") and e.is_file()
-        ]
+        for entry in entries:
+            if entry.name.startswith(".") or entry.is_dir():
+                continue
+            is_image = entry.name.lower().endswith(_SUFFIXES)
+            if is_image and not entry.is_file():
+                raise UserError(
+                    f"{path / entry.name} is no file, or a link to one that is not there: remove it"
+                )
+            (images if is_image else others).append(entry.name)
 
     def natural(name: str) -> tuple[list[int | str], str]:
         parts = re.split("([0-9]+)", name)
         return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
-    return sorted(names, key=natural)
+    return sorted(images, key=natural), sorted(others)
 
 
-def _list_classes(path: Path) -> tuple[list[Path], np.ndarray, list[str]]:
-    """The image files below ``path``, their class indices, and the classes."""
+def _list_classes(path: Path) -> tuple[list[Path], np.ndarray, list[str], list[Path]]:
+    """The image files below ``path``, their class indices, the classes, and the other files."""
     classes = _subfolders(path)
     if not classes:
-        hint = ": put the images of each class in a folder of its own" if _image_names(path) else ""
+        images, _ = _file_names(path)
+        hint = ": put the images of each class in a folder of its own" if images else ""
         raise UserError(f"no class folders in {path}{hint}")
-    files, targets = [], []
+    files, targets, others = [], [], []
     for target, name in enumerate(classes):
-        names = _image_names(path / name)
+        names, other_names = _file_names(path / name)
         if not names:
             raise UserError(f"no PNG, JPEG or WebP images in the class folder {path / name}")
         files += [path / name / file for file in names]
         targets += [target] * len(names)
+        others += [path / name / file for file in other_names]
     if len(classes) == 1:
         raise UserError(f"only one class, {classes[0]!r}, in {path}: at least two are needed")
-    return files, np.array(targets, np.int64), classes
+    return files, np.array(targets, np.int64), classes, others
 
 
 def _held_out(
@@ -203,7 +234,8 @@ def _decode(files: list[Path], size: int) -> np.ndarray:
 
     starts = range(0, len(files), _CHUNK)
     console = Console(stderr=True)
-    with ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         chunks = track(
             pool.map(decode, starts),
             description=f"Reading {len(files):,} images",

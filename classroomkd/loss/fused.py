@@ -5,8 +5,6 @@ Arguments are checked here, and the path is chosen; ``operators.py`` holds the o
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 import warnings
 from collections.abc import Sequence
@@ -258,20 +256,31 @@ def _use_kernels(device_type: str) -> bool:
     return device_type == "cuda" and _triton_serves()
 
 
-@functools.cache
-def _triton_serves() -> bool:
-    if importlib.util.find_spec("triton") is None:
-        found = "Triton is not installed"
-    else:
-        import triton
+# What keeps the kernels from running, once somebody has looked; not functools.cache, which
+# torch.compile sees through with a warning.
+_obstacles: list[str | None] = []
 
-        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3):
-            return True
-        found = f"Triton {triton.__version__} is too old (kernels need 3.3, torch 2.7's)"
+
+def _triton_serves() -> bool:
+    if not _obstacles:
+        _obstacles.append(_find_obstacle())
+    if _obstacles[0] is None:
+        return True
     warnings.warn(
-        f"{found}; fused_classroom_loss computes classroom_loss in plain PyTorch", stacklevel=4
+        f"{_obstacles[0]}; fused_classroom_loss computes classroom_loss in plain PyTorch",
+        stacklevel=4,
     )
     return False
+
+
+def _find_obstacle() -> str | None:
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        return f"Triton {triton.__version__} is too old (kernels need 3.3, torch 2.7's)"
+    return None
 
 
 def _check_kernel_limits(student_logits: Tensor, mentors: list[Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -67,8 +68,8 @@ def load_network(
     ``state_dict`` or ``net``, from a wrapped network or not. The info is None unless this project
     wrote the file. Floating-point weights of any precision become float32.
 
-    Raises UserError if the file cannot be read, fits no network of the zoo, or has other than
-    ``num_classes`` classes.
+    Raises UserError if the file cannot be read, is damaged, fits no network of the zoo, or has
+    other than ``num_classes`` classes.
     """
     path = Path(path)
     if path.is_dir():
@@ -78,6 +79,7 @@ def load_network(
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
+        path.open("rb").close()  # of a file it may not read safetensors says that there is none
         read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
         state, info = read(path)
     except OSError as error:
@@ -115,7 +117,11 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], NetworkInfo | None
             metadata = file.metadata() or {}
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a safetensors file, or is damaged: {error}") from error
-    return _unwrap(state), _info(json.loads(metadata.get(_METADATA_KEY, "null")))
+    try:
+        values = json.loads(metadata.get(_METADATA_KEY, "null"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its metadata is not JSON ({error})") from error
+    return _unwrap(state), _info(values, path)
 
 
 def _read_torch(path: Path) -> tuple[dict[str, Tensor], NetworkInfo | None]:
@@ -136,7 +142,7 @@ def _read_torch(path: Path) -> tuple[dict[str, Tensor], NetworkInfo | None]:
     holder = content if isinstance(content, dict) else {}
     for state in (content, *(holder.get(key) for key in ("model", "state_dict", "net"))):
         if _is_state_dict(state):
-            return _unwrap(state), _info(holder.get("info"))
+            return _unwrap(state), _info(holder.get("info"), path)
     raise UserError(
         f"{path} holds no state dict, neither bare nor under 'model', 'state_dict' or 'net'"
     )
@@ -150,11 +156,32 @@ def _is_state_dict(value: object) -> bool:
     )
 
 
-def _info(values: object) -> NetworkInfo | None:
-    """The info in a file, or None if it is not ours."""
+def _info(values: object, path: Path) -> NetworkInfo | None:
+    """The info in the file ``path``, or None if it is not ours."""
     if not isinstance(values, dict) or set(values) != {field.name for field in fields(NetworkInfo)}:
         return None
-    return NetworkInfo(**{**values, "mean": tuple(values["mean"]), "std": tuple(values["std"])})
+    means, stds = (_channels(values[name]) for name in ("mean", "std"))
+    sound = {
+        "architecture": isinstance(values["architecture"], str),
+        "classes": isinstance(values["classes"], list)
+        and bool(values["classes"])
+        and all(isinstance(name, str) for name in values["classes"]),
+        "mean": means is not None,
+        "std": stds is not None and min(stds) > 0,
+        "image_size": type(values["image_size"]) is int and values["image_size"] > 0,
+    }
+    for name, is_sound in sound.items():
+        if not is_sound:
+            raise UserError(f"{path} is damaged: its {name} cannot be {str(values[name])[:60]!r}")
+    return NetworkInfo(**{**values, "mean": means, "std": stds})
+
+
+def _channels(values: object) -> tuple[float, float, float] | None:
+    """Three finite numbers, or None if ``values`` is anything else."""
+    if not isinstance(values, list | tuple) or len(values) != 3:
+        return None
+    sound = (isinstance(value, int | float) and math.isfinite(value) for value in values)
+    return tuple(values) if all(sound) else None
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:

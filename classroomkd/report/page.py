@@ -39,8 +39,8 @@ summary { cursor: pointer; font-weight: 600; }
 pre { padding: .75rem; background: #f6f6f6; overflow-x: auto; font-size: .8125rem; }
 @media (max-width: 40rem) {
   table { width: 100%; font-size: .75rem; }
-  tr { display: grid; grid-template-columns: 1.1fr 1fr 1fr .9fr 1.4fr; padding: .3rem 0;
-       border-bottom: 1px solid #ddd; }
+  tr { display: grid; grid-template-columns: 1.4fr .9fr 1fr 1.05fr 1.1fr 1fr; column-gap: .2rem;
+       padding: .3rem 0; border-bottom: 1px solid #ddd; }
   th, td { padding: 0; border: 0; }
   th:first-child { display: none; }
   td:first-child { grid-column: 1 / -1; font-size: .875rem; }

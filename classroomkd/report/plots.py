@@ -87,8 +87,8 @@ _LESSONS = (
     (
         "kl",
         "Divergence from the mentor",
-        "KL from mentor to student, both softened. Mean over the samples on which the mentor "
-        "taught, 0 where there were none.",
+        "KL from mentor to student, both softened. Mean over only those samples on which "
+        "the mentor taught: where they are few it jumps, and where there are none it is 0.",
         {"title": "KL (nats)", "rangemode": "tozero"},
     ),
 )

@@ -42,7 +42,7 @@ class Run:
 
 def label(phase: str, name: str) -> str:
     """What a network of the run is called in tables and legends."""
-    return name + {"alone": " alone", "classroom": " in the classroom"}.get(phase, "")
+    return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, " in the classroom")
 
 
 def read_run(folder: Path) -> Run:

@@ -10,20 +10,24 @@ from rich.table import Table
 
 from classroomkd.report.records import label
 
-COLUMNS = ("network", "parameters", "top-1", "top-5", "loss", "weights")
+COLUMNS = ("network", "parameters", "epochs", "top-1", "top-5", "loss", "weights")
 
 
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
-    """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS."""
+    """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS.
+
+    Of five classes or fewer the best five always hold the true one: their top-5 says nothing.
+    """
+    few_classes = summary["data"]["classes"] <= 5
     return [
         (
-            label(result["phase"], result["name"])
-            + (f" ({result['architecture']})" if result["architecture"] != result["name"] else ""),
+            label(result["phase"], result["name"]),
             _number(result.get("parameters"), ",d"),
+            _number(result["epochs"] if result["trained"] else None, "d"),
             _number(result.get("top1"), ".2%"),
-            _number(result.get("top5"), ".2%"),
+            _number(None if few_classes else result.get("top5"), ".2%"),
             _number(result.get("loss"), ".4f"),
-            "trained here" if result["trained"] else "given",
+            "trained" if result["trained"] else "given",
         )
         for result in summary["results"]
     ]
@@ -54,6 +58,7 @@ def results_table(summary: dict) -> Table:
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
+        padding=(0, 1, 0, 0),  # with more a terminal of 80 characters would break the lines
     )
     for column in COLUMNS:
         table.add_column(column, justify="left" if column in ("network", "weights") else "right")

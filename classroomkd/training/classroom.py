@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -17,11 +16,14 @@ from torch import nn
 
 from classroomkd import ClassroomLoss, models
 from classroomkd.data import Augmentation, ImageSet, ResidentLoader, channel_statistics
-from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-from classroomkd.report import write_report
-from classroomkd.report.records import label
-from classroomkd.training.evaluation import Evaluation, evaluate, evaluation_loader
+from classroomkd.report import label, write_report
+from classroomkd.training.evaluation import (
+    Evaluation,
+    evaluate,
+    evaluation_loader,
+    require_finite,
+)
 from classroomkd.training.machine import device_name, find_device, versions
 from classroomkd.training.mentors import (
     Mentor,
@@ -104,8 +106,9 @@ class Classroom:
     def run(self, train_set: ImageSet, test_set: ImageSet, out: Path) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
-        Raises UserError if a given mentor does not fit the data or a training diverges, and
-        KeyboardInterrupt with a message that says what is kept.
+        Raises UserError if a given mentor does not fit the data or a training diverges, OSError
+        naming the file or ``out`` if writing fails, and KeyboardInterrupt with a message that says
+        what is kept.
         """
         config = self.config
         mean, std = channel_statistics(train_set)
@@ -129,29 +132,36 @@ class Classroom:
                     f"{len(train_set.classes)} classes; {device_name(self.device)}; run in {out}"
                 )
                 results = self._train_all(train_set)
+            summary = {
+                "data": {
+                    "name": Path(config.data).resolve().name,
+                    "classes": len(train_set.classes),
+                    "train_images": len(train_set),
+                    "test_images": len(test_set),
+                },
+                "seed": config.seed,
+                "device": device_name(self.device),
+                "versions": versions(),
+                "results": results,
+            }
+            self._run.finish(summary)
+            write_report(out)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"records and checkpoints until now are in {out}") from None
-        summary = {
-            "data": {
-                "name": Path(config.data).resolve().name,
-                "classes": len(train_set.classes),
-                "train_images": len(train_set),
-                "test_images": len(test_set),
-            },
-            "seed": config.seed,
-            "device": device_name(self.device),
-            "versions": versions(),
-            "results": results,
-        }
-        self._run.finish(summary)
-        write_report(out)
+        except OSError as error:  # a write to a full disk does not say where
+            error.filename = error.filename or str(out)
+            raise
         return summary
 
     def _train_all(self, train_set: ImageSet) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
         config = self.config
         # Given mentors come first, so that a sick one is found before anything is trained.
-        results = {m.name: self._admit(m) for m in self.mentors if m.network is not None}
+        results = {
+            mentor.name: self._admit(mentor, mentor_config.source)
+            for mentor, mentor_config in zip(self.mentors, config.mentors, strict=True)
+            if mentor.network is not None
+        }
         epochs = sum(m.epochs for m in self.mentors if m.network is None) + 2 * config.epochs
         steps = max(len(train_set) // config.batch_size, 1)
         with TrainingProgress(self.console, epochs * steps) as self._progress:
@@ -166,15 +176,11 @@ class Classroom:
                 _, results[phase] = self._train(part, train_set, 0, teachers)
         return [results[key] for key in (*mentors, "alone", "classroom")]
 
-    def _admit(self, mentor: Mentor) -> dict[str, Any]:
-        """Measure a given mentor; raises UserError if its loss is not finite."""
+    def _admit(self, mentor: Mentor, source: str) -> dict[str, Any]:
+        """Measure the mentor given as ``source``; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
         measured = evaluate(mentor.network, self._test_loader)
-        if not math.isfinite(measured.loss):
-            raise UserError(
-                f"mentor {mentor.name}: its loss on the held-out images is {measured.loss}: leave "
-                "it out or replace its checkpoint"
-            )
+        require_finite(measured, f"mentor {mentor.name} ({source})")
         return _Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
     def _train(

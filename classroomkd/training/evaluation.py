@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from classroomkd.data import ImageSet, ResidentLoader
+from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 
 _BATCH_SIZE = 256  # changes speed and memory only
@@ -56,3 +58,11 @@ def evaluate(network: nn.Module, loader: ResidentLoader) -> Evaluation:
         images_seen += len(targets)
     top1, top5, loss = (sums / images_seen).tolist()
     return Evaluation(top1, top5, loss, images_seen)
+
+
+def require_finite(measured: Evaluation, what: str) -> None:
+    """Raise UserError, calling the network ``what``, if its loss is not finite."""
+    if not math.isfinite(measured.loss):
+        raise UserError(
+            f"{what}: its loss on the images is {measured.loss}: take another checkpoint"
+        )

@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -37,6 +38,24 @@ def choose_folder(out: Path | None, default: str) -> Path:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError(f"cannot write to {out}: {existing} is not a folder to write to")
     return out
+
+
+def recorded_split(network: Path) -> dict[str, Any]:
+    """The ``seed`` and ``test_share`` of the run that ``network``, a file or run folder, lies in.
+
+    Empty if it lies in none: other tools' config.yaml, damaged ones too, count for nothing.
+    """
+    for folder in (network, *network.absolute().parents[:2]):
+        config = None
+        if (folder / "config.yaml").is_file():
+            with suppress(yaml.YAMLError):
+                config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        if isinstance(config, dict):
+            split = {name: config.get(name) for name in ("seed", "test_share")}
+            seed, share = split.values()
+            if type(seed) is int and seed >= 0 and isinstance(share, float) and 0 < share < 1:
+                return split
+    return {}
 
 
 class Run:
