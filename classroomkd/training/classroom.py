@@ -1,4 +1,4 @@
-"""A whole session: the mentors, the student alone and in their classroom, the report."""
+"""A whole run: the mentors, the student alone and in their classroom, the report."""
 
 from __future__ import annotations
 
