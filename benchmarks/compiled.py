@@ -22,7 +22,7 @@ from rich.progress import track
 from rich.table import Table
 
 CLASSES = (10, 100, 1000, 4096, 32_768, 128_256)
-MENTORS = (1, 6)
+MENTORS = (1, 2, 6, 12, 16)
 MODES = {
     "loss and gradient": {"finished_grad": True},
     "with report": {"finished_grad": True, "with_report": True},
@@ -45,7 +45,7 @@ def jobs() -> list[dict[str, object]]:
     return table + [
         {"mode": mode, "options": options, "target": target}
         | {"n_classes": c, "n_mentors": 6, "dtype": "fp32"}
-        for target, (mode, options), c in itertools.product(TARGETS, MODES.items(), (1000,))
+        for target, (mode, options), c in itertools.product(TARGETS, MODES.items(), (100, 1000, 32_768))
     ]
 
 

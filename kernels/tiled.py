@@ -163,6 +163,20 @@ def _scan_row(
 
 
 @triton.jit
+def _row_max(ptr, stride, row, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr):
+    """max z of a row, [1]; the tiles are joined column by column.
+
+    Triton 3.7 fails to compile a loop that does nothing but carry the maximum of each tile on.
+    """
+    z_max = tl.full([1, BLOCK_C], -float("inf"), tl.float32)
+    for start in range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = (column < C)[None, :]
+        z_max = tl.maximum(z_max, load_tile(ptr, stride, row, column, inside, ALIGN))
+    return tl.max(z_max, 1)
+
+
+@triton.jit
 def tiled_confidence_kernel(
     student_ptr,
     mentor_ptrs,
@@ -289,22 +303,24 @@ def tiled_classroom_kernel(
     corrects = ()
     top = ell_s
     for m in tl.static_range(M):
-        ell_m, m_max, _, m_target = _scan_row(
-            mentor_ptrs[m],
-            mentor_strides[m],
-            target_ptr,
-            target_stride,
-            label_smoothing,
-            row,
-            target,
-            t_sum,
-            C,
-            BLOCK_C,
-            ALIGN,
-        )
         if ell_sums_ptr is None:
+            ell_m, m_max, _, m_target = _scan_row(
+                mentor_ptrs[m],
+                mentor_strides[m],
+                target_ptr,
+                target_stride,
+                label_smoothing,
+                row,
+                target,
+                t_sum,
+                C,
+                BLOCK_C,
+                ALIGN,
+            )
             ell_m = floored(ell_m)
         else:
+            m_max = _row_max(mentor_ptrs[m], mentor_strides[m], row, C, BLOCK_C, ALIGN)
+            m_target = load_column(mentor_ptrs[m], mentor_strides[m], row, target, row + 1, ALIGN)
             ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
         sick = sick | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)

@@ -84,6 +84,7 @@ def test_no_mode_spills(compile_all, target):
     jobs += [("classroom", sizes | {"n_classes": 10, "n_mentors": 1})]
     long = sizes | {"n_classes": 32_768}
     jobs += [("classroom", long), ("classroom", long | {"class_probabilities": True})]
+    jobs += [("classroom", long | MODES["batch"]), ("classroom", long | MODES["dtkd"])]
     jobs += [("confidence", long)]
     # One row, one class, one mentor: lengths and strides of 1 are constants to Triton.
     one = {"n_classes": 1, "n_mentors": 1, "n_rows": 1, "target": target, "with_report": True}
