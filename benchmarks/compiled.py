@@ -44,8 +44,10 @@ def jobs() -> list[dict[str, object]]:
     ]
     return table + [
         {"mode": mode, "options": options, "target": target}
-        | {"n_classes": c, "n_mentors": 6, "dtype": "fp32"}
-        for target, (mode, options), c in itertools.product(TARGETS, MODES.items(), (100, 1000, 32_768))
+        | {"n_classes": c, "n_mentors": m, "dtype": "fp32"}
+        for target, (mode, options), c, m in itertools.product(
+            TARGETS, MODES.items(), (100, 1000, 32_768), (6, 16)
+        )
     ]
 
 

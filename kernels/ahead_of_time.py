@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 from classroomkd.kernels.launch import (
     Blocks,
@@ -52,7 +53,9 @@ class Compiled:
     shared_bytes: int
     loads: dict[int, int]
     """Global loads in the machine code: bytes a thread and load → how many."""
-    blocks: Blocks
+    stores: dict[int, int]
+    """Global stores, likewise."""
+    blocks: Blocks | Tiles
 
 
 def compile_kernel(
@@ -87,9 +90,7 @@ def compile_kernel(
         finished_grad: as for `fused_classroom_loss_and_grad`, with a scale.
 
     """
-    backend, architecture = target.split(":")
-    cuda = backend == "cuda"
-    warp_size = 32 if cuda else 64
+    warp_size = _gpu(target).warp_size
     if kernel == "scale_rows":
         cut = scaling_blocks(n_classes)
     else:
@@ -141,12 +142,56 @@ def compile_kernel(
         "MEAN": reduction == "mean",
         "FINISHED_GRAD": finished_grad,
     }
-    compiled = triton.compile(
-        _source(KERNELS[kernel], arguments),
-        target=GPUTarget(backend, int(architecture) if cuda else architecture, warp_size),
-        options={"num_warps": cut.num_warps},
-    )
-    read = _read_cubin if cuda else _read_amdgcn
+    return _compile(KERNELS[kernel], arguments, target, cut)
+
+
+def compile_augmentation(
+    height: int,
+    width: int,
+    *,
+    target: str,
+    dtype: str,
+    padding: int = 4,
+    flip: bool = True,
+    cutout: int = 0,
+) -> Compiled:
+    """Compile the kernel of the resident loader for images of this size; the rest as above."""
+    cut = tiles(width, tl.dtype(dtype).primitive_bitwidth // 8, _gpu(target).warp_size)
+    arguments = {
+        "image_ptr": "*u8",
+        "target_ptr": "*i64",
+        "order_ptr": "*i64",
+        "table_ptr": f"*{dtype}",
+        "out_ptr": f"*{dtype}",
+        "out_target_ptr": "*i64",
+        "order_stride": 1,
+        "augment_key": "i32",
+        "cutout_key": "i32",
+        "H": height,
+        "W": width,
+        "PADDING": padding,
+        "FLIP": flip,
+        "CUTOUT": cutout,
+        "GROUP": cut.GROUP,
+        "GROUPS": cut.GROUPS,
+    }
+    return _compile(gather_augment_kernel, arguments, target, cut)
+
+
+def _gpu(target: str) -> GPUTarget:
+    backend, architecture = target.split(":")
+    if backend == "cuda":
+        return GPUTarget(backend, int(architecture), 32)
+    return GPUTarget(backend, architecture, 64)
+
+
+def _compile(
+    kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
+) -> Compiled:
+    gpu = _gpu(target)
+    options = {"num_warps": cut.num_warps}
+    compiled = triton.compile(_source(kernel, arguments), target=gpu, options=options)
+    read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
     return Compiled(**read(compiled), blocks=cut)
 
 
@@ -190,27 +235,38 @@ def _read_cubin(compiled: CompiledKernel) -> dict[str, object]:
             for option in ("-res-usage", "-sass")
         )
     local = sum(int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
-    loads = Counter()
-    for width in re.findall(r"\bLDG\.E((?:\.[A-Z0-9_]+)*)", code):
-        size = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", width)
-        loads[int(size[1]) // 8 if size else 4] += 1
+
+    def widths(instruction: str) -> dict[int, int]:
+        counts = Counter()
+        for width in re.findall(rf"\b{instruction}\.E((?:\.[A-Z0-9_]+)*)", code):
+            size = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", width)
+            counts[int(size[1]) // 8 if size else 4] += 1
+        return dict(counts)
+
     return {
         "registers": int(re.search(r"REG:(\d+)", usage)[1]),
         "spilled_bytes": local,
-        "shared_bytes": int(re.search(r"SHARED:(\d+)", usage)[1]),
-        "loads": dict(loads),
+        "shared_bytes": compiled.metadata.shared,
+        "loads": widths("LDG"),
+        "stores": widths("STG"),
     }
 
 
 def _read_amdgcn(compiled: CompiledKernel) -> dict[str, object]:
     code = compiled.asm["amdgcn"]
-    loads = Counter()
-    for kind in re.findall(r"\b(?:global|buffer)_load_(\w+)", code):
-        size = re.fullmatch(r"(?:dword|b)(?:x?(\d+))?", kind)
-        loads[4 * int(size[1] or 1) if size else 2 if "short" in kind or "16" in kind else 1] += 1
+
+    def widths(instruction: str) -> dict[int, int]:
+        counts = Counter()
+        for kind in re.findall(rf"\b(?:global|buffer)_{instruction}_(\w+)", code):
+            size = re.fullmatch(r"(?:dword|b)(?:x?(\d+))?", kind)
+            narrow = 2 if "short" in kind or "16" in kind else 1
+            counts[4 * int(size[1] or 1) if size else narrow] += 1
+        return dict(counts)
+
     return {
         "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
         "spilled_bytes": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
-        "shared_bytes": int(re.search(r"\.group_segment_fixed_size:\s+(\d+)", code)[1]),
-        "loads": dict(loads),
+        "shared_bytes": compiled.metadata.shared,
+        "loads": widths("load"),
+        "stores": widths("store"),
     }

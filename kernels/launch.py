@@ -96,7 +96,7 @@ class Outputs(NamedTuple):
     """float32 [4M + 2]: active share, rank weight, temperature, KL (M each), confidence, task."""
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
@@ -169,7 +169,7 @@ def confidence_sums(
     scratch = student.new_empty((lines, n_rows), dtype=torch.float32)
     inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
     kernel = tiled_confidence_kernel if inputs.tiled else confidence_kernel
-    with _on(student.device):
+    with on_device(student.device):
         kernel[inputs.grid](
             inputs.student,
             inputs.mentors,
@@ -244,7 +244,7 @@ def classroom_loss_and_grad(
     count = new(()) if finished else None
     inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
     kernel = tiled_classroom_kernel if inputs.tiled else classroom_kernel
-    with _on(student.device):
+    with on_device(student.device):
         kernel[inputs.grid](
             inputs.student,
             inputs.mentors,
@@ -280,7 +280,7 @@ def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
     if n_rows == 0:
         return out
     cut = scaling_blocks(n_classes)
-    with _on(grad.device):
+    with on_device(grad.device):
         scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
             grad,
             factor,

@@ -36,6 +36,7 @@ INTERPRETED = TRITON and (
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
+    import classroomkd.kernels.augment  # noqa: F401
     import classroomkd.kernels.launch  # noqa: F401
 
     with contextlib.suppress(ImportError):  # Triton imports it at the first launch, and minds
@@ -72,3 +73,11 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """What runs pack is neither left in the user's cache nor found there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASSROOMKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
