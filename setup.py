@@ -20,6 +20,7 @@ setup(
         "torch>=2.6",
         "torchvision>=0.21",
         "triton>=3.2; sys_platform == 'linux'",
+        "numba>=0.60",
         "numpy>=1.26",
         "pillow>=10",
         "plotly>=6",
@@ -31,6 +32,7 @@ setup(
     extras_require={
         "test": [
             "hypothesis>=6.100",
+            "psutil>=5.9",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-xdist>=3.5",
@@ -39,7 +41,7 @@ setup(
         ],
         "bench": ["pytest-benchmark>=5"],
         "liger": ["liger-kernel>=0.5"],
-        "ffcv": ["numba>=0.60", "opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
+        "ffcv": ["opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
     },
     entry_points={"console_scripts": ["classroomkd = classroomkd.cli:main"]},
 )

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import argparse
 import errno
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from classroomkd import __version__
+from classroomkd.arguments import (
+    COUNT,
+    NATURAL,
+    PHOTO_SIDE,
+    PIXELS,
+    POSITIVE,
+    QUALITY,
+    SHARE,
+    TEMPERATURE,
+    Parser,
+    not_empty,
+    path_option,
+)
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +93,7 @@ def _quickstart(arguments: argparse.Namespace) -> None:
         flip=False,  # a mirrored digit is no digit
         test_share=test_share,
         seed=arguments.seed,
+        loader=arguments.loader,
     )
     _hold(
         Classroom(config, _console()),
@@ -116,6 +128,7 @@ def _train(arguments: argparse.Namespace) -> None:
         ranking=arguments.ranking,
         seed=arguments.seed,
         device=str(find_device(arguments.device)),
+        loader=arguments.loader,
     )
     _hold(
         Classroom(config, _console()),
@@ -154,7 +167,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     import torch
 
-    from classroomkd.data import channel_statistics, is_split_by_seed, join, load_source
+    from classroomkd.data import Loaders, channel_statistics, is_split_by_seed, join, load_source
     from classroomkd.models import NetworkInfo, load_network
     from classroomkd.training.evaluation import evaluate, evaluation_loader, require_finite
     from classroomkd.training.machine import find_device
@@ -176,7 +189,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
     network.to(device, memory_format=torch.channels_last)
     images = join(train_set, test_set) if arguments.all else test_set
-    with evaluation_loader(images, info, device) as loader:
+    with evaluation_loader(Loaders("resident", [images], device), images, info) as loader:
         result = evaluate(network, loader)
     require_finite(result, str(arguments.student))
     part = "all images" if arguments.all else "the held-out part"
@@ -211,48 +224,8 @@ def _console() -> Any:
     return Console()
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, as every other mistake of the user's."""
-
-    lists_zoo = False
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def format_help(self) -> str:
-        if self.lists_zoo:
-            from classroomkd.models import names
-
-            self.epilog = f"networks of the zoo: {', '.join(names())}"
-        return super().format_help()
-
-
-def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
-    def parse(text: str) -> Any:
-        with suppress(ValueError):
-            if holds(value := convert(text)):
-                return value
-        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
-
-    return parse
-
-
-_COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
-_NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
-_POSITIVE = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
-_TEMPERATURE = _checked(float, lambda value: 0 < value <= 1e6, "a number above 0, at most 1e6")
-_PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
-_SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
-
-
-def _path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("must be a path, not empty")  # or it would be this folder
-    return Path(text)
-
-
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="classroomkd",
         description="Distil a student network from several mentors.",
         allow_abbrev=False,
@@ -260,7 +233,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"classroomkd {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> _Parser:
+    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Parser:
         added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
         added.set_defaults(run=run)
         return added
@@ -272,7 +245,7 @@ def _parser() -> _Parser:
     )
     quickstart.add_argument(
         "--epochs",
-        type=_COUNT,
+        type=COUNT,
         default=12,
         metavar="N",
         help="of student and teacher (default: %(default)s); the peers get a third and a fifth",
@@ -281,7 +254,7 @@ def _parser() -> _Parser:
 
     train = command("train", _train, "train mentors and a student on your own images")
     train.lists_zoo = True
-    train.add_argument("--data", type=_path, required=True, metavar="PATH", help=_DATA_HELP)
+    train.add_argument("--data", type=path_option, required=True, metavar="PATH", help=_DATA_HELP)
     train.add_argument(
         "--student", required=True, metavar="NAME", help="a network of the zoo, see below"
     )
@@ -292,19 +265,19 @@ def _parser() -> _Parser:
         metavar="NAME|FILE",
         help="networks of the zoo, which are trained first, or checkpoints and run folders",
     )
-    train.add_argument("--epochs", type=_COUNT, default=240, metavar="N", help=_OF_STUDENT)
-    train.add_argument("--mentor-epochs", type=_COUNT, metavar="N", help="(default: --epochs)")
-    train.add_argument("--batch-size", type=_COUNT, default=64, metavar="N", help=_DEFAULT)
+    train.add_argument("--epochs", type=COUNT, default=240, metavar="N", help=_OF_STUDENT)
+    train.add_argument("--mentor-epochs", type=COUNT, metavar="N", help="(default: --epochs)")
+    train.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help=_DEFAULT)
     train.add_argument(
         "--learning-rate",
-        type=_POSITIVE,
+        type=POSITIVE,
         default=0.05,
         metavar="RATE",
         help=f"where the schedules begin {_DEFAULT}",
     )
     train.add_argument(
         "--temperature",
-        type=_TEMPERATURE,
+        type=TEMPERATURE,
         default=12.0,
         metavar="T",
         help=f"softens a lesson by 1 + T · the mentor's lead over the student {_DEFAULT}",
@@ -317,14 +290,14 @@ def _parser() -> _Parser:
     )
     train.add_argument(
         "--image-size",
-        type=_PIXELS,
+        type=PIXELS,
         default=_IMAGE_SIZE,
         metavar="PIXELS",
         help=f"width and height that images are brought to {_DEFAULT}",
     )
     train.add_argument(
         "--test-share",
-        type=_SHARE,
+        type=SHARE,
         default=_TEST_SHARE,
         metavar="SHARE",
         help=f"held out of a data set without test/ and val/ {_DEFAULT}",
@@ -344,18 +317,20 @@ def _parser() -> _Parser:
     evaluate = command("evaluate", _evaluate, "measure a trained student on held-out images")
     evaluate.add_argument(
         "student",
-        type=_path,
+        type=path_option,
         metavar="STUDENT",
         help="a run folder, a .safetensors file or another checkpoint",
     )
-    evaluate.add_argument("--data", type=_path, required=True, metavar="PATH", help=_DATA_HELP)
+    evaluate.add_argument(
+        "--data", type=path_option, required=True, metavar="PATH", help=_DATA_HELP
+    )
     own = "(default: that of the run folder STUDENT lies in, else {})"
     evaluate.add_argument(
-        "--seed", type=_NATURAL, metavar="N", help=f"of the split {own.format(_SEED)}"
+        "--seed", type=NATURAL, metavar="N", help=f"of the split {own.format(_SEED)}"
     )
     evaluate.add_argument(
         "--test-share",
-        type=_SHARE,
+        type=SHARE,
         metavar="SHARE",
         help=f"held out of a data set without test/ and val/ {own.format(_TEST_SHARE)}",
     )
@@ -363,23 +338,116 @@ def _parser() -> _Parser:
         "--all", action="store_true", help="measure every image, those of the training part too"
     )
     _add_device(evaluate)
+
+    data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)
+    _add_data_commands(data.add_subparsers(metavar="command", required=True))
     return parser
 
 
+def _add_data_commands(commands: Any) -> None:
+    def command(name: str, what: str) -> Parser:
+        def run(arguments: argparse.Namespace) -> None:
+            from classroomkd.data import commands as functions
+
+            getattr(functions, name)(arguments)
+
+        added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+        added.set_defaults(run=run)
+        return added
+
+    def add_loading(parser: Parser) -> None:
+        parser.add_argument(
+            "--image-size",
+            type=PIXELS,
+            metavar="PIXELS",
+            help=f"width and height that images are brought to (default: {_IMAGE_SIZE}; digits 16)",
+        )
+        parser.add_argument(
+            "--test-share",
+            type=SHARE,
+            default=_TEST_SHARE,
+            metavar="SHARE",
+            help=f"held out of a data set without test/ and val/ {_DEFAULT}",
+        )
+        parser.add_argument(
+            "--seed", type=NATURAL, default=_SEED, metavar="N", help=f"of that split {_DEFAULT}"
+        )
+
+    def add_packing(parser: Parser) -> None:
+        parser.add_argument(
+            "--part", choices=("train", "test", "all"), default="train", help=_DEFAULT
+        )
+        add_loading(parser)
+        parser.add_argument(
+            "--photos", action="store_true", help="images keep their shapes and become JPEGs"
+        )
+        parser.add_argument(
+            "--max-side",
+            type=PHOTO_SIDE,
+            metavar="PIXELS",
+            help="photos with a longer side are shrunk to it (default: 500)",
+        )
+        parser.add_argument(
+            "--quality", type=QUALITY, metavar="N", help="of their JPEGs, 1 to 100 (default: 90)"
+        )
+        parser.add_argument("--raw", action="store_true", help="photos as pixels, not as JPEGs")
+
+    info = command("info", "show the classes, counts, sizes and statistics of a data set")
+    info.add_argument(
+        "source", type=not_empty, metavar="SOURCE", help=f"{_SOURCE_HELP}, or a .beton file"
+    )
+    add_loading(info)
+    info.add_argument(
+        "--contact-sheet",
+        type=path_option,
+        metavar="OUT.png",
+        help="draw images of the first classes into this file",
+    )
+
+    pack = command("pack", "write a part of a data set into a .beton file, the format of FFCV")
+    pack.add_argument("source", type=not_empty, metavar="SOURCE", help=_SOURCE_HELP)
+    pack.add_argument("out", type=path_option, metavar="OUT.beton")
+    add_packing(pack)
+    pack.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
+
+    verify = command("verify", "check a .beton file against its checksum and its source")
+    verify.add_argument("file", type=path_option, metavar="FILE.beton")
+    verify.add_argument(
+        "source",
+        type=not_empty,
+        nargs="?",
+        metavar="SOURCE",
+        help="what it was packed from, to be compared in every pixel; with the same options",
+    )
+    add_packing(verify)
+
+
+_DATA_COMMANDS = "look at data sets, pack them into .beton files, check those"
 _DEFAULT = "(default: %(default)s)"
 _OF_STUDENT = f"of the student {_DEFAULT}"
 _DATA_HELP = (
     "class folders under train/ and test/ or val/, or in one folder to be split by seed, "
     "or CIFAR's python files"
 )
+_SOURCE_HELP = f"{_DATA_HELP}, or the word digits"
 
 
-def _add_run_options(parser: _Parser, name: str) -> None:
-    parser.add_argument("--seed", type=_NATURAL, default=_SEED, metavar="N", help=_DEFAULT)
+def _add_run_options(parser: Parser, name: str) -> None:
+    parser.add_argument("--seed", type=NATURAL, default=_SEED, metavar="N", help=_DEFAULT)
     parser.add_argument(
-        "--out", type=_path, metavar="DIR", help=f"run folder (default: runs/{name}, or -2, -3, …)"
+        "--loader",
+        choices=("auto", "ffcv", "resident", "torch"),
+        default="auto",
+        help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
+        "installed, else resident where they fit in memory, else torch)",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_option,
+        metavar="DIR",
+        help=f"run folder (default: runs/{name}, or -2, -3, …)",
     )
 
 
-def _add_device(parser: _Parser) -> None:
+def _add_device(parser: Parser) -> None:
     parser.add_argument("--device", metavar="NAME", help="(default: cuda if there is one, or cpu)")

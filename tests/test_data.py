@@ -1,4 +1,4 @@
-"""Sources, statistics and the resident loader."""
+"""Sources: files, arrays and data sets, decoded at once or on use."""
 
 import contextlib
 import io
@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_augment import slow_augment
 
 from classroomkd.data import (
-    Augmentation,
+    ImageFiles,
     ImageSet,
-    ResidentLoader,
-    channel_statistics,
     digits,
+    from_dataset,
     is_split_by_seed,
+    join,
+    list_source,
     load_source,
 )
-from classroomkd.data.augment import normalisation_table, sample_order
+from classroomkd.data.decode import read_size
 from classroomkd.errors import UserError
 
 # ---------------------------------------------------------------- making small data sets
@@ -575,161 +575,152 @@ def test_digits_are_scikit_learns():
     assert sorted(found) == sorted(expected)
 
 
-# ---------------------------------------------------------------- statistics and loader
+# ---------------------------------------------------------------- arrays and data sets
 
 
-def random_set(count=23, height=6, width=5, seed=0):
-    generator = np.random.default_rng(seed)
-    return ImageSet(
-        generator.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
-        generator.integers(0, 4, count),
-        list("abcd"),
+def refusal(call, *arguments, **options):
+    """The message of the UserError that a call raises; always a single line."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_arrays_are_a_source():
+    images = np.stack([pixels(i) for i in range(4)])
+    image_set = ImageSet(images, [1, 0, 1, 1], ("a", "b"))
+    assert image_set.images is images
+    assert image_set.targets.dtype == np.int64
+    assert image_set.classes == ["a", "b"]
+    image, target = image_set[2]
+    np.testing.assert_array_equal(image, images[2])
+    assert (target, type(target)) == (1, int)
+    assert ImageSet(images, np.array([1, 0, 1, 1], np.uint8), ["a", "b"]).targets.dtype == np.int64
+
+
+def test_arrays_that_are_no_images():
+    images, targets, classes = np.zeros((2, 4, 5, 3), np.uint8), np.array([0, 1]), ["a", "b"]
+    for bad, message in (
+        (images.astype(np.float32), "the images must be a uint8 NumPy array, got float32"),
+        (images.tolist(), "the images must be a uint8 NumPy array, got list"),
+        (images[0], "the images must be [N, H, W, 3], got [4, 5, 3]"),
+        (images.transpose(0, 3, 1, 2), "the images must be [N, H, W, 3], got [2, 3, 4, 5]"),
+        (images[:, :0], "the images must be [N, H, W, 3], got [2, 0, 5, 3]"),
+        (images[:1], "there must be one target an image, [1], got [2]"),
+    ):
+        assert refusal(ImageSet, bad, targets, classes) == message
+    for bad, message in (
+        ([0.0, 1.0], "the targets must be whole numbers, got float64"),
+        ([True, False], "the targets must be whole numbers, got bool"),
+        ([[0], [1]], "there must be one target an image, [2], got [2, 1]"),
+        ([0, 2], "target 1 is 2, which is none of the 2 classes"),
+        ([-1, 0], "target 0 is -1, which is none of the 2 classes"),
+    ):
+        assert refusal(ImageSet, images, bad, classes) == message
+        assert refusal(ImageFiles, ["a.png", "b.png"], bad, classes) == message
+    assert refusal(ImageSet, images, targets, [0, 1]) == "the classes must be names, got 0"
+    message = refusal(ImageSet, images, targets, ["a", "b", "a"])
+    assert message == "the class 'a' is there more than once"
+
+
+class Samples(list):
+    """A map-style data set."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if isinstance(sample, Exception):
+            raise sample
+        return sample
+
+
+@pytest.mark.parametrize("shape", [(8, 6), (3, 5), (5, 3), (3, 3)])
+def test_map_style_data_sets(shape):
+    expected = np.stack([pixels(i, *shape) for i in range(6)])
+    samples = Samples(
+        [
+            (Image.fromarray(expected[0]), 2),
+            (expected[1], np.int32(0)),
+            (torch.from_numpy(expected[2]).permute(2, 0, 1), torch.tensor(1)),
+            (torch.from_numpy(expected[3]).permute(2, 0, 1).contiguous(), 2),
+            (Image.fromarray(expected[4]).convert("RGBA"), 0),
+            (Image.fromarray(expected[5][..., 0]), 1),
+        ]
     )
+    if 3 not in shape:  # or nobody could tell
+        samples[1] = (expected[1].transpose(2, 0, 1), np.int32(0))
+        samples[3] = (torch.from_numpy(expected[3]), 2)
+    expected[5] = expected[5][..., :1]
+    image_set = from_dataset(samples)
+    np.testing.assert_array_equal(image_set.images, expected)
+    assert image_set.targets.tolist() == [2, 0, 1, 2, 0, 1]
+    assert image_set.classes == ["0", "1", "2"]
+    samples.classes = ("x", "y", "z")
+    assert from_dataset(samples).classes == ["x", "y", "z"]
+    assert from_dataset(samples, ["p", "q", "r"]).classes == ["p", "q", "r"]
+    assert "which is none of the 2 classes" in refusal(from_dataset, samples, ["p", "q"])
 
 
-MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ((np.zeros((8, 9, 3), np.uint8), 0), "image 2 of the data set is [8, 9, 3], but image 0"),
+        ((torch.zeros(3, 8, 8), 0), "its image is float32, not uint8 (leave out ToTensor"),
+        ((np.zeros((8, 8), np.uint8), 0), "its image is [8, 8], neither"),
+        ((np.zeros((8, 8, 4), np.uint8), 0), "its image is [8, 8, 4], neither"),
+        ((pixels(0), 0.5), "'float' object cannot be interpreted as an integer"),
+        ((pixels(0), "cat"), "'str' object cannot be interpreted as an integer"),
+        (pixels(0), "too many values to unpack"),
+        (OSError("image file is truncated"), "image file is truncated"),
+    ],
+)
+def test_sample_that_is_off_is_named(bad, message):
+    samples = Samples([(pixels(0), 0), (pixels(1), 1), bad])
+    error = refusal(from_dataset, samples)
+    assert message in error
+    assert error.startswith(("sample 2 of the data set cannot be taken: ", "image 2 of"))
+    assert refusal(from_dataset, Samples()) == "the data set is empty"
 
 
-def make_loader(image_set, batch_size=4, **options):
-    defaults = {
-        "mean": MEAN,
-        "std": STD,
-        "augmentation": Augmentation(2, True),
-        "shuffle": True,
-        "drop_last": False,
-    }
-    return ResidentLoader(image_set, batch_size, **{**defaults, **options})
+# ---------------------------------------------------------------- files that are decoded on use
 
 
-def test_channel_statistics_match_numpy():
-    image_set = random_set(200)
-    image_set.images[..., 1] //= 3
-    mean, std = channel_statistics(image_set)
-    values = image_set.images.reshape(-1, 3) / 255
-    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(std, values.std(0), rtol=1e-12)
-    flat = ImageSet(np.full((2, 4, 4, 3), 51, np.uint8), np.zeros(2, np.int64), ["a", "b"])
-    flat.images[0, 0, 0, 1] = 50
-    mean, std = channel_statistics(flat)
-    assert std[::2] == (1.0, 1.0)  # instead of 0, by which nothing can be divided
-    assert std[1] == pytest.approx(flat.images[..., 1].std() / 255)
-    batch = next(iter(make_loader(flat, mean=mean, std=std, augmentation=None)))
-    assert (batch[0][:, ::2] == 0).all()
+def test_listed_files_are_those_that_are_loaded(tmp_path, capfd):
+    make_tree(tmp_path, count=12)
+    (tmp_path / "train" / "cat" / "a.gif").touch()
+    for path, options in (
+        (tmp_path, {}),
+        (tmp_path / "train", {"seed": 5, "test_share": 0.3}),
+    ):
+        assert "passed over" in capfd.readouterr().err or path == tmp_path
+        for listed, loaded in zip(list_source(path, **options), load(path, **options), strict=True):
+            assert listed.classes == loaded.classes
+            np.testing.assert_array_equal(listed.targets, loaded.targets)
+            assert len(listed) == len(loaded)
+            for i in range(len(listed)):
+                np.testing.assert_array_equal(listed[i][0], loaded.images[i])
+                assert listed[i][1] == loaded.targets[i]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("drop_last", [False, True])
-@pytest.mark.parametrize("augmentation", [None, Augmentation(0, True), Augmentation(2, True)])
-def test_loader_matches_the_slow_one(dtype, drop_last, augmentation):
-    """Images, targets and indices of two epochs, sample by sample, to the bit."""
-    image_set = random_set()
-    loader = make_loader(
-        image_set, augmentation=augmentation, drop_last=drop_last, seed=9, dtype=dtype
-    )
-    table = normalisation_table(MEAN, STD)
-    for epoch in (0, 5):
-        loader.set_epoch(epoch)
-        order = sample_order(9, epoch, 23).tolist()
-        batches = list(loader)
-        assert len(batches) == len(loader) == (5 if drop_last else 6)
-        assert [len(targets) for _, targets, _ in batches] == [4] * 5 + [3] * (not drop_last)
-        seen = []
-        for images, targets, indices in batches:
-            assert images.shape == (len(targets), 3, 6, 5)
-            assert images.dtype == dtype
-            assert images.is_contiguous(memory_format=torch.channels_last)
-            assert targets.dtype == indices.dtype == torch.int64
-            for image, target, index in zip(images, targets, indices.tolist(), strict=True):
-                assert target == image_set.targets[index]
-                expected = image_set.images[index]
-                if augmentation is not None:
-                    expected = slow_augment(
-                        expected, augmentation.padding, augmentation.flip, 9, epoch, index
-                    )
-                expected = np.stack([table[c][expected[..., c]] for c in range(3)])
-                assert torch.equal(image, torch.from_numpy(expected).to(dtype))
-                seen.append(index)
-        assert seen == order[: 20 if drop_last else 23]
+def test_listed_files_keep_their_sizes_and_are_read_when_asked_for(tmp_path):
+    make_tree(tmp_path)
+    upright = pixels(7, 20, 30)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    write(tmp_path / "train" / "cat" / "0.png", np.rot90(upright), exif=exif)
+    (tmp_path / "train" / "cat" / "1.png").write_bytes(b"damaged")
+    train, _ = list_source(tmp_path)
+    np.testing.assert_array_equal(train[0][0], upright)
+    assert read_size(train.files[0]) == (20, 30)
+    assert read_size(train.files[2]) == (8, 8)
+    message = refusal(train.__getitem__, 1)
+    assert message == f"{tmp_path / 'train' / 'cat' / '1.png'} is not a PNG, JPEG or WebP image"
+    both = join(*list_source(tmp_path))
+    assert both.files == train.files + list_source(tmp_path)[1].files
+    np.testing.assert_array_equal(both.targets, [0, 0, 0, 1, 1, 1] * 2)
 
 
-def test_border_is_black_before_normalisation():
-    white = ImageSet(np.full((64, 4, 4, 3), 255, np.uint8), np.zeros(64, np.int64), ["a", "b"])
-    images, *_ = next(iter(make_loader(white, 64, augmentation=Augmentation(2, False))))
-    black = [(0 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
-    bright = [(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
-    for channel in range(3):
-        values = images[:, channel].unique().tolist()
-        assert values == pytest.approx([black[channel], bright[channel]])
-
-
-def test_an_epoch_covers_each_sample_once_and_in_a_new_order():
-    loader = make_loader(random_set(100), 7)
-    orders = []
-    for epoch in range(3):
-        loader.set_epoch(epoch)
-        orders.append(torch.cat([indices for *_, indices in loader]).tolist())
-        assert sorted(orders[-1]) == list(range(100))
-    assert orders[0] != orders[1] != orders[2] != orders[0]
-
-
-def test_evaluation_takes_the_set_as_it_is():
-    image_set = random_set()
-    loader = make_loader(image_set, augmentation=None, shuffle=False)
-    assert torch.cat([indices for *_, indices in loader]).tolist() == list(range(23))
-    images = torch.cat([images for images, *_ in loader]).double().numpy()
-    expected = (image_set.images / 255 - MEAN) / STD
-    np.testing.assert_allclose(images.transpose(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-7)
-
-
-def test_same_seed_and_epoch_give_the_same_bits_whatever_the_batch_size():
-    def epoch_of(loader, epoch):
-        loader.set_epoch(epoch)
-        images, _, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
-        return images[indices.argsort()]
-
-    first = make_loader(random_set(), 4, seed=1)
-    reference = epoch_of(first, 3)
-    assert torch.equal(epoch_of(first, 3), reference)
-    assert torch.equal(epoch_of(make_loader(random_set(), 10, seed=1), 3), reference)
-    assert torch.equal(epoch_of(make_loader(random_set(), 5, seed=1, shuffle=False), 3), reference)
-    assert not torch.equal(epoch_of(first, 4), reference)
-    assert not torch.equal(epoch_of(make_loader(random_set(), 4, seed=2), 3), reference)
-
-
-def test_batches_do_not_alias_the_set_or_each_other():
-    image_set = random_set(8)
-    before = image_set.images.copy()
-    loader = make_loader(image_set, augmentation=None, shuffle=False)
-    for images, targets, _ in loader:
-        images.zero_()
-        targets.fill_(-1)
-    np.testing.assert_array_equal(image_set.images, before)
-    assert (image_set.targets >= 0).all()
-
-
-def test_strided_arrays_are_taken_right():
-    whole = random_set(20)
-    strided = ImageSet(whole.images[2::2, :, 0:4], whole.targets[2::2], whole.classes)
-    compact = ImageSet(strided.images.copy(), strided.targets.copy(), whole.classes)
-    assert not strided.images.flags.c_contiguous
-    for one, other in zip(make_loader(strided), make_loader(compact), strict=True):
-        assert torch.equal(one[0], other[0])
-        assert torch.equal(one[1], other[1])
-
-
-def test_loader_arguments():
-    image_set = random_set(10)
-    with pytest.raises(UserError, match="batch size must be at least 1, got 0"):
-        make_loader(image_set, 0)
-    with pytest.raises(UserError, match="batch size 11 is larger than the set of 10 images"):
-        make_loader(image_set, 11, drop_last=True)
-    assert len(make_loader(image_set, 11)) == 1
-    assert len(make_loader(image_set, 10, drop_last=True)) == 1
-
-
-def test_closed_loader():
-    with make_loader(random_set()) as loader:
-        assert len(list(loader)) == 6
-    loader.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        next(iter(loader))
+def test_sources_without_files(tmp_path):
+    make_cifar(tmp_path / "cifar", "cifar10")
+    assert "there are no image files" in refusal(list_source, tmp_path / "cifar")
+    assert refusal(list_source, tmp_path / "a") == f"no such folder: {tmp_path / 'a'}"
+    assert "must be between 0 and 1" in refusal(list_source, tmp_path, test_share=1)

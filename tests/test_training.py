@@ -21,7 +21,13 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classroomkd import ClassroomLoss, classroom_loss
-from classroomkd.data import Augmentation, ImageSet, ResidentLoader, channel_statistics
+from classroomkd.data import (
+    Augmentation,
+    ImageSet,
+    Loaders,
+    ResidentLoader,
+    channel_statistics,
+)
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, save_network
 from classroomkd.training import classroom as classroom_module
@@ -33,6 +39,7 @@ from classroomkd.training.schedule import mentor_learning_rate, student_learning
 from classroomkd.training.trainer import Trainer
 
 CLASSES = ["red", "green", "blue"]
+RESIDENT = Loaders("resident", [], "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +134,7 @@ def test_trainer_learns_a_separable_problem():
     assert records[0]["train_loss"] > 0.2 > 0.1 > records[-1]["train_loss"]
     assert records[-1]["train_top1"] > 0.95
     held_out = colours(60, seed=1)
-    with evaluation_loader(held_out, info_of(colours(96)), torch.device("cpu")) as loader:
+    with evaluation_loader(RESIDENT, held_out, info_of(colours(96))) as loader:
         assert evaluate(trainer.network, loader).top1 > 0.9
 
 
@@ -362,7 +369,7 @@ def test_evaluation_agrees_with_counting_by_hand():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes), nn.Dropout(0.5)).train()
     info = info_of(image_set)
-    with evaluation_loader(image_set, info, torch.device("cpu")) as loader:
+    with evaluation_loader(RESIDENT, image_set, info) as loader:
         measured = evaluate(model, loader)
 
     weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
@@ -380,7 +387,7 @@ def test_evaluation_agrees_with_counting_by_hand():
 
 
 def test_top5_of_three_classes_is_all():
-    with evaluation_loader(colours(9), info_of(colours(9)), torch.device("cpu")) as loader:
+    with evaluation_loader(RESIDENT, colours(9), info_of(colours(9))) as loader:
         assert evaluate(network(0), loader).top5 == 1.0
 
 
@@ -395,8 +402,8 @@ def test_renormalised_network_gives_the_logits_of_its_own_statistics():
     fitted = fit_to_data(model, own, data, "mentor")
     assert isinstance(fitted, Renormalised)
     with (
-        evaluation_loader(image_set, data, torch.device("cpu")) as here,
-        evaluation_loader(image_set, own, torch.device("cpu")) as there,
+        evaluation_loader(RESIDENT, image_set, data) as here,
+        evaluation_loader(RESIDENT, image_set, own) as there,
     ):
         (images, *_), (own_images, *_) = next(iter(here)), next(iter(there))
     with torch.no_grad():
@@ -509,7 +516,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
         assert architecture == result["architecture"] == result["name"].removesuffix("-2")
         assert info == replace(data, architecture=architecture)
         assert result["parameters"] == sum(p.numel() for p in model.parameters())
-        with evaluation_loader(colours(13, seed=1), info, torch.device("cpu")) as loader:
+        with evaluation_loader(RESIDENT, colours(13, seed=1), info) as loader:
             measured = evaluate(model, loader)
         assert (measured.top1, measured.top5) == (result["top1"], result["top5"])
         assert measured.loss == pytest.approx(result["loss"], rel=1e-5)
@@ -581,7 +588,7 @@ def test_given_mentor_teaches_untrained_here(tmp_path: Path):
         ("resnet8-2", False, None),
     ]
     model, info, _ = load_network(Path(source))
-    with evaluation_loader(colours(13, seed=1), info, torch.device("cpu")) as loader:
+    with evaluation_loader(RESIDENT, colours(13, seed=1), info) as loader:
         measured = evaluate(model, loader)
     assert summary["results"][1]["loss"] == pytest.approx(measured.loss, rel=1e-4)
 

@@ -7,17 +7,45 @@ for every loader, as a function of (seed, epoch, sample index). Networks and tra
 of files, and this folder knows nothing of them.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from classroomkd.data.augment import Augmentation
-from classroomkd.data.loader import ResidentLoader, channel_statistics
-from classroomkd.data.sources import ImageSet, digits, is_split_by_seed, join, load_source
+from classroomkd.data.backends import BACKENDS, Loaders
+from classroomkd.data.crops import CentreCrop, RandomResizedCrop
+from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
+from classroomkd.data.loader import Loader, channel_statistics
+from classroomkd.data.resident import ResidentLoader
+from classroomkd.data.sources import digits, is_split_by_seed, list_source, load_source
+from classroomkd.data.torch_loader import TorchLoader
+
+if TYPE_CHECKING:
+    from classroomkd.data.ffcv_loader import FFCVLoader
 
 __all__ = [
+    "BACKENDS",
     "Augmentation",
+    "CentreCrop",
+    "FFCVLoader",
+    "ImageFiles",
     "ImageSet",
+    "Loader",
+    "Loaders",
+    "RandomResizedCrop",
     "ResidentLoader",
+    "TorchLoader",
     "channel_statistics",
     "digits",
+    "from_dataset",
     "is_split_by_seed",
     "join",
+    "list_source",
     "load_source",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FFCVLoader":  # which asks for FFCV, and takes a while to import
+        from classroomkd.data.ffcv_loader import FFCVLoader
+
+        return FFCVLoader
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,7 @@ arithmetic below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift:
     word:      word(stream, seed, epoch, index) = mix(mix(index) ^ key)
 
 ``mix`` is a bijection, so the words of one key are distinct for distinct indices. The streams are
-0 for the sample order, 1 for crop and flip, 2 for splitting a data set into two.
+0 for the sample order, 1 for crop and flip, 2 for splitting a data set into two, 3 for cutout.
 
 Order      samples by ascending word (no two are equal).
 Crop       with h = word and p = padding: the image is bordered by p black pixels (0, 0, 0), and
@@ -19,6 +19,10 @@ Crop       with h = word and p = padding: the image is bordered by p black pixel
 Flip       of the window, left to right, if the lowest bit of h is set.
 Normalise  through a float32 table: the float64 value (v/255 − mean)/std, rounded once to float32
            and from there to the dtype asked for.
+Cutout     with h = word of its own stream: the square of k pixels a side that begins at row
+           (((h >> 17) · H) >> 15) − k div 2 and column ((((h >> 2) & 0x7FFF) · W) >> 15) − k div 2
+           of the finished image, as far as it lies inside, is set to 0, the mean colour. (DeVries
+           and Taylor, "Improved regularization of convolutional neural networks with cutout".)
 """
 
 from __future__ import annotations
@@ -27,81 +31,79 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from classroomkd.errors import UserError
 
-ORDER, AUGMENT, SPLIT = 0, 1, 2  # the streams
+ORDER, AUGMENT, SPLIT, CUTOUT = 0, 1, 2, 3  # the streams
 
 _MASK = 0xFFFFFFFF
 
 
-def _mix(x):
-    """The hash's finaliser, on Python integers or int64 tensors holding values below 2³².
-
-    The multipliers are written as signed numbers, so that no product leaves the range of int64.
-    """
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The hash's finaliser, on uint32 arrays, whose products wrap."""
     x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
+    x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> 15)
-    x = (x * (0x846CA68B - 2**32)) & _MASK
+    x = x * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
-def words(stream: int, seed: int, epoch: int, indices: Tensor) -> Tensor:
-    """The hash words of the sample indices (int64, any shape, 0 ≤ index < 2³²), as int64."""
+def stream_key(stream: int, seed: int, epoch: int) -> int:
+    """The hash's key, 0 ≤ key < 2³²; of ``seed`` the lowest 64 bits count, of ``epoch`` 32."""
     key = stream
     for part in (seed & _MASK, (seed >> 32) & _MASK, epoch & _MASK):
-        key = _mix(((key ^ part) + 0x9E3779B9) & _MASK)
-    return _mix(_mix(indices) ^ key)
+        key = int(_mix(np.array([((key ^ part) + 0x9E3779B9) & _MASK], np.uint32))[0])
+    return key
 
 
-def sample_order(seed: int, epoch: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def words(stream: int, seed: int, epoch: int, indices: np.ndarray) -> np.ndarray:
+    """The hash words, uint32, of the sample indices (integers, any shape, 0 ≤ index < 2³²)."""
+    key = np.uint32(stream_key(stream, seed, epoch))
+    return _mix(_mix(np.asarray(indices).astype(np.uint32)) ^ key)
+
+
+def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:
     """A permutation of 0..count−1, int64 [count]."""
-    return words(ORDER, seed, epoch, torch.arange(count, device=device)).argsort()
+    return words(ORDER, seed, epoch, np.arange(count)).argsort()
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Random crop from an image bordered by ``padding`` black pixels, then a random flip.
 
-    Raises UserError if the padding is not within 0..1024.
+    Then ``cutout`` erases a square of so many pixels a side; 0 is none. Raises UserError if
+    padding or cutout are not within 0..1024.
     """
 
     padding: int
     flip: bool
+    cutout: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.padding <= 1024:
-            raise UserError(f"padding must be within 0..1024 pixels, got {self.padding}")
+        for name in ("padding", "cutout"):
+            if not 0 <= getattr(self, name) <= 1024:
+                raise UserError(f"{name} must be within 0..1024 pixels, got {getattr(self, name)}")
 
-    def draw(self, seed: int, epoch: int, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def draw(
+        self, seed: int, epoch: int, indices: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First row, first column (0..2·padding) and flip (0 or 1) of each index, all int64."""
-        h = words(AUGMENT, seed, epoch, indices)
-        offsets = 2 * self.padding + 1
-        top = ((h >> 17) * offsets) >> 15
-        left = (((h >> 2) & 0x7FFF) * offsets) >> 15
+        h = words(AUGMENT, seed, epoch, indices).astype(np.int64)
+        top, left = _places(h, 2 * self.padding + 1, 2 * self.padding + 1)
         return top, left, (h & 1) * int(self.flip)
 
-    def apply(self, images: Tensor, seed: int, epoch: int, indices: Tensor) -> Tensor:
-        """Augment uint8 images [B, H, W, 3] (B ≥ 1), the samples ``indices`` [B] of the set."""
-        B, H, W, _ = images.shape
-        p = self.padding
-        top, left, flip = self.draw(seed, epoch, indices)
-        batch = torch.arange(B, device=images.device)
-        # A row of a crop is 3·W neighbouring bytes of the padded images, starting at any pixel:
-        # seen as overlapping rows, one a pixel, all the crops are a single gather of whole rows.
-        padded = F.pad(images, (0, 0, p, p, p, p)).contiguous().view(-1)
-        windows = padded.as_strided((padded.numel() // 3 - W + 1, 3 * W), (3, 1))
-        first = (batch * (H + 2 * p) + top) * (W + 2 * p) + left
-        rows = first[:, None] + torch.arange(H, device=images.device) * (W + 2 * p)
-        crops = windows.index_select(0, rows.view(-1)).view(B, H, W, 3)
-        if not self.flip:
-            return crops
-        either = torch.stack((crops, crops.flip(2)), dim=1).flatten(0, 1)
-        return either.index_select(0, 2 * batch + flip)
+    def draw_cutout(
+        self, seed: int, epoch: int, indices: np.ndarray, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """First row and column, int64, of each index's square; they may lie outside the image."""
+        h = words(CUTOUT, seed, epoch, indices).astype(np.int64)
+        row, column = _places(h, height, width)
+        return row - self.cutout // 2, column - self.cutout // 2
+
+
+def _places(h: np.ndarray, rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """A row below ``rows`` and a column below ``columns`` from bits 17 to 31 and 2 to 16 of h."""
+    return ((h >> 17) * rows) >> 15, (((h >> 2) & 0x7FFF) * columns) >> 15
 
 
 def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarray:

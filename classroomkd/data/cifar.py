@@ -10,7 +10,7 @@ import numpy as np
 
 from classroomkd.errors import UserError
 
-_SIDE = 32
+SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ def _read_batch(layout: _Layout, file: Path, classes: int) -> Part:
     data, labels = batch.get("data"), batch.get(layout.labels)
     if not (isinstance(data, np.ndarray) and data.dtype == np.uint8 and data.ndim == 2):
         raise _damaged(file, "no uint8 matrix 'data'")
-    if data.shape[1] != 3 * _SIDE * _SIDE:
-        raise _damaged(file, f"images of {data.shape[1]} bytes instead of {3 * _SIDE * _SIDE}")
+    if data.shape[1] != 3 * SIDE * SIDE:
+        raise _damaged(file, f"images of {data.shape[1]} bytes instead of {3 * SIDE * SIDE}")
     if not (isinstance(labels, list) and len(labels) == len(data)):
         raise _damaged(file, f"no list {layout.labels!r} of {len(data)} labels")
     if not all(isinstance(label, int) and 0 <= label < classes for label in labels):
         raise _damaged(file, f"a label outside 0..{classes - 1}")
-    images = data.reshape(-1, 3, _SIDE, _SIDE).transpose(0, 2, 3, 1)
+    images = data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1)
     return np.ascontiguousarray(images), np.array(labels, np.int64)
 
 

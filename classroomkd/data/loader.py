@@ -1,16 +1,28 @@
-"""The resident loader: the whole set as uint8 in memory, each batch gathered from it at once."""
+"""What every loader is: an order, its shares, and batches of finished images on a device."""
 
 from __future__ import annotations
 
 import math
+import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from classroomkd.data.augment import Augmentation, normalisation_table, sample_order
-from classroomkd.data.sources import ImageSet
+from classroomkd.data.crops import CentreCrop, RandomResizedCrop
+from classroomkd.data.image_sets import ImageSet
 from classroomkd.errors import UserError
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+def available_cores() -> int:
+    """How many cores this process may run on."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def channel_statistics(
@@ -32,101 +44,114 @@ def channel_statistics(
     return tuple(means), tuple(stds)
 
 
-class ResidentLoader:
-    """Batches of an image set that is held whole, as uint8, on ``device``.
+class Loader(ABC):
+    """Batches of a set of ``count`` images.
 
     Iterating gives ``(images, targets, indices)``: images [B, 3, H, W] of ``dtype``, normalised,
-    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``. Order and
-    augmentation depend only on ``seed``, the epoch set with ``set_epoch`` (0 at first) and the
-    sample's index, so an epoch iterated again gives the same bits.
+    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``, and the
+    caller's to keep. Order and augmentation depend only on ``seed``, the epoch set with
+    ``set_epoch`` (0 at first) and the sample's index, so every loader gives the same bits, whatever
+    its batch size, workers and place among others, and an epoch iterated again gives them again.
+    One epoch is iterated at a time; for two at once take two loaders.
+
+    Among ``world_size`` processes the b-th batches together are the batch that one process with
+    ``batch_size · world_size`` would have; the last one, where it is not full, is shared out as
+    evenly as can be, and a process that would get none of it has a batch less.
 
     Args:
-        image_set: the images, targets and classes.
+        count: how many images the set has.
         batch_size: images a batch; the last one is smaller unless ``drop_last``.
         mean: per RGB channel, of values scaled to 0..1.
         std: likewise; both as ``channel_statistics`` gives them.
-        augmentation: random crop and flip, or None for the images as they are.
+        augmentation: random crop, flip and cutout, or None for the images as they are; for
+            photographs a crop to one size.
         shuffle: a new order each epoch instead of the set's own.
         drop_last: leave out the last batch where it is not full.
         seed: any integer; its lowest 64 bits count.
-        device: where the set and the batches live.
-        dtype: of the images.
+        rank: which process this is, 0 ≤ rank < ``world_size``.
+        world_size: how many processes share the set.
+        device: where the batches are wanted.
+        dtype: of the images, floating.
 
     Raises:
-        UserError: the batch size is not positive, or ``drop_last`` would leave no batch at all.
+        UserError: the batch size is not positive, ``drop_last`` would leave no batch at all, or
+            the rank is not below the world size.
     """
 
     def __init__(
         self,
-        image_set: ImageSet,
+        count: int,
         batch_size: int,
         *,
         mean: Sequence[float],
         std: Sequence[float],
-        augmentation: Augmentation | None,
+        augmentation: Augmentation | RandomResizedCrop | CentreCrop | None,
         shuffle: bool,
         drop_last: bool,
         seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"the batch size must be at least 1, got {batch_size}")
-        if drop_last and batch_size > len(image_set):
+        if not 0 <= rank < world_size:
+            raise UserError(f"the rank must be within 0..{world_size - 1}, got {rank}")
+        if drop_last and batch_size * world_size > count:
+            processes = f" in each of {world_size} processes" if world_size > 1 else ""
             raise UserError(
-                f"the batch size {batch_size} is larger than the set of {len(image_set)} images: "
+                f"the batch size {batch_size}{processes} is larger than the set of {count} images: "
                 "make it smaller"
             )
-        self.batch_size, self.drop_last, self.shuffle = batch_size, drop_last, shuffle
-        self.augmentation, self.seed, self.epoch = augmentation, seed, 0
-        self.device = torch.device(device)
-        images = torch.from_numpy(image_set.images)
-        self._images: Tensor | None = images.to(self.device)
-        self._targets = torch.from_numpy(image_set.targets).to(self.device)
-        H, W = images.shape[1:3]
-        self._table = torch.from_numpy(normalisation_table(mean, std)).to(self.device, dtype)
-        # Where each byte of an image finds its channel's row in the flattened table.
-        channel_rows = torch.arange(3, dtype=torch.int32, device=self.device) * 256
-        self._table_rows = channel_rows.repeat(H * W)
-        # Reused by all batches: on a CPU, fresh pages for it would cost as much as the look-up.
-        size = (min(batch_size, len(image_set)), 3 * H * W)
-        self._entries = torch.empty(size, dtype=torch.int32, device=self.device)
+        self.count, self.batch_size, self.drop_last = count, batch_size, drop_last
+        self.augmentation, self.shuffle, self.seed = augmentation, shuffle, seed
+        is_crop = isinstance(augmentation, RandomResizedCrop | CentreCrop)
+        self.crop = augmentation if is_crop else None
+        self.rank, self.world_size = rank, world_size
+        self.device, self.dtype = torch.device(device), dtype
+        self.epoch = self.first_batch = 0
+        self.closed = False
+        self._table = torch.from_numpy(normalisation_table(mean, std)).to(dtype)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order and augmentation the next iteration gives."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch that the next iteration gives, from its batch ``first_batch`` on.
+
+        Raises UserError if the epoch has no such batch (its end is one).
+        """
+        if not 0 <= first_batch <= len(self):
+            raise UserError(f"the first batch must be within 0..{len(self)}, got {first_batch}")
+        self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:
-        """The number of batches of an epoch."""
-        count = len(self._targets)
-        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
+        """Batches in a whole epoch, in this process."""
+        whole, rest = divmod(self.count, self.batch_size * self.world_size)
+        return whole + (not self.drop_last and rest > self.rank)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        if self._images is None:
+    def __iter__(self) -> Iterator[Batch]:
+        if self.closed:
             raise RuntimeError("the loader is closed")
-        epoch, count = self.epoch, len(self._targets)
-        if self.shuffle:
-            order = sample_order(self.seed, epoch, count, self.device)
-        else:
-            order = torch.arange(count, device=self.device)
-        for batch in range(len(self)):
-            indices = order[batch * self.batch_size : (batch + 1) * self.batch_size]
-            images = self._images.index_select(0, indices)
-            if self.augmentation is not None:
-                images = self.augmentation.apply(images, self.seed, epoch, indices)
-            yield self._normalise(images), self._targets.index_select(0, indices), indices
+        return self._iterate(self._batches()[self.first_batch :])
 
-    def _normalise(self, images: Tensor) -> Tensor:
-        B, H, W, _ = images.shape
-        entries = torch.add(images.flatten(1), self._table_rows, out=self._entries[:B])
-        values = self._table.view(-1).index_select(0, entries.view(-1))
-        return values.view(B, H, W, 3).permute(0, 3, 1, 2)
+    def _batches(self) -> list[np.ndarray]:
+        """The sample indices, int64, of this process's batches in a whole epoch."""
+        if self.shuffle:
+            order = sample_order(self.seed, self.epoch, self.count)
+        else:
+            order = np.arange(self.count)
+        together = self.batch_size * self.world_size
+        batches = [order[start : start + together] for start in range(0, self.count, together)]
+        return [np.array_split(batch, self.world_size)[self.rank] for batch in batches[: len(self)]]
+
+    @abstractmethod
+    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        """Give a batch for each array of sample indices."""
 
     def close(self) -> None:
-        """Give the set's memory back. Closing again is fine; iterating then raises RuntimeError."""
-        self._images = self._entries = None
+        """Give back memory, threads and processes. Closing again is fine; iterating then raises."""
+        self.closed = True
 
-    def __enter__(self) -> ResidentLoader:
+    def __enter__(self) -> Loader:
         return self
 
     def __exit__(self, *_) -> None:

@@ -5,43 +5,17 @@ from __future__ import annotations
 import os
 import re
 import sys
-import warnings
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
+from classroomkd.data.decode import SUFFIXES, read_files, resize
+from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.errors import UserError
 
-_FORMATS = ("PNG", "JPEG", "WEBP")
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-_LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
-_CHUNK = 64  # images a thread decodes before it reports
-
-
-@dataclass(frozen=True, eq=False)
-class ImageSet:
-    """Decoded images: uint8 [N, H, W, 3] RGB, int64 [N] class indices, and the class names."""
-
-    images: np.ndarray
-    targets: np.ndarray
-    classes: list[str]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-def join(first: ImageSet, second: ImageSet) -> ImageSet:
-    """The images of both parts of a data set, in order."""
-    images = np.concatenate((first.images, second.images))
-    return ImageSet(images, np.concatenate((first.targets, second.targets)), first.classes)
+LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
 
 
 def load_source(
@@ -73,26 +47,21 @@ def load_source(
     Raises UserError, naming the path, if there is no such data, an image is damaged, there are
     fewer than two classes, the classes of the two parts differ, or a class is too small to split.
     """
-    path = Path(path).expanduser()
-    if not 1 <= image_size <= _LARGEST:
-        raise UserError(f"the image size must be within 1..{_LARGEST} pixels, got {image_size}")
-    if not 0 < test_share < 1:
-        raise UserError(f"the held-out share must be between 0 and 1, got {test_share}")
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file: give the folder that holds the data set")
-    if download is not None:
-        if download not in cifar.LAYOUTS:
-            raise UserError(f"cannot download {download!r}: only {' and '.join(cifar.LAYOUTS)}")
-        cifar.download(path, download)
-    if not path.exists():
-        raise UserError(f"no such folder: {path}")
+    if not 1 <= image_size <= LARGEST:
+        raise UserError(f"the image size must be within 1..{LARGEST} pixels, got {image_size}")
+    path = _folder(path, test_share, download)
     found = cifar.find(path, download)
     if found:
         train, test, classes = cifar.read(*found)
         return tuple(
-            ImageSet(_resize(part[0], image_size), part[1], classes) for part in (train, test)
+            ImageSet(resize(part[0], image_size), part[1], classes) for part in (train, test)
         )
-    return _load_folders(path, image_size, seed, test_share)
+    train, test = _list_folders(path, seed, test_share)
+    images = read_files(train.files + test.files, image_size)
+    return (
+        ImageSet(images[: len(train)], train.targets, train.classes),
+        ImageSet(images[len(train) :], test.targets, test.classes),
+    )
 
 
 def is_split_by_seed(path: Path | str) -> bool:
@@ -113,13 +82,43 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
 
     data = load_digits()
     grey = np.rint(data.images * (255 / 16)).astype(np.uint8)
-    images = _resize(np.repeat(grey[..., None], 3, axis=3), 16)
+    images = resize(np.repeat(grey[..., None], 3, axis=3), 16)
     targets, classes = data.target.astype(np.int64), [str(name) for name in data.target_names]
     test = _held_out(targets, classes, seed, test_share, "the digits")
     return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
 
 
-def _load_folders(path: Path, size: int, seed: int, test_share: float) -> tuple[ImageSet, ImageSet]:
+def list_source(
+    path: Path | str, seed: int = 0, test_share: float = 0.2
+) -> tuple[ImageFiles, ImageFiles]:
+    """The files of the class folders at ``path``, training and held-out part, decoded on use.
+
+    Folders, classes, order and split are those of `load_source`; each image keeps its own size.
+    Raises UserError as `load_source` does, but finds a damaged image only when it is asked for.
+    """
+    path = _folder(path, test_share)
+    if cifar.find(path):
+        raise UserError(f"{path} holds CIFAR's Python files: there are no image files to list")
+    return _list_folders(path, seed, test_share)
+
+
+def _folder(path: Path | str, test_share: float, download: str | None = None) -> Path:
+    """The folder at ``path``, into which ``download`` is fetched first; UserError if none."""
+    path = Path(path).expanduser()
+    if not 0 < test_share < 1:
+        raise UserError(f"the held-out share must be between 0 and 1, got {test_share}")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: give the folder that holds the data set")
+    if download is not None:
+        if download not in cifar.LAYOUTS:
+            raise UserError(f"cannot download {download!r}: only {' and '.join(cifar.LAYOUTS)}")
+        cifar.download(path, download)
+    if not path.exists():
+        raise UserError(f"no such folder: {path}")
+    return path
+
+
+def _list_folders(path: Path, seed: int, test_share: float) -> tuple[ImageFiles, ImageFiles]:
     folders = _subfolders(path)
     if "train" in folders:
         held_out = next((path / name for name in ("test", "val") if name in folders), None)
@@ -128,26 +127,28 @@ def _load_folders(path: Path, size: int, seed: int, test_share: float) -> tuple[
                 f"{path} has train/ but neither test/ nor val/: give {path / 'train'} to split it "
                 "by seed (or rename train/ if it is a class)"
             )
-        files, targets, classes, others = _list_classes(path / "train")
-        test_files, test_targets, test_classes, test_others = _list_classes(held_out)
+        train, others = _list_classes(path / "train")
+        test, test_others = _list_classes(held_out)
         others += test_others
-        for name in sorted(set(test_classes) - set(classes)):
+        for name in sorted(set(test.classes) - set(train.classes)):
             raise UserError(f"the class {name!r} is in {held_out} but not in {path / 'train'}")
-        for name in sorted(set(classes) - set(test_classes)):
+        for name in sorted(set(train.classes) - set(test.classes)):
             raise UserError(f"the class {name!r} is in {path / 'train'} but not in {held_out}")
     else:
-        files, targets, classes, others = _list_classes(path)
-        held_out = _held_out(targets, classes, seed, test_share, path)
-        test_files, test_targets = [files[i] for i in np.flatnonzero(held_out)], targets[held_out]
-        files, targets = [files[i] for i in np.flatnonzero(~held_out)], targets[~held_out]
+        both, others = _list_classes(path)
+        mask = _held_out(both.targets, both.classes, seed, test_share, path)
+        train, test = (
+            ImageFiles(
+                [both.files[i] for i in np.flatnonzero(part)], both.targets[part], both.classes
+            )
+            for part in (~mask, mask)
+        )
     if others:
         print(
             f"files passed over, as not PNG, JPEG or WebP: {len(others)} ({others[0]} for one)",
             file=sys.stderr,
         )
-    images = _decode(files + test_files, size)
-    train, test = images[: len(files)], images[len(files) :]
-    return ImageSet(train, targets, classes), ImageSet(test, test_targets, classes)
+    return train, test
 
 
 def _subfolders(path: Path) -> list[str]:
@@ -165,7 +166,7 @@ def _file_names(path: Path) -> tuple[list[str], list[str]]:
         for entry in entries:
             if entry.name.startswith(".") or entry.is_dir():
                 continue
-            is_image = entry.name.lower().endswith(_SUFFIXES)
+            is_image = entry.name.lower().endswith(SUFFIXES)
             if is_image and not entry.is_file():
                 raise UserError(
                     f"{path / entry.name} is no file, or a link to one that is not there: remove it"
@@ -179,8 +180,8 @@ def _file_names(path: Path) -> tuple[list[str], list[str]]:
     return sorted(images, key=natural), sorted(others)
 
 
-def _list_classes(path: Path) -> tuple[list[Path], np.ndarray, list[str], list[Path]]:
-    """The image files below ``path``, their class indices, the classes, and the other files."""
+def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
+    """The image files below ``path`` with their classes, and the other files."""
     classes = _subfolders(path)
     if not classes:
         images, _ = _file_names(path)
@@ -196,14 +197,14 @@ def _list_classes(path: Path) -> tuple[list[Path], np.ndarray, list[str], list[P
         others += [path / name / file for file in other_names]
     if len(classes) == 1:
         raise UserError(f"only one class, {classes[0]!r}, in {path}: at least two are needed")
-    return files, np.array(targets, np.int64), classes, others
+    return ImageFiles(files, np.array(targets, np.int64), classes), others
 
 
 def _held_out(
     targets: np.ndarray, classes: list[str], seed: int, share: float, source: object
 ) -> np.ndarray:
     """A mask [N] of the held-out samples: of each class, those of the lowest hash words."""
-    order = words(SPLIT, seed, 0, torch.arange(len(targets))).numpy()
+    order = words(SPLIT, seed, 0, np.arange(len(targets)))
     mask = np.zeros(len(targets), bool)
     for target, name in enumerate(classes):
         members = np.flatnonzero(targets == target)
@@ -214,65 +215,3 @@ def _held_out(
         count = min(max(round(len(members) * share), 1), len(members) - 1)
         mask[members[np.argsort(order[members])[:count]]] = True
     return mask
-
-
-def _decode(files: list[Path], size: int) -> np.ndarray:
-    """Decode all files into uint8 [N, size, size, 3]; UserError names the first that fails."""
-    images = np.empty((len(files), size, size, 3), np.uint8)
-
-    def decode(start: int) -> list[str]:
-        failures = []
-        for i in range(start, min(start + _CHUNK, len(files))):
-            try:
-                images[i] = _read_image(files[i], size)
-            except UnidentifiedImageError:
-                failures.append(f"{files[i]} is not a PNG, JPEG or WebP image")
-            except Exception as error:  # decoders raise almost anything on damaged bytes
-                reason = " ".join(str(error).split()) or type(error).__name__
-                failures.append(f"{files[i]} cannot be read ({reason})")
-        return failures
-
-    starts = range(0, len(files), _CHUNK)
-    console = Console(stderr=True)
-    with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        chunks = track(
-            pool.map(decode, starts),
-            description=f"Reading {len(files):,} images",
-            total=len(starts),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or len(files) < 1000,
-        )
-        failures = [failure for chunk in chunks for failure in chunk]
-    if failures:
-        others = len(failures) - 1
-        more = f"; {others} more cannot be read either" if others else ""
-        raise UserError(f"{failures[0]}{more}: replace or remove {'them' if others else 'it'}")
-    return images
-
-
-def _read_image(file: Path, size: int) -> np.ndarray:
-    with Image.open(file, formats=_FORMATS) as image:
-        image = ImageOps.exif_transpose(image)  # reads it whole, so a truncated file raises
-    return np.asarray(_square(_rgb(image), size))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def _square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, at ``size`` pixels; an image of that size is left as it is."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-
-
-def _resize(images: np.ndarray, size: int) -> np.ndarray:
-    if images.shape[1:3] == (size, size):
-        return images
-    return np.stack([np.asarray(_square(Image.fromarray(image), size)) for image in images])

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from classroomkd import ClassroomLoss, models
-from classroomkd.data import Augmentation, ImageSet, ResidentLoader, channel_statistics
+from classroomkd.data import Augmentation, ImageSet, Loader, Loaders, channel_statistics
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label, write_report
 from classroomkd.training.evaluation import (
@@ -43,7 +43,8 @@ class ClassroomConfig:
     """Everything that decides a run's numbers; its config.yaml.
 
     ``data`` is what the data set is called, ``image_size`` its height and width in pixels;
-    ``padding`` and ``flip`` augment the training images; ``learning_rate`` is the schedules' peak.
+    ``padding`` and ``flip`` augment the training images, which ``loader`` feeds;
+    ``learning_rate`` is the schedules' peak.
     """
 
     data: str
@@ -60,6 +61,7 @@ class ClassroomConfig:
     ranking: str = "sample"
     seed: int = 0
     device: str = "cpu"
+    loader: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -125,12 +127,14 @@ class Classroom:
                     own = mentor.info.image_size
                     self._print(f"{what} was trained on images of {own}×{own} pixels")
         try:
-            with evaluation_loader(test_set, self._info, self.device) as self._test_loader:
+            self._loaders = Loaders(config.loader, (train_set, test_set), self.device)
+            with evaluation_loader(self._loaders, test_set, self._info) as self._test_loader:
                 self._run = Run(out, asdict(config))
                 self._print(
                     f"{len(train_set):,} training and {len(test_set):,} held-out images of "
                     f"{len(train_set.classes)} classes; {device_name(self.device)}; run in {out}"
                 )
+                self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
                 results = self._train_all(train_set)
             summary = {
                 "data": {
@@ -226,9 +230,9 @@ class Classroom:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _training_loader(self, train_set: ImageSet, seed: int) -> ResidentLoader:
+    def _training_loader(self, train_set: ImageSet, seed: int) -> Loader:
         batch_size = self.config.batch_size
-        return ResidentLoader(
+        return self._loaders.open(
             train_set,
             batch_size,
             mean=self._info.mean,
@@ -237,7 +241,6 @@ class Classroom:
             shuffle=True,
             drop_last=len(train_set) >= batch_size,
             seed=seed,
-            device=self.device,
         )
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from classroomkd.data import ImageSet, ResidentLoader
+from classroomkd.data import ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 
@@ -29,11 +29,9 @@ class Evaluation:
     images: int
 
 
-def evaluation_loader(
-    image_set: ImageSet, info: NetworkInfo, device: torch.device
-) -> ResidentLoader:
+def evaluation_loader(loaders: Loaders, image_set: ImageSet, info: NetworkInfo) -> Loader:
     """Every image once, in order, normalised by the statistics of ``info``."""
-    return ResidentLoader(
+    return loaders.open(
         image_set,
         _BATCH_SIZE,
         mean=info.mean,
@@ -41,12 +39,11 @@ def evaluation_loader(
         augmentation=None,
         shuffle=False,
         drop_last=False,
-        device=device,
     )
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: ResidentLoader) -> Evaluation:
+def evaluate(network: nn.Module, loader: Loader) -> Evaluation:
     """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end."""
     network.eval()
     sums, images_seen = 0.0, 0

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classroomkd.data import ResidentLoader
+from classroomkd.data import Loader
 from classroomkd.errors import UserError
 
 MOMENTUM = 0.9
@@ -40,7 +40,7 @@ class Trainer:
     def __init__(
         self,
         network: nn.Module,
-        loader: ResidentLoader,
+        loader: Loader,
         *,
         name: str,
         epochs: int,

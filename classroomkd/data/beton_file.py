@@ -1,0 +1,230 @@
+"""``.beton`` files, the format of FFCV, opened with every table checked.
+
+A file has the fields ``image`` (RGB, each raw or as JPEG) and ``label`` (integer) and nothing that
+FFCV itself would not write, so any of its users can read it. What it has no place for stands in a
+side file, ``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their
+indices: all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then
+each image's stored bytes, all little-endian. It depends on nothing but the samples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import Progress
+
+from classroomkd.data._ffcv import import_ffcv
+from classroomkd.errors import UserError
+
+JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+
+_FIELDS = [("image", 2), ("label", 1)]  # names, and FFCV's numbers for their types
+_MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is soon above it
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """An open ``.beton`` file of N images; every offset in it has been checked.
+
+    Attributes:
+        path: of the file.
+        classes: their names; "0", "1", … where there is no side file.
+        targets: class indices, int64 [N].
+        heights: in pixels, int64 [N].
+        widths: in pixels, int64 [N].
+        modes: `JPEG` or `RAW`, uint8 [N].
+        starts: where each image's bytes begin in the file, int64 [N].
+        sizes: how many they are, int64 [N]; 3 · height · width for raw ones.
+        sha256: of the samples, as the side file has it; None without one.
+    """
+
+    path: Path
+    classes: list[str]
+    targets: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    modes: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    sha256: str | None
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    @cached_property
+    def data(self) -> np.ndarray:
+        """The whole file, uint8, mapped into memory for reading."""
+        return np.asarray(np.memmap(self.path, np.uint8, mode="r"))
+
+    def stored(self, index: int) -> np.ndarray:
+        """The bytes of an image as they are stored, a uint8 view of the file."""
+        return self.data[self.starts[index] : self.starts[index] + self.sizes[index]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """The image, uint8 [H, W, 3], and the class index of a sample.
+
+        Raises UserError if a JPEG cannot be decoded.
+        """
+        shape = (int(self.heights[index]), int(self.widths[index]), 3)
+        if self.modes[index] == RAW:
+            image = self.stored(index).reshape(shape).copy()
+        else:
+            try:
+                image = decode_jpeg(self.stored(index))
+            except Exception as error:  # decoders raise almost anything on damaged bytes
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise UserError(f"{self.path}: image {index} cannot be read ({reason})") from error
+            if image.shape != shape:
+                raise UserError(
+                    f"{self.path}: image {index} is {list(image.shape)}, its entry says "
+                    f"{list(shape)}: the file is corrupt, pack it again"
+                )
+        return image, int(self.targets[index])
+
+    def digest(self) -> str:
+        """The SHA-256 of the samples (see the module), in hexadecimal."""
+        digest = hashlib.sha256(self.targets.astype("<i8").tobytes())
+        digest.update(self.modes.tobytes())
+        digest.update(self.heights.astype("<u2").tobytes())
+        digest.update(self.widths.astype("<u2").tobytes())
+        with progress_bar(f"Summing {self.path.name}", len(self)) as advance:
+            for i in range(len(self)):
+                digest.update(self.stored(i))
+                advance(1)
+        return digest.hexdigest()
+
+
+def side_file(path: Path) -> Path:
+    """Where the class names and the SHA-256 of the ``.beton`` file at ``path`` are."""
+    return path.with_name(f"{path.name}.json")
+
+
+def open_beton(path: Path | str) -> Beton:
+    """Open a ``.beton`` file of images and labels, and check all of its tables.
+
+    Raises UserError, naming the file and where there is one the index, if it is not there, was cut
+    off, is no such file, has other fields, or says what cannot be, or if the side file is another
+    file's.
+    """
+    path = Path(path).expanduser()
+    import_ffcv()
+    if not path.is_file():
+        raise UserError(f"{path} is a folder" if path.is_dir() else f"no such file: {path}")
+    side = side_file(path)
+    if not side.exists():
+        return open_alone(path, None)
+    try:
+        record = json.loads(side.read_text(encoding="utf-8"))
+        classes, sha256 = record["classes"], str(record["sha256"])
+        count, size = int(record["images"]), int(record["bytes"])
+        if not isinstance(classes, list) or {type(name) for name in classes} != {str}:
+            raise TypeError("classes must be a list of names")
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{side} is damaged ({type(error).__name__}: {error}): remove it, or pack again"
+        ) from error
+    if size != path.stat().st_size:
+        raise UserError(
+            f"{path} has {path.stat().st_size:,} bytes, but {side.name} says {size:,}: it was cut "
+            "off or is another file; pack it again"
+        )
+    beton = open_alone(path, classes, sha256)
+    if count != len(beton):
+        raise UserError(f"{path} has {len(beton):,} images, but {side.name} says {count:,}")
+    return beton
+
+
+def open_alone(path: Path, classes: list[str] | None, sha256: str | None = None) -> Beton:
+    """Open a file without a look at its side file, given what that says."""
+    from ffcv.reader import Reader
+    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
+
+    # FFCV's reader trusts what the header says, so that is checked before.
+    size = path.stat().st_size
+    if size < HeaderType.itemsize:
+        raise UserError(f"{path} is no .beton file: it has only {size} bytes")
+    header = np.fromfile(path, HeaderType, count=1)[0]
+    count, end, page_size = (
+        int(header[name]) for name in ("num_samples", "alloc_table_ptr", "page_size")
+    )
+    if header["version"] != CURRENT_VERSION:
+        raise UserError(f"{path} is no .beton file, or not of FFCV's format {CURRENT_VERSION}")
+    if end == 0:
+        raise UserError(f"{path} was never finished: pack it again")
+    described = np.fromfile(
+        path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize
+    )
+    fields = [
+        (field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace"), field["type_id"])
+        for field in described
+    ]
+    if fields != _FIELDS:
+        names = ", ".join(name for name, _ in fields) or "none"
+        raise UserError(
+            f"{path} has other fields ({names}) than image, of RGB images, and label, of integers"
+        )
+    expected = end + count * ALLOC_TABLE_TYPE.itemsize
+    if size != expected:
+        what = "was cut off" if size < expected else "is damaged"
+        raise UserError(
+            f"{path} {what}: it has {size:,} bytes instead of {expected:,}; pack it again"
+        )
+    corrupt = f"{path} is corrupt: {{}}; pack it again"
+    tables = HeaderType.itemsize + described.nbytes
+    begin = tables + 24 * count  # a line of the table of samples has 24 bytes
+    if count == 0 or begin > end or page_size == 0 or end % page_size:
+        raise UserError(corrupt.format("its header contradicts itself"))
+    reader = Reader(str(path))
+    image, targets = (reader.metadata[name] for name in reader.metadata.dtype.names)
+    table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
+    if not np.array_equal(table["sample_id"], np.arange(count)):
+        raise UserError(corrupt.format("its allocation table does not have each image once"))
+
+    def check(wrong: np.ndarray, what: str) -> None:
+        if wrong.any():
+            raise UserError(corrupt.format(f"image {np.flatnonzero(wrong)[0]} {what}"))
+
+    starts, sizes = table["ptr"], table["size"]
+    check(starts != image["data_ptr"], "is at two places")
+    check((starts < begin) | (starts > end) | (sizes > end), "lies outside the file")
+    starts, sizes = starts.astype(np.int64), sizes.astype(np.int64)
+    check(starts + sizes > end, "lies outside the file")
+    order = np.argsort(starts, kind="stable")
+    overlap = np.zeros(count, bool)
+    overlap[order[1:]] = (starts + sizes)[order[:-1]] > starts[order[1:]]
+    check(overlap, "overlaps another")
+    heights, widths = (image[name].astype(np.int64) for name in ("height", "width"))
+    modes = image["mode"].copy()
+    check((heights == 0) | (widths == 0) | (sizes == 0), "has no pixels")
+    check((modes != JPEG) & (modes != RAW), "is stored in no known way")
+    check((modes == RAW) & (sizes != 3 * heights * widths), "has another size than its pixels")
+    targets = targets.astype(np.int64)
+    most = _MOST_CLASSES if classes is None else len(classes)
+    check((targets < 0) | (targets >= most), f"has a target outside its {most:,} classes")
+    if classes is None:
+        classes = [str(k) for k in range(int(targets.max()) + 1)]
+    return Beton(path, classes, targets, heights, widths, modes, starts, sizes, sha256)
+
+
+def decode_jpeg(data: np.ndarray) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return np.array(image.convert("RGB"))
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal, and the function that moves it on."""
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -1,0 +1,116 @@
+"""Image files into uint8 RGB arrays: upright, opaque, and square where that is asked for."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from rich.console import Console
+from rich.progress import track
+
+from classroomkd.errors import UserError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_CHUNK = 64  # images a thread decodes before it reports
+
+
+def read_files(files: list[Path], size: int) -> np.ndarray:
+    """Decode all files into uint8 [N, size, size, 3]; UserError names the first that fails."""
+    images = np.empty((len(files), size, size, 3), np.uint8)
+
+    def read(start: int) -> list[str]:
+        failures = []
+        for i in range(start, min(start + _CHUNK, len(files))):
+            try:
+                images[i] = read_image(files[i], size)
+            except UserError as error:
+                failures.append(str(error))
+        return failures
+
+    starts = range(0, len(files), _CHUNK)
+    console = Console(stderr=True)
+    with bombs_refused(), ThreadPoolExecutor() as pool:
+        chunks = track(
+            pool.map(read, starts),
+            description=f"Reading {len(files):,} images",
+            total=len(starts),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal or len(files) < 1000,
+        )
+        failures = [failure for chunk in chunks for failure in chunk]
+    if failures:
+        others = len(failures) - 1
+        more = f"; {others} more cannot be read either" if others else ""
+        raise UserError(f"{failures[0]}{more}: replace or remove {'them' if others else 'it'}")
+    return images
+
+
+@contextmanager
+def bombs_refused() -> Iterator[None]:
+    """Within it, an image of absurdly many pixels is an error instead of a warning.
+
+    Python's warning filters belong to the process, so this goes around the threads that decode.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def read_image(file: Path, size: int | None = None) -> np.ndarray:
+    """Decode ``file`` into uint8 [size, size, 3], or [H, W, 3] of its own size.
+
+    Raises UserError, naming the file, if it cannot be decoded whole.
+    """
+    try:
+        with Image.open(file, formats=_FORMATS) as image:
+            image = ImageOps.exif_transpose(image)  # reads it whole, so a truncated file raises
+        image = rgb(image)
+        return np.asarray(image if size is None else _square(image, size))
+    except UnidentifiedImageError:
+        raise UserError(f"{file} is not a PNG, JPEG or WebP image") from None
+    except Exception as error:  # decoders raise almost anything on damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{file} cannot be read ({reason})") from error
+
+
+def read_size(file: Path) -> tuple[int, int]:
+    """Height and width of the image that ``file``, which can be decoded, holds."""
+    with Image.open(file, formats=_FORMATS) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # lies on its side
+    return (width, height) if turned else (height, width)
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """In RGB: transparent pixels laid on white, 16-bit grey scaled to 8 bits."""
+    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def resize(images: np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] as [N, size, size, 3], in the way that files are brought to a size."""
+    if images.shape[1:3] == (size, size):
+        return images
+    return np.stack([square(image, size) for image in images])
+
+
+def square(image: np.ndarray, size: int) -> np.ndarray:
+    """The largest centred square of uint8 [H, W, 3], resampled to [size, size, 3]."""
+    return np.asarray(_square(Image.fromarray(image), size))
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square, at ``size`` pixels; an image of that size is left as it is."""
+    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

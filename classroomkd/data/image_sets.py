@@ -1,0 +1,149 @@
+"""Images with their classes: decoded in memory, or as files that are decoded when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from operator import index as as_index
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from PIL import Image
+
+from classroomkd.data.decode import read_image, rgb
+from classroomkd.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Decoded images: uint8 [N, H, W, 3] RGB, int64 [N] class indices, and the class names.
+
+    NumPy arrays are all it takes: ``ImageSet(images, targets, ["cat", "dog"])``. ``set[i]`` is the
+    image, uint8 [H, W, 3], and the class index of sample i.
+
+    Raises UserError if the images are not uint8 [N, H, W, 3], or targets and classes do not fit.
+    """
+
+    images: np.ndarray
+    targets: np.ndarray
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        images = self.images
+        if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+            what = getattr(images, "dtype", type(images).__name__)
+            raise UserError(f"the images must be a uint8 NumPy array, got {what}")
+        if images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape[1:3]:
+            raise UserError(f"the images must be [N, H, W, 3], got {list(images.shape)}")
+        _check_classes(self, len(images))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.targets[index])
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files, int64 [N] class indices, and the class names; nothing is decoded before its use.
+
+    ``files[i]`` is the image of sample i in its own size, uint8 [H, W, 3], and its class index; it
+    raises UserError, naming the file, if that cannot be decoded.
+
+    Raises UserError if targets and classes do not fit.
+    """
+
+    files: list[Path]
+    targets: np.ndarray
+    classes: list[str]
+
+    def __post_init__(self) -> None:
+        _check_classes(self, len(self.files))
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return read_image(self.files[index]), int(self.targets[index])
+
+
+def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
+    """Raise UserError unless ``count`` targets are within the classes; make them int64."""
+    targets, classes = np.asarray(image_set.targets), list(image_set.classes)
+    for name in classes:
+        if not isinstance(name, str):
+            raise UserError(f"the classes must be names, got {name!r}")
+    if len(set(classes)) < len(classes):
+        twice = next(name for name in classes if classes.count(name) > 1)
+        raise UserError(f"the class {twice!r} is there more than once")
+    if targets.dtype.kind not in "iu" and len(targets):
+        raise UserError(f"the targets must be whole numbers, got {targets.dtype}")
+    if targets.shape != (count,):
+        raise UserError(f"there must be one target an image, [{count}], got {list(targets.shape)}")
+    outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
+    if len(outside):
+        i = outside[0]
+        raise UserError(f"target {i} is {targets[i]}, which is none of the {len(classes)} classes")
+    object.__setattr__(image_set, "targets", targets.astype(np.int64, copy=False))
+    object.__setattr__(image_set, "classes", classes)
+
+
+_Set = TypeVar("_Set", ImageSet, ImageFiles)
+
+
+def join(first: _Set, second: _Set) -> _Set:
+    """The images of both parts of a data set, in order."""
+    targets = np.concatenate((first.targets, second.targets))
+    if isinstance(first, ImageFiles):
+        return ImageFiles(first.files + second.files, targets, first.classes)
+    return ImageSet(np.concatenate((first.images, second.images)), targets, first.classes)
+
+
+def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet:
+    """Collect a map-style data set of (image, class index) pairs, as torchvision's are, in memory.
+
+    The images, all of one size, are PIL images, or uint8 arrays or CPU tensors [H, W, 3] or
+    [3, H, W] (where both would do, arrays are the former and tensors the latter). The class names
+    are ``classes``, or the data set's own ``classes``, or "0", "1", ….
+
+    Raises UserError, naming the index, if a sample cannot be read or is anything else.
+    """
+    if not len(dataset):
+        raise UserError("the data set is empty")
+    images = targets = None
+    for i in range(len(dataset)):
+        try:
+            image, target = dataset[i]
+            image, target = as_pixels(image), as_index(target)
+        except Exception as error:  # whatever the data set's own code raises
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"sample {i} of the data set cannot be taken: {reason}") from error
+        if images is None:
+            images = np.empty((len(dataset), *image.shape), np.uint8)
+            targets = np.empty(len(dataset), np.int64)
+        if image.shape != images.shape[1:]:
+            raise UserError(
+                f"image {i} of the data set is {list(image.shape)}, but image 0 is "
+                f"{list(images.shape[1:])}: bring them to one size first"
+            )
+        images[i], targets[i] = image, target
+    if classes is None:
+        classes = getattr(dataset, "classes", None) or [str(k) for k in range(targets.max() + 1)]
+    return ImageSet(images, targets, list(classes))
+
+
+def as_pixels(image: Any) -> np.ndarray:
+    """An image of any of the kinds that `from_dataset` takes, as uint8 [H, W, 3]."""
+    if isinstance(image, Image.Image):
+        return np.asarray(rgb(image))
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"its image is {array.dtype}, not uint8 (leave out ToTensor and the like)")
+    if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
+        raise ValueError(f"its image is {list(array.shape)}, neither [H, W, 3] nor [3, H, W]")
+    channels_first = array.shape[0] == 3 and (
+        array.shape[2] != 3 or not isinstance(image, np.ndarray)
+    )
+    return array.transpose(1, 2, 0) if channels_first else array

@@ -1,0 +1,67 @@
+"""The resident loader: the whole set as uint8 in memory, each batch made from it in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from classroomkd.data.augment import AUGMENT, CUTOUT, Augmentation, stream_key
+from classroomkd.data.image_sets import ImageSet
+from classroomkd.data.loader import Batch, Loader
+from classroomkd.errors import UserError
+
+
+class ResidentLoader(Loader):
+    """Holds an ``ImageSet`` on ``device``; all else as for `Loader`.
+
+    On a GPU one kernel launch gathers, augments, normalises and casts a batch; the host copies the
+    epoch's order and never waits. Raises UserError if asked to crop photographs.
+    """
+
+    def __init__(self, image_set: ImageSet, batch_size: int, **options) -> None:
+        super().__init__(len(image_set), batch_size, **options)
+        if self.crop:
+            raise UserError("the resident loader cannot crop photographs: take ffcv or torch")
+        self._images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(self.device)
+        self._targets = torch.from_numpy(np.ascontiguousarray(image_set.targets)).to(self.device)
+        self._table = self._table.to(self.device)
+
+    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        make = self._on_cpu if self.device.type == "cpu" else self._on_gpu
+        return make(batches, self.epoch)
+
+    def _on_cpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        from classroomkd.data.pixels import augment_batch
+
+        size = self._images[0].numel()
+        pixels = self._images.view(-1).numpy()
+        for indices in batches:
+            out = torch.empty((len(indices), *self._images.shape[1:]), dtype=self.dtype)
+            starts, augmentation = indices * size, self.augmentation
+            augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self._table, out)
+            samples = torch.from_numpy(indices)
+            yield out.permute(0, 3, 1, 2), self._targets[samples], samples
+
+    def _on_gpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        from classroomkd.kernels.augment import gather_augment
+
+        if not batches:
+            return
+        order = torch.from_numpy(np.concatenate(batches)).to(self.device)
+        augmentation = self.augmentation or Augmentation(0, flip=False)
+        options = {
+            **vars(augmentation),
+            "augment_key": stream_key(AUGMENT, self.seed, epoch),
+            "cutout_key": stream_key(CUTOUT, self.seed, epoch),
+        }
+        for indices in order.split([len(batch) for batch in batches]):
+            images, targets = gather_augment(
+                self._images, self._targets, indices, self._table, **options
+            )
+            yield images, targets, indices
+
+    def close(self) -> None:
+        super().close()
+        self._images = self._targets = None

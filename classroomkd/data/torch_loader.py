@@ -1,0 +1,116 @@
+"""The loader on PyTorch's DataLoader: for any map-style data set, and to compare with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from classroomkd.data.image_sets import ImageSet, as_pixels
+from classroomkd.data.loader import Batch, Loader, available_cores
+from classroomkd.errors import UserError
+
+
+class TorchLoader(Loader):
+    """Reads an ``ImageSet``, or any map-style data set, in ``workers`` processes.
+
+    Such a set has a length and gives ``(image, target)`` by index: the image a PIL image or a uint8
+    array [H, W, 3], the target an integer. Images of more than one size need a `RandomResizedCrop`
+    or a `CentreCrop` as ``augmentation``. The batches are made whole in the
+    workers (by default one a core; 0 makes them in this process). All else is as for `Loader`.
+    """
+
+    def __init__(
+        self, data: ImageSet | Any, batch_size: int, *, workers: int | None = None, **options
+    ) -> None:
+        super().__init__(len(data), batch_size, **options)
+        if workers is None:
+            workers = available_cores()
+        if workers < 0:
+            raise UserError(f"the number of workers must be at least 0, got {workers}")
+        self._keys: list[tuple[int, np.ndarray]] = []
+        self._loader: DataLoader | None = DataLoader(
+            _Batches(data, self),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.device.type == "cuda",
+        )
+
+    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+        self._keys[:] = [(self.epoch, indices) for indices in batches]
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            images, targets, indices = (part.to(self.device, non_blocking=True) for part in batch)
+            yield images.permute(0, 3, 1, 2), targets, indices
+
+    def close(self) -> None:
+        super().close()
+        self._loader = None  # its workers end with it
+
+
+class _Batches(Dataset):
+    """A data set of whole batches: its key is (epoch, sample indices)."""
+
+    def __init__(self, data: Any, loader: TorchLoader) -> None:
+        if isinstance(data, ImageSet):
+            data = replace(data, images=np.ascontiguousarray(data.images))
+        self.data, self.seed, self.table = data, loader.seed, loader._table
+        self.augmentation, self.crop = loader.augmentation, loader.crop
+
+    def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | UserError:
+        try:
+            return self._make(*key)
+        except UserError as error:  # raised in a worker, it would arrive as a traceback
+            return error
+
+    def _make(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        from classroomkd.data.pixels import augment_batch
+
+        if isinstance(self.data, ImageSet) and not self.crop:
+            images, targets, rows = self.data.images, self.data.targets[indices], indices
+        else:
+            images, targets = self._collect(epoch, indices)
+            rows = np.arange(len(indices))
+        augmentation = self.crop.after if self.crop else self.augmentation
+        shape = images.shape[1:]
+        out = torch.empty((len(indices), *shape), dtype=self.table.dtype)
+        pixels, starts = images.reshape(-1), rows * math.prod(shape)
+        augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self.table, out)
+        return out, torch.from_numpy(targets), torch.from_numpy(indices)
+
+    def _collect(self, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, targets = [], np.empty(len(indices), np.int64)
+        for i, index in enumerate(indices.tolist()):
+            image, targets[i] = self.data[index]
+            try:
+                image = as_pixels(image)
+            except ValueError as error:
+                message = f"sample {index} of the data set cannot be taken: {error}"
+                raise UserError(message) from error
+            if self.crop:
+                image = self._resized(image, epoch, index)
+            if images and image.shape != images[0].shape:
+                raise UserError(
+                    f"sample {index} of the data set is {list(image.shape)} beside one of "
+                    f"{list(images[0].shape)}: bring them to one size first"
+                )
+            images.append(image)
+        return np.stack(images), targets
+
+    def _resized(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        place = (np.array([n]) for n in (index, *image.shape[:2]))
+        ((row, column, height, width),) = self.crop.boxes(self.seed, epoch, *place)
+        part = Image.fromarray(np.ascontiguousarray(image)).crop(
+            (column, row, column + width, row + height)
+        )
+        return np.asarray(part.resize((self.crop.size,) * 2, Image.Resampling.BILINEAR))

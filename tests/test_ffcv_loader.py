@@ -1,0 +1,224 @@
+"""What FFCV leaves to its users, and the loader does not leave to its own."""
+
+import gc
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from ffcv_required import requires_ffcv
+from test_loaders import MEAN, STD, random_set
+
+from classroomkd.data import Augmentation, ResidentLoader, TorchLoader
+from classroomkd.errors import UserError
+
+pytestmark = requires_ffcv
+OPTIONS = {
+    "mean": MEAN,
+    "std": STD,
+    "augmentation": Augmentation(2, True),
+    "shuffle": True,
+    "drop_last": False,
+}
+TESTS = Path(__file__).parent
+
+
+@pytest.fixture
+def packed(tmp_path):
+    from classroomkd.data.beton import pack
+
+    pack(random_set(40, 8, 8), tmp_path / "set.beton")
+    return tmp_path / "set.beton"
+
+
+@pytest.fixture
+def loader(packed):
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    with FFCVLoader(packed, 4, **OPTIONS) as loader:
+        yield loader
+
+
+def run(code, packed, **environment):
+    """Run ``code`` in a process of its own; it must succeed and print nothing to stderr."""
+    preamble = f"""
+        import sys, threading
+        sys.path.insert(0, {str(TESTS)!r})
+        import torch
+        from test_ffcv_loader import OPTIONS
+        PATH = {str(packed)!r}
+    """
+    code = textwrap.dedent(preamble) + textwrap.dedent(code)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result
+    return result.stdout
+
+
+@pytest.mark.parametrize("batch", [0, 6])
+def test_an_error_in_the_pipeline_reaches_the_caller(loader, monkeypatch, batch):
+    """FFCV's own iterator would wait for ever."""
+    from classroomkd.data import ffcv_loader
+
+    augment_batch, calls = ffcv_loader.augment_batch, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == batch:
+            raise ValueError("no such pixel")
+        augment_batch(*arguments)
+
+    monkeypatch.setattr(ffcv_loader, "augment_batch", failing)
+    threads = set(threading.enumerate())
+    seen = []
+    with pytest.raises(ValueError, match="no such pixel"):
+        seen.extend(iter(loader))
+    assert len(seen) == batch
+    gc.collect()
+    assert set(threading.enumerate()) <= threads
+    monkeypatch.undo()
+    assert len(list(loader)) == 10
+
+
+def test_asking_on_after_the_end(loader):
+    """FFCV's own iterator would wait for ever."""
+    batches = iter(loader)
+    assert len(list(batches)) == 10
+    for _ in range(3):
+        with pytest.raises(StopIteration):
+            next(batches)
+
+
+def test_closed_in_the_middle_of_an_epoch(packed):
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    threads = set(threading.enumerate())
+    loader = FFCVLoader(packed, 4, workers=2, **OPTIONS)
+    batches = iter(loader)
+    next(batches)
+    loader.close()
+    assert set(threading.enumerate()) <= threads
+    assert len(list(batches)) < 10
+
+
+def test_thread_counts_stay_as_they_were(packed):
+    code = """
+        import numba
+        numba.set_num_threads(1)
+        torch.set_num_threads(3)
+        from classroomkd.data.ffcv_loader import FFCVLoader
+        counts = [torch.get_num_threads()]
+        with FFCVLoader(PATH, 4, workers=2, **OPTIONS) as loader:
+            counts.append(torch.get_num_threads())
+            for _ in loader:
+                counts.append(torch.get_num_threads())
+        counts.append(torch.get_num_threads())
+        print(set(counts), numba.get_num_threads())
+    """
+    assert run(code, packed) == "{3} 1\n"
+
+
+def test_more_workers_than_cores(packed):
+    """FFCV's own loader raises."""
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    with FFCVLoader(packed, 4, workers=4 * (os.cpu_count() or 1), **OPTIONS) as loader:
+        assert len(list(loader)) == 10
+    with pytest.raises(UserError, match="workers must be at least 1, got 0"):
+        FFCVLoader(packed, 4, workers=0, **OPTIONS)
+
+
+@pytest.mark.parametrize("attempt", range(4))
+def test_the_process_may_end_in_an_epoch(packed, attempt):
+    """With an iterator that lives to the end; FFCV's own aborts every other time."""
+    code = """
+        from classroomkd.data.ffcv_loader import FFCVLoader
+        loader = FFCVLoader(PATH, 2, workers=2, **OPTIONS)
+        batches = iter(loader)
+        next(batches)
+        print("here")
+    """
+    assert run(code, packed) == "here\n"
+
+
+def test_collecting_loaders_prints_nothing(packed):
+    """FFCV's own leaves "Exception ignored … KeyError" behind, for any compiled code on bytes."""
+    code = """
+        import gc
+        import numba
+        import numpy as np
+        before = numba.njit(lambda a: a.sum())
+        assert before(np.ones(3, np.uint8)) == 3
+        from classroomkd.data.ffcv_loader import FFCVLoader
+        for _ in range(3):
+            loader = FFCVLoader(PATH, 4, **OPTIONS)
+            list(loader)
+            del loader
+            gc.collect()
+        after = numba.njit(lambda a: a.fill(2))
+        array = np.ones(3, np.uint8)
+        after(array)
+        print(array, before(array))
+    """
+    assert run(code, packed) == "[2 2 2] 6\n"
+
+
+def test_a_stock_loader_beside_ours(packed):
+    """Both in one process, and theirs as it is documented."""
+    code = """
+        from classroomkd.data.ffcv_loader import FFCVLoader, ffcv
+        ours = FFCVLoader(PATH, 4, **OPTIONS)
+        first = [batch[2].tolist() for batch in ours]
+        theirs = ffcv.Loader(PATH, 4, num_workers=1, drop_last=False)
+        shapes = {(tuple(images.shape), images.dtype) for images, _ in theirs}
+        assert [batch[2].tolist() for batch in ours] == first
+        print(shapes)
+    """
+    assert run(code, packed) == "{((4, 8, 8, 3), torch.uint8)}\n"
+
+
+def test_the_file_must_be_one(tmp_path):
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    (tmp_path / "notes.beton").write_text("bread, milk")
+    with pytest.raises(UserError, match=r"notes\.beton is no \.beton file"):
+        FFCVLoader(tmp_path / "notes.beton", 4, **OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["resident", "torch", "ffcv"])
+def test_two_hundred_epochs_without_growth(packed, kind):
+    """In threads, processes, open files and memory."""
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    if kind == "ffcv":
+        loader = FFCVLoader(packed, 8, workers=2, **OPTIONS)
+    elif kind == "torch":
+        loader = TorchLoader(random_set(40, 8, 8), 8, workers=1, **OPTIONS)
+    else:
+        loader = ResidentLoader(random_set(40, 8, 8), 8, **OPTIONS)
+    process = psutil.Process()
+
+    def state(first, last):
+        for epoch in range(first, last):
+            loader.set_epoch(epoch)
+            for images, *_ in loader:
+                assert torch.isfinite(images).all()
+        gc.collect()
+        counts = threading.active_count(), len(process.children()), process.num_fds()
+        return counts, process.memory_info().rss
+
+    with loader:
+        counts, memory = state(0, 40)
+        later_counts, later_memory = state(40, 240)
+    assert later_counts == counts
+    assert later_memory - memory < 4e6  # an epoch's batches are 31 kB: 200 of them, 6 MB

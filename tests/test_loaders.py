@@ -1,0 +1,417 @@
+"""The loaders: the same bits from each, against a slow, obvious version of everything."""
+
+import gc
+import threading
+
+import numpy as np
+import pytest
+import torch
+from conftest import INTERPRETED
+from ffcv_required import requires_ffcv
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_augment import slow_augment, slow_cutout
+
+from classroomkd.data import (
+    Augmentation,
+    ImageSet,
+    ResidentLoader,
+    TorchLoader,
+    channel_statistics,
+)
+from classroomkd.data.augment import normalisation_table, sample_order
+from classroomkd.errors import UserError
+
+MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
+
+
+def random_set(count=23, height=6, width=5, seed=0):
+    generator = np.random.default_rng(seed)
+    return ImageSet(
+        generator.integers(0, 256, (count, height, width, 3), dtype=np.uint8),
+        generator.integers(0, 4, count),
+        list("abcd"),
+    )
+
+
+class Makers:
+    """Makes any kind of loader of a set and closes them all in the end."""
+
+    def __init__(self, folder):
+        self.folder, self.opened = folder, []
+
+    def __call__(self, kind, image_set, batch_size=4, **options):
+        defaults = {
+            "mean": MEAN,
+            "std": STD,
+            "augmentation": Augmentation(2, True),
+            "shuffle": True,
+            "drop_last": False,
+        }
+        options = defaults | options
+        name, _, workers = kind.partition("-")
+        if workers:
+            options["workers"] = int(workers)
+        if name == "resident":
+            loader = ResidentLoader(image_set, batch_size, **options)
+        elif name == "kernel":  # what it does on a GPU, in Triton's interpreter
+            loader = ResidentLoader(image_set, batch_size, **options)
+            loader._iterate = lambda batches: loader._on_gpu(batches, loader.epoch)
+        elif name == "torch":
+            loader = TorchLoader(image_set, batch_size, **options)
+        elif name == "map":  # any map-style data set
+            pairs = list(zip(image_set.images, image_set.targets.tolist(), strict=True))
+            loader = TorchLoader(pairs, batch_size, **options)
+        else:
+            from classroomkd.data.beton import pack
+            from classroomkd.data.ffcv_loader import FFCVLoader
+
+            path = self.folder / f"{len(self.opened)}.beton"
+            pack(image_set, path, overwrite=True)
+            loader = FFCVLoader(path, batch_size, **options)
+        self.opened.append(loader)
+        return loader
+
+
+@pytest.fixture
+def make(tmp_path):
+    makers = Makers(tmp_path)
+    yield makers
+    for loader in makers.opened:
+        loader.close()
+
+
+FFCV = [pytest.param(kind, marks=requires_ffcv) for kind in ("ffcv-1", "ffcv-3")]
+ALL = ["resident", "torch-0", "torch-2", "map-1", *FFCV]
+needs_interpreter = pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for a GPU here")
+KERNEL = pytest.param("kernel", marks=needs_interpreter)
+ONE_EACH = ["resident", KERNEL, "torch-1", FFCV[0]]
+
+
+def slow_batch(image_set, indices, augmentation, seed, epoch, dtype):
+    """[B, 3, H, W], one pixel after another."""
+    table = normalisation_table(MEAN, STD)
+    batch = []
+    for index in indices:
+        image = image_set.images[index]
+        if augmentation is not None:
+            image = slow_augment(image, augmentation.padding, augmentation.flip, seed, epoch, index)
+        finished = np.stack([table[c][image[..., c]] for c in range(3)])
+        if augmentation is not None and augmentation.cutout:
+            finished[:, slow_cutout(image.shape, augmentation.cutout, seed, epoch, index)] = 0
+        batch.append(torch.from_numpy(finished).to(dtype))
+    return torch.stack(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("augmentation", "drop_last"),
+    [(None, False), (Augmentation(0, True), True), (Augmentation(2, True, 3), False)],
+)
+@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+def test_loader_matches_the_slow_one(make, kind, dtype, augmentation, drop_last):
+    """Images, targets and indices of two epochs, to the bit."""
+    image_set = random_set()
+    loader = make(
+        kind, image_set, augmentation=augmentation, drop_last=drop_last, seed=9, dtype=dtype
+    )
+    for epoch in (0, 5):
+        loader.set_epoch(epoch)
+        order = sample_order(9, epoch, 23).tolist()
+        batches = list(loader)  # kept, so that a buffer used again would be seen
+        assert len(batches) == len(loader) == (5 if drop_last else 6)
+        assert [len(targets) for _, targets, _ in batches] == [4] * 5 + [3] * (not drop_last)
+        for images, targets, indices in batches:
+            assert images.shape == (len(targets), 3, 6, 5)
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert targets.dtype == indices.dtype == torch.int64
+            assert targets.tolist() == image_set.targets[indices].tolist()
+            expected = slow_batch(image_set, indices.tolist(), augmentation, 9, epoch, dtype)
+            assert images.dtype == dtype
+            assert torch.equal(images, expected)
+        seen = torch.cat([indices for *_, indices in batches]).tolist()
+        assert seen == order[: 20 if drop_last else 23]
+
+
+@settings(
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    height=st.integers(1, 20),
+    width=st.integers(1, 20),
+    padding=st.integers(0, 25),
+    cutout=st.integers(0, 30),
+    flip=st.booleans(),
+    seed=st.integers(0, 2**64 - 1),
+    epoch=st.integers(0, 2**32 - 1),
+)
+def test_any_size_and_padding(make, height, width, padding, cutout, flip, seed, epoch):
+    image_set = random_set(5, height, width, seed % 2**32)
+    augmentation = Augmentation(padding, flip, cutout)
+    loader = make("resident", image_set, 5, augmentation=augmentation, seed=seed)
+    loader.set_epoch(epoch)
+    ((images, _, indices),) = loader
+    expected = slow_batch(image_set, indices.tolist(), augmentation, seed, epoch, torch.float32)
+    assert torch.equal(images, expected)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_every_loader_gives_the_same_bits(make, kind):
+    """At the size of CIFAR's images, across batch sizes, over a few epochs."""
+    image_set = random_set(200, 32, 32)
+    options = {"augmentation": Augmentation(4, True, 8), "seed": 3}
+    reference = make("resident", image_set, 200, shuffle=False, **options)
+    for batch_size in (64, 7):
+        loader = make(kind, image_set, batch_size, **options)
+        for epoch in (0, 1, 4):
+            reference.set_epoch(epoch)
+            ((expected, *_),) = reference
+            loader.set_epoch(epoch)
+            images, _, indices = (torch.cat(parts) for parts in zip(*loader, strict=True))
+            assert torch.equal(images, expected[indices])
+
+
+@pytest.mark.parametrize("kind", ONE_EACH)
+@pytest.mark.parametrize(("count", "drop_last"), [(64, True), (50, False), (50, True), (33, False)])
+def test_shares_make_up_the_whole_batch(make, kind, count, drop_last):
+    """Processes side by side see what one with the batches of all would see."""
+    image_set = random_set(count)
+    options = {"drop_last": drop_last, "seed": 5}
+    whole = make("resident", image_set, 16, **options)
+    ranks = [make(kind, image_set, 4, rank=rank, world_size=4, **options) for rank in range(4)]
+    for loader in (whole, *ranks):
+        loader.set_epoch(2)
+    shares = [list(loader) for loader in ranks]
+    assert [len(share) for share in shares] == [len(loader) for loader in ranks]
+    for b, (images, targets, indices) in enumerate(whole):
+        parts = [share[b] for share in shares if b < len(share)]
+        for together, one_by_one in zip(
+            (images, targets, indices), zip(*parts, strict=True), strict=True
+        ):
+            assert torch.equal(torch.cat(one_by_one), together)
+        sizes = [len(part[1]) for part in parts]
+        assert max(sizes) - min(sizes) <= 1
+        if len(indices) == 16:
+            assert sizes == [4] * 4
+    seen = torch.cat([indices for share in shares for *_, indices in share]).tolist()
+    assert len(set(seen)) == len(seen) == (count // 16 * 16 if drop_last else count)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_epoch_can_be_taken_up_in_its_middle(make, kind):
+    image_set = random_set(40)
+    loader = make(kind, image_set, 6, seed=1)
+    loader.set_epoch(3)
+    whole = list(loader)
+    for first in (0, 1, 5, 7):
+        again = make(kind, image_set, 6, seed=1) if first == 5 else loader
+        again.set_epoch(3, first_batch=first)
+        rest = list(again)
+        assert len(rest) == 7 - first
+        for one, other in zip(rest, whole[first:], strict=True):
+            assert all(map(torch.equal, one, other))
+    with pytest.raises(UserError, match=r"first batch must be within 0\.\.7, got 8"):
+        loader.set_epoch(3, first_batch=8)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_broken_off_epoch_leaves_nothing_behind(make, kind):
+    """Neither a thread nor a batch of the old epoch in the next."""
+    image_set = random_set(64)
+    loader = make(kind, image_set, 4, seed=1)
+    loader.set_epoch(0)
+    list(loader)  # whatever lives as long as the loader is there now
+    threads = set(threading.enumerate())
+    for epoch in range(1, 4):
+        loader.set_epoch(epoch)
+        for b, _ in enumerate(loader):
+            if b == 2:
+                break
+    loader.set_epoch(9)
+    seen = torch.cat([indices for *_, indices in loader]).tolist()
+    assert seen == sample_order(1, 9, 64).tolist()
+    gc.collect()
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_two_epochs_at_once(make, kind):
+    """Evaluation in the middle of training, with the loaders of one set interleaved."""
+    image_set = random_set(30)
+    one, other = (make(kind, image_set, 5, seed=seed) for seed in (1, 2))
+    for (_, _, first), (_, _, second), b in zip(one, other, range(6), strict=True):
+        assert first.tolist() == sample_order(1, 0, 30)[5 * b : 5 * b + 5].tolist()
+        assert second.tolist() == sample_order(2, 0, 30)[5 * b : 5 * b + 5].tolist()
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_one_image(make, kind):
+    image_set = random_set(1)
+    loader = make(kind, image_set, 4)
+    ((images, targets, indices),) = loader
+    assert torch.equal(
+        images, slow_batch(image_set, [0], Augmentation(2, True), 0, 0, torch.float32)
+    )
+    assert (targets.tolist(), indices.tolist()) == (image_set.targets.tolist(), [0])
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_loader_arguments(make, kind):
+    image_set = random_set(10)
+    with pytest.raises(UserError, match="batch size must be at least 1, got 0"):
+        make(kind, image_set, 0)
+    with pytest.raises(UserError, match="batch size 11 is larger than the set of 10 images"):
+        make(kind, image_set, 11, drop_last=True)
+    with pytest.raises(UserError, match="batch size 6 in each of 2 processes is larger than"):
+        make(kind, image_set, 6, drop_last=True, world_size=2)
+    with pytest.raises(UserError, match=r"rank must be within 0\.\.1, got 2"):
+        make(kind, image_set, rank=2, world_size=2)
+    assert len(make(kind, image_set, 11)) == 1
+    assert len(make(kind, image_set, 10, drop_last=True)) == 1
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_closed_loader(make, kind):
+    threads = set(threading.enumerate())
+    with make(kind, random_set()) as loader:
+        assert len(list(loader)) == 6
+    loader.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(iter(loader))
+    gc.collect()
+    assert set(threading.enumerate()) <= threads
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_a_set_in_its_own_order(make, kind):
+    image_set = random_set()
+    loader = make(kind, image_set, augmentation=None, shuffle=False)
+    assert torch.cat([indices for *_, indices in loader]).tolist() == list(range(23))
+    images = torch.cat([images for images, *_ in loader]).double().numpy()
+    expected = (image_set.images / 255 - MEAN) / STD
+    np.testing.assert_allclose(images.transpose(0, 2, 3, 1), expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_batches_do_not_alias_the_set_or_each_other(make, kind):
+    image_set = random_set(8)
+    before = image_set.images.copy()
+    loader = make(kind, image_set, augmentation=None, shuffle=False)
+    first = [[part.clone() for part in batch] for batch in loader]
+    for images, targets, indices in loader:
+        images.zero_()
+        targets.fill_(-1)
+        indices.fill_(-1)
+    np.testing.assert_array_equal(image_set.images, before)
+    assert (image_set.targets >= 0).all()
+    for one, other in zip(first, loader, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize("kind", ONE_EACH)
+def test_strided_arrays_are_taken_right(make, kind):
+    whole = random_set(20)
+    strided = ImageSet(whole.images[2::2, :, 0:4], whole.targets[2::2], whole.classes)
+    compact = ImageSet(strided.images.copy(), strided.targets.copy(), whole.classes)
+    assert not strided.images.flags.c_contiguous
+    for one, other in zip(make(kind, strided), make(kind, compact), strict=True):
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
+
+
+def test_border_is_black_before_normalisation(make):
+    white = ImageSet(np.full((64, 4, 4, 3), 255, np.uint8), np.zeros(64, np.int64), ["a", "b"])
+    images, *_ = next(iter(make("resident", white, 64, augmentation=Augmentation(2, False))))
+    black = [(0 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
+    bright = [(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
+    for channel in range(3):
+        values = images[:, channel].unique().tolist()
+        assert values == pytest.approx([black[channel], bright[channel]])
+
+
+def test_channel_statistics_match_numpy(make):
+    image_set = random_set(200)
+    image_set.images[..., 1] //= 3
+    mean, std = channel_statistics(image_set)
+    values = image_set.images.reshape(-1, 3) / 255
+    np.testing.assert_allclose(mean, values.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(std, values.std(0), rtol=1e-12)
+    flat = ImageSet(np.full((2, 4, 4, 3), 51, np.uint8), np.zeros(2, np.int64), ["a", "b"])
+    flat.images[0, 0, 0, 1] = 50
+    mean, std = channel_statistics(flat)
+    assert std[::2] == (1.0, 1.0)  # instead of 0, by which nothing can be divided
+    assert std[1] == pytest.approx(flat.images[..., 1].std() / 255)
+    batch = next(iter(make("resident", flat, mean=mean, std=std, augmentation=None)))
+    assert (batch[0][:, ::2] == 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU to compile for")
+@pytest.mark.parametrize("kind", ["resident", "torch-2", *FFCV])
+def test_on_a_gpu(make, kind):
+    """The bits of the CPU, in batches that are kept and whose like are still being made."""
+    image_set = random_set(300, 32, 32)
+    options = {"augmentation": Augmentation(4, True, 8), "dtype": torch.bfloat16, "seed": 3}
+    here = make("resident", image_set, 32, **options)
+    there = make(kind, image_set, 32, device="cuda", **options)
+    for epoch in range(3):
+        here.set_epoch(epoch)
+        there.set_epoch(epoch)
+        for one, other in zip(here, list(there), strict=True):
+            assert other[0].device.type == "cuda"
+            assert other[0].is_contiguous(memory_format=torch.channels_last)
+            for expected, got in zip(one, other, strict=True):
+                assert torch.equal(got.cpu(), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU to compile for")
+@pytest.mark.parametrize("kind", ["resident", *FFCV])
+def test_the_caller_never_waits_for_a_gpu(make, kind):
+    loader = make(kind, random_set(64, 32, 32), 16, device="cuda")
+    list(loader)
+    batches = iter(loader)
+    next(batches)  # an epoch's order is copied before its first batch
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert len(list(batches)) == 3
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---------------------------------------------------------------- any map-style data set
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_that_is_no_image_is_named(make, workers):
+    good = (np.zeros((4, 4, 3), np.uint8), 0)
+    for bad, message in [
+        (np.zeros((4, 4, 3), np.float32), r"sample 1 of the data set .*float32.*not uint8"),
+        (np.zeros((4, 4), np.uint8), r"sample 1 of the data set .*\[4, 4\]"),
+        (np.zeros((5, 4, 3), np.uint8), r"\[5, 4, 3\].*\[4, 4, 3\].*one size"),
+    ]:
+        options = {"mean": MEAN, "std": STD, "augmentation": None, "workers": workers}
+        with (
+            TorchLoader([good, (bad, 0)], 2, shuffle=False, drop_last=False, **options) as loader,
+            pytest.raises(UserError, match=message) as caught,
+        ):
+            list(loader)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_error_of_the_data_set_reaches_the_caller():
+    class Failing:
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            raise OSError("the disk is gone")
+
+    options = {"mean": MEAN, "std": STD, "augmentation": None, "workers": 1}
+    with (
+        TorchLoader(Failing(), 2, shuffle=False, drop_last=False, **options) as loader,
+        pytest.raises(OSError, match="the disk is gone"),
+    ):
+        list(loader)
