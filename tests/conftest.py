@@ -36,7 +36,7 @@ INTERPRETED = TRITON and (
 
 if INTERPRETED:
     os.environ["TRITON_INTERPRET"] = "1"
-    import classroomkd.kernels.augment  # noqa: F401
+    import classroomkd.kernels.augment
     import classroomkd.kernels.launch  # noqa: F401
 
     with contextlib.suppress(ImportError):  # Triton imports it at the first launch, and minds

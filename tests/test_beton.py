@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import resource
@@ -372,6 +373,56 @@ def test_interrupted_while_syncing(target, monkeypatch):
         pack(random_set(), target, overwrite=True)
 
 
+def test_interrupted_between_two_pages(target, monkeypatch):
+    """Where FFCV's own way out would wait for itself."""
+    from classroomkd.data._beton_writer import _Allocator
+
+    flush = _Allocator.flush_page
+    calls = []
+
+    def interrupted(self):
+        calls.append(self.my_page)
+        assert len(calls) < 3, "flushed again on the way out"
+        flush(self)
+        if self.my_page == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(_Allocator, "flush_page", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(random_set(2000, 32, 32), target, overwrite=True)
+    assert calls == [-1, 0]
+
+
+def test_interrupted_before_the_side_file(packed, monkeypatch):
+    """The old one must not be taken for the new file's, though it would fit its size."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    other = random_set(seed=3)
+    monkeypatch.setattr("classroomkd.data.beton.atomic_write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        pack(ImageSet(other.images, other.targets, ["x", "y", "z"]), packed, overwrite=True)
+    assert not side_file(packed).exists()
+    assert verify(packed, other).classes == ["0", "1", "2"]
+
+
+def test_writes_that_take_only_a_part(tmp_path, monkeypatch):
+    """As a file may when a disk is nearly full: the rest must follow, or an error."""
+
+    class Half(io.FileIO):
+        def write(self, data):
+            return super().write(memoryview(data)[: max(len(data) // 2, 1)])
+
+    def half_open(path, mode, buffering=-1):
+        raw = Half(path, mode.replace("b", ""))
+        return raw if buffering == 0 else io.BufferedWriter(raw)
+
+    monkeypatch.setattr("classroomkd.data._beton_writer.open", half_open, raising=False)
+    pack(random_set(2000, 32, 32), tmp_path / "set.beton")
+    verify(tmp_path / "set.beton", random_set(2000, 32, 32))
+
+
 @pytest.mark.parametrize("bad", [0, 5, 8])
 def test_damaged_image_is_named(bad, target, tmp_path):
     files = photographs(tmp_path)
@@ -435,6 +486,10 @@ def test_images_that_the_format_cannot_hold(tmp_path):
     Image.new("RGB", (600, 1)).save(files.files[1])
     message = error_of(pack, files, tmp_path / "thin.beton", max_side=500)
     assert message.startswith(f"{files.files[1]} is 1×600 pixels")
+    Image.new("RGB", (2400, 2400)).save(files.files[1])
+    message = error_of(pack, files, tmp_path / "large.beton")
+    assert message.startswith(f"{files.files[1]} is 2400×2400 pixels, which is too large")
+    assert pack(files, tmp_path / "large.beton", max_side=2400).widths[1] == 2400
     long = ImageSet(np.zeros((1, 1, 65536, 3), np.uint8), [0], ["a"])
     message = error_of(pack, long, tmp_path / "long.beton")
     assert message.startswith("image 0 is 1×65536 pixels, which is too large")

@@ -61,7 +61,11 @@ class InProcessWriter(DatasetWriter):
 
 
 class _Allocator(MemoryAllocator):
-    """Buffered, for an unbuffered file may write less than asked when a disk fills up."""
+    """With two changes to how FFCV writes pages.
+
+    The file is buffered, for an unbuffered one may write less than asked when a disk fills up. And
+    after an exception nothing more is written: that could wait for ever for a page already written.
+    """
 
     def __enter__(self) -> None:
         self.fp = open(self.fname, "ab")

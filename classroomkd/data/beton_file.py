@@ -97,7 +97,7 @@ class Beton:
         digest.update(self.modes.tobytes())
         digest.update(self.heights.astype("<u2").tobytes())
         digest.update(self.widths.astype("<u2").tobytes())
-        with progress_bar(f"Summing {self.path.name}", len(self)) as advance:
+        with progress_bar(f"Summing {len(self):,} images", len(self)) as advance:
             for i in range(len(self)):
                 digest.update(self.stored(i))
                 advance(1)
