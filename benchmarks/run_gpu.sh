@@ -5,8 +5,10 @@
 #
 # JSON and logs go to the folder OUT. Each part may take N minutes (8); one that fails does not stop
 # the next; the exit status is 0 if all passed. Needs no network, and of packages torch with its
-# triton, numpy, pytest, pytest-benchmark, hypothesis and rich; with liger-kernel there is one row
-# more. Without a GPU it takes small sizes on the CPU, which shows only that the scripts work.
+# triton, numpy, numba, pillow, pytest, pytest-benchmark, hypothesis and rich. With liger-kernel,
+# torchvision, or FFCV and opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the
+# environment installs FFCV first, from what scripts/build_ffcv_wheel.sh built. Without a GPU it
+# takes small sizes on the CPU, which shows only that the scripts work.
 set -uo pipefail
 
 # Name and command of each part; a later benchmark is one more line.
@@ -15,6 +17,7 @@ parts() {
     part roofline "$python" "$repo/benchmarks/roofline.py" --out "$out"
     # It begins no further row near its end, so that the tables are still printed.
     part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
+    part loaders "$python" "$repo/benchmarks/loaders.py" --out "$out" --minutes $((limit / 60))
 }
 
 part() {
@@ -39,6 +42,7 @@ fi
 limit=$((60 * ${3:-8}))
 python=${PYTHON:-python3}
 repo=$(cd "$(dirname "$0")/.." && pwd)
+wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")}
 mkdir -p "$1" && out=$(cd "$1" && pwd) && scratch=$(mktemp -d) || exit 2
 trap 'rm -rf "$scratch"' EXIT
 cd "$out" # away from the repository, whose classroomkd/ lacks the kernels beside it
@@ -54,7 +58,10 @@ if [[ $status -ne 0 ]]; then
     ln -s "$repo"/classroomkd/* "$repo/kernels" "$scratch/classroomkd/"
     export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
 fi
-tests=("$repo"/tests/test_{definition,fused,operator,fused_properties}.py)
+if [[ $wheel ]]; then
+    part ffcv "$python" -m pip install --no-index --no-deps "$wheel"
+fi
+tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders}.py)
 where="on a GPU"
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"

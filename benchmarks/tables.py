@@ -1,6 +1,6 @@
-"""The loss benchmark's results as tables, in the terminal and as Markdown for documents.
+"""The benchmarks' results as tables, in the terminal and as Markdown for documents.
 
-python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md
+python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md  # or loaders.json
 """
 
 from __future__ import annotations
@@ -34,6 +34,30 @@ LEGEND = (
     "relative, in norm, against float64."
 )
 
+KERNEL_COLUMNS = (
+    ("graph µs", "graph_us", ".2f"),
+    ("profiler µs", "profiler_us", ".2f"),
+    ("back to back µs", "back_to_back_us", ".1f"),
+    ("host µs", "host_us", ".1f"),
+    ("images/s", "images_per_second", ",.0f"),
+    ("% of floor", "floor_percent", ".0f"),
+)
+LOADER_HEADINGS = (
+    *("loader", "workers", "images/s", "slowest–fastest round", "% of floor"),
+    *("first batch, s", "again, s", "host MiB", "GPU MiB"),
+)
+LOADER_LEGEND = (
+    "Images a second over whole epochs: the median of the rounds, which take turns with those of "
+    "all other rows. The first batch is that of a new process, with all that it imports beyond "
+    "torch and this library; again is that of a new loader in the same process; * had code to "
+    "compile, the others found it compiled, on disk or in memory. Host memory is what the process "
+    "and its workers hold in an epoch beyond what it was before the images were loaded, pages of "
+    "files not counted; GPU memory, what torch allocated. The floor is a bare copy: on the CPU of "
+    "an image's bytes into as many numbers, in memory written over and over; on a GPU of "
+    "as many bytes within its memory for the resident loader, and for all others of the finished "
+    "numbers from pinned memory."
+)
+
 
 def cells(row: Row) -> list[str]:
     """A row's measurements, or why there are none."""
@@ -42,8 +66,61 @@ def cells(row: Row) -> list[str]:
     return ["–" if row[key] is None else format(row[key], style) for _, key, style in COLUMNS]
 
 
+def loader_cells(row: Row) -> list[str]:
+    """A loader's row, as far as there is one."""
+    name = [row["loader"], str(row["workers"] or "–")]
+    if row["status"] != "ok":
+        return [*name, row["status"], *[""] * (len(LOADER_HEADINGS) - 3)]
+
+    def style(key: str, form: str) -> str:
+        return "–" if row[key] is None else format(row[key], form)
+
+    return [
+        *name,
+        style("images_per_second", ",.0f"),
+        f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}",
+        style("floor_percent", ".0f" if (row["floor_percent"] or 0) >= 10 else ".1f"),
+        *(
+            f"{row[key]['seconds']:.2f}{'*' if row[key]['compiled'] else ''}"
+            for key in ("first_batch", "first_batch_again")
+        ),
+        style("host_mib", ".0f"),
+        style("gpu_mib", ".0f"),
+    ]
+
+
+def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """All loaders, then the resident one's kernel where there is a GPU."""
+    height, width = record["size"]
+    title = (
+        f"{record['images']:,} images of {height}×{width}, {record['batch']} a batch, "
+        f"{record['dtype']}, {record['device']}"
+    )
+    found = [(title, list(LOADER_HEADINGS), [loader_cells(row) for row in record["rows"]])]
+    if record["kernel"]:
+        headings = ["size", *(heading for heading, _, _ in KERNEL_COLUMNS), "status"]
+        body = [
+            [
+                f"{row['size']}×{row['size']}",
+                *(
+                    "–" if row.get(key) is None else format(row[key], form)
+                    for _, key, form in KERNEL_COLUMNS
+                ),
+                row["status"],
+            ]
+            for row in record["kernel"]
+        ]
+        found.append(("The resident loader's kernel, a batch", headings, body))
+    return found
+
+
 def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and body: the grid in short, then each named case in full."""
+    """Title, headings and body of each table of a benchmark's record."""
+    return (_loader_tables if record.get("benchmark") == "loaders" else _loss_tables)(record)
+
+
+def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The grid in short, then each named case in full."""
     headings = ["B", "C", "M"]
     grid: dict[tuple, dict[str, str]] = {}
     named: dict[str, list[list[str]]] = {}
@@ -85,16 +162,33 @@ def terminal(record: Row) -> list[Table]:
 
 def markdown(record: Row) -> str:
     """For a document."""
-    about, ceilings = record["environment"], record["roofline"]
-    lines = [
-        f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['date']}. "
-        f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "
-        f"{ceilings['gigaexponentials_per_second']:.0f} Gexp/s. {LEGEND}"
-    ]
+    about = record["environment"]
+    where = f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['date']}."
+    lines = [f"{where} {_limits(record)}"]
     for title, headings, body in tables(record):
         lines += ["", f"**{title}**", ""]
         lines += [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *body)]
     return "\n".join(lines) + "\n"
+
+
+def _limits(record: Row) -> str:
+    """What the machine can do at most, as measured, and what the columns are."""
+    if record.get("benchmark") == "loaders":
+        return f"{floor_lines(record)} {LOADER_LEGEND}"
+    ceilings = record["roofline"]
+    return (
+        f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "
+        f"{ceilings['gigaexponentials_per_second']:.0f} Gexp/s. {LEGEND}"
+    )
+
+
+def floor_lines(record: Row) -> str:
+    """Each floor as bytes an image over the bandwidth measured."""
+    return " ".join(
+        f"Floor, {name}: {floor['bytes_per_image']:,} bytes an image at "
+        f"{floor['gigabytes_per_second']:.1f} GB/s = {floor['images_per_second']:,.0f} images/s."
+        for name, floor in record["floors"].items()
+    )
 
 
 if __name__ == "__main__":

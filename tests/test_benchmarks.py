@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from ffcv_required import requires_ffcv
+from PIL import Image
 
 from classroomkd import classroom_loss
 
@@ -17,6 +20,9 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import baselines  # noqa: E402
+import loader_processes  # noqa: E402
+import loader_rows  # noqa: E402
+import loaders  # noqa: E402
 import loss as benchmark  # noqa: E402
 import tables  # noqa: E402
 
@@ -172,3 +178,211 @@ def test_markdown_tables():
     assert "loss_and_grad | 3.46 | graph | 31 | 1234 | 67.8 | 42 | – | 1e-07 | 2e-07 |" in text
     assert "| eager | out of memory |  |  |" in text
     assert len(tables.terminal(record)) == 2
+
+
+# ---------------------------------------------------------------- the loaders
+
+
+def run_loaders(out, *options, **environment):
+    command = [sys.executable, BENCHMARKS / "loaders.py", "--device", "cpu", "--out", out]
+    done = subprocess.run(
+        [*command, *map(str, options)],
+        capture_output=True,
+        text=True,
+        cwd=out,
+        env=os.environ | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "loaders.json").read_text())
+    return {(row["loader"], row["workers"]): row for row in record["rows"]}, record, done.stdout
+
+
+TINY = ("--images", 256, "--batch", 64, "--workers", 1, "--rounds")
+
+
+@requires_ffcv
+def test_all_loaders_on_this_machine(tmp_path):
+    """One worker: FFCV's own operations take twice as long to compile for more."""
+    rows, record, printed = run_loaders(tmp_path, *TINY, 1)
+    assert [name for name, _ in rows] == [
+        *("bare copy", "resident", "ffcv", "torch"),
+        *("FFCV's operations", "torchvision's transforms"),
+    ]
+    assert record["environment"].keys() >= {"date", "device", "python", "torch", "numba", "ffcv"}
+    assert (record["images"], record["size"], record["batch"]) == (256, [32, 32], 64)
+    for row in rows.values():
+        assert row["status"] == "ok", row
+        assert row["rounds"] == [row["images_per_second"]]
+        assert row["first_batch"]["seconds"] > 0
+        assert row["first_batch_again"]["seconds"] > 0
+        assert row["gpu_mib"] is None
+        assert 0 < row["host_mib"] < 2000
+        assert f"{row['images_per_second']:,.0f}" in printed
+    stock = rows["FFCV's operations", 1]
+    assert stock["first_batch_again"]["compiled"]
+    assert stock["first_batch"]["seconds"] > 10 * rows["ffcv", 1]["first_batch_again"]["seconds"]
+    floor = record["floors"]["bare copy"]
+    assert floor["bytes_per_image"] == 32 * 32 * 3 * (1 + 4)
+    assert rows["bare copy", 1]["floor_percent"] == pytest.approx(100)
+    own = rows["resident", 0]
+    expected = 100 * own["images_per_second"] / floor["images_per_second"]
+    assert own["floor_percent"] == pytest.approx(expected)
+    assert "15,360 bytes an image" in printed
+
+
+def test_loaders_without_ffcv_of_real_images(tmp_path):
+    """The rows of what is not installed say so, and all others are there."""
+    for name in ("ffcv", "torchvision"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})")
+    rng = np.random.default_rng(0)
+    for name in ("train/a", "train/b", "test/a", "test/b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for k in range(100):
+            pixels = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{k}.png")
+    options = (*TINY, 2, "--size", 8, "--data", tmp_path / "images", "--images", 150)
+    rows, record, printed = run_loaders(tmp_path, *options, PYTHONPATH=str(tmp_path))
+    assert (record["images"], record["size"]) == (150, [8, 8])
+    assert {key: row["status"] for key, row in rows.items()} == {
+        ("bare copy", 1): "ok",
+        ("resident", 0): "ok",
+        ("ffcv", 1): "not installed: ffcv",
+        ("torch", 1): "ok",
+        ("FFCV's operations", 1): "not installed: ffcv",
+        ("torchvision's transforms", 1): "not installed: torchvision",
+    }
+    low, high = sorted(rows["resident", 0]["rounds"])
+    assert low < rows["resident", 0]["images_per_second"] < high
+    assert "not installed: ffcv" in printed
+
+
+class Misbehaving:
+    """What a row's process might serve."""
+
+    def right(self):
+        return 7
+
+    def wrong(self):
+        raise ValueError("no\nsuch batch")
+
+    def aborting(self):
+        os.abort()
+
+    def hanging(self):
+        time.sleep(600)
+
+
+def test_rows_fail_alone(monkeypatch):
+    device = torch.device("cpu")
+    processes = [loaders.Process(Misbehaving, device, time.monotonic() + 300) for _ in range(2)]
+    one, other = processes
+    try:
+        for process in processes:
+            process.ready()
+            held = []
+            assert process.ask("right", held) == 7
+            assert len(held) >= 1
+            with pytest.raises(loaders.RowError, match=r"^failed: no such batch$"):
+                process.ask("wrong")
+        with pytest.raises(loaders.RowError, match=r"^failed: its process ended with status -6$"):
+            one.ask("aborting")
+        monkeypatch.setattr(loader_processes, "LONGEST", 0.2)
+        with pytest.raises(loaders.RowError, match=r"^failed: no answer in 0.2 s$"):
+            other.ask("hanging")
+        other.ends = time.monotonic()
+        with pytest.raises(loaders.RowError, match=r"^not run: out of time$"):
+            other.ask("right")
+    finally:
+        begin = time.monotonic()
+        for process in processes:
+            process.stop()
+    assert time.monotonic() - begin < 10
+
+
+def test_shares_of_the_floors(tmp_path):
+    """On the GPU the resident loader is bound by its memory, the others by the bus."""
+    image_bytes = 32 * 32 * 3
+    half = (0.5, 0.5, 0.5)
+    gpu = torch.device("cuda")
+    setting = loaders.Setting(tmp_path, 50_000, (32, 32, 3), 512, 2, gpu, half, half)
+    assert setting.dtype == torch.bfloat16
+    rates = {"device copy": 1000.0, "pinned copy": 100.0, "resident": 400.0, "torch": 25.0}
+    rows = [loaders.Row(setting, name, 0).record for name in rates]
+    for row, rate in zip(rows, rates.values(), strict=True):
+        row |= {"status": "ok", "images_per_second": rate}
+    rows.append(loaders.Row(setting, "ffcv", 1).record | {"status": "failed: oh"})
+    found = loaders.floors(setting, rows)
+    assert found["device copy"]["bytes_per_image"] == image_bytes + 2 * image_bytes
+    assert found["pinned copy"]["bytes_per_image"] == 2 * image_bytes
+    assert found["pinned copy"]["gigabytes_per_second"] == 100 * 2 * image_bytes / 1e9
+    assert [row["floor_percent"] for row in rows[:4]] == pytest.approx([100, 100, 40, 25])
+    assert rows[4]["floor_percent"] is None
+
+
+def test_a_row_of_the_kernel(device, monkeypatch, tmp_path):
+    class Process(loaders.Kernel):
+        """Its work, in this process."""
+
+        def __new__(cls, make, *_):
+            kernel = make()
+            kernel.ready = kernel.stop = lambda: None
+            kernel.ask = lambda method: getattr(kernel, method)()
+            return kernel
+
+    def timed(call, sets):
+        images, targets = call(*sets[-1])
+        assert (images.shape, len(targets)) == ((16, 3, 20, 20), 16)
+        assert images.dtype == setting.dtype
+        return 2e-6
+
+    def raising(call, sets):
+        raise RuntimeError("oh")
+
+    half = (0.5, 0.5, 0.5)
+    setting = loaders.Setting(tmp_path, 1000, (32, 32, 3), 16, 1, device, half, half)
+    monkeypatch.setattr(loaders, "Process", Process)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (4 * 1200 * 100, 0))
+    for name in ("_back_to_back", "host_time", "profiler_time", "graph_time"):
+        monkeypatch.setattr(loader_rows, name, timed)
+    n_bytes = 3 * 20 * 20 * (1 + setting.dtype.itemsize)
+    floor = {"device copy": {"gigabytes_per_second": 16e-3 * n_bytes}}
+    row = loaders.kernel_row(setting, 20, floor, time.monotonic() + 300)
+    assert row.pop("images_per_second") == pytest.approx(8e6)
+    assert row.pop("floor_percent") == pytest.approx(50)
+    times = ("back_to_back_us", "host_us", "profiler_us", "graph_us")
+    assert [row.pop(key) for key in times] == pytest.approx([2.0] * 4)
+    assert row == {"size": 20, "batch": 16, "status": "ok", "images": 96}
+
+    monkeypatch.setattr(loader_rows, "graph_time", raising)
+    row = loaders.kernel_row(setting, 20, {}, time.monotonic() + 300)
+    assert row["status"] == "graph failed: RuntimeError('oh')"
+    assert (row["graph_us"], row["images_per_second"]) == (None, pytest.approx(8e6))
+    monkeypatch.setattr(loader_rows, "profiler_time", raising)
+    row = loaders.kernel_row(setting, 20, {}, time.monotonic() + 300)
+    assert (row["profiler_us"], row["host_us"]) == (None, pytest.approx(2.0))
+    assert loaders.kernel_row(setting, 20, {}, 0)["status"] == "not run: out of time"
+
+
+def test_markdown_of_the_loaders():
+    row = {"loader": "resident", "workers": 0, "status": "ok", "rounds": [900.4, 1200.0]}
+    row |= {"images_per_second": 1050.2, "floor_percent": 41.6, "host_mib": 12.3, "gpu_mib": None}
+    row |= {"first_batch": {"seconds": 7.891, "compiled": True}}
+    row |= {"first_batch_again": {"seconds": 0.012, "compiled": False}}
+    broken = {"loader": "ffcv", "workers": 4, "status": "not installed: ffcv", "rounds": []}
+    kernel = {"size": 224, "status": "graph: oh", "graph_us": None, "profiler_us": 87.654}
+    kernel |= {"back_to_back_us": 90.0, "host_us": 31.0, "images_per_second": 5.8e6}
+    floor = {"bytes_per_image": 9216, "gigabytes_per_second": 2600.0, "images_per_second": 2.8e8}
+    record = {
+        "benchmark": "loaders",
+        "environment": {"device": "A GPU", "torch": "2.6", "triton": "3.3", "date": "2026-01-01"},
+        **{"images": 50_000, "size": [32, 32], "batch": 512, "dtype": "bfloat16", "device": "cuda"},
+        "rows": [row, broken],
+        "kernel": [kernel],
+        "floors": {"device copy": floor},
+    }
+    text = tables.markdown(record)
+    assert "**50,000 images of 32×32, 512 a batch, bfloat16, cuda**" in text
+    assert "| resident | – | 1,050 | 900–1,200 | 42 | 7.89* | 0.01 | 12 | – |" in text
+    assert "| ffcv | 4 | not installed: ffcv |  |" in text
+    assert "| 224×224 | – | 87.65 | 90.0 | 31.0 | 5,800,000 | – | graph: oh |" in text
+    assert "device copy: 9,216 bytes an image at 2600.0 GB/s = 280,000,000 images/s." in text

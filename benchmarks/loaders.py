@@ -1,0 +1,302 @@
+"""The loaders beside FFCV's own operations, torchvision's and bare copies, on this machine.
+
+    python benchmarks/loaders.py [--images N] [--size 32] [--batch 512] [--rounds 3] [--workers N]
+                                 [--device cpu|cuda] [--data SOURCE] [--minutes M] [--out FOLDER]
+
+Random images, or those of SOURCE (class folders, CIFAR's pickles, a .beton file), shuffled, cropped
+out of a border of 4 pixels, flipped and normalised: to float32 on the CPU, to bfloat16 on a GPU.
+Every row has a process of its own, for some set thread counts or may abort, and memory is that of a
+process. All are made ready one after another; then come the rounds, each of all rows in turn.
+Prints the tables and writes loaders.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
+from classroomkd.errors import UserError
+from loader_processes import Process, RowError, reason
+from loader_rows import FLOORS, Kernel, Running, Setting, floor_of, row_names
+from measure import environment, write_json
+from tables import LOADER_LEGEND, floor_lines, terminal
+
+KERNEL_SIZES = (32, 224)
+PACKAGES = ("numba", "numpy", "ffcv", "opencv-python-headless", "torchvision", "pillow")
+
+
+class Row:
+    """A row of the table, and its process for as long as all goes well."""
+
+    def __init__(self, setting: Setting, name: str, workers: int) -> None:
+        self.setting, self.process = setting, None
+        self.record = {
+            "loader": name,
+            "workers": workers,
+            "floor": floor_of(name, setting.device) if name not in FLOORS else None,
+            "status": "not run: out of time",
+            "rounds": [],
+        }
+
+    def start(self, ends: float) -> None:
+        """Begin to start its process, which will have to finish all it does by ``ends``."""
+        make = partial(Running, self.setting, self.record["loader"], self.record["workers"])
+        self.process = Process(make, self.setting.device, ends)
+
+    def ready(self) -> None:
+        """Wait for it."""
+        self._try(self.process.ready)
+
+    def prepare(self) -> None:
+        """Two loaders, one after another, and a whole epoch of each."""
+        if self.process is not None:
+            self._try(self._prepare)
+
+    def _prepare(self) -> None:
+        before = self.process.memory()
+        first, held = self.process.ask("open"), []
+        gpu = self.process.ask("finish", held)
+        again = self.process.ask("open")
+        self.process.ask("finish")
+        self.record |= {
+            "first_batch": first,
+            "first_batch_again": again,
+            "host_mib": (max(held) - before) / 2**20 if before else None,
+            "gpu_mib": None if gpu is None else gpu / 2**20,
+        }
+
+    def measure(self) -> None:
+        """One round."""
+        if self.process is not None and "first_batch" in self.record:
+            self._try(lambda: self.record["rounds"].append(self.process.ask("round")))
+            if self.record["rounds"]:
+                self.record["images_per_second"] = statistics.median(self.record["rounds"])
+
+    def _try(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+            if self.record["rounds"]:
+                self.record["status"] = "ok"
+        except RowError as failure:
+            self.record["status"] = str(failure)
+            self.stop()
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.stop()
+        self.process = None
+
+
+def floors(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """The bare copies, each by the fastest of its rows; adds every row's share of its own."""
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        name = row["loader"]
+        if name in FLOORS and row["status"] == "ok":
+            n_bytes = setting.bytes_per_image(name)
+            fastest = max(row["images_per_second"], found.get(name, {}).get("images_per_second", 0))
+            found[name] = {
+                "bytes_per_image": n_bytes,
+                "gigabytes_per_second": n_bytes * fastest / 1e9,
+                "images_per_second": fastest,
+            }
+    for row in rows:
+        floor = found.get(row["floor"] or row["loader"])
+        measured = floor is not None and row["status"] == "ok"
+        row["floor_percent"] = (
+            100 * row["images_per_second"] / floor["images_per_second"] if measured else None
+        )
+    return found
+
+
+def kernel_row(
+    setting: Setting, size: int, found: dict[str, dict[str, float]], ends: float
+) -> dict[str, Any]:
+    """The resident loader's kernel by itself: what a batch costs the GPU and the host."""
+    row = {"size": size, "batch": setting.batch, "status": "not run: out of time"}
+    if time.monotonic() > ends - 30:
+        return row
+    process = None
+    try:
+        process = Process(partial(Kernel, setting, size), setting.device, ends)
+        process.ready()
+        row |= process.ask("measure")
+        row["status"] = "; ".join(row.pop("failures")) or "ok"
+    except RowError as failure:
+        return row | {"status": str(failure)}
+    finally:
+        if process is not None:
+            process.stop()
+    microseconds = row["graph_us"] or row["profiler_us"]
+    if microseconds is None:
+        return row
+    row["images_per_second"] = setting.batch / microseconds * 1e6
+    n_bytes = 3 * size * size * (1 + setting.dtype.itemsize)
+    if floor := found.get("device copy"):
+        gigabytes = n_bytes * row["images_per_second"] / 1e9
+        row["floor_percent"] = 100 * gigabytes / floor["gigabytes_per_second"]
+    return row
+
+
+def random_images(count: int, size: int) -> ImageSet:
+    """Of 100 classes."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+    return ImageSet(images, rng.integers(0, 100, count), [str(k) for k in range(100)])
+
+
+def read_images(source: str, count: int, size: int) -> ImageSet:
+    """At most ``count``, of a ``.beton`` file or a folder's training part.
+
+    Raises UserError if it cannot be read.
+    """
+    if source.endswith(".beton"):
+        from classroomkd.data.beton import open_beton
+
+        found = from_dataset(open_beton(source))
+    else:
+        found, _ = load_source(source, image_size=size)
+    return ImageSet(found.images[:count], found.targets[:count], found.classes)
+
+
+def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
+    """The images, written to ``folder``."""
+    if arguments.data is None:
+        image_set = random_images(arguments.images, arguments.size)
+    else:
+        image_set = read_images(arguments.data, arguments.images, arguments.size)
+    if len(image_set) < arguments.batch:
+        raise UserError(f"a batch of {arguments.batch} needs more than {len(image_set)} images")
+    mean, std = channel_statistics(image_set)
+    setting = Setting(
+        folder,
+        len(image_set),
+        image_set.images.shape[1:],
+        arguments.batch,
+        arguments.workers,
+        torch.device(arguments.device),
+        mean,
+        std,
+    )
+    setting.save(image_set)
+    return setting
+
+
+def pack_beton(setting: Setting) -> None:
+    """Write the images as .beton, if that can be done."""
+    try:
+        from classroomkd.data.beton import pack
+
+        pack(setting.images(), setting.beton)
+    except (UserError, ImportError) as error:  # the rows that need it will meet it again
+        print(reason(error), file=sys.stderr)
+
+
+def versions() -> dict[str, str | None]:
+    """Of the packages that loaders run on."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict], None]) -> dict:
+    """All rows; ``report`` is given the record after each round."""
+    to_prepare, to_measure, ends = (time.monotonic() + x * seconds for x in (0.5, 0.8, 0.95))
+    rows = [Row(setting, *name) for name in row_names(setting)]
+    record = {
+        "benchmark": "loaders",
+        "environment": environment() | versions(),
+        "images": setting.count,
+        "size": setting.shape[:2],
+        "batch": setting.batch,
+        "dtype": str(setting.dtype).removeprefix("torch."),
+        "device": setting.device.type,
+        "rows": [row.record for row in rows],
+        "kernel": [],
+        "floors": {},
+    }
+    try:
+        for row in rows:  # together, before anything is timed
+            row.start(ends)
+        pack_beton(setting)
+        for row in rows:
+            row.ready()
+        for row in rows:
+            if time.monotonic() < to_prepare:
+                row.prepare()
+            about = row.record.get("first_batch", row.record["status"])
+            print(row.record["loader"], row.record["workers"], about, file=sys.stderr, flush=True)
+        for number in range(n_rounds):
+            for row in rows:
+                if time.monotonic() < to_measure:
+                    row.measure()
+            record["floors"] = floors(setting, record["rows"])
+            print(f"round {number + 1} of {n_rounds}", file=sys.stderr, flush=True)
+            report(record)
+    finally:
+        for row in rows:  # so that they end side by side
+            if row.process is not None:
+                row.process.connection.close()
+        for row in rows:
+            row.stop()
+    if setting.device.type == "cuda":
+        for size in KERNEL_SIZES:
+            record["kernel"].append(kernel_row(setting, size, record["floors"], ends))
+            report(record)
+    return record
+
+
+def main() -> int:
+    """Run; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    gpu, cores = torch.cuda.is_available(), len(os.sched_getaffinity(0))
+    add = parser.add_argument
+    add("--images", type=int, default=50_000 if gpu else 10_000, help="how many (%(default)s)")
+    add("--size", type=int, default=32, help="their height and width (%(default)s)")
+    add("--batch", type=int, default=512, help="images a batch (%(default)s)")
+    add("--rounds", type=int, default=3, help="(%(default)s)")
+    add("--workers", type=int, default=cores, help="beside rows with one (a core: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
+    add("--data", help="class folders, CIFAR's pickles or a .beton file, instead of random images")
+    add("--minutes", type=float, default=math.inf, help="end within so many")
+    add("--out", type=Path, help="folder for loaders.json")
+    arguments = parser.parse_args()
+
+    def report(record: dict[str, Any]) -> None:
+        if arguments.out:
+            write_json(arguments.out, "loaders", record)
+
+    with tempfile.TemporaryDirectory(prefix="loaders-") as folder:
+        try:
+            setting = prepared(arguments, Path(folder))
+        except UserError as error:
+            parser.error(str(error))
+        record = run(setting, arguments.rounds, 60 * arguments.minutes, report)
+    report(record)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(*terminal(record), sep="\n")
+    console.print(record["environment"], floor_lines(record), LOADER_LEGEND, sep="\n")
+    return int(any("failed" in row["status"] for row in record["rows"] + record["kernel"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
