@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +30,7 @@ from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
     from classroomkd.data import ImageSet
-    from classroomkd.training.classroom import Classroom
+    from classroomkd.training.classroom import Classroom, ClassroomConfig
 
 _SEED, _TEST_SHARE, _IMAGE_SIZE = 0, 0.2, 32
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
 
     0 is success, 2 a mistake of the user's or a refusal of the system's, told in one line on
-    stderr, 130 an interruption, 141 that nobody reads the output any more.
+    stderr, 130 an interruption (143 by SIGTERM), 141 that nobody reads the output any more.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -54,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         reason = str(interrupt) or "nothing was written"
         print(f"classroomkd: interrupted: {reason}", file=sys.stderr)
-        return 130
+        return 128 + getattr(interrupt, "signal", signal.SIGINT)
     return 0
 
 
@@ -68,16 +70,10 @@ def _system_message(error: OSError) -> str:
 
 
 def _quickstart(arguments: argparse.Namespace) -> None:
-    import torch
-
-    from classroomkd.data import digits
     from classroomkd.training.classroom import Classroom, ClassroomConfig
     from classroomkd.training.mentors import MentorConfig
 
-    # Networks this small gain little from a second thread, but on a machine that is busy they lose
-    # most of their speed waiting for it; and so the numbers do not depend on the count of cores.
-    torch.set_num_threads(1)
-    epochs, test_share = arguments.epochs, 1 / 3
+    epochs = arguments.epochs
     config = ClassroomConfig(
         data="digits",
         student="resnet8",
@@ -91,27 +87,41 @@ def _quickstart(arguments: argparse.Namespace) -> None:
         image_size=16,
         padding=2,
         flip=False,  # a mirrored digit is no digit
-        test_share=test_share,
+        test_share=1 / 3,
         seed=arguments.seed,
         loader=arguments.loader,
+        # Networks this small gain little from a second thread, but on a machine that is busy they
+        # lose most of their speed waiting for it; and so the numbers do not depend on the cores.
+        threads=1,
     )
-    _hold(
-        Classroom(config, _console()),
-        lambda: digits(seed=arguments.seed, test_share=test_share),
-        arguments.out,
-        "quickstart",
-    )
+    _hold(Classroom(config, _console()), arguments.out, "quickstart")
 
 
-def _train(arguments: argparse.Namespace) -> None:
-    from classroomkd.data import load_source
+def _train(parser: Parser, arguments: argparse.Namespace) -> None:
+    given = {
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name != "run" and value != parser.get_default(name)
+    }
+    if arguments.resume is not None:
+        others = ", ".join(sorted(given - {"--resume"}))
+        if others:
+            parser.error(f"--resume takes all other options from the run: leave out {others}")
+        _resume(arguments.resume)
+        return
+    missing = [option for option in ("--data", "--student", "--mentors") if option not in given]
+    if missing:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
+
+    import torch
+
     from classroomkd.training.classroom import Classroom, ClassroomConfig
     from classroomkd.training.machine import find_device
     from classroomkd.training.mentors import MentorConfig, is_checkpoint
 
     mentor_epochs = arguments.mentor_epochs or arguments.epochs
     config = ClassroomConfig(
-        data=str(arguments.data),
+        data=str(arguments.data.expanduser().absolute()),
         student=arguments.student,
         mentors=tuple(
             MentorConfig(source, None if is_checkpoint(source) else mentor_epochs)
@@ -129,33 +139,46 @@ def _train(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         device=str(find_device(arguments.device)),
         loader=arguments.loader,
+        threads=torch.get_num_threads(),
     )
-    _hold(
-        Classroom(config, _console()),
-        lambda: load_source(
-            arguments.data,
-            image_size=arguments.image_size,
-            seed=arguments.seed,
-            test_share=arguments.test_share,
-            download=arguments.download,
-        ),
-        arguments.out,
-        "train",
-    )
+    _hold(Classroom(config, _console()), arguments.out, "train", download=arguments.download)
 
 
 def _hold(
-    classroom: Classroom,
-    load: Callable[[], tuple[ImageSet, ImageSet]],
-    out: Path | None,
-    default_out: str,
+    classroom: Classroom, out: Path | None, default_out: str, download: str | None = None
 ) -> None:
     """Train and report; the folder is looked at before the data, which may take long to read."""
-    from classroomkd.report import results_table
     from classroomkd.training.run import choose_folder
 
     out = choose_folder(out, default_out)
-    summary = classroom.run(*load(), out)
+    _report(classroom, classroom.run(*_read_data(classroom.config, download), out), out)
+
+
+def _resume(out: Path) -> None:
+    """Go on with the run in ``out``."""
+    from classroomkd.training.classroom import Classroom, ClassroomConfig
+    from classroomkd.training.run import recorded_config
+
+    try:
+        config = ClassroomConfig.from_dict(recorded_config(out))
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{out / 'config.yaml'} is not this version's: {error}") from None
+    classroom = Classroom(config, _console())
+    _report(classroom, classroom.run(*_read_data(config), out, resume=True), out)
+
+
+def _read_data(config: ClassroomConfig, download: str | None = None) -> tuple[ImageSet, ImageSet]:
+    from classroomkd.data import digits, load_source
+
+    split = {"seed": config.seed, "test_share": config.test_share}
+    if config.data == "digits":
+        return digits(**split)
+    return load_source(config.data, image_size=config.image_size, download=download, **split)
+
+
+def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
+    from classroomkd.report import results_table
+
     classroom.console.print(results_table(summary))
     classroom.console.print(
         f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
@@ -253,14 +276,12 @@ def _parser() -> Parser:
     _add_run_options(quickstart, "quickstart")
 
     train = command("train", _train, "train mentors and a student on your own images")
+    train.set_defaults(run=partial(_train, train))
     train.lists_zoo = True
-    train.add_argument("--data", type=path_option, required=True, metavar="PATH", help=_DATA_HELP)
-    train.add_argument(
-        "--student", required=True, metavar="NAME", help="a network of the zoo, see below"
-    )
+    train.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
+    train.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
     train.add_argument(
         "--mentors",
-        required=True,
         nargs="+",
         metavar="NAME|FILE",
         help="networks of the zoo, which are trained first, or checkpoints and run folders",
@@ -313,6 +334,12 @@ def _parser() -> Parser:
     )
     _add_device(train)
     _add_run_options(train, "train")
+    train.add_argument(
+        "--resume",
+        type=path_option,
+        metavar="DIR",
+        help="go on with the run in this folder, whatever stopped it; takes no other option",
+    )
 
     evaluate = command("evaluate", _evaluate, "measure a trained student on held-out images")
     evaluate.add_argument(

@@ -20,6 +20,7 @@ from torch import nn
 
 from classroomkd import cli
 from classroomkd.models import NetworkInfo, create, names, save_network
+from classroomkd.training.checkpoints import Checkpoints
 from classroomkd.training.trainer import Trainer
 
 
@@ -122,6 +123,11 @@ def test_quickstart_from_the_command_line(tmp_path: Path):
         assert (run / name).stat().st_size > 0
 
 
+def checkpoint_of(out: Path) -> Path:
+    """The student's last training state."""
+    return Checkpoints(out / "checkpoints" / "classroom-resnet8").newest()
+
+
 def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
     out = tmp_path / "run"
     assert train(split, out, "--mentor-epochs", "2", mentors=("resnet8", "mobilenetv2")) == 0
@@ -135,7 +141,7 @@ def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
     assert [r["epochs"] for r in summary["results"]] == [2, 2, 1, 1]
     capsys.readouterr()
     student = summary["results"][-1]
-    checkpoint = out / "checkpoints" / "classroom-resnet8.pt"
+    checkpoint = checkpoint_of(out)
     for file in (out, out / "student.safetensors", checkpoint):
         assert cli.main(["evaluate", str(file), "--data", str(split)]) == 0
         numbers = measured(capsys.readouterr().out)
@@ -150,7 +156,7 @@ def test_evaluate_measures_on_the_split_of_the_run(one_folder: Path, tmp_path: P
     assert train(one_folder, out, "--seed", "5", "--test-share", "0.3") == 0
     loss = json.loads((out / "summary.json").read_text())["results"][-1]["loss"]
     capsys.readouterr()
-    for file in (out, out / "student.safetensors", out / "checkpoints" / "classroom-resnet8.pt"):
+    for file in (out, out / "student.safetensors", checkpoint_of(out)):
         assert cli.main(["evaluate", str(file), "--data", str(one_folder)]) == 0
         numbers = measured(capsys.readouterr().out)
         assert (numbers["images"], numbers["loss"]) == (18, pytest.approx(loss, abs=6e-5))

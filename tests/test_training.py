@@ -31,6 +31,7 @@ from classroomkd.data import (
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, save_network
 from classroomkd.training import classroom as classroom_module
+from classroomkd.training.checkpoints import Checkpoints
 from classroomkd.training.classroom import Classroom, ClassroomConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.mentors import MentorConfig, Renormalised, fit_to_data
@@ -130,7 +131,7 @@ def test_trainer_learns_a_separable_problem():
     trainer = Trainer(
         network(0), batches(colours(96)), name="toy", epochs=6, schedule=mentor_learning_rate
     )
-    records = [trainer.train_epoch(epoch) for epoch in range(1, 7)]
+    records = [trainer.train_epoch() for _ in range(6)]
     assert records[0]["train_loss"] > 0.2 > 0.1 > records[-1]["train_loss"]
     assert records[-1]["train_top1"] > 0.95
     held_out = colours(60, seed=1)
@@ -152,7 +153,7 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
         mentors=mentors,
         loss=ClassroomLoss(temperature=4.0),
     )
-    records = [trainer.train_epoch(epoch) for epoch in (1, 2)]
+    records = [trainer.train_epoch() for _ in range(2)]
 
     reference = {name: copy.deepcopy(mentor).eval() for name, mentor in mentors.items()}
     velocity = [torch.zeros_like(parameter) for parameter in expected.parameters()]
@@ -195,7 +196,7 @@ def scripted_loss(active_shares, kls):
     """A loss that ignores the mentors and reports, batch after batch, what it was told."""
     script = iter(zip(active_shares, kls, strict=True))
 
-    def loss(student, mentors, targets, *, return_report):
+    def loss_and_grad(student, mentors, targets, *, return_report):
         assert return_report
         active, kl = next(script)
         report = SimpleNamespace(
@@ -206,9 +207,12 @@ def scripted_loss(active_shares, kls):
             student_confidence=torch.tensor(0.25),
             task_loss=torch.tensor(2.0),
         )
-        return F.cross_entropy(student, targets), report
+        student = student.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(student, targets)
+        return loss.detach(), *torch.autograd.grad(loss, student), report
 
-    return loss
+    return SimpleNamespace(loss_and_grad=loss_and_grad)
 
 
 def test_record_averages_kl_over_the_rows_that_were_taught():
@@ -221,7 +225,7 @@ def test_record_averages_kl_over_the_rows_that_were_taught():
         mentors={"busy": network(1), "idle": network(2)},
         loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
     )
-    record = trainer.train_epoch(1)
+    record = trainer.train_epoch()
     assert record["mentors"]["busy"] == pytest.approx(
         {"active_share": 0.625, "rank_weight": 1.5, "temperature": 3.0, "kl": 0.36}
     )  # (8 · 0.2 + 2 · 1.0) / 10
@@ -246,8 +250,10 @@ def test_no_step_reads_a_value_back():
         mentors={"a": network(1), "b": network(2)},
         loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
     )
+    trainer.network.train()
     with _NoHostReads():
-        trainer.train_epoch(1)
+        for images, targets, _ in trainer.loader:
+            trainer._step(images, targets)
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             torch.zeros(1).item()
 
@@ -276,7 +282,7 @@ def test_no_step_waits_for_the_gpu():
         mentors={"a": network(1).to(device), "b": network(2).to(device)},
         loss=ClassroomLoss(),
     )
-    trainer.train_epoch(1)  # compiles
+    trainer.train_epoch()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         for images, targets, _ in loader:
@@ -299,7 +305,7 @@ def test_mentors_stay_what_they_are_bit_for_bit():
         mentors=mentors,
         loss=ClassroomLoss(),
     )
-    trainer.train_epoch(1)
+    trainer.train_epoch()
     assert not same(start, values_of(student))
     for name, mentor in mentors.items():
         assert same(before[name], values_of(mentor))
@@ -321,7 +327,7 @@ class _Mentor(nn.Module):
         return logits
 
 
-def test_a_sick_mentor_stops_the_training_by_name():
+def test_a_sick_mentor_stops_the_training_by_name(monkeypatch):
     trainer = Trainer(
         network(0),
         batches(colours(48)),  # 6 steps
@@ -331,28 +337,37 @@ def test_a_sick_mentor_stops_the_training_by_name():
         mentors={"well": _Mentor(healthy_calls=99), "sick": _Mentor(healthy_calls=8)},
         loss=ClassroomLoss(),
     )
-    trainer.require_finite(trainer.train_epoch(1) | {"test_loss": 1.0})
-    record = trainer.train_epoch(2) | {"test_loss": 1.0}
+    trainer.train_epoch()
     with pytest.raises(UserError) as caught:
-        trainer.require_finite(record)
+        trainer.train_epoch()
     message = str(caught.value)
-    assert message.startswith("resnet8 in the classroom, epoch 2: train_loss is nan")
+    assert message.startswith("resnet8 in the classroom, epoch 2, batch 3 of 6: the loss is not")
     assert "mentor sick " in message
 
 
-@pytest.mark.parametrize(("rate", "test_loss"), [(1e20, 1.0), (1e-3, math.inf)])
-def test_divergence_is_not_blamed_on_a_mentor(rate, test_loss):
+def test_divergence_is_not_blamed_on_a_mentor():
     trainer = Trainer(
         network(0),
         batches(colours(32)),
         name="resnet8",
         epochs=1,
-        schedule=lambda _: rate,
+        schedule=lambda _: 1e20,
         mentors={"well": network(1)},
         loss=ClassroomLoss(),
     )
-    with pytest.raises(UserError, match=r"resnet8, epoch 1: .* lower learning rate"):
-        trainer.require_finite(trainer.train_epoch(1) | {"test_loss": test_loss})
+    with pytest.raises(UserError, match=r"resnet8, epoch 1, batch [23] of 4: .* lower learning"):
+        trainer.train_epoch()
+
+
+def test_divergence_is_seen_within_an_epoch(monkeypatch):
+    """At the second look after it, not at the end of an epoch that may take an hour."""
+    monkeypatch.setattr("classroomkd.training.trainer._READ_EVERY", 3)
+    trainer = Trainer(
+        network(0), batches(colours(160)), name="toy", epochs=1, schedule=lambda _: 1e20
+    )
+    with pytest.raises(UserError, match=r"batch [23] of 20"):
+        trainer.train_epoch()
+    assert trainer.batch == 6
 
 
 # ---------------------------------------------------------------- evaluation
@@ -520,12 +535,12 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
             measured = evaluate(model, loader)
         assert (measured.top1, measured.top5) == (result["top1"], result["top5"])
         assert measured.loss == pytest.approx(result["loss"], rel=1e-5)
-        checkpoint = out / "checkpoints" / f"{key[0]}-{key[1]}.pt"
+        checkpoint = Checkpoints(out / "checkpoints" / f"{key[0]}-{key[1]}").newest()
         again, again_info, _ = load_network(checkpoint)
         assert same(again.state_dict(), model.state_dict())
         assert again_info == info
         state = torch.load(checkpoint, weights_only=True)
-        assert state["epoch"] == result["epochs"]
+        assert (state["epoch"], state["batch"]) == (result["epochs"] + 1, 0)
         assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["student"], config["mentors"][1]) == (
@@ -606,13 +621,15 @@ def test_divergence_is_recorded_and_keeps_the_last_good_checkpoint(tmp_path: Pat
     monkeypatch.setattr(
         classroom_module, "mentor_learning_rate", lambda done, peak: 1e30 if done else peak
     )
-    with pytest.raises(UserError, match=r"resnet8 \(mentor\), epoch 2: .* lower learning rate"):
+    message = r"resnet8 \(mentor\), epoch 2, batch . of 3: .* lower learning rate"
+    with pytest.raises(UserError, match=message) as caught:
         hold(tmp_path / "run")
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["epoch"] for line in lines] == [1, 2]
-    assert json.loads(lines[1])["test_loss"] is None
-    state = torch.load(tmp_path / "run" / "checkpoints" / "mentor-resnet8.pt", weights_only=True)
-    assert state["epoch"] == 1
+    assert [json.loads(line)["epoch"] for line in lines] == [1]
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints" / "mentor-resnet8")
+    assert str(checkpoints.newest()) in str(caught.value)
+    state = checkpoints.load(print)
+    assert (state["epoch"], state["batch"]) == (2, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -638,24 +655,30 @@ def test_interruption_says_where_the_run_is(tmp_path: Path, monkeypatch):
         hold(tmp_path / "run")
 
 
-def test_full_disk_says_where_the_run_is(tmp_path: Path, monkeypatch):
-    def refuse(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("classroomkd.files.os.fsync", lambda _: None)
+def test_full_disk_says_where_the_run_is_and_leaves_the_last_state(tmp_path: Path, monkeypatch):
     out = tmp_path / "run"
-    run_init = Run.__init__
+    save = Checkpoints.save
 
-    def start(self, *arguments):
-        run_init(self, *arguments)
+    def save_and_fill_the_disk(self, state, step):
+        path = save(self, state, step)
+
+        def refuse(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
         monkeypatch.setattr("classroomkd.files.os.fsync", refuse)
+        return path
 
-    monkeypatch.setattr(Run, "__init__", start)
+    monkeypatch.setattr(Checkpoints, "save", save_and_fill_the_disk)
     with pytest.raises(OSError, match="No space left") as caught:
         hold(out)
     assert caught.value.filename == str(out)
-    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
-    assert list((out / "checkpoints").iterdir()) == []  # nor a temporary file
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    (left,) = (out / "checkpoints" / "mentor-resnet8").iterdir()  # nor a temporary file
+    assert torch.load(left, weights_only=True)["epoch"] == 2
+    monkeypatch.undo()
+    quiet = Console(file=io.StringIO())
+    summary = Classroom(CONFIG, quiet).run(colours(28), colours(13, seed=1), out, resume=True)
+    assert summary["results"] == hold(tmp_path / "whole")["results"]
 
 
 def test_one_constant_channel_is_no_hindrance(tmp_path: Path):

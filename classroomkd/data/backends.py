@@ -8,7 +8,6 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from classroomkd.data.image_sets import ImageSet
@@ -91,7 +90,7 @@ def packed(image_set: ImageSet) -> Path:
     """
     from classroomkd.data.beton import open_beton, pack
 
-    digest = _digest(image_set)
+    digest = image_set.digest()
     names = hashlib.sha256(json.dumps(image_set.classes).encode()).hexdigest()
     path = cache_folder() / f"{digest[:16]}-{names[:8]}.beton"
     if path.exists():
@@ -103,16 +102,3 @@ def packed(image_set: ImageSet) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pack(image_set, path, overwrite=True)
     return path
-
-
-def _digest(image_set: ImageSet) -> str:
-    """What ``Beton.digest`` gives for the file of ``image_set``."""
-    from classroomkd.data.beton_file import RAW
-
-    count, height, width, _ = image_set.images.shape
-    digest = hashlib.sha256(image_set.targets.astype("<i8").tobytes())
-    digest.update(np.full(count, RAW, np.uint8))
-    for side in (height, width):
-        digest.update(np.full(count, side, "<u2"))
-    digest.update(np.ascontiguousarray(image_set.images))
-    return digest.hexdigest()

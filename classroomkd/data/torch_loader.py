@@ -35,6 +35,8 @@ class TorchLoader(Loader):
             workers = available_cores()
         if workers < 0:
             raise UserError(f"the number of workers must be at least 0, got {workers}")
+        import classroomkd.data.pixels  # noqa: F401  (or every worker would, after its start)
+
         self._keys: list[tuple[int, np.ndarray]] = []
         self._loader: DataLoader | None = DataLoader(
             _Batches(data, self),

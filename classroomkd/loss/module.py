@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from classroomkd.loss.fused import fused_classroom_loss
+from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
@@ -65,6 +65,27 @@ class ClassroomLoss(nn.Module):
             mentor_logits,
             targets,
             mentor_weight=self.mentor_weight,
+            process_group=self.process_group,
+            return_report=return_report,
+            **vars(self.options),
+        )
+
+    def loss_and_grad(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        scale: Tensor | None = None,
+        return_report: bool = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
+        """See `fused_classroom_loss_and_grad`."""
+        return fused_classroom_loss_and_grad(
+            student_logits,
+            mentor_logits,
+            targets,
+            mentor_weight=self.mentor_weight,
+            scale=scale,
             process_group=self.process_group,
             return_report=return_report,
             **vars(self.options),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -16,14 +18,17 @@ from torch import nn
 
 from classroomkd import ClassroomLoss, models
 from classroomkd.data import Augmentation, ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label, write_report
+from classroomkd.training.checkpoints import Saver
 from classroomkd.training.evaluation import (
     Evaluation,
     evaluate,
     evaluation_loader,
     require_finite,
 )
+from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import device_name, find_device, versions
 from classroomkd.training.mentors import (
     Mentor,
@@ -44,7 +49,8 @@ class ClassroomConfig:
 
     ``data`` is what the data set is called, ``image_size`` its height and width in pixels;
     ``padding`` and ``flip`` augment the training images, which ``loader`` feeds;
-    ``learning_rate`` is the schedules' peak.
+    ``learning_rate`` is the schedules' peak. A training's state is saved after so many epochs, and
+    after so many minutes within one. On a CPU the numbers depend on the ``threads`` too.
     """
 
     data: str
@@ -62,6 +68,15 @@ class ClassroomConfig:
     seed: int = 0
     device: str = "cpu"
     loader: str = "auto"
+    checkpoint_epochs: int = 1
+    checkpoint_minutes: float = 5.0
+    threads: int = 1
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClassroomConfig:
+        """What a config.yaml holds; raises TypeError or KeyError if that is something else."""
+        mentors = tuple(MentorConfig(**mentor) for mentor in values["mentors"])
+        return cls(**values | {"mentors": mentors})
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,7 @@ class Classroom:
     """
 
     def __init__(self, config: ClassroomConfig, console: Console) -> None:
+        torch.set_num_threads(config.threads)
         self.config = config
         self.console = console
         self.device = find_device(config.device)
@@ -105,12 +121,17 @@ class Classroom:
         for name in dict.fromkeys([config.student, *untrained]):
             check_trainable(name, config.image_size, config.batch_size)
 
-    def run(self, train_set: ImageSet, test_set: ImageSet, out: Path) -> dict[str, Any]:
+    def run(
+        self, train_set: ImageSet, test_set: ImageSet, out: Path, resume: bool = False
+    ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
-        Raises UserError if a given mentor does not fit the data or a training diverges, OSError
-        naming the file or ``out`` if writing fails, and KeyboardInterrupt with a message that says
-        what is kept.
+        With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
+        same end: on a CPU bit for bit.
+
+        Raises UserError if a given mentor does not fit the data, a training diverges, or the run
+        to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
+        KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
         config = self.config
         mean, std = channel_statistics(train_set)
@@ -129,13 +150,15 @@ class Classroom:
         try:
             self._loaders = Loaders(config.loader, (train_set, test_set), self.device)
             with evaluation_loader(self._loaders, test_set, self._info) as self._test_loader:
-                self._run = Run(out, asdict(config))
+                self._run = Run(out, asdict(config), resume)
+                self._run.require_same(self._inputs(train_set, test_set))
                 self._print(
                     f"{len(train_set):,} training and {len(test_set):,} held-out images of "
                     f"{len(train_set.classes)} classes; {device_name(self.device)}; run in {out}"
                 )
                 self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
-                results = self._train_all(train_set)
+                with Interrupts() as self._interrupts:
+                    results = self._train_all(train_set)
             summary = {
                 "data": {
                     "name": Path(config.data).resolve().name,
@@ -150,8 +173,12 @@ class Classroom:
             }
             self._run.finish(summary)
             write_report(out)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"records and checkpoints until now are in {out}") from None
+        except KeyboardInterrupt as interrupt:
+            interrupt.args = (
+                f"records and checkpoints until now are in {out}: classroomkd train --resume {out} "
+                "goes on",
+            )
+            raise
         except OSError as error:  # a write to a full disk does not say where
             error.filename = error.filename or str(out)
             raise
@@ -167,8 +194,8 @@ class Classroom:
             if mentor.network is not None
         }
         epochs = sum(m.epochs for m in self.mentors if m.network is None) + 2 * config.epochs
-        steps = max(len(train_set) // config.batch_size, 1)
-        with TrainingProgress(self.console, epochs * steps) as self._progress:
+        self._steps = max(len(train_set) // config.batch_size, 1)
+        with TrainingProgress(self.console, epochs * self._steps) as self._progress:
             for number, mentor in enumerate(self.mentors, start=1):
                 if mentor.network is None:
                     part = _Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
@@ -179,6 +206,16 @@ class Classroom:
                 # Both times number 0: the same first weights, the same batches.
                 _, results[phase] = self._train(part, train_set, 0, teachers)
         return [results[key] for key in (*mentors, "alone", "classroom")]
+
+    def _inputs(self, train_set: ImageSet, test_set: ImageSet) -> dict[str, str]:
+        """The digests of all that the run reads."""
+        files = {
+            mentor_config.source: sha256_of(mentor_config.source)
+            for mentor_config in self.config.mentors
+            if mentor_config.epochs is None
+        }
+        sets = {"the training images": train_set, "the held-out images": test_set}
+        return {name: image_set.digest() for name, image_set in sets.items()} | files
 
     def _admit(self, mentor: Mentor, source: str) -> dict[str, Any]:
         """Measure the mentor given as ``source``; raises UserError if its loss is not finite."""
@@ -194,13 +231,22 @@ class Classroom:
         number: int,
         mentors: Mapping[str, nn.Module] | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """Train, measure and save one network, the run's ``number``-th to draw random numbers."""
+        """Train, measure and save one network, the run's ``number``-th to draw random numbers.
+
+        What an earlier process has done of it is not done again.
+        """
+        run, key, called = self._run, (part.phase, part.name), label(part.phase, part.name)
+        done = run.finished(*key)
+        if done is not None:
+            network, _, _ = models.load_network(run.network_path(*key))
+            run.take_up(done["records"])
+            self._progress.skip(len(done["records"]) * self._steps)
+            return network.to(self.device, memory_format=torch.channels_last), done["result"]
         seed = network_seed(self.config.seed, number)
         torch.manual_seed(seed)
         network = models.create(part.architecture, len(train_set.classes))
         network.to(self.device, memory_format=torch.channels_last)
         info = replace(self._info, architecture=part.architecture)
-        called = label(part.phase, part.name)
         rate = mentor_learning_rate if part.phase == "mentor" else student_learning_rate
         with self._training_loader(train_set, seed) as loader:
             trainer = Trainer(
@@ -212,20 +258,54 @@ class Classroom:
                 mentors=mentors,
                 loss=self.loss,
             )
-            for epoch in range(1, part.epochs + 1):
-                self._progress.begin(called, epoch, part.epochs)
-                started = time.perf_counter()
-                record = trainer.train_epoch(epoch, self._progress.step)
-                measured = evaluate(network, self._test_loader)
-                record |= {"test_loss": measured.loss, "test_top1": measured.top1}
-                record["seconds"] = time.perf_counter() - started
-                self._run.record({"phase": part.phase, "name": part.name} | record)
-                trainer.require_finite(record)
-                self._run.save_checkpoint(part.phase, part.name, trainer, epoch, info)
+            saver = Saver(
+                run.checkpoints(*key),
+                trainer,
+                info,
+                self._interrupts,
+                epochs=self.config.checkpoint_epochs,
+                minutes=self.config.checkpoint_minutes,
+            )
+            saver.restore(self._print)
+            if saver.records or trainer.batch:
+                run.take_up(saver.records)
+                self._progress.skip((trainer.epoch - 1) * self._steps + trainer.batch)
+            while trainer.epoch <= part.epochs:
+                self._progress.begin(called, trainer.epoch, part.epochs)
+                record = self._train_epoch(trainer, saver)
+                saver.records.append({"phase": part.phase, "name": part.name} | record)
+                run.record(saver.records[-1])
+                saver.after_epoch()
                 self._progress.show(record)
-        self._run.save_network(part.phase, part.name, network, info)
-        self._progress.done(called, record)
-        return network, part.result(network, measured)
+            measured = evaluate(network, self._test_loader)
+        result = part.result(network, measured)
+        done = {"records": saver.records, "result": result}
+        run.finish_network(*key, network, info, done)
+        self._progress.done(called, saver.records[-1])
+        return network, result
+
+    def _train_epoch(self, trainer: Trainer, saver: Saver) -> dict[str, Any]:
+        """Train and measure an epoch, or what is left of it."""
+        started = time.perf_counter()
+
+        def between_steps() -> None:
+            self._progress.step()
+            saver.between_steps()
+
+        try:
+            record = trainer.train_epoch(between_steps)
+        except UserError as error:
+            raise UserError(f"{error}{saver.last_good()}") from None
+        measured = evaluate(trainer.network, self._test_loader)
+        if not math.isfinite(measured.loss):
+            raise UserError(
+                f"{trainer.name}, epoch {record['epoch']}: its loss on the held-out images is "
+                f"{measured.loss}: the training diverged; try a lower learning rate"
+                f"{saver.last_good()}"
+            )
+        record |= {"test_loss": measured.loss, "test_top1": measured.top1}
+        record["seconds"] = time.perf_counter() - started
+        return record
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -242,6 +322,13 @@ class Classroom:
             drop_last=len(train_set) >= batch_size,
             seed=seed,
         )
+
+
+def sha256_of(source: str) -> str:
+    """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
+    path = Path(source)
+    with (path / "student.safetensors" if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def network_seed(seed: int, number: int) -> int:

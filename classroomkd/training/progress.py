@@ -42,6 +42,10 @@ class TrainingProgress:
         """Count one step."""
         self._progress.advance(self._task)
 
+    def skip(self, steps: int) -> None:
+        """Count steps that an earlier process has taken."""
+        self._progress.advance(self._task, steps)
+
     def show(self, record: Mapping[str, Any]) -> None:
         """Show the numbers of a finished epoch."""
         self._progress.update(self._task, latest=_numbers(record))

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write
+from classroomkd.files import atomic_write, remove_leftovers
 from classroomkd.models import NetworkInfo, save_network
-from classroomkd.training.trainer import Trainer
+from classroomkd.training.checkpoints import Checkpoints
 
 
 def choose_folder(out: Path | None, default: str) -> Path:
@@ -40,12 +37,31 @@ def choose_folder(out: Path | None, default: str) -> Path:
     return out
 
 
+def recorded_config(run: Path) -> dict[str, Any]:
+    """The configuration of a run that has not finished.
+
+    Raises UserError if ``run`` is no run folder, or that of a finished run.
+    """
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise UserError(f"there is no run to go on with in {run}: it has no config.yaml")
+    if (run / "summary.json").exists():
+        raise UserError(f"the run in {run} is finished: there is nothing to go on with")
+    try:
+        config = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is damaged: {error}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is damaged: it holds no configuration")
+    return config
+
+
 def recorded_split(network: Path) -> dict[str, Any]:
     """The ``seed`` and ``test_share`` of the run that ``network``, a file or run folder, lies in.
 
     Empty if it lies in none: other tools' config.yaml, damaged ones too, count for nothing.
     """
-    for folder in (network, *network.absolute().parents[:2]):
+    for folder in (network, *network.absolute().parents[:3]):
         config = None
         if (folder / "config.yaml").is_file():
             with suppress(yaml.YAMLError):
@@ -59,10 +75,17 @@ def recorded_split(network: Path) -> dict[str, Any]:
 
 
 class Run:
-    """Writes one run: its records as they come, and its networks, each file atomically."""
+    """Writes one run: its records as they come, and its networks, each file atomically.
 
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+    With ``resume`` the folder is one that an earlier process has left.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], resume: bool = False) -> None:
         self.path = path
+        self._lines: list[Mapping[str, Any]] = []
+        if resume:
+            remove_leftovers(path)
+            return
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -73,39 +96,63 @@ class Run:
                 f"cannot write to {path}: {error.strerror}: choose another --out"
             ) from None
 
+    def require_same(self, inputs: Mapping[str, str]) -> None:
+        """Note the digests of what the run reads, or raise UserError if they are others now."""
+        path = self.path / "inputs.json"
+        if not path.exists():
+            atomic_write(path, json.dumps(dict(inputs), indent=2) + "\n")
+            return
+        for name, digest in json.loads(path.read_bytes()).items():
+            if inputs.get(name) != digest:
+                raise UserError(f"{name} changed since {self.path} was begun: start a new run")
+
     def record(self, line: Mapping[str, Any]) -> None:
         """Append ``line`` to metrics.jsonl at once; a number that is not finite becomes null."""
+        self._lines.append(line)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(_finite(line), allow_nan=False) + "\n")
+            file.write(_line(line))
 
-    def save_checkpoint(
+    def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Record lines of an earlier process; what it wrote beyond them is no longer there."""
+        self._lines += lines
+        atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
+
+    def checkpoints(self, phase: str, name: str) -> Checkpoints:
+        """The training states of one network."""
+        return Checkpoints(self.path / "checkpoints" / f"{phase}-{name}")
+
+    def network_path(self, phase: str, name: str) -> Path:
+        """Where a trained network's weights are."""
+        files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
+        return self.path / files.get(phase, f"mentors/{name}.safetensors")
+
+    def finish_network(
         self,
         phase: str,
         name: str,
-        trainer: Trainer,
-        epoch: int,
+        network: nn.Module,
         info: NetworkInfo,
+        done: Mapping[str, Any],
     ) -> None:
-        """Replace a network's training state by the one after ``epoch`` epochs."""
-        buffer = io.BytesIO()
-        state = {
-            "model": trainer.network.state_dict(),
-            "optimizer": trainer.optimizer.state_dict(),
-            "epoch": epoch,
-            "info": asdict(info),
-        }
-        torch.save(state, buffer)
-        atomic_write(self.path / "checkpoints" / f"{phase}-{name}.pt", buffer.getvalue())
+        """Write a trained network's weights, then ``done``, which `finished` gives from now on."""
+        save_network(self.network_path(phase, name), network, info)
+        path = self.checkpoints(phase, name).folder / "done.json"
+        path.parent.mkdir(exist_ok=True)
+        atomic_write(path, json.dumps(done))
 
-    def save_network(self, phase: str, name: str, network: nn.Module, info: NetworkInfo) -> None:
-        """Write the trained network's weights to its place in the folder."""
-        files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
-        save_network(self.path / files.get(phase, f"mentors/{name}.safetensors"), network, info)
+    def finished(self, phase: str, name: str) -> dict[str, Any] | None:
+        """What `finish_network` was given, or None if that network has not been trained."""
+        path = self.checkpoints(phase, name).folder / "done.json"
+        return json.loads(path.read_bytes()) if path.exists() else None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,9 +12,13 @@ from torch import Tensor, nn
 
 from classroomkd.data import Loader
 from classroomkd.errors import UserError
+from classroomkd.loss import ClassroomLoss
+from classroomkd.training.graph import CapturedStep
 
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
+
+_READ_EVERY = 50  # steps between two looks at the sums on the device
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -26,6 +29,10 @@ def freeze(network: nn.Module) -> nn.Module:
 class Trainer:
     """Trains ``network`` by SGD on cross entropy, or, given ``mentors``, on ``loss``.
 
+    A step waits for nothing on the device: losses and hits are summed there and looked at every 50
+    steps, and the learning rate is a tensor. On a GPU the step, mentors and optimizer included, is
+    captured in a CUDA graph after a few steps (``cuda_graph``) and replayed from then on.
+
     Args:
         network: maps images [B, 3, H, W] to logits [B, C]; trained in place, where it lies.
         loader: training batches on the network's device.
@@ -33,8 +40,8 @@ class Trainer:
         epochs: how many epochs the schedule spans.
         schedule: progress (0 before the first epoch, below 1) to learning rate.
         mentors: unique name to network, on the same device; they are frozen.
-        loss: a ``ClassroomLoss`` or the like, called with the student's logits, the list of the
-            mentors' logits, the targets and ``return_report=True``; needed with mentors.
+        loss: needed with mentors.
+        cuda_graph: False to launch every kernel of every step, on a GPU.
     """
 
     def __init__(
@@ -46,7 +53,8 @@ class Trainer:
         epochs: int,
         schedule: Callable[[float], float],
         mentors: Mapping[str, nn.Module] | None = None,
-        loss: nn.Module | None = None,
+        loss: ClassroomLoss | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         self.network = network
         self.loader = loader
@@ -55,57 +63,82 @@ class Trainer:
         self.schedule = schedule
         self.mentors = {name: freeze(mentor) for name, mentor in (mentors or {}).items()}
         self.loss = loss
+        self.device = next(network.parameters()).device
+        self.epoch, self.batch = 1, 0  # the next step's place
+        self.learning_rate = torch.tensor(schedule(0.0), device=self.device)
         self.optimizer = torch.optim.SGD(
             network.parameters(),
-            lr=schedule(0.0),
+            lr=self.learning_rate,
             momentum=MOMENTUM,
             weight_decay=WEIGHT_DECAY,
+            fused=True,
         )
+        # Images, those of batches whose loss was not finite, loss and hits; then task loss and
+        # confidence; then four numbers a mentor.
+        size = 4 + (2 + 4 * len(self.mentors) if self.mentors else 0)
+        self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
+        self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
+        self._step_on = CapturedStep(self._step) if self._on_gpu and cuda_graph else self._step
 
-    def train_epoch(self, epoch: int, on_step: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Train one epoch, counted from 1, and return its record.
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.type == "cuda"
 
-        ``train_loss`` and ``train_top1`` are means over the images as they were met, and
+    def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, Any]:
+        """Train from where the trainer stands to the end of the epoch, and return its record.
+
+        ``train_loss`` and ``train_top1`` are means over the epoch's images as they were met, and
         ``images_per_second`` counts training alone. With mentors there are also ``task_loss``,
         ``student_confidence`` and, for each mentor, the means over the epoch of what the loss
         reports; ``kl`` is the mean over the rows that the mentor taught, 0 if there were none.
+        ``on_step`` is called between steps, when the trainer's state is whole.
+
+        Raises UserError, naming the batch and what went wrong in it, if the loss is not finite.
         """
-        rate = self.schedule((epoch - 1) / self.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        epoch, rate = self.epoch, self.schedule((self.epoch - 1) / self.epochs)
+        self.learning_rate.fill_(rate)
         self.network.train()
-        self.loader.set_epoch(epoch)
-        sums, images_seen, started = 0.0, 0, time.perf_counter()
+        self.loader.set_epoch(epoch, self.batch)
+        images_seen, started = 0, time.perf_counter()
         for images, targets, _ in self.loader:
-            sums = sums + self._step(images, targets) * len(targets)
+            self._step_on(images, targets)
+            self.batch += 1
             images_seen += len(targets)
+            if self.batch % _READ_EVERY == 0:
+                self._look()
             if on_step:
                 on_step()
-        means = (sums / images_seen).tolist()  # the only wait for the device in an epoch
+        sums = self.sums.tolist()  # the only wait for the device in an epoch
+        self._require_finite(sums)
         record = {
             "epoch": epoch,
             "epochs": self.epochs,
             "learning_rate": rate,
-            "train_loss": means[0],
-            "train_top1": means[1],
+            "train_loss": sums[2] / sums[0],
+            "train_top1": sums[3] / sums[0],
             "images_per_second": images_seen / (time.perf_counter() - started),
         }
-        return record | self._classroom_record(means[2:]) if self.mentors else record
+        if self.mentors:
+            record |= self._classroom_record([value / sums[0] for value in sums[4:]])
+        self.sums.zero_()
+        self.epoch, self.batch = epoch + 1, 0
+        return record
 
-    def _step(self, images: Tensor, targets: Tensor) -> Tensor:
-        """One optimizer step; returns the batch's means, float64, still on the device."""
+    def _step(self, images: Tensor, targets: Tensor) -> None:
+        """One optimizer step, which leaves its numbers in ``sums``."""
         logits = self.network(images)
         if self.mentors:
-            loss, report = self.loss(
+            loss, grad, report = self.loss.loss_and_grad(
                 logits, self._mentor_logits(images), targets, return_report=True
             )
+            logits.backward(grad)
         else:
             loss, report = F.cross_entropy(logits, targets), None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+            loss.backward()
         self.optimizer.step()
-        top1 = (logits.detach().argmax(1) == targets).double().mean()
-        means = [torch.stack([loss.detach(), top1])]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, top1 = loss.detach(), (logits.detach().argmax(1) == targets).double().mean()
+        means = [torch.stack([torch.ones_like(top1), ~loss.isfinite(), loss, top1])]
         if report is not None:
             means += [
                 torch.stack([report.task_loss, report.student_confidence]),
@@ -114,11 +147,30 @@ class Trainer:
                 report.temperature,
                 report.kl * report.active_share,  # over all rows, so that batches can be added
             ]
-        return torch.cat([mean.double() for mean in means])
+        self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
 
     @torch.no_grad()
     def _mentor_logits(self, images: Tensor) -> list[Tensor]:
         return [mentor(images) for mentor in self.mentors.values()]
+
+    def _look(self) -> None:
+        """Check the sums of the last look and fetch new ones, which nobody waits for."""
+        self._require_finite(self._read.tolist())
+        self._read.copy_(self.sums, non_blocking=True)
+
+    def require_finite(self) -> None:
+        """Wait for the device and raise UserError if a loss of this epoch was not finite."""
+        self._require_finite(self.sums.tolist())
+
+    def _require_finite(self, sums: list[float]) -> None:
+        images, sick = sums[:2]
+        if sick:
+            # Weights that are not finite stay so: the sick batches are the last ones.
+            first = round((images - sick) / self.loader.batch_size)
+            raise UserError(
+                f"{self.name}, epoch {self.epoch}, batch {first + 1} of {len(self.loader)}: "
+                f"the loss is not finite: {self._culprit(first)}"
+            )
 
     def _classroom_record(self, means: list[float]) -> dict[str, Any]:
         task_loss, student_confidence, *values = means
@@ -138,22 +190,37 @@ class Trainer:
             "mentors": mentors,
         }
 
-    def require_finite(self, record: Mapping[str, Any]) -> None:
-        """Raise UserError, naming what was not finite, if the epoch of ``record`` went wrong."""
-        for what in ("train_loss", "test_loss"):
-            if not math.isfinite(record[what]):
-                epoch = record["epoch"]
-                raise UserError(
-                    f"{self.name}, epoch {epoch}: {what} is {record[what]}: {self._culprit(epoch)}"
-                )
-
-    def _culprit(self, epoch: int) -> str:
-        # Mentors are frozen and an epoch's batches can be drawn again, so looking for a sick
-        # mentor can wait until something went wrong and costs a healthy step nothing. A logit of
-        # −inf only rules a class out.
-        self.loader.set_epoch(epoch)
-        for images, _, _ in self.loader:
-            for name, logits in zip(self.mentors, self._mentor_logits(images), strict=True):
-                if (logits.isnan() | logits.isposinf()).any():
-                    return f"the logits of mentor {name} are not finite; leave it out or replace it"
+    def _culprit(self, batch: int) -> str:
+        # Mentors are frozen and a batch can be drawn again, so looking for a sick mentor can wait
+        # until something went wrong and costs a healthy step nothing. A logit of −inf only rules a
+        # class out.
+        self.loader.set_epoch(self.epoch, batch)
+        images, *_ = next(iter(self.loader))
+        for name, logits in zip(self.mentors, self._mentor_logits(images), strict=True):
+            if (logits.isnan() | logits.isposinf()).any():
+                return f"the logits of mentor {name} are not; leave it out or replace it"
         return "the training diverged; try a lower learning rate"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next steps depend on, between two steps."""
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "sums": self.sums,
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state_dict`` as if there had been no interruption."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+        self.sums.copy_(state["sums"])
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        torch.set_rng_state(state["random"])
+        if self._on_gpu and state["random_cuda"] is not None:
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -1,0 +1,120 @@
+"""Training states on disk: written whole, the last few kept, a damaged one passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from classroomkd.files import atomic_write
+from classroomkd.models import NetworkInfo
+from classroomkd.training.interrupts import Interrupted, Interrupts
+from classroomkd.training.trainer import Trainer
+
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
+
+
+class Checkpoints:
+    """The training states of one network, in a folder of its own.
+
+    A file's name has its step and the beginning of its SHA-256, so that damage is seen before
+    anything is read from it.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Write ``state`` as of ``step`` atomically, then remove all but the last ``keep``."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getvalue()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:09}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+        atomic_write(path, content)
+        for old in self._files()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> Path | None:
+        """The file of the last step, if there is any."""
+        return next(iter(self._files()), None)
+
+    def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The state of the last step whose file is whole; ``warn`` is told of damaged ones."""
+        for path in self._files():
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == _NAME.fullmatch(path.name)[2]:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            warn(f"{path} is damaged: taking the one before it")
+            path.unlink()
+        return None
+
+    def _files(self) -> list[Path]:
+        """The checkpoints, newest first."""
+        found = [path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+
+
+class Saver:
+    """Saves a trainer's state, with the ``records`` of its epochs, when it is time.
+
+    That is after every ``epochs`` epochs, when the last time is ``minutes`` ago, and when a signal
+    asked to stop.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        trainer: Trainer,
+        info: NetworkInfo,
+        interrupts: Interrupts,
+        *,
+        epochs: int,
+        minutes: float,
+    ) -> None:
+        self.checkpoints, self.trainer, self.info = checkpoints, trainer, info
+        self.interrupts, self.epochs, self.seconds = interrupts, epochs, 60 * minutes
+        self.records: list[dict[str, Any]] = []
+        self._saved = time.monotonic()
+
+    def restore(self, warn: Callable[[str], None]) -> None:
+        """Take up the last state there is; ``warn`` is told of damaged ones."""
+        state = self.checkpoints.load(warn)
+        if state is not None:
+            self.trainer.load_state_dict(state)
+            self.records = state["records"]
+
+    def between_steps(self) -> None:
+        """Save if it is time; raises Interrupted after having saved, if asked to stop."""
+        if self.interrupts.received is not None:
+            self.save()
+            raise Interrupted(self.interrupts.received)
+        if time.monotonic() - self._saved >= self.seconds:
+            self.save()
+
+    def after_epoch(self) -> None:
+        """Likewise, at the end of an epoch, when its record is in ``records``."""
+        if (self.trainer.epoch - 1) % self.epochs == 0:
+            self.save()
+        self.between_steps()
+
+    def save(self) -> None:
+        """Save now; raises UserError instead if the state is not worth it."""
+        trainer = self.trainer
+        trainer.require_finite()
+        state = trainer.state_dict() | {"records": self.records, "info": asdict(self.info)}
+        self.checkpoints.save(state, (trainer.epoch - 1) * len(trainer.loader) + trainer.batch)
+        self._saved = time.monotonic()
+
+    def last_good(self) -> str:
+        """The end of an error message: what is left to go back to."""
+        newest = self.checkpoints.newest()
+        return f" (the last good state is in {newest})" if newest else ""
