@@ -46,6 +46,7 @@ PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 
 PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")
 QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")
 SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+PART = _checked(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
 def not_empty(text: str) -> str:

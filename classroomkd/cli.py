@@ -16,6 +16,7 @@ from classroomkd import __version__
 from classroomkd.arguments import (
     COUNT,
     NATURAL,
+    PART,
     PHOTO_SIDE,
     PIXELS,
     POSITIVE,
@@ -132,6 +133,7 @@ def _train(parser: Parser, arguments: argparse.Namespace) -> None:
         padding=arguments.image_size // 8,
         flip=arguments.flip,
         test_share=arguments.test_share,
+        validation=arguments.validation,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
         temperature=arguments.temperature,
@@ -225,6 +227,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"top-1   {result.top1:.2%}")
     print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
     print(f"loss    {result.loss:.4f}")
+    print(f"calibration error {result.calibration_error:.4f}")
 
 
 def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
@@ -322,6 +325,13 @@ def _parser() -> Parser:
         default=_TEST_SHARE,
         metavar="SHARE",
         help=f"held out of a data set without test/ and val/ {_DEFAULT}",
+    )
+    train.add_argument(
+        "--validation",
+        type=PART,
+        default=0.1,
+        metavar="SHARE",
+        help=f"of the training images, split off to choose on; 0 trains on all of them {_DEFAULT}",
     )
     train.add_argument(
         "--download", choices=("cifar10", "cifar100"), help="fetch this set into PATH first"

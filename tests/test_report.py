@@ -83,6 +83,7 @@ def make_run(
                 "loss": 0.1234,
                 "trained": name not in given,
                 "epochs": None if name in given else epochs,
+                **({} if name in given else {"best_test_top1": 0.9933}),
             }
             for phase, name, top1 in (
                 *(("mentor", name, best[name]) for name in mentors),
@@ -219,11 +220,11 @@ def test_page_tells_the_results(browser, tmp_path):
         ".map(row => [...row.cells].map(cell => cell.innerText))"
     )
     assert len(rows) == len(summary["results"])
-    given = ["resnet110 (mentor)", "272,474", "–", "98.50%", "100.00%", "0.1234", "given"]
+    given = ["resnet110 (mentor)", "272,474", "–", "98.50%", "–", "100.00%", "0.1234"]
     assert rows[0] == given
-    assert rows[4][::2] == ["resnet20-2 (mentor)", "30", "100.00%", "trained"]
+    assert rows[4][::2] == ["resnet20-2 (mentor)", "30", "99.33%", "0.1234"]
     assert [row[0] for row in rows[-2:]] == ["resnet8 alone", "resnet8 in the classroom"]
-    assert rows[-1][-1] == "trained"
+    assert "best is the highest of any epoch on these same images" in text
     # 599 images: 100/599 = 0.167; 569 right: sqrt(0.94992 * 0.05008 / 599) = 0.00891
     assert "599 held-out images of digits: one image is 0.17 percentage points" in text
     assert "near 95.0% is 0.89 points" in text
@@ -337,19 +338,29 @@ def test_terminal_table(tmp_path):
         "272,474",
         "–",
         "98.50%",
+        "–",
         "100.00%",
         "0.1234",
-        "given",
     ]
     assert "resnet8 in the classroom" in text
     assert "599 held-out images of digits" in text
     summary["results"][-1]["top1"] = 1.0  # certainty is not on offer: one image away from it
     assert "near 99.8% is 0.17 points" in " ".join(terminal(summary).split())
-    top5 = [row[4] for row in result_rows(summary)]
+    top5 = [row[5] for row in result_rows(summary)]
     assert top5 == ["100.00%"] * len(top5)
     for classes, shown in ((6, "100.00%"), (5, "–")):  # of five the best five say nothing
         summary["data"]["classes"] = classes
-        assert {row[4] for row in result_rows(summary)} == {shown}
+        assert {row[5] for row in result_rows(summary)} == {shown}
+
+
+def test_the_epoch_that_validation_chooses_is_told(tmp_path):
+    _, summary = make_run(tmp_path / "run")
+    assert "would be chosen" not in terminal(summary)
+    summary["data"]["validation_images"] = 120
+    summary["results"][-1] |= {"chosen_epoch": 17, "chosen_top1": 0.9449}
+    text = " ".join(terminal(summary).split())
+    assert "By the 120 validation images the student of epoch 17 would be chosen" in text
+    assert "94.49%" in text
 
 
 def test_terminal_of_80_characters_breaks_no_row(tmp_path):

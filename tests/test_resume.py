@@ -238,5 +238,5 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
             return classroom.run(train_set, colours(13, seed=1), tmp_path / "run", resume=resume)
 
     hold(colours(28), resume=False)
-    with pytest.raises(UserError, match="the training images changed since"):
+    with pytest.raises(UserError, match="the train images changed since"):
         hold(colours(28, seed=5), resume=True)

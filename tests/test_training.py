@@ -389,16 +389,37 @@ def test_evaluation_agrees_with_counting_by_hand():
 
     weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
     top1 = top5 = loss = 0.0
+    bins, by_class = np.zeros((15, 3)), np.zeros((classes, 2))
     for image, target in zip(image_set.images, image_set.targets, strict=True):
         pixels = (image / 255 - info.mean) / info.std
         logits = weight @ pixels.transpose(2, 0, 1).reshape(-1) + bias
         rank = int((logits > logits[target]).sum())
         top1, top5 = top1 + (rank == 0), top5 + (rank < 5)
         loss += np.log(np.exp(logits).sum()) - logits[target]
+        confidence = np.exp(logits).max() / np.exp(logits).sum()
+        bins[int(confidence * 15)] += 1, confidence, rank == 0
+        by_class[target] += 1, rank == 0
     assert (measured.top1, measured.top5) == pytest.approx((top1 / count, top5 / count), abs=1e-12)
     assert measured.loss == pytest.approx(loss / count, rel=1e-5)
     assert measured.images == count
-    assert not model.training
+    filled = bins[bins[:, 0] > 0]
+    error = sum(n / count * abs(p / n - hits / n) for n, p, hits in filled)
+    assert measured.calibration_error == pytest.approx(error, abs=1e-6)
+    assert measured.per_class == pytest.approx(list(by_class[:, 1] / by_class[:, 0]))
+
+
+def test_evaluation_of_certain_and_absent_classes():
+    """A probability of exactly 1 falls into the last bin; a class without images has no top-1."""
+
+    class Certain(nn.Module):
+        def forward(self, images):
+            return torch.tensor([[100.0, 0.0, 0.0]]).repeat(len(images), 1)
+
+    image_set = ImageSet(np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1]), CLASSES)
+    with evaluation_loader(RESIDENT, image_set, info_of(colours(9))) as loader:
+        measured = evaluate(Certain(), loader)
+    assert measured.per_class == [1.0, 0.0, None]
+    assert measured.calibration_error == pytest.approx(0.25)
 
 
 def test_top5_of_three_classes_is_all():
@@ -548,6 +569,36 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
         {"source": "resnet14", "epochs": 1},
     )
     assert (out / "report.html").stat().st_size > 0
+
+
+def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch):
+    """They are split off by seed, class by class; choices are made on them alone."""
+    trained_on = []
+
+    class Spy(Trainer):
+        def __init__(self, model, loader, **options):
+            super().__init__(model, loader, **options)
+            trained_on.append({bytes(image.tobytes()) for image in loader._images.numpy()})
+
+    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    summary = hold(tmp_path / "run", validation=0.25, loader="resident", epochs=3)
+    whole = {bytes(image.tobytes()) for image in colours(28).images}
+    assert len(trained_on) == 5
+    assert all(images == trained_on[0] for images in trained_on)
+    assert len(trained_on[0]) == 28 - 6  # 2 images each of the classes' 10, 9 and 9
+    assert trained_on[0] < whole
+    assert (summary["data"]["train_images"], summary["data"]["validation_images"]) == (22, 6)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    last = [line for line in lines if line["phase"] == "classroom"]
+    result = summary["results"][-1]
+    assert result["best_test_top1"] == max(line["test_top1"] for line in last)
+    validation = [line["validation_top1"] for line in last]
+    assert result["chosen_epoch"] == 1 + validation.index(max(validation))
+    assert result["chosen_top1"] == last[result["chosen_epoch"] - 1]["test_top1"]
+    assert result["top1"] == last[-1]["test_top1"]
+    without = hold(tmp_path / "without", loader="resident", epochs=1)
+    assert "validation_images" not in without["data"]
+    assert "chosen_epoch" not in without["results"][-1]
 
 
 def test_same_seed_same_bits(tmp_path: Path):

@@ -15,7 +15,7 @@ from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
 from classroomkd.data.loader import Loader, channel_statistics
 from classroomkd.data.resident import ResidentLoader
-from classroomkd.data.sources import digits, is_split_by_seed, list_source, load_source
+from classroomkd.data.sources import digits, is_split_by_seed, list_source, load_source, split_off
 from classroomkd.data.torch_loader import TorchLoader
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "join",
     "list_source",
     "load_source",
+    "split_off",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -200,11 +201,32 @@ def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
     return ImageFiles(files, np.array(targets, np.int64), classes), others
 
 
+def split_off(image_set: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The rest of ``image_set``, and its validation part: of each class the share ``share``.
+
+    At least one image a class, and at most all but one, chosen by ``seed``. Raises UserError if a
+    class has only one.
+    """
+    mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
+    return tuple(
+        replace(image_set, images=image_set.images[part], targets=image_set.targets[part])
+        for part in (~mask, mask)
+    )
+
+
 def _held_out(
-    targets: np.ndarray, classes: list[str], seed: int, share: float, source: object
+    targets: np.ndarray,
+    classes: list[str],
+    seed: int,
+    share: float,
+    source: object,
+    purpose: int = 0,
 ) -> np.ndarray:
-    """A mask [N] of the held-out samples: of each class, those of the lowest hash words."""
-    order = words(SPLIT, seed, 0, np.arange(len(targets)))
+    """A mask [N] of the held-out samples: of each class, those of the lowest hash words.
+
+    ``purpose`` stands in the epoch's place: one split of a set says nothing of another.
+    """
+    order = words(SPLIT, seed, purpose, np.arange(len(targets)))
     mask = np.zeros(len(targets), bool)
     for target, name in enumerate(classes):
         members = np.flatnonzero(targets == target)

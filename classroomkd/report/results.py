@@ -10,24 +10,25 @@ from rich.table import Table
 
 from classroomkd.report.records import label
 
-COLUMNS = ("network", "parameters", "epochs", "top-1", "top-5", "loss", "weights")
+COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
 
 
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
     """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS.
 
-    Of five classes or fewer the best five always hold the true one: their top-5 says nothing.
+    top-1 is the last epoch's; best is the highest of any epoch, chosen on the test images. Of five
+    classes or fewer the best five always hold the true one: their top-5 says nothing.
     """
     few_classes = summary["data"]["classes"] <= 5
     return [
         (
             label(result["phase"], result["name"]),
             _number(result.get("parameters"), ",d"),
-            _number(result["epochs"] if result["trained"] else None, "d"),
+            _number(result["epochs"], "d"),
             _number(result.get("top1"), ".2%"),
+            _number(result.get("best_test_top1"), ".2%"),
             _number(None if few_classes else result.get("top5"), ".2%"),
             _number(result.get("loss"), ".4f"),
-            "trained" if result["trained"] else "given",
         )
         for result in summary["results"]
     ]
@@ -47,7 +48,19 @@ def evidence(summary: dict) -> str:
         share = min(max(top1[-1], 1 / images), 1 - 1 / images)
         error = 100 * math.sqrt(share * (1 - share) / images)
         text += f", the binomial standard error of a top-1 near {share:.1%} is {error:.2f} points"
-    return text + ". This is one run with one seed; other seeds vary beyond that."
+    text += ". This is one run with one seed; other seeds vary beyond that."
+    if any(result.get("best_test_top1") is not None for result in summary["results"]):
+        text += (
+            " top-1 is the last epoch's; best is the highest of any epoch on these same images, "
+            "which is what papers print."
+        )
+    chosen = summary["results"][-1] if summary["results"] else {}
+    if chosen.get("chosen_epoch") is not None:
+        text += (
+            f" By the {data['validation_images']:,} validation images the student of epoch "
+            f"{chosen['chosen_epoch']} would be chosen, whose top-1 was {chosen['chosen_top1']:.2%}."
+        )
+    return text
 
 
 def results_table(summary: dict) -> Table:
@@ -61,7 +74,7 @@ def results_table(summary: dict) -> Table:
         padding=(0, 1, 0, 0),  # with more a terminal of 80 characters would break the lines
     )
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("network", "weights") else "right")
+        table.add_column(column, justify="left" if column == "network" else "right")
     for row in result_rows(summary):
         table.add_row(*map(escape, row))
     return table

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from classroomkd import ClassroomLoss, models
-from classroomkd.data import Augmentation, ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data import Augmentation, ImageSet, Loader, Loaders, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label, write_report
@@ -47,10 +48,12 @@ from classroomkd.training.trainer import Trainer
 class ClassroomConfig:
     """Everything that decides a run's numbers; its config.yaml.
 
-    ``data`` is what the data set is called, ``image_size`` its height and width in pixels;
-    ``padding`` and ``flip`` augment the training images, which ``loader`` feeds;
-    ``learning_rate`` is the schedules' peak. A training's state is saved after so many epochs, and
-    after so many minutes within one. On a CPU the numbers depend on the ``threads`` too.
+    ``data`` is a path, or "digits", and ``image_size`` the images' height and width in pixels.
+    ``validation`` is the share of the training images that is split off by ``seed`` to make choices
+    on; no network of the run trains on it. ``padding`` and ``flip`` augment the others, which
+    ``loader`` feeds. ``learning_rate`` is the schedules' peak. A training's state is saved after so
+    many epochs, and after so many minutes within one. On a CPU the numbers depend on the number of
+    ``threads`` too.
     """
 
     data: str
@@ -61,6 +64,7 @@ class ClassroomConfig:
     padding: int
     flip: bool
     test_share: float
+    validation: float = 0.0
     batch_size: int = 64
     learning_rate: float = PEAK
     temperature: float = 12.0
@@ -98,6 +102,8 @@ class _Part:
             "top1": measured.top1,
             "top5": measured.top5,
             "loss": measured.loss,
+            "calibration_error": measured.calibration_error,
+            "per_class": measured.per_class,
             "trained": self.epochs is not None,
             "epochs": self.epochs,
         }
@@ -148,23 +154,35 @@ class Classroom:
                     own = mentor.info.image_size
                     self._print(f"{what} was trained on images of {own}×{own} pixels")
         try:
-            self._loaders = Loaders(config.loader, (train_set, test_set), self.device)
-            with evaluation_loader(self._loaders, test_set, self._info) as self._test_loader:
+            sets = {"train": train_set, "test": test_set}
+            if config.validation:
+                sets["train"], sets["validation"] = split_off(
+                    train_set, config.validation, config.seed
+                )
+            self._loaders = Loaders(config.loader, list(sets.values()), self.device)
+            with ExitStack() as opened:
+                self._held_out = {
+                    name: opened.enter_context(
+                        evaluation_loader(self._loaders, sets[name], self._info)
+                    )
+                    for name in ("validation", "test")
+                    if name in sets
+                }
                 self._run = Run(out, asdict(config), resume)
-                self._run.require_same(self._inputs(train_set, test_set))
+                self._run.require_same(self._inputs(sets))
+                counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
                 self._print(
-                    f"{len(train_set):,} training and {len(test_set):,} held-out images of "
-                    f"{len(train_set.classes)} classes; {device_name(self.device)}; run in {out}"
+                    f"images: {counts}, of {len(train_set.classes)} classes; "
+                    f"{device_name(self.device)}; run in {out}"
                 )
                 self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
                 with Interrupts() as self._interrupts:
-                    results = self._train_all(train_set)
+                    results = self._train_all(sets["train"])
             summary = {
                 "data": {
                     "name": Path(config.data).resolve().name,
                     "classes": len(train_set.classes),
-                    "train_images": len(train_set),
-                    "test_images": len(test_set),
+                    **{f"{name}_images": len(images) for name, images in sets.items()},
                 },
                 "seed": config.seed,
                 "device": device_name(self.device),
@@ -207,20 +225,19 @@ class Classroom:
                 _, results[phase] = self._train(part, train_set, 0, teachers)
         return [results[key] for key in (*mentors, "alone", "classroom")]
 
-    def _inputs(self, train_set: ImageSet, test_set: ImageSet) -> dict[str, str]:
+    def _inputs(self, sets: Mapping[str, ImageSet]) -> dict[str, str]:
         """The digests of all that the run reads."""
         files = {
             mentor_config.source: sha256_of(mentor_config.source)
             for mentor_config in self.config.mentors
             if mentor_config.epochs is None
         }
-        sets = {"the training images": train_set, "the held-out images": test_set}
-        return {name: image_set.digest() for name, image_set in sets.items()} | files
+        return {f"the {name} images": images.digest() for name, images in sets.items()} | files
 
     def _admit(self, mentor: Mentor, source: str) -> dict[str, Any]:
         """Measure the mentor given as ``source``; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
-        measured = evaluate(mentor.network, self._test_loader)
+        measured = evaluate(mentor.network, self._held_out["test"])
         require_finite(measured, f"mentor {mentor.name} ({source})")
         return _Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
@@ -277,8 +294,8 @@ class Classroom:
                 run.record(saver.records[-1])
                 saver.after_epoch()
                 self._progress.show(record)
-            measured = evaluate(network, self._test_loader)
-        result = part.result(network, measured)
+            measured = evaluate(network, self._held_out["test"])
+        result = part.result(network, measured) | best(saver.records)
         done = {"records": saver.records, "result": result}
         run.finish_network(*key, network, info, done)
         self._progress.done(called, saver.records[-1])
@@ -296,14 +313,15 @@ class Classroom:
             record = trainer.train_epoch(between_steps)
         except UserError as error:
             raise UserError(f"{error}{saver.last_good()}") from None
-        measured = evaluate(trainer.network, self._test_loader)
-        if not math.isfinite(measured.loss):
-            raise UserError(
-                f"{trainer.name}, epoch {record['epoch']}: its loss on the held-out images is "
-                f"{measured.loss}: the training diverged; try a lower learning rate"
-                f"{saver.last_good()}"
-            )
-        record |= {"test_loss": measured.loss, "test_top1": measured.top1}
+        for name, loader in self._held_out.items():
+            measured = evaluate(trainer.network, loader)
+            if not math.isfinite(measured.loss):
+                raise UserError(
+                    f"{trainer.name}, epoch {record['epoch']}: its loss on the {name} images is "
+                    f"{measured.loss}: the training diverged; try a lower learning rate"
+                    f"{saver.last_good()}"
+                )
+            record |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1}
         record["seconds"] = time.perf_counter() - started
         return record
 
@@ -322,6 +340,20 @@ class Classroom:
             drop_last=len(train_set) >= batch_size,
             seed=seed,
         )
+
+
+def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What epochs that are chosen afterwards would have given, for the summary.
+
+    ``best_test_top1`` is the highest top-1 on the test images, which papers print and which is
+    chosen on them; ``chosen_epoch`` and ``chosen_top1``, the test top-1 of the epoch with the
+    highest on the validation images, where there are any.
+    """
+    kept = {"best_test_top1": max(record["test_top1"] for record in records)}
+    if "validation_top1" in records[0]:
+        chosen = max(records, key=lambda record: record["validation_top1"])
+        kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
+    return kept
 
 
 def sha256_of(source: str) -> str:

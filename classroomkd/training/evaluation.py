@@ -7,26 +7,33 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from classroomkd.data import ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 
 _BATCH_SIZE = 256  # changes speed and memory only
+_BINS = 15
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """Accuracies are fractions 0..1; ``top5`` counts the best min(5, C) classes.
 
-    ``loss`` is the mean cross entropy in nats over the ``images`` seen.
+    ``loss`` is the mean cross entropy in nats over the ``images`` seen; ``per_class`` the top-1 of
+    each class's images (None of a class without any); ``calibration_error`` the expected
+    calibration error over 15 bins of equal width: the mean over the images of how far apart, in the
+    bin of a prediction's probability, mean probability and accuracy are. (Guo et al., "On
+    calibration of modern neural networks", section 2.)
     """
 
     top1: float
     top5: float
     loss: float
     images: int
+    calibration_error: float
+    per_class: list[float | None]
 
 
 def evaluation_loader(loaders: Loaders, image_set: ImageSet, info: NetworkInfo) -> Loader:
@@ -46,15 +53,27 @@ def evaluation_loader(loaders: Loaders, image_set: ImageSet, info: NetworkInfo) 
 def evaluate(network: nn.Module, loader: Loader) -> Evaluation:
     """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end."""
     network.eval()
-    sums, images_seen = 0.0, 0
+    sums, bins, classes, images_seen = 0.0, 0.0, 0.0, 0
     for images, targets, _ in loader:
         logits = network(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
         sums = sums + torch.stack([best[:, 0].sum(), best.sum(), loss]).double()
+        hits, probabilities = best[:, 0].double(), logits.softmax(1).amax(1).double()
+        which = (probabilities.nan_to_num(0.0) * _BINS).long().clamp_(max=_BINS - 1)
+        bins = bins + _sums_by(which, _BINS, probabilities, hits)
+        classes = classes + _sums_by(targets, logits.shape[1], torch.ones_like(hits), hits)
         images_seen += len(targets)
     top1, top5, loss = (sums / images_seen).tolist()
-    return Evaluation(top1, top5, loss, images_seen)
+    gap = (bins[0] - bins[1]).abs().sum().item() / images_seen
+    per_class = [hits / count if count else None for count, hits in classes.T.tolist()]
+    return Evaluation(top1, top5, loss, images_seen, gap, per_class)
+
+
+def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
+    """The sums [V, count] of V arrays [B] over the images that ``which`` puts together."""
+    zeros = torch.zeros(count, dtype=torch.float64, device=which.device)
+    return torch.stack([zeros.index_add(0, which, value) for value in values])
 
 
 def require_finite(measured: Evaluation, what: str) -> None:

@@ -48,5 +48,6 @@ class CapturedStep:
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         self._inputs = images.clone(), targets.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):  # records, and runs nothing
+        # This records, and runs nothing. What a loader's threads do meanwhile is their affair.
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step(*self._inputs)
