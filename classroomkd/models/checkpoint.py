@@ -11,7 +11,7 @@ import json
 import math
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import safetensors
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..files import atomic_write
+from . import external
+from .info import NetworkInfo
 from .registry import CLASSIFIER_BIASES, ZOO, build
 
 Shapes = dict[str, tuple[int, ...]]
@@ -28,21 +30,6 @@ Shapes = dict[str, tuple[int, ...]]
 _METADATA_KEY = "classroomkd"
 _COUNTER = "num_batches_tracked"
 _SHOWN = 3  # tensors named per kind of difference in an error
-
-
-@dataclass
-class NetworkInfo:
-    """What a network's weights do not say of themselves.
-
-    ``mean`` and ``std`` are of pixel values scaled to 0..1, one for each RGB channel; images are
-    ``image_size`` pixels high and wide; ``classes`` are in the order of the logits.
-    """
-
-    architecture: str
-    classes: list[str]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    image_size: int
 
 
 def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
@@ -61,15 +48,16 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
 def load_network(
     path: Path, num_classes: int | None = None
 ) -> tuple[nn.Module, NetworkInfo | None, str]:
-    """Load a network of the zoo: (model in eval mode on the CPU, its info, its architecture).
+    """Load a network: (model in eval mode on the CPU, its info, its architecture).
 
     ``path`` is a .safetensors file, a run folder (then its student.safetensors), or anything that
     ``torch.load`` reads with ``weights_only=True``: a state dict, bare or under ``model``,
     ``state_dict`` or ``net``, from a wrapped network or not. The info is None unless this project
-    wrote the file. Floating-point weights of any precision become float32.
+    wrote the file; foreign files are of networks of the zoo. Floating-point weights of any
+    precision become float32.
 
-    Raises UserError if the file cannot be read, is damaged, fits no network of the zoo, or has
-    other than ``num_classes`` classes.
+    Raises UserError if the file cannot be read, is damaged, fits no network, or has other than
+    ``num_classes`` classes.
     """
     path = Path(path)
     if path.is_dir():
@@ -92,10 +80,14 @@ def load_network(
         claim = f"{path} fits no network of the zoo; the nearest, {architecture}, differs"
     else:
         architecture, classes = info.architecture, len(info.classes)
-        if architecture not in ZOO:
+        if architecture not in ZOO and not external.is_external(architecture):
             raise UserError(f"{path} is of an unknown network, {architecture!r}")
         claim = f"{path} claims to be {architecture} with {classes} classes but differs"
-    expected = _shapes(architecture, classes)
+    try:
+        model = _blank(architecture, classes)
+    except UserError as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from None
+    expected = _state_shapes(model)
     differences = _differences(shapes, expected)
     if differences:
         raise UserError(f"{claim}: {differences}")
@@ -103,7 +95,6 @@ def load_network(
         raise UserError(
             f"{path} is a {architecture} for {classes} classes, but {num_classes} are needed"
         )
-    model = _meta(architecture, classes).to_empty(device="cpu")
     # Checkpoints from before batch norm counted its steps have no counters.
     counters = {name: torch.tensor(0) for name in expected if name.endswith(_COUNTER)}
     model.load_state_dict({**counters, **state})
@@ -197,10 +188,21 @@ def _meta(architecture: str, num_classes: int) -> nn.Module:
         return build(architecture, num_classes)
 
 
+def _blank(architecture: str, num_classes: int) -> nn.Module:
+    """The network on the CPU with any weights; draws nothing from the random number generator."""
+    if not external.is_external(architecture):
+        return _meta(architecture, num_classes).to_empty(device="cpu")
+    with torch.random.fork_rng(devices=[]):  # buffers may hold values that no checkpoint has
+        return build(architecture, num_classes)
+
+
+def _state_shapes(model: nn.Module) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
 @functools.cache
 def _shapes(architecture: str, num_classes: int) -> Shapes:
-    state = _meta(architecture, num_classes).state_dict()
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return _state_shapes(_meta(architecture, num_classes))
 
 
 def _nearest(shapes: Shapes, num_classes: int) -> str:

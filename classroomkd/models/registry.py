@@ -9,6 +9,7 @@ from functools import partial
 from torch import nn
 
 from ..errors import UserError
+from . import external
 from .mobilenetv2 import MobileNetV2
 from .resnet import ResNet
 from .resnet_four_stage import BasicBlock, Bottleneck, ResNetFourStage
@@ -42,33 +43,54 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 
 def names() -> list[str]:
-    """The names of all networks that `create` builds."""
+    """The names of the zoo's networks."""
     return list(ZOO)
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network as PyTorch's layers initialise themselves; for loading weights into.
+    """The network as its layers or its library initialise it; for loading weights into.
 
     Raises UserError if there is no network of this name.
     """
+    if external.is_external(name):
+        return external.build(name, num_classes)
     if name not in ZOO:
         nearest = ", ".join(difflib.get_close_matches(name.lower(), ZOO, cutoff=0.0))
         raise UserError(f"no network is called {name!r}; the nearest names are {nearest}")
     return ZOO[name](num_classes=num_classes)
 
 
-def create(name: str, num_classes: int = 100) -> nn.Module:
-    """A network of the zoo, freshly initialised, mapping [B, 3, H, W] to logits [B, num_classes].
+def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:
+    """A network of the zoo, or ``tv:NAME`` of torchvision or ``timm:NAME`` of timm.
 
-    Convolutions are drawn from He's normal distribution (fan-out) with zero biases, batch norms
-    start at scale 1 and shift 0, the classifier as PyTorch's `Linear` does. H and W are at least 8.
+    It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks take any H and W from 8.
+    Those are freshly initialised: convolutions drawn from He's normal distribution (fan-out) with
+    zero biases, batch norms of scale 1 and shift 0, the classifier as PyTorch's `Linear` does. The
+    others start as their library's do or, ``pretrained``, from its default weights, in eval mode
+    (`load_pretrained` also says how they want their images).
 
-    Raises UserError if there is no network of this name.
+    Raises UserError if there is no network of this name, or no such weights for num_classes.
     """
+    if pretrained:
+        return _create_pretrained(name, num_classes)
     model = build(name, num_classes)
+    if external.is_external(name):
+        return model
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    return model
+
+
+def _create_pretrained(name: str, num_classes: int) -> nn.Module:
+    if not external.is_external(name):
+        raise UserError(f"{name} has no pretrained weights: train it, or give a checkpoint")
+    model, info = external.load_pretrained(name)
+    if len(info.classes) != num_classes:
+        raise UserError(
+            f"the pretrained {name} tells {len(info.classes)} classes apart, but {num_classes} are "
+            "needed: train it on them, or give a checkpoint that was"
+        )
     return model

@@ -1,0 +1,152 @@
+"""Networks of torchvision and timm by name, ``tv:NAME`` and ``timm:NAME``, for ImageNet's sizes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from types import ModuleType
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from .._torchvision import import_torchvision
+from ..errors import UserError
+from .info import NetworkInfo
+
+# Two networks of torchvision have auxiliary heads, useless here, and take images normalised
+# otherwise than their weights' transforms do, unless told to convert them.
+_TORCHVISION_OPTIONS = {
+    name: {"aux_logits": False, "transform_input": True, "init_weights": True}
+    for name in ("googlenet", "inception_v3")
+}
+
+
+def is_external(name: str) -> bool:
+    """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
+    return name.startswith(("tv:", "timm:"))
+
+
+def build(name: str, num_classes: int) -> nn.Module:
+    """The network with the weights its library starts from, mapping images to [B, num_classes].
+
+    Raises UserError if its library has no network of this name, or is timm and not installed.
+    """
+    try:
+        return _build(name, num_classes)
+    except NotImplementedError:  # some constructors read tensors' values; meta tensors have none
+        device = torch.get_default_device()
+        with torch.device("cpu"):
+            return _build(name, num_classes).to(device)
+
+
+def _build(name: str, num_classes: int) -> nn.Module:
+    library, architecture = _find(name)
+    if library.__name__ == "timm":
+        return library.create_model(architecture, num_classes=num_classes)
+    options = _TORCHVISION_OPTIONS.get(architecture, {})
+    return library.get_model(architecture, num_classes=num_classes, **options)
+
+
+def load_pretrained(name: str) -> tuple[nn.Module, NetworkInfo]:
+    """The network with its library's default weights, in eval mode, and what they were trained on.
+
+    Weights that are not in torch.hub's folder are downloaded there first.
+
+    Raises UserError as `build` does, and if there are no weights, they cannot be downloaded, or
+    their file is damaged.
+    """
+    library, architecture = _find(name)
+    if library.__name__ == "timm":
+        return _load_timm(library, name, architecture)
+    weights = library.get_model_weights(architecture).DEFAULT
+    # Its files' names end in the first digits of their SHA-256.
+    file = _fetch(name, weights.url, Path(weights.url).name, Path(weights.url).stem.split("-")[-1])
+    try:  # get_model would unpickle anything
+        torch.load(file, map_location="cpu", weights_only=True)
+        network = library.get_model(architecture, weights=weights)
+    except Exception as error:  # bytes that are no pickle can fail in any way
+        raise _damaged(name, file) from error
+    if hasattr(network, "AuxLogits"):
+        network.aux_logits, network.AuxLogits = False, None
+    transforms = weights.transforms()
+    return network.eval(), NetworkInfo(
+        architecture=name,
+        classes=list(weights.meta["categories"]),
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        image_size=transforms.crop_size[0],
+    )
+
+
+def _load_timm(timm: ModuleType, name: str, architecture: str) -> tuple[nn.Module, NetworkInfo]:
+    config = timm.get_pretrained_cfg(architecture)
+    if config is None or not config.hf_hub_id:
+        raise UserError(
+            f"timm's hub has no weights for {name}: take another network or train this one"
+        )
+    url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
+    # Downloaded here and not by timm, which tries for most of a minute where there is no network.
+    file = _fetch(name, url, Path(config.hf_hub_id).name + ".safetensors")
+    try:
+        overlay = {"state_dict": safetensors.torch.load_file(file)}
+        network = timm.create_model(architecture, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as error:
+        raise _damaged(name, file) from error
+    categories = (
+        import_torchvision("models").get_model_weights("resnet18").DEFAULT.meta["categories"]
+    )
+    is_imagenet = config.num_classes == len(categories)
+    return network.eval(), NetworkInfo(
+        architecture=name,
+        classes=list(categories if is_imagenet else map(str, range(config.num_classes))),
+        mean=tuple(config.mean),
+        std=tuple(config.std),
+        image_size=config.input_size[-1],
+    )
+
+
+def _find(name: str) -> tuple[ModuleType, str]:
+    """The library that ``name`` points into, and the name there."""
+    prefix, _, architecture = name.partition(":")
+    models = import_torchvision("models")  # timm needs it too, and would not find it by itself
+    if prefix == "tv":
+        library, known = models, models.list_models(module=models)
+    else:
+        try:
+            import timm as library
+        except ImportError:
+            raise UserError(f"{name} needs timm: pip install timm") from None
+        known = library.list_models() + library.list_pretrained()
+    if architecture not in known:
+        nearest = difflib.get_close_matches(architecture.lower(), known, cutoff=0.0)
+        raise UserError(
+            f"no network is called {name!r}; the nearest names are "
+            + ", ".join(f"{prefix}:{near}" for near in nearest)
+        )
+    return library, architecture
+
+
+def _fetch(name: str, url: str, file_name: str, sha256: str | None = None) -> Path:
+    """Where the file lies on this machine, downloaded if it was not there.
+
+    ``sha256`` is what a downloaded file's hash, in hexadecimal, must start with.
+    """
+    file = Path(torch.hub.get_dir(), "checkpoints", file_name)
+    if file.is_file():
+        return file
+    try:
+        os.makedirs(file.parent, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(file), sha256)
+    except (OSError, RuntimeError) as error:
+        reason = str(getattr(error, "reason", error)).replace("\n", " ")
+        raise UserError(
+            f"cannot download the weights of {name} ({reason}): fetch {url} by hand and put it at "
+            f"{file}"
+        ) from None
+    return file
+
+
+def _damaged(name: str, file: Path) -> UserError:
+    return UserError(f"{file} does not hold the weights of {name}, or is damaged: delete it")

@@ -1,0 +1,20 @@
+"""What is known of a network beside its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class NetworkInfo:
+    """What a network's weights do not say of themselves.
+
+    ``mean`` and ``std`` are of pixel values scaled to 0..1, one for each RGB channel; images are
+    ``image_size`` pixels high and wide; ``classes`` are in the order of the logits.
+    """
+
+    architecture: str
+    classes: list[str]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_size: int

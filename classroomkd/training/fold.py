@@ -1,0 +1,67 @@
+"""Batch norms folded into the convolutions that they follow: fewer kernels, the same function."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+from torch import fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+def fold_batch_norms(network: nn.Module) -> nn.Module:
+    """A copy of ``network`` in eval mode without the batch norms that `foldable` names.
+
+    Their scales and shifts, combined in float64, are in the convolutions, whose weights keep their
+    dtype; an identity stands where each was, so that every other name and the code stay as they
+    were. ``network`` itself is not touched.
+    """
+    folded = copy.deepcopy(network).eval()
+    for norm_name, conv_name in foldable(folded).items():
+        conv = folded.get_submodule(conv_name)
+        # Copies, for another layer may share these tensors.
+        precise = [copy.deepcopy(folded.get_submodule(n)).double() for n in (conv_name, norm_name)]
+        folded.set_submodule(conv_name, fuse_conv_bn_eval(*precise).to(conv.weight.dtype))
+        folded.set_submodule(norm_name, nn.Identity().eval())
+    return folded
+
+
+def foldable(network: nn.Module) -> dict[str, str]:
+    """The batch norms of ``network`` that can be folded, each with the convolution to fold it into.
+
+    Those are the `BatchNorm2d` with running statistics that take the output of a `Conv2d` which
+    nothing else takes, both called once and their tensors not used elsewhere in the forward pass.
+    What follows what is read off `torch.fx`'s trace in eval mode; in a network that cannot be
+    traced nothing is foldable.
+    """
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True  # so that a look at a norm's statistics is in the graph
+    try:
+        graph = tracer.trace(copy.deepcopy(network).eval())
+    except Exception:  # whatever a forward pass raises when it is given a proxy
+        return {}
+    # torch.fx.experimental.optimization.fuse finds such pairs too, but would also fold into a
+    # convolution that is called a second time, and leaves a generated module in place of the class.
+    uses = Counter(
+        node.target if node.op == "call_module" else node.target.rpartition(".")[0]
+        for node in graph.nodes
+        if node.op in ("call_module", "get_attr")
+    )
+    modules = dict(network.named_modules())
+
+    def is_single(node: object, kind: type[nn.Module]) -> bool:
+        return (
+            isinstance(node, fx.Node)
+            and node.op == "call_module"
+            and type(modules[node.target]) is kind
+            and uses[node.target] == 1
+        )
+
+    pairs = {}
+    for node in graph.nodes:
+        if not is_single(node, nn.BatchNorm2d) or modules[node.target].running_mean is None:
+            continue
+        (source,) = node.all_input_nodes
+        if is_single(source, nn.Conv2d) and len(source.users) == 1:
+            pairs[node.target] = source.target
+    return pairs

@@ -1,0 +1,108 @@
+"""The frozen mentors of a classroom as one callable, as fast as they can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+from classroomkd.errors import UserError
+from classroomkd.training.fold import fold_batch_norms
+
+
+class MentorBank:
+    """Maps a batch of images to the logits of every mentor.
+
+    The bank holds copies of the mentors: in eval mode, frozen, without the batch norms that can be
+    folded, channels last, in ``dtype``. On a GPU each runs on a stream of its own between the work
+    before and the work after the call; a CUDA graph can capture that, and then the time is the
+    slowest mentor's as long as the small ones leave multiprocessors idle.
+
+    Args:
+        mentors: unique name to network, which maps images [B, 3, H, W] to logits [B, C].
+        num_classes: C.
+        device: where the mentors run.
+        dtype: torch.float32 or torch.bfloat16, of weights, activations and logits. Batch norms
+            that stay keep float32 statistics, whose rounding would be the same for every image.
+        compile: pass each mentor through ``torch.compile``.
+
+    Attributes:
+        names: of the mentors, in the order of the logits.
+
+    """
+
+    def __init__(
+        self,
+        mentors: Mapping[str, nn.Module],
+        num_classes: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        compile: bool = False,
+    ) -> None:
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
+        self.names = list(mentors)
+        self._num_classes = num_classes
+        self._device = torch.device(device)
+        self._dtype = dtype
+        networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
+        self._networks = [torch.compile(n) for n in networks] if compile else networks
+        self._streams = (
+            [torch.cuda.Stream(self._device) for _ in networks]
+            if self._device.type == "cuda"
+            else None
+        )
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The mentors' logits [B, C], in the order of ``names``, for images [B, 3, H, W].
+
+        Images of another dtype are converted, once for all mentors; the logits are fresh tensors
+        of the bank's dtype, made in inference mode. Never waits for the GPU.
+
+        Raises UserError if a mentor's logits are not [B, num_classes].
+        """
+        # A mentor computes in the bank's dtype, whatever the student's autocast says.
+        with torch.autocast(self._device.type, enabled=False):
+            images = images.to(self._dtype, memory_format=torch.channels_last)
+            logits = self._side_by_side(images) if self._streams else self._in_turn(images)
+        for name, rows in zip(self.names, logits, strict=True):
+            if rows.shape != (len(images), self._num_classes):
+                raise UserError(
+                    f"mentor {name} gives logits of shape {list(rows.shape)} for {len(images)} "
+                    f"images of {self._num_classes} classes: give a network for these classes"
+                )
+        return logits
+
+    def _in_turn(self, images: Tensor) -> list[Tensor]:
+        return [network(images) for network in self._networks]
+
+    def _side_by_side(self, images: Tensor) -> list[Tensor]:
+        # Memory is safe without Tensor.record_stream: the current stream goes on when all others
+        # are done with the images, and a logits tensor's memory, once freed, is used again by its
+        # own stream alone, which first waits for the current one and so for the loss.
+        current = torch.cuda.current_stream(self._device)
+        logits = []
+        for network, stream in zip(self._networks, self._streams, strict=True):
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                logits.append(network(images))
+        for stream in self._streams:
+            current.wait_stream(stream)
+        return logits
+
+
+def _prepare(mentor: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    network = fold_batch_norms(mentor).requires_grad_(False)
+    for module in network.modules():
+        if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(dtype)
+    return network.to(device, memory_format=torch.channels_last)
