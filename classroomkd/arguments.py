@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from classroomkd.errors import UserError
+
+DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +49,18 @@ PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number fro
 QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")
 SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 PART = _checked(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings within mappings, of dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        inner = result
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return result
 
 
 def not_empty(text: str) -> str:

@@ -7,14 +7,16 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from classroomkd import __version__
 from classroomkd.arguments import (
     COUNT,
+    DEFAULT_IMAGE_SIZE,
+    DEFAULT_SEED,
+    DEFAULT_TEST_SHARE,
     NATURAL,
     PART,
     PHOTO_SIDE,
@@ -28,12 +30,6 @@ from classroomkd.arguments import (
     path_option,
 )
 from classroomkd.errors import UserError
-
-if TYPE_CHECKING:
-    from classroomkd.data import ImageSet
-    from classroomkd.training.classroom import Classroom, ClassroomConfig
-
-_SEED, _TEST_SHARE, _IMAGE_SIZE = 0, 0.2, 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,186 +66,6 @@ def _system_message(error: OSError) -> str:
     return message
 
 
-def _quickstart(arguments: argparse.Namespace) -> None:
-    from classroomkd.training.classroom import Classroom, ClassroomConfig
-    from classroomkd.training.mentors import MentorConfig
-
-    epochs = arguments.epochs
-    config = ClassroomConfig(
-        data="digits",
-        student="resnet8",
-        # A teacher, and two peers that are weaker because they are smaller and trained less.
-        mentors=(
-            MentorConfig("resnet20", epochs),
-            MentorConfig("resnet14", max(epochs // 3, 1)),
-            MentorConfig("resnet8", max(epochs // 5, 1)),
-        ),
-        epochs=epochs,
-        image_size=16,
-        padding=2,
-        flip=False,  # a mirrored digit is no digit
-        test_share=1 / 3,
-        seed=arguments.seed,
-        loader=arguments.loader,
-        # Networks this small gain little from a second thread, but on a machine that is busy they
-        # lose most of their speed waiting for it; and so the numbers do not depend on the cores.
-        threads=1,
-    )
-    _hold(Classroom(config, _console()), arguments.out, "quickstart")
-
-
-def _train(parser: Parser, arguments: argparse.Namespace) -> None:
-    given = {
-        f"--{name.replace('_', '-')}"
-        for name, value in vars(arguments).items()
-        if name != "run" and value != parser.get_default(name)
-    }
-    if arguments.resume is not None:
-        others = ", ".join(sorted(given - {"--resume"}))
-        if others:
-            parser.error(f"--resume takes all other options from the run: leave out {others}")
-        _resume(arguments.resume)
-        return
-    missing = [option for option in ("--data", "--student", "--mentors") if option not in given]
-    if missing:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-
-    import torch
-
-    from classroomkd.training.classroom import Classroom, ClassroomConfig
-    from classroomkd.training.machine import find_device
-    from classroomkd.training.mentors import MentorConfig, is_checkpoint
-
-    mentor_epochs = arguments.mentor_epochs or arguments.epochs
-    config = ClassroomConfig(
-        data=str(arguments.data.expanduser().absolute()),
-        student=arguments.student,
-        mentors=tuple(
-            MentorConfig(source, None if is_checkpoint(source) else mentor_epochs)
-            for source in arguments.mentors
-        ),
-        epochs=arguments.epochs,
-        image_size=arguments.image_size,
-        padding=arguments.image_size // 8,
-        flip=arguments.flip,
-        test_share=arguments.test_share,
-        validation=arguments.validation,
-        batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        temperature=arguments.temperature,
-        ranking=arguments.ranking,
-        seed=arguments.seed,
-        device=str(find_device(arguments.device)),
-        loader=arguments.loader,
-        threads=torch.get_num_threads(),
-    )
-    _hold(Classroom(config, _console()), arguments.out, "train", download=arguments.download)
-
-
-def _hold(
-    classroom: Classroom, out: Path | None, default_out: str, download: str | None = None
-) -> None:
-    """Train and report; the folder is looked at before the data, which may take long to read."""
-    from classroomkd.training.run import choose_folder
-
-    out = choose_folder(out, default_out)
-    _report(classroom, classroom.run(*_read_data(classroom.config, download), out), out)
-
-
-def _resume(out: Path) -> None:
-    """Go on with the run in ``out``."""
-    from classroomkd.training.classroom import Classroom, ClassroomConfig
-    from classroomkd.training.run import recorded_config
-
-    try:
-        config = ClassroomConfig.from_dict(recorded_config(out))
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{out / 'config.yaml'} is not this version's: {error}") from None
-    classroom = Classroom(config, _console())
-    _report(classroom, classroom.run(*_read_data(config), out, resume=True), out)
-
-
-def _read_data(config: ClassroomConfig, download: str | None = None) -> tuple[ImageSet, ImageSet]:
-    from classroomkd.data import digits, load_source
-
-    split = {"seed": config.seed, "test_share": config.test_share}
-    if config.data == "digits":
-        return digits(**split)
-    return load_source(config.data, image_size=config.image_size, download=download, **split)
-
-
-def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
-    from classroomkd.report import results_table
-
-    classroom.console.print(results_table(summary))
-    classroom.console.print(
-        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-    )
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from dataclasses import replace
-
-    import torch
-
-    from classroomkd.data import Loaders, channel_statistics, is_split_by_seed, join, load_source
-    from classroomkd.models import NetworkInfo, load_network
-    from classroomkd.training.evaluation import evaluate, evaluation_loader, require_finite
-    from classroomkd.training.machine import find_device
-    from classroomkd.training.mentors import fit_to_data
-
-    device = find_device(arguments.device)
-    network, info, architecture = load_network(arguments.student)
-    image_size = info.image_size if info else _IMAGE_SIZE
-    split = _split(arguments, ours=info is not None)
-    train_set, test_set = load_source(arguments.data, image_size=image_size, **split)
-    if info is None:
-        info = NetworkInfo(
-            architecture, test_set.classes, *channel_statistics(train_set), image_size
-        )
-        print(
-            f"{arguments.student} does not say how its images were prepared: taking the mean and "
-            f"deviation of {arguments.data}'s training part, {image_size}×{image_size} pixels"
-        )
-    fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
-    network.to(device, memory_format=torch.channels_last)
-    images = join(train_set, test_set) if arguments.all else test_set
-    with evaluation_loader(Loaders("resident", [images], device), images, info) as loader:
-        result = evaluate(network, loader)
-    require_finite(result, str(arguments.student))
-    part = "all images" if arguments.all else "the held-out part"
-    print(f"{architecture} of {arguments.student} on {part} of {arguments.data}:")
-    chosen = ""
-    if not arguments.all and is_split_by_seed(arguments.data):
-        total = len(train_set) + len(test_set)
-        chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
-    print(f"images  {result.images}{chosen}")
-    print(f"top-1   {result.top1:.2%}")
-    print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
-    print(f"loss    {result.loss:.4f}")
-    print(f"calibration error {result.calibration_error:.4f}")
-
-
-def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
-    """The seed and share of the split, by default those of the run that ``ours`` comes from.
-
-    With any others a network would be measured on images that it was trained on.
-    """
-    from classroomkd.training.run import recorded_split
-
-    split = {"seed": _SEED, "test_share": _TEST_SHARE}
-    if ours:
-        split |= recorded_split(arguments.student)
-    given = {name: getattr(arguments, name) for name in split}
-    return split | {name: value for name, value in given.items() if value is not None}
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
 def _parser() -> Parser:
     parser = Parser(
         prog="classroomkd",
@@ -259,14 +75,11 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"classroomkd {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], what: str) -> Parser:
-        added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
+    def command(name: str, what: str) -> Parser:
+        return _command(commands, "classroomkd.training.commands", name, what)
 
     quickstart = command(
         "quickstart",
-        _quickstart,
         "train three mentors and a student on scikit-learn's handwritten digits, on the CPU",
     )
     quickstart.add_argument(
@@ -278,9 +91,18 @@ def _parser() -> Parser:
     )
     _add_run_options(quickstart, "quickstart")
 
-    train = command("train", _train, "train mentors and a student on your own images")
-    train.set_defaults(run=partial(_train, train))
+    train = command("train", "train mentors and a student on your own images")
     train.lists_zoo = True
+    train.add_argument(
+        "override",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4",
+    )
+    train.add_argument(
+        "--recipe", type=path_option, metavar="FILE", help="a YAML file to begin with"
+    )
     train.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
     train.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
     train.add_argument(
@@ -315,14 +137,14 @@ def _parser() -> Parser:
     train.add_argument(
         "--image-size",
         type=PIXELS,
-        default=_IMAGE_SIZE,
+        default=DEFAULT_IMAGE_SIZE,
         metavar="PIXELS",
         help=f"width and height that images are brought to {_DEFAULT}",
     )
     train.add_argument(
         "--test-share",
         type=SHARE,
-        default=_TEST_SHARE,
+        default=DEFAULT_TEST_SHARE,
         metavar="SHARE",
         help=f"held out of a data set without test/ and val/ {_DEFAULT}",
     )
@@ -351,7 +173,7 @@ def _parser() -> Parser:
         help="go on with the run in this folder, whatever stopped it; takes no other option",
     )
 
-    evaluate = command("evaluate", _evaluate, "measure a trained student on held-out images")
+    evaluate = command("evaluate", "measure a trained student on held-out images")
     evaluate.add_argument(
         "student",
         type=path_option,
@@ -363,51 +185,62 @@ def _parser() -> Parser:
     )
     own = "(default: that of the run folder STUDENT lies in, else {})"
     evaluate.add_argument(
-        "--seed", type=NATURAL, metavar="N", help=f"of the split {own.format(_SEED)}"
+        "--seed", type=NATURAL, metavar="N", help=f"of the split {own.format(DEFAULT_SEED)}"
     )
     evaluate.add_argument(
         "--test-share",
         type=SHARE,
         metavar="SHARE",
-        help=f"held out of a data set without test/ and val/ {own.format(_TEST_SHARE)}",
+        help=f"held out of a data set without test/ and val/ {own.format(DEFAULT_TEST_SHARE)}",
     )
     evaluate.add_argument(
         "--all", action="store_true", help="measure every image, those of the training part too"
     )
     _add_device(evaluate)
 
+    command("models", "list the networks of the zoo and how many parameters they have")
+
     data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)
     _add_data_commands(data.add_subparsers(metavar="command", required=True))
     return parser
 
 
+def _command(commands: Any, module: str, name: str, what: str) -> Parser:
+    """Add the command that the function ``name`` of ``module`` is, imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        getattr(import_module(module), name)(arguments)
+
+    added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    added.set_defaults(run=run, parser=added)
+    return added
+
+
 def _add_data_commands(commands: Any) -> None:
     def command(name: str, what: str) -> Parser:
-        def run(arguments: argparse.Namespace) -> None:
-            from classroomkd.data import commands as functions
-
-            getattr(functions, name)(arguments)
-
-        added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-        added.set_defaults(run=run)
-        return added
+        return _command(commands, "classroomkd.data.commands", name, what)
 
     def add_loading(parser: Parser) -> None:
         parser.add_argument(
             "--image-size",
             type=PIXELS,
             metavar="PIXELS",
-            help=f"width and height that images are brought to (default: {_IMAGE_SIZE}; digits 16)",
+            help="width and height that images are brought to "
+            f"(default: {DEFAULT_IMAGE_SIZE}; digits 16)",
         )
         parser.add_argument(
             "--test-share",
             type=SHARE,
-            default=_TEST_SHARE,
+            default=DEFAULT_TEST_SHARE,
             metavar="SHARE",
             help=f"held out of a data set without test/ and val/ {_DEFAULT}",
         )
         parser.add_argument(
-            "--seed", type=NATURAL, default=_SEED, metavar="N", help=f"of that split {_DEFAULT}"
+            "--seed",
+            type=NATURAL,
+            default=DEFAULT_SEED,
+            metavar="N",
+            help=f"of that split {_DEFAULT}",
         )
 
     def add_packing(parser: Parser) -> None:
@@ -470,7 +303,7 @@ _SOURCE_HELP = f"{_DATA_HELP}, or the word digits"
 
 
 def _add_run_options(parser: Parser, name: str) -> None:
-    parser.add_argument("--seed", type=NATURAL, default=_SEED, metavar="N", help=_DEFAULT)
+    parser.add_argument("--seed", type=NATURAL, default=DEFAULT_SEED, metavar="N", help=_DEFAULT)
     parser.add_argument(
         "--loader",
         choices=("auto", "ffcv", "resident", "torch"),

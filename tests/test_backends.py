@@ -1,6 +1,8 @@
 """Which loader a run gets, why, and that its numbers do not depend on it."""
 
 import os
+import threading
+import time
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ from test_loaders import MEAN, STD, random_set
 
 from classroomkd.data import Loaders, ResidentLoader, TorchLoader, backends, beton
 from classroomkd.errors import UserError
-from classroomkd.training.classroom import Classroom, ClassroomConfig
-from classroomkd.training.mentors import MentorConfig
+from classroomkd.training.classroom import Classroom
+from classroomkd.training.config import load_recipe
 
 OPTIONS = {"mean": MEAN, "std": STD, "augmentation": None, "shuffle": False, "drop_last": False}
 
@@ -97,26 +99,65 @@ def test_a_set_is_packed_once(cache, monkeypatch):
 
 
 @requires_ffcv
+@pytest.mark.parametrize("locked", [True, False])
+def test_a_set_is_packed_by_one_at_a_time(cache, monkeypatch, locked):
+    """Processes that begin together wait for the first; threads stand for them."""
+    packings, pack = [], beton.pack
+
+    def slow(*arguments, **options):
+        packings.append(time.sleep(0.3))
+        return pack(*arguments, **options)
+
+    monkeypatch.setattr(beton, "pack", slow)
+    if not locked:  # a system without such locks
+        monkeypatch.setattr(backends, "fcntl", None)
+    sets = [random_set() for _ in range(1 + 3 * locked)]
+    threads = [threading.Thread(target=backends.packed, args=[one]) for one in sets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(packings) == 1
+    beton.verify(backends.packed(random_set()), random_set())
+
+
+@requires_ffcv
+def test_what_killed_packings_left_is_removed(cache):
+    cache.mkdir()
+    (cache / ".0123-4567.beton.abc.unfinished").write_bytes(bytes(100))
+    path = backends.packed(random_set())
+    assert {file.name for file in cache.iterdir()} == {path.name, f"{path.name}.json", ".lock"}
+
+
+@requires_ffcv
+@pytest.mark.parametrize("name", ["ffcv", "resident"])
+def test_sets_are_known_by_themselves(name):
+    """Another may have the address, and so the ``id``, of one that is gone."""
+    loaders = Loaders(name, [random_set(seed=seed) for seed in range(3)], "cpu")
+    for _ in range(3):
+        with pytest.raises(UserError, match="none of those that the loaders were made for"):
+            loaders.open(random_set(seed=9), 4, **OPTIONS)
+
+
+@requires_ffcv
 @pytest.mark.parametrize("loader", ["ffcv", "torch"])
 def test_a_run_is_the_same_through_every_loader(tmp_path, loader):
     """All records but the times, and the weights, to the bit."""
 
     def run(loader):
-        config = ClassroomConfig(
-            data="noise",
-            student="resnet8",
-            mentors=(MentorConfig("resnet8", 1),),
-            epochs=2,
-            image_size=8,
-            padding=1,
-            flip=True,
-            test_share=0.2,
-            batch_size=16,
-            loader=loader,
+        recipe = load_recipe(
+            values={
+                "student": "resnet8",
+                "mentors": ["resnet8"],
+                "data": {"source": "noise", "image_size": 8, "loader": loader},
+                "training": {"epochs": 2, "batch_size": 16},
+                "mentor_training": {"epochs": 1, "batch_size": 16},
+                "device": "cpu",
+            }
         )
         sets = random_set(60, 8, 8), random_set(20, 8, 8, seed=1)
         with open(os.devnull, "w") as nothing:
-            classroom = Classroom(config, Console(file=nothing))
+            classroom = Classroom(recipe, Console(file=nothing))
             summary = classroom.run(*sets, tmp_path / loader)
         weights = (tmp_path / loader / "student.safetensors").read_bytes()
         return summary["results"], weights

@@ -118,7 +118,8 @@ def test_quickstart_from_the_command_line(tmp_path: Path):
         assert f"{result['top1']:.2%}" in done.stdout
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 5
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert (config["test_share"], config["flip"], config["seed"]) == (1 / 3, False, 0)
+    data = config["data"]
+    assert (data["test_share"], data["flip"], config["seed"]) == (1 / 3, False, 0)
     for name in ("config.yaml", "report.html", "student.safetensors", "student_alone.safetensors"):
         assert (run / name).stat().st_size > 0
 
@@ -135,6 +136,7 @@ def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
     assert summary["data"] == {
         "name": split.name,
         "classes": 3,
+        "class_names": ["cat", "dog", "eel"],
         "train_images": 33,
         "validation_images": 3,
         "test_images": 15,
@@ -404,7 +406,7 @@ def test_interruption_before_anything_is_written(split: Path, tmp_path: Path, ca
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("classroomkd.data.load_source", interrupt)
+    monkeypatch.setattr("classroomkd.training.commands.load_source", interrupt)
     assert train(split, tmp_path / "run") == 130
     assert capsys.readouterr().err == "classroomkd: interrupted: nothing was written\n"
 

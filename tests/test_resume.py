@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from test_training import CONFIG, colours
+from test_training import colours, recipe
 
 from classroomkd.errors import UserError
 from classroomkd.training.checkpoints import Checkpoints
@@ -24,30 +24,24 @@ FILES = ("student.safetensors", "student_alone.safetensors", "mentors/resnet8.sa
 # A process that has trained nothing itself, so that the children it forks can.
 PREAMBLE = f"""
     import itertools, os, random, signal, sys, time
-    from dataclasses import replace
     from pathlib import Path
     sys.path.insert(0, {str(TESTS)!r})
     import torch
     from rich.console import Console
-    from test_training import CONFIG, colours
+    from test_training import colours, recipe
     from classroomkd.training.classroom import Classroom
-    from classroomkd.training.mentors import MentorConfig
     import classroomkd.files
 
     OUT = Path(sys.argv[1])
-    CONFIG = replace(
-        CONFIG,
-        mentors=(MentorConfig("resnet8", 2),),
-        epochs=4,
-        loader="resident",
-        checkpoint_minutes=0.02 / 60,
+    RECIPE = recipe(
+        "mentors=[resnet8]", "training.epochs=4", "checkpoint_minutes=0.0003", "data.validation=0.1"
     )
     SETS = colours(64), colours(13, seed=1)
 
     def hold():
         with open(os.devnull, "w") as nothing:
             resume = (OUT / "inputs.json").exists()
-            Classroom(CONFIG, Console(file=nothing)).run(*SETS, OUT, resume=resume)
+            Classroom(RECIPE, Console(file=nothing)).run(*SETS, OUT, resume=resume)
 
     def child(before=lambda: None):
         pid = os.fork()
@@ -234,7 +228,7 @@ def test_no_checkpoint_yet(tmp_path):
 def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
     def hold(train_set, resume):
         with open(os.devnull, "w") as nothing:
-            classroom = Classroom(CONFIG, Console(file=nothing))
+            classroom = Classroom(recipe(), Console(file=nothing))
             return classroom.run(train_set, colours(13, seed=1), tmp_path / "run", resume=resume)
 
     hold(colours(28), resume=False)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from rich.console import Console
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,11 +31,13 @@ from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, save_network
 from classroomkd.training import classroom as classroom_module
 from classroomkd.training.checkpoints import Checkpoints
-from classroomkd.training.classroom import Classroom, ClassroomConfig
+from classroomkd.training.classroom import Classroom
+from classroomkd.training.config import Recipe, TrainingConfig, load_recipe
 from classroomkd.training.evaluation import evaluate, evaluation_loader
-from classroomkd.training.mentors import MentorConfig, Renormalised, fit_to_data
+from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.mentors import Renormalised, fit_to_data
 from classroomkd.training.run import Run, choose_folder, recorded_split
-from classroomkd.training.schedule import mentor_learning_rate, student_learning_rate
+from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
 
 CLASSES = ["red", "green", "blue"]
@@ -113,24 +114,42 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     ],
 )
 def test_schedules_are_the_published_ones_at_240_epochs(epoch, student, mentor):
-    progress = (epoch - 1) / 240
-    assert student_learning_rate(progress) == pytest.approx(student, rel=1e-12)
-    assert mentor_learning_rate(progress) == pytest.approx(mentor, rel=1e-12)
-    assert student_learning_rate(progress, peak=0.5) == pytest.approx(10 * student, rel=1e-12)
+    for name, rate in (("classroom", student), ("steps", mentor)):
+        training = TrainingConfig(schedule=name)
+        for within in (0, 0.25, 0.999):  # they change from epoch to epoch
+            assert learning_rate(training, 0.05, epoch - 1 + within) == pytest.approx(rate)
+        assert learning_rate(training, 0.5, epoch - 1) == pytest.approx(10 * rate, rel=1e-12)
 
 
 def test_schedule_scales_with_the_epochs():
-    rates = [student_learning_rate(done / 8) for done in range(8)]
+    rates = [learning_rate(TrainingConfig(epochs=8), 0.05, done) for done in range(8)]
     assert rates == pytest.approx([0.05, 0.04, 0.03, 0.02, 0.01, 1e-3, 1e-4, 1e-5], rel=1e-12)
+
+
+def test_cosine_and_warm_up():
+    cosine = TrainingConfig(epochs=10, schedule="cosine", warmup_epochs=2)
+    shape = [(1 + math.cos(math.pi * done / 10)) / 2 for done in (0.5, 1, 2, 5, 9.99)]
+    expected = [shape[0] * 0.25, shape[1] * 0.5, *shape[2:]]
+    got = [learning_rate(cosine, 1.0, done) for done in (0.5, 1, 2, 5, 9.99)]
+    assert got == pytest.approx(expected, rel=1e-12)
+    imagenet = TrainingConfig(epochs=100, schedule="steps", milestones=[0.3, 0.6, 0.9])
+    rates = [learning_rate(imagenet, 0.1, done) for done in (29, 30, 59, 60, 89, 90)]
+    assert rates == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
+
+
+def test_usual_peaks():
+    usual = TrainingConfig(learning_rate=None)
+    assert peak_learning_rate(usual, "resnet20") == 0.05
+    assert peak_learning_rate(usual, "mobilenetv2") == peak_learning_rate(usual, "shufflenetv1")
+    assert peak_learning_rate(usual, "shufflenetv2") == 0.01
+    assert peak_learning_rate(TrainingConfig(learning_rate=0.3), "mobilenetv2") == 0.3
 
 
 # ---------------------------------------------------------------- the trainer
 
 
 def test_trainer_learns_a_separable_problem():
-    trainer = Trainer(
-        network(0), batches(colours(96)), name="toy", epochs=6, schedule=mentor_learning_rate
-    )
+    trainer = trainer_of(network(0), colours(96), epochs=6)
     records = [trainer.train_epoch() for _ in range(6)]
     assert records[0]["train_loss"] > 0.2 > 0.1 > records[-1]["train_loss"]
     assert records[-1]["train_top1"] > 0.95
@@ -144,12 +163,10 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
     image_set = colours(44)  # 5 batches of 8 and an incomplete one, which is dropped
     mentors = {f"m{seed}": network(seed) for seed in mentor_seeds}
     trained, expected = network(0), network(0)
-    trainer = Trainer(
-        trained,
-        batches(image_set),
-        name="toy",
+    trainer = trainer_of(
+        *(trained, image_set),
         epochs=2,
-        schedule=lambda progress: 0.1 * (1 - progress),
+        rate=0.1,
         mentors=mentors,
         loss=ClassroomLoss(temperature=4.0),
     )
@@ -157,7 +174,7 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
 
     reference = {name: copy.deepcopy(mentor).eval() for name, mentor in mentors.items()}
     velocity = [torch.zeros_like(parameter) for parameter in expected.parameters()]
-    for epoch, rate in ((1, 0.1), (2, 0.05)):
+    for epoch, rate in ((1, 0.1), (2, 0.01)):
         losses, hits, reports = [], 0, []
         loader = batches(image_set)
         loader.set_epoch(epoch)
@@ -192,6 +209,14 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def trainer_of(student, image_set, *, name="toy", epochs=1, rate=0.05, mentors=None, **options):
+    """A tenth of the rate from the training's half on."""
+    bank = MentorBank(mentors, 3, device="cpu") if mentors else None
+    training = TrainingConfig(epochs=epochs, batch_size=8, schedule="steps", milestones=[0.5])
+    loader = batches(image_set)
+    return Trainer(student, loader, training, name=name, peak=rate, mentors=bank, **options)
+
+
 def scripted_loss(active_shares, kls):
     """A loss that ignores the mentors and reports, batch after batch, what it was told."""
     script = iter(zip(active_shares, kls, strict=True))
@@ -216,12 +241,10 @@ def scripted_loss(active_shares, kls):
 
 
 def test_record_averages_kl_over_the_rows_that_were_taught():
-    trainer = Trainer(
-        network(0),
-        batches(colours(16)),
+    trainer = trainer_of(
+        *(network(0), colours(16)),
         name="toy",
         epochs=1,
-        schedule=mentor_learning_rate,
         mentors={"busy": network(1), "idle": network(2)},
         loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
     )
@@ -241,12 +264,10 @@ class _NoHostReads(TorchDispatchMode):
 
 
 def test_no_step_reads_a_value_back():
-    trainer = Trainer(
-        network(0),
-        batches(colours(16)),
+    trainer = trainer_of(
+        *(network(0), colours(16)),
         name="toy",
         epochs=1,
-        schedule=mentor_learning_rate,
         mentors={"a": network(1), "b": network(2)},
         loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
     )
@@ -276,17 +297,17 @@ def test_no_step_waits_for_the_gpu():
     trainer = Trainer(
         network(0).to(device),
         loader,
+        TrainingConfig(epochs=2),
         name="toy",
-        epochs=2,
-        schedule=mentor_learning_rate,
-        mentors={"a": network(1).to(device), "b": network(2).to(device)},
+        peak=0.05,
+        mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
         loss=ClassroomLoss(),
     )
     trainer.train_epoch()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
         for images, targets, _ in loader:
-            trainer._step(images, targets)
+            trainer._step_on(images, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -296,21 +317,11 @@ def test_mentors_stay_what_they_are_bit_for_bit():
     before = {name: values_of(mentor) for name, mentor in mentors.items()}
     student = network(0)
     start = values_of(student)
-    trainer = Trainer(
-        student,
-        batches(colours(32)),
-        name="toy",
-        epochs=1,
-        schedule=mentor_learning_rate,
-        mentors=mentors,
-        loss=ClassroomLoss(),
-    )
+    trainer = trainer_of(student, colours(32), mentors=mentors, loss=ClassroomLoss())
     trainer.train_epoch()
     assert not same(start, values_of(student))
     for name, mentor in mentors.items():
         assert same(before[name], values_of(mentor))
-        assert not mentor.training
-        assert all(not p.requires_grad and p.grad is None for p in mentor.parameters())
 
 
 class _Mentor(nn.Module):
@@ -328,12 +339,11 @@ class _Mentor(nn.Module):
 
 
 def test_a_sick_mentor_stops_the_training_by_name(monkeypatch):
-    trainer = Trainer(
-        network(0),
-        batches(colours(48)),  # 6 steps
+    trainer = trainer_of(
+        *(network(0), colours(48)),
         name="resnet8 in the classroom",
         epochs=3,
-        schedule=lambda _: 1e-3,
+        rate=1e-3,
         mentors={"well": _Mentor(healthy_calls=99), "sick": _Mentor(healthy_calls=8)},
         loss=ClassroomLoss(),
     )
@@ -346,12 +356,11 @@ def test_a_sick_mentor_stops_the_training_by_name(monkeypatch):
 
 
 def test_divergence_is_not_blamed_on_a_mentor():
-    trainer = Trainer(
-        network(0),
-        batches(colours(32)),
+    trainer = trainer_of(
+        *(network(0), colours(32)),
         name="resnet8",
         epochs=1,
-        schedule=lambda _: 1e20,
+        rate=1e20,
         mentors={"well": network(1)},
         loss=ClassroomLoss(),
     )
@@ -362,9 +371,7 @@ def test_divergence_is_not_blamed_on_a_mentor():
 def test_divergence_is_seen_within_an_epoch(monkeypatch):
     """At the second look after it, not at the end of an epoch that may take an hour."""
     monkeypatch.setattr("classroomkd.training.trainer._READ_EVERY", 3)
-    trainer = Trainer(
-        network(0), batches(colours(160)), name="toy", epochs=1, schedule=lambda _: 1e20
-    )
+    trainer = trainer_of(network(0), colours(160), rate=1e20)
     with pytest.raises(UserError, match=r"batch [23] of 20"):
         trainer.train_epoch()
     assert trainer.batch == 6
@@ -489,17 +496,25 @@ def test_choice_of_the_folder(tmp_path: Path, monkeypatch):
 
 # ---------------------------------------------------------------- a whole classroom
 
-CONFIG = ClassroomConfig(
-    data="colours",
-    student="resnet8",
-    mentors=(MentorConfig("resnet8", 2), MentorConfig("resnet14", 1), MentorConfig("resnet8", 1)),
-    epochs=2,
-    image_size=8,
-    padding=1,
-    flip=True,
-    test_share=0.2,
-    batch_size=8,
-)
+VALUES = {
+    "student": "resnet8",
+    "mentors": [
+        "resnet8",
+        {"source": "resnet14", "epochs": 1},
+        {"source": "resnet8", "epochs": 1},
+    ],
+    "data": {"source": "colours", "image_size": 8, "validation": 0.0, "loader": "resident"},
+    "training": {"epochs": 2, "batch_size": 8},
+    "mentor_training": {"epochs": 2, "batch_size": 8},
+    "device": "cpu",
+    "threads": 1,
+}
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(values=VALUES, overrides=overrides)
+
+
 TRAINED = [  # in this order
     ("mentor", "resnet8", 2),
     ("mentor", "resnet14", 1),
@@ -509,9 +524,9 @@ TRAINED = [  # in this order
 ]
 
 
-def hold(out: Path, **changes) -> dict:
-    quiet = Console(file=io.StringIO())
-    return Classroom(replace(CONFIG, **changes), quiet).run(colours(28), colours(13, seed=1), out)
+def hold(out: Path, *overrides: str, resume: bool = False) -> dict:
+    classroom = Classroom(recipe(*overrides), Console(file=io.StringIO()))
+    return classroom.run(colours(28), colours(13, seed=1), out, resume=resume)
 
 
 def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
@@ -533,6 +548,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
     assert summary["data"] == {
         "name": "colours",
         "classes": 3,
+        "class_names": CLASSES,
         "train_images": 28,
         "test_images": 13,
     }
@@ -563,11 +579,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
         state = torch.load(checkpoint, weights_only=True)
         assert (state["epoch"], state["batch"]) == (result["epochs"] + 1, 0)
         assert len(state["optimizer"]["state"]) == len(list(model.parameters()))
-    config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (config["student"], config["mentors"][1]) == (
-        "resnet8",
-        {"source": "resnet14", "epochs": 1},
-    )
+    assert load_recipe(out / "config.yaml") == recipe()
     assert (out / "report.html").stat().st_size > 0
 
 
@@ -576,12 +588,12 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
     trained_on = []
 
     class Spy(Trainer):
-        def __init__(self, model, loader, **options):
-            super().__init__(model, loader, **options)
+        def __init__(self, model, loader, training, **options):
+            super().__init__(model, loader, training, **options)
             trained_on.append({bytes(image.tobytes()) for image in loader._images.numpy()})
 
     monkeypatch.setattr(classroom_module, "Trainer", Spy)
-    summary = hold(tmp_path / "run", validation=0.25, loader="resident", epochs=3)
+    summary = hold(tmp_path / "run", "data.validation=0.25", "training.epochs=3")
     whole = {bytes(image.tobytes()) for image in colours(28).images}
     assert len(trained_on) == 5
     assert all(images == trained_on[0] for images in trained_on)
@@ -596,7 +608,7 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
     assert result["chosen_epoch"] == 1 + validation.index(max(validation))
     assert result["chosen_top1"] == last[result["chosen_epoch"] - 1]["test_top1"]
     assert result["top1"] == last[-1]["test_top1"]
-    without = hold(tmp_path / "without", loader="resident", epochs=1)
+    without = hold(tmp_path / "without", "training.epochs=1")
     assert "validation_images" not in without["data"]
     assert "chosen_epoch" not in without["results"][-1]
 
@@ -604,7 +616,7 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
 def test_same_seed_same_bits(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(7)  # what the process drew before does not matter
-        hold(tmp_path / name, seed=seed)
+        hold(tmp_path / name, f"seed={seed}")
     for file in (
         "student.safetensors",
         "student_alone.safetensors",
@@ -619,8 +631,8 @@ def test_student_starts_alike_alone_and_in_the_classroom(tmp_path: Path, monkeyp
     starts, seen = {}, {}
 
     class Spy(Trainer):
-        def __init__(self, model, loader, **options):
-            super().__init__(model, loader, **options)
+        def __init__(self, model, loader, training, **options):
+            super().__init__(model, loader, training, **options)
             starts[self.name] = values_of(model)
             loader.set_epoch(2)
             seen[self.name] = [torch.cat([i.flatten() for i in batch]) for batch in loader]
@@ -647,8 +659,7 @@ def given(path: Path, weight: float = 0.0) -> str:
 
 def test_given_mentor_teaches_untrained_here(tmp_path: Path):
     source = given(tmp_path / "mine.safetensors")
-    mentors = (MentorConfig("resnet8", 1), MentorConfig(source, None))
-    summary = hold(tmp_path / "run", mentors=mentors)
+    summary = hold(tmp_path / "run", "mentor_training.epochs=1", f"mentors=[resnet8,{source}]")
     assert [(r["name"], r["trained"], r["epochs"]) for r in summary["results"][:2]] == [
         ("resnet8", True, 1),
         ("resnet8-2", False, None),
@@ -661,16 +672,16 @@ def test_given_mentor_teaches_untrained_here(tmp_path: Path):
 
 def test_sick_given_mentor_is_refused_before_training(tmp_path: Path):
     source = given(tmp_path / "mine.safetensors", weight=math.nan)
-    mentors = (MentorConfig("resnet8", 1), MentorConfig(source, None))
     with pytest.raises(UserError, match=r"mentor resnet8-2 .*its loss .* is nan") as caught:
-        hold(tmp_path / "run", mentors=mentors)
+        hold(tmp_path / "run", f"mentors=[resnet8,{source}]")
     assert source in str(caught.value)
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
 
 
 def test_divergence_is_recorded_and_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(
-        classroom_module, "mentor_learning_rate", lambda done, peak: 1e30 if done else peak
+        "classroomkd.training.trainer.learning_rate",
+        lambda training, peak, done: 1e30 if done >= 1 else peak,
     )
     message = r"resnet8 \(mentor\), epoch 2, batch . of 3: .* lower learning rate"
     with pytest.raises(UserError, match=message) as caught:
@@ -693,7 +704,12 @@ def test_set_smaller_than_a_batch_is_used_whole(tmp_path: Path, monkeypatch):
             return super()._step(images, targets)
 
     monkeypatch.setattr(classroom_module, "Trainer", Spy)
-    hold(tmp_path / "run", mentors=(MentorConfig("resnet8", 1),), epochs=1, batch_size=64)
+    hold(
+        tmp_path / "run",
+        "mentors=[resnet8]",
+        *("training.epochs=1", "mentor_training.epochs=1"),
+        *("training.batch_size=64", "mentor_training.batch_size=64"),
+    )
     assert sizes == [28, 28, 28]
 
 
@@ -727,8 +743,7 @@ def test_full_disk_says_where_the_run_is_and_leaves_the_last_state(tmp_path: Pat
     (left,) = (out / "checkpoints" / "mentor-resnet8").iterdir()  # nor a temporary file
     assert torch.load(left, weights_only=True)["epoch"] == 2
     monkeypatch.undo()
-    quiet = Console(file=io.StringIO())
-    summary = Classroom(CONFIG, quiet).run(colours(28), colours(13, seed=1), out, resume=True)
+    summary = hold(out, resume=True)
     assert summary["results"] == hold(tmp_path / "whole")["results"]
 
 
@@ -736,22 +751,24 @@ def test_one_constant_channel_is_no_hindrance(tmp_path: Path):
     train_set, test_set = colours(28), colours(13, seed=1)
     for image_set in (train_set, test_set):
         image_set.images[..., 2] = 7
-    config = replace(CONFIG, mentors=(MentorConfig("resnet8", 1),), epochs=1)
-    quiet = Console(file=io.StringIO())
-    summary = Classroom(config, quiet).run(train_set, test_set, tmp_path / "run")
+    short = recipe("mentors=[resnet8]", "training.epochs=1", "mentor_training.epochs=1")
+    summary = Classroom(short, Console(file=io.StringIO())).run(
+        train_set, test_set, tmp_path / "run"
+    )
     assert all(math.isfinite(result["loss"]) for result in summary["results"])
 
 
 @pytest.mark.parametrize(
     ("text", "split"),
     [
-        ("seed: 5\ntest_share: 0.25\nepochs: 3", {"seed": 5, "test_share": 0.25}),
+        ("seed: 5\ndata: {test_share: 0.25}", {"seed": 5, "test_share": 0.25}),
         ("defaults:\n- model: vit", {}),
         ("seed: 5", {}),
-        ("seed: five\ntest_share: 0.25", {}),
-        ("seed: true\ntest_share: 0.25", {}),
-        ("seed: -1\ntest_share: 0.25", {}),
-        ("seed: 5\ntest_share: 1.5", {}),
+        ("seed: five\ndata: {test_share: 0.25}", {}),
+        ("seed: true\ndata: {test_share: 0.25}", {}),
+        ("seed: -1\ndata: {test_share: 0.25}", {}),
+        ("seed: 5\ndata: {test_share: 1.5}", {}),
+        ("seed: 5\ndata: digits", {}),
         ("- seed", {}),
         ("", {}),
         ("a: b: c: {", {}),

@@ -11,6 +11,7 @@ from rich.table import Table
 from classroomkd.report.records import label
 
 COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
+_WHERE = {"alone": "alone", "classroom": "in the classroom"}
 
 
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
@@ -54,11 +55,18 @@ def evidence(summary: dict) -> str:
             " top-1 is the last epoch's; best is the highest of any epoch on these same images, "
             "which is what papers print."
         )
+    calibration = [
+        f"{result['calibration_error']:.4f} {_WHERE[result['phase']]}"
+        for result in summary["results"]
+        if result["phase"] in _WHERE and result.get("calibration_error") is not None
+    ]
+    if calibration:
+        text += f" The student's expected calibration error is {' and '.join(calibration)}."
     chosen = summary["results"][-1] if summary["results"] else {}
     if chosen.get("chosen_epoch") is not None:
         text += (
             f" By the {data['validation_images']:,} validation images the student of epoch "
-            f"{chosen['chosen_epoch']} would be chosen, whose top-1 was {chosen['chosen_top1']:.2%}."
+            f"{chosen['chosen_epoch']} would be chosen, top-1 {chosen['chosen_top1']:.2%}."
         )
     return text
 

@@ -7,8 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,64 +22,29 @@ from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label, write_report
 from classroomkd.training.checkpoints import Saver
+from classroomkd.training.config import Recipe, TrainingConfig, to_dict
 from classroomkd.training.evaluation import (
     Evaluation,
     evaluate,
     evaluation_loader,
     require_finite,
+    taught,
 )
 from classroomkd.training.interrupts import Interrupts
-from classroomkd.training.machine import device_name, find_device, versions
+from classroomkd.training.machine import device_name, find_device, find_precision, versions
+from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentors import (
     Mentor,
-    MentorConfig,
     check_trainable,
     find_mentors,
     fit_to_data,
+    is_checkpoint,
+    wherever,
 )
 from classroomkd.training.progress import TrainingProgress
 from classroomkd.training.run import Run
-from classroomkd.training.schedule import PEAK, mentor_learning_rate, student_learning_rate
+from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class ClassroomConfig:
-    """Everything that decides a run's numbers; its config.yaml.
-
-    ``data`` is a path, or "digits", and ``image_size`` the images' height and width in pixels.
-    ``validation`` is the share of the training images that is split off by ``seed`` to make choices
-    on; no network of the run trains on it. ``padding`` and ``flip`` augment the others, which
-    ``loader`` feeds. ``learning_rate`` is the schedules' peak. A training's state is saved after so
-    many epochs, and after so many minutes within one. On a CPU the numbers depend on the number of
-    ``threads`` too.
-    """
-
-    data: str
-    student: str
-    mentors: tuple[MentorConfig, ...]
-    epochs: int
-    image_size: int
-    padding: int
-    flip: bool
-    test_share: float
-    validation: float = 0.0
-    batch_size: int = 64
-    learning_rate: float = PEAK
-    temperature: float = 12.0
-    ranking: str = "sample"
-    seed: int = 0
-    device: str = "cpu"
-    loader: str = "auto"
-    checkpoint_epochs: int = 1
-    checkpoint_minutes: float = 5.0
-    threads: int = 1
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> ClassroomConfig:
-        """What a config.yaml holds; raises TypeError or KeyError if that is something else."""
-        mentors = tuple(MentorConfig(**mentor) for mentor in values["mentors"])
-        return cls(**values | {"mentors": mentors})
 
 
 @dataclass(frozen=True)
@@ -116,16 +80,25 @@ class Classroom:
     checkpoints, the device, the sizes of images and batches.
     """
 
-    def __init__(self, config: ClassroomConfig, console: Console) -> None:
-        torch.set_num_threads(config.threads)
-        self.config = config
-        self.console = console
-        self.device = find_device(config.device)
-        self.loss = ClassroomLoss(temperature=config.temperature, ranking=config.ranking)
-        self.mentors = find_mentors(config.mentors)
+    def __init__(self, recipe: Recipe, console: Console) -> None:
+        self.device = find_device(recipe.device)
+        recipe = replace(
+            recipe,
+            mentors=[wherever(mentor) for mentor in recipe.mentors],
+            device=str(self.device),
+            threads=recipe.threads or torch.get_num_threads(),
+        )
+        torch.set_num_threads(recipe.threads)
+        self.recipe, self.console = recipe, console
+        self.dtype = find_precision(recipe.precision, self.device)
+        self.loss = ClassroomLoss(**vars(recipe.loss))
+        self.mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
-        for name in dict.fromkeys([config.student, *untrained]):
-            check_trainable(name, config.image_size, config.batch_size)
+        for name, training in (
+            (recipe.student, recipe.training),
+            *((name, recipe.mentor_training) for name in dict.fromkeys(untrained)),
+        ):
+            check_trainable(name, recipe.data.image_size, training.batch_size)
 
     def run(
         self, train_set: ImageSet, test_set: ImageSet, out: Path, resume: bool = False
@@ -139,27 +112,27 @@ class Classroom:
         to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
-        config = self.config
-        mean, std = channel_statistics(train_set)
+        recipe, data = self.recipe, self.recipe.data
+        mean, std = (data.mean, data.std) if data.mean else channel_statistics(train_set)
         self._info = NetworkInfo(
-            config.student, train_set.classes, tuple(mean), tuple(std), config.image_size
+            recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size
         )
-        for mentor, mentor_config in zip(self.mentors, config.mentors, strict=True):
+        for mentor in self.mentors:
             if mentor.network is not None:
-                what = f"mentor {mentor_config.source}"
+                what = f"mentor {mentor.source}"
                 mentor.network = fit_to_data(mentor.network, mentor.info, self._info, what)
                 if mentor.info is None:
                     self._print(f"{what} does not say how to normalise; it gets what this data has")
-                elif mentor.info.image_size != config.image_size:
+                elif mentor.info.image_size != data.image_size:
                     own = mentor.info.image_size
                     self._print(f"{what} was trained on images of {own}×{own} pixels")
         try:
             sets = {"train": train_set, "test": test_set}
-            if config.validation:
+            if data.validation:
                 sets["train"], sets["validation"] = split_off(
-                    train_set, config.validation, config.seed
+                    train_set, data.validation, recipe.seed
                 )
-            self._loaders = Loaders(config.loader, list(sets.values()), self.device)
+            self._loaders = Loaders(data.loader, list(sets.values()), self.device)
             with ExitStack() as opened:
                 self._held_out = {
                     name: opened.enter_context(
@@ -168,7 +141,7 @@ class Classroom:
                     for name in ("validation", "test")
                     if name in sets
                 }
-                self._run = Run(out, asdict(config), resume)
+                self._run = Run(out, to_dict(recipe), resume)
                 self._run.require_same(self._inputs(sets))
                 counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
                 self._print(
@@ -180,14 +153,16 @@ class Classroom:
                     results = self._train_all(sets["train"])
             summary = {
                 "data": {
-                    "name": Path(config.data).resolve().name,
+                    "name": Path(data.source).resolve().name,
                     "classes": len(train_set.classes),
+                    "class_names": train_set.classes,
                     **{f"{name}_images": len(images) for name, images in sets.items()},
                 },
-                "seed": config.seed,
+                "seed": recipe.seed,
                 "device": device_name(self.device),
                 "versions": versions(),
                 "results": results,
+                "taught": self._taught,
             }
             self._run.finish(summary)
             write_report(out)
@@ -204,41 +179,67 @@ class Classroom:
 
     def _train_all(self, train_set: ImageSet) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
-        config = self.config
+        recipe = self.recipe
         # Given mentors come first, so that a sick one is found before anything is trained.
         results = {
-            mentor.name: self._admit(mentor, mentor_config.source)
-            for mentor, mentor_config in zip(self.mentors, config.mentors, strict=True)
+            mentor.name: self._admit(mentor)
+            for mentor in self.mentors
             if mentor.network is not None
         }
-        epochs = sum(m.epochs for m in self.mentors if m.network is None) + 2 * config.epochs
-        self._steps = max(len(train_set) // config.batch_size, 1)
-        with TrainingProgress(self.console, epochs * self._steps) as self._progress:
+        parts = [
+            _Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
+            for mentor in self.mentors
+            if mentor.network is None
+        ]
+        students = [
+            _Part(phase, recipe.student, recipe.student, recipe.training.epochs)
+            for phase in ("alone", "classroom")
+        ]
+        steps = sum(part.epochs * self._steps(part, train_set) for part in parts + students)
+        with TrainingProgress(self.console, steps) as self._progress:
             for number, mentor in enumerate(self.mentors, start=1):
                 if mentor.network is None:
-                    part = _Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
-                    mentor.network, results[mentor.name] = self._train(part, train_set, number)
+                    mentor.network, results[mentor.name] = self._train(
+                        parts.pop(0), train_set, number
+                    )
             mentors = {mentor.name: mentor.network for mentor in self.mentors}
-            for phase, teachers in (("alone", {}), ("classroom", mentors)):
-                part = _Part(phase, config.student, config.student, config.epochs)
+            bank = MentorBank(
+                mentors,
+                len(train_set.classes),
+                device=self.device,
+                dtype=self.dtype,
+                compile=recipe.compile,
+            )
+            for part, teachers in zip(students, (None, bank), strict=True):
                 # Both times number 0: the same first weights, the same batches.
-                _, results[phase] = self._train(part, train_set, 0, teachers)
+                student, results[part.phase] = self._train(part, train_set, 0, teachers)
+        self._taught = taught(student, mentors, self._held_out["test"])
         return [results[key] for key in (*mentors, "alone", "classroom")]
+
+    def _training(self, part: _Part) -> TrainingConfig:
+        """How a network is trained."""
+        if part.phase == "mentor":
+            return replace(self.recipe.mentor_training, epochs=part.epochs)
+        return self.recipe.training
+
+    def _steps(self, part: _Part, train_set: ImageSet) -> int:
+        """Of an epoch of a network."""
+        return max(len(train_set) // self._training(part).batch_size, 1)
 
     def _inputs(self, sets: Mapping[str, ImageSet]) -> dict[str, str]:
         """The digests of all that the run reads."""
         files = {
-            mentor_config.source: sha256_of(mentor_config.source)
-            for mentor_config in self.config.mentors
-            if mentor_config.epochs is None
+            mentor.source: sha256_of(mentor.source)
+            for mentor in self.mentors
+            if is_checkpoint(mentor.source)
         }
         return {f"the {name} images": images.digest() for name, images in sets.items()} | files
 
-    def _admit(self, mentor: Mentor, source: str) -> dict[str, Any]:
-        """Measure the mentor given as ``source``; raises UserError if its loss is not finite."""
+    def _admit(self, mentor: Mentor) -> dict[str, Any]:
+        """Measure a given mentor; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
         measured = evaluate(mentor.network, self._held_out["test"])
-        require_finite(measured, f"mentor {mentor.name} ({source})")
+        require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
         return _Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
     def _train(
@@ -246,47 +247,51 @@ class Classroom:
         part: _Part,
         train_set: ImageSet,
         number: int,
-        mentors: Mapping[str, nn.Module] | None = None,
+        mentors: MentorBank | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
         """Train, measure and save one network, the run's ``number``-th to draw random numbers.
 
         What an earlier process has done of it is not done again.
         """
         run, key, called = self._run, (part.phase, part.name), label(part.phase, part.name)
+        recipe, steps = self.recipe, self._steps(part, train_set)
         done = run.finished(*key)
         if done is not None:
             network, _, _ = models.load_network(run.network_path(*key))
             run.take_up(done["records"])
-            self._progress.skip(len(done["records"]) * self._steps)
+            self._progress.skip(len(done["records"]) * steps)
             return network.to(self.device, memory_format=torch.channels_last), done["result"]
-        seed = network_seed(self.config.seed, number)
+        seed = network_seed(recipe.seed, number)
         torch.manual_seed(seed)
         network = models.create(part.architecture, len(train_set.classes))
         network.to(self.device, memory_format=torch.channels_last)
         info = replace(self._info, architecture=part.architecture)
-        rate = mentor_learning_rate if part.phase == "mentor" else student_learning_rate
-        with self._training_loader(train_set, seed) as loader:
+        training = self._training(part)
+        with self._training_loader(train_set, training.batch_size, seed) as loader:
             trainer = Trainer(
                 network,
                 loader,
+                training,
                 name=called,
-                epochs=part.epochs,
-                schedule=partial(rate, peak=self.config.learning_rate),
+                peak=peak_learning_rate(training, part.architecture),
                 mentors=mentors,
                 loss=self.loss,
+                dtype=self.dtype,
+                cuda_graph=recipe.cuda_graph,
+                compile=recipe.compile,
             )
             saver = Saver(
                 run.checkpoints(*key),
                 trainer,
                 info,
                 self._interrupts,
-                epochs=self.config.checkpoint_epochs,
-                minutes=self.config.checkpoint_minutes,
+                epochs=recipe.checkpoint_epochs,
+                minutes=recipe.checkpoint_minutes,
             )
             saver.restore(self._print)
             if saver.records or trainer.batch:
                 run.take_up(saver.records)
-                self._progress.skip((trainer.epoch - 1) * self._steps + trainer.batch)
+                self._progress.skip((trainer.epoch - 1) * steps + trainer.batch)
             while trainer.epoch <= part.epochs:
                 self._progress.begin(called, trainer.epoch, part.epochs)
                 record = self._train_epoch(trainer, saver)
@@ -328,17 +333,18 @@ class Classroom:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    def _training_loader(self, train_set: ImageSet, seed: int) -> Loader:
-        batch_size = self.config.batch_size
+    def _training_loader(self, train_set: ImageSet, batch_size: int, seed: int) -> Loader:
+        data = self.recipe.data
         return self._loaders.open(
             train_set,
             batch_size,
             mean=self._info.mean,
             std=self._info.std,
-            augmentation=Augmentation(self.config.padding, self.config.flip),
+            augmentation=Augmentation(data.padding, data.flip, data.cutout),
             shuffle=True,
             drop_last=len(train_set) >= batch_size,
             seed=seed,
+            dtype=self.dtype,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,35 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
     """The sums [V, count] of V arrays [B] over the images that ``which`` puts together."""
     zeros = torch.zeros(count, dtype=torch.float64, device=which.device)
     return torch.stack([zeros.index_add(0, which, value) for value in values])
+
+
+@torch.no_grad()
+def taught(
+    student: nn.Module, mentors: Mapping[str, nn.Module], loader: Loader
+) -> dict[str, list[float | None]]:
+    """For each mentor, class by class, the share of images that it would teach ``student`` on.
+
+    Those are the images whose true class it gives at least the student's probability, which is the
+    knowledge filter "better"; None of a class without images. All networks are put in eval mode.
+    """
+    sums: dict[str, Tensor] = {}
+    for network in (student, *mentors.values()):
+        network.eval()
+    for images, targets, _ in loader:
+        own = _log_confidence(student(images), targets)
+        for name, mentor in mentors.items():
+            logits = mentor(images)
+            ahead = (_log_confidence(logits, targets) >= own).double()
+            both = _sums_by(targets, logits.shape[1], torch.ones_like(ahead), ahead)
+            sums[name] = sums[name] + both if name in sums else both
+    return {
+        name: [ahead / count if count else None for count, ahead in both.T.tolist()]
+        for name, both in sums.items()
+    }
+
+
+def _log_confidence(logits: Tensor, targets: Tensor) -> Tensor:
+    return logits.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
 def require_finite(measured: Evaluation, what: str) -> None:

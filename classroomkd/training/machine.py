@@ -28,6 +28,14 @@ def find_device(name: str | None) -> torch.device:
     return device
 
 
+def find_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations that a recipe's ``precision`` means on ``device``."""
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    return getattr(torch, name)
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's product name, or ``cpu``."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

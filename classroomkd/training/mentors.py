@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,52 +13,70 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-
-
-@dataclass(frozen=True)
-class MentorConfig:
-    """A network of the zoo to train for ``epochs``, or a checkpoint, for which epochs is None.
-
-    A checkpoint is a file, or the folder of a run and so its student.
-    """
-
-    source: str
-    epochs: int | None
+from classroomkd.training.config import MentorConfig
 
 
 @dataclass
 class Mentor:
-    """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained."""
+    """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained.
+
+    ``source`` is the recipe's word for it, ``epochs`` None unless it is trained here.
+    """
 
     name: str
+    source: str
     architecture: str
     epochs: int | None
     network: nn.Module | None
     info: NetworkInfo | None
 
 
+def is_external(source: str) -> bool:
+    """Whether ``source`` means a network of torchvision or timm."""
+    return source.startswith(("tv:", "timm:"))
+
+
 def is_checkpoint(source: str) -> bool:
     """Whether ``source`` means a file or run folder rather than a name of the zoo."""
     path = Path(source)
-    return source not in models.names() and (
-        path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"}
+    return (
+        not is_external(source)
+        and source not in models.names()
+        and (path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"})
     )
 
 
-def find_mentors(configs: Sequence[MentorConfig]) -> list[Mentor]:
+def wherever(config: MentorConfig) -> MentorConfig:
+    """The same mentor, with a path that holds in any working folder."""
+    if is_checkpoint(config.source):
+        return replace(config, source=str(Path(config.source).expanduser().absolute()))
+    return config
+
+
+def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:
     """Name every mentor after its architecture and load those that are checkpoints, on the CPU.
 
-    Raises UserError for a file that cannot be loaded.
+    Networks of torchvision and timm bring their pretrained weights, unless they have epochs of
+    their own. The others are to be trained for ``epochs``, if they do not say otherwise themselves.
+
+    Raises UserError for a file that cannot be loaded, or that is given epochs.
     """
     mentors, taken = [], Counter()
     for config in configs:
-        network, info, architecture = None, None, config.source
-        if config.epochs is None:
-            network, info, architecture = models.load_network(Path(config.source))
+        source, network, info, architecture = config.source, None, None, config.source
+        length = config.epochs or epochs
+        if is_checkpoint(source):
+            if config.epochs is not None:
+                raise UserError(f"mentor {source} is trained already: give it no epochs")
+            network, info, architecture = models.load_network(Path(source))
+            length = None
+        elif is_external(source) and config.epochs is None:
+            network, info = models.load_pretrained(source)
+            length = None
         taken[architecture] += 1
         number = taken[architecture]
         name = architecture if number == 1 else f"{architecture}-{number}"
-        mentors.append(Mentor(name, architecture, config.epochs, network, info))
+        mentors.append(Mentor(name, source, architecture, length, network, info))
     return mentors
 
 

@@ -37,8 +37,8 @@ def choose_folder(out: Path | None, default: str) -> Path:
     return out
 
 
-def recorded_config(run: Path) -> dict[str, Any]:
-    """The configuration of a run that has not finished.
+def unfinished(run: Path) -> Path:
+    """The config.yaml of a run that has not finished.
 
     Raises UserError if ``run`` is no run folder, or that of a finished run.
     """
@@ -47,13 +47,7 @@ def recorded_config(run: Path) -> dict[str, Any]:
         raise UserError(f"there is no run to go on with in {run}: it has no config.yaml")
     if (run / "summary.json").exists():
         raise UserError(f"the run in {run} is finished: there is nothing to go on with")
-    try:
-        config = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is damaged: it holds no configuration")
-    return config
+    return path
 
 
 def recorded_split(network: Path) -> dict[str, Any]:
@@ -67,7 +61,9 @@ def recorded_split(network: Path) -> dict[str, Any]:
             with suppress(yaml.YAMLError):
                 config = yaml.safe_load((folder / "config.yaml").read_bytes())
         if isinstance(config, dict):
-            split = {name: config.get(name) for name in ("seed", "test_share")}
+            data = config.get("data")
+            share = data.get("test_share") if isinstance(data, dict) else None
+            split = {"seed": config.get("seed"), "test_share": share}
             seed, share = split.values()
             if type(seed) is int and seed >= 0 and isinstance(share, float) and 0 < share < 1:
                 return split

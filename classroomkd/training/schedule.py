@@ -1,23 +1,42 @@
 """Learning rates as functions of progress, so that one schedule serves any number of epochs.
 
-Progress is the share of epochs already done when an epoch begins: 0 for the first, below 1 always.
-At 240 epochs and the default peak these are the published CIFAR schedules.
+Progress is the share of the training that is done, 0 at its start and below 1. "steps" keeps the
+peak and divides it by ten at each milestone; "classroom" first falls linearly to a fifth of the
+peak over the first half, then likewise: both change from epoch to epoch, and are the published
+CIFAR schedules at 240 epochs and a peak of 0.05. "cosine" is half a cosine from the peak to 0, step
+by step. A warm-up multiplies any of them by a line from 0 to 1.
+
+The student alone takes the classroom's schedule too: only then does the classroom alone make the
+difference.
 """
 
 from __future__ import annotations
 
+import math
+
+from classroomkd.training.config import TrainingConfig
+
 PEAK = 0.05
-_MILESTONES = (5 / 8, 6 / 8, 7 / 8)
+_PEAK_OF_THE_LIGHT = 0.01  # whose depthwise convolutions diverge at more
 
 
-def mentor_learning_rate(progress: float, peak: float = PEAK) -> float:
-    """``peak``, a tenth of the rate before at each of 5/8, 6/8 and 7/8 of the training."""
-    return peak * 0.1 ** sum(progress >= milestone for milestone in _MILESTONES)
+def peak_learning_rate(training: TrainingConfig, architecture: str) -> float:
+    """The schedule's peak: as given, or the usual one for the architecture."""
+    if training.learning_rate is not None:
+        return training.learning_rate
+    return _PEAK_OF_THE_LIGHT if architecture.startswith(("mobilenet", "shufflenet")) else PEAK
 
 
-def student_learning_rate(progress: float, peak: float = PEAK) -> float:
-    """Linear from ``peak`` to a fifth of it over the first half, then as the mentors' rate falls.
-
-    The student alone takes it too: only then does the classroom alone make the difference.
-    """
-    return mentor_learning_rate(progress, peak) * (1 - 0.8 * min(2 * progress, 1.0))
+def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:
+    """The rate after so many epochs, 0 ≤ epochs_done < ``training.epochs``."""
+    # The epoch that this step lies in, whatever the rounding of its share.
+    progress = math.floor(epochs_done + 1e-9) / training.epochs
+    if training.schedule == "cosine":
+        rate = peak * 0.5 * (1 + math.cos(math.pi * epochs_done / training.epochs))
+    else:
+        rate = peak * 0.1 ** sum(progress >= milestone - 1e-9 for milestone in training.milestones)
+        if training.schedule == "classroom":
+            rate *= 1 - 0.8 * min(2 * progress, 1.0)
+    if epochs_done < training.warmup_epochs:
+        rate *= epochs_done / training.warmup_epochs
+    return rate

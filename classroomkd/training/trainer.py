@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from classroomkd.data import Loader
 from classroomkd.errors import UserError
 from classroomkd.loss import ClassroomLoss
+from classroomkd.training.config import TrainingConfig
 from classroomkd.training.graph import CapturedStep
-
-MOMENTUM = 0.9
-WEIGHT_DECAY = 5e-4
+from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.schedule import learning_rate
 
 _READ_EVERY = 50  # steps between two looks at the sums on the device
-
-
-def freeze(network: nn.Module) -> nn.Module:
-    """Put ``network`` in eval mode and stop its gradients, as a mentor must be."""
-    return network.eval().requires_grad_(False)
 
 
 class Trainer:
@@ -36,48 +31,54 @@ class Trainer:
     Args:
         network: maps images [B, 3, H, W] to logits [B, C]; trained in place, where it lies.
         loader: training batches on the network's device.
+        training: epochs, schedule and the optimizer's numbers.
         name: what error messages call the network.
-        epochs: how many epochs the schedule spans.
-        schedule: progress (0 before the first epoch, below 1) to learning rate.
-        mentors: unique name to network, on the same device; they are frozen.
+        peak: the schedule's highest learning rate.
+        mentors: on the same device.
         loss: needed with mentors.
+        dtype: torch.bfloat16 for a forward pass under autocast.
         cuda_graph: False to launch every kernel of every step, on a GPU.
+        compile: whether the network goes through ``torch.compile``.
     """
 
     def __init__(
         self,
         network: nn.Module,
         loader: Loader,
+        training: TrainingConfig,
         *,
         name: str,
-        epochs: int,
-        schedule: Callable[[float], float],
-        mentors: Mapping[str, nn.Module] | None = None,
+        peak: float,
+        mentors: MentorBank | None = None,
         loss: ClassroomLoss | None = None,
+        dtype: torch.dtype = torch.float32,
         cuda_graph: bool = True,
+        compile: bool = False,
     ) -> None:
         self.network = network
         self.loader = loader
+        self.training = training
         self.name = name
-        self.epochs = epochs
-        self.schedule = schedule
-        self.mentors = {name: freeze(mentor) for name, mentor in (mentors or {}).items()}
+        self.peak = peak
+        self.mentors = mentors
         self.loss = loss
+        self.dtype = dtype
         self.device = next(network.parameters()).device
         self.epoch, self.batch = 1, 0  # the next step's place
-        self.learning_rate = torch.tensor(schedule(0.0), device=self.device)
+        self.learning_rate = torch.tensor(peak, device=self.device)
         self.optimizer = torch.optim.SGD(
-            network.parameters(),
+            _parameter_groups(network, training),
             lr=self.learning_rate,
-            momentum=MOMENTUM,
-            weight_decay=WEIGHT_DECAY,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
             fused=True,
         )
         # Images, those of batches whose loss was not finite, loss and hits; then task loss and
         # confidence; then four numbers a mentor.
-        size = 4 + (2 + 4 * len(self.mentors) if self.mentors else 0)
+        size = 4 + (2 + 4 * len(mentors) if mentors else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
+        self._forward = torch.compile(network) if compile else network
         self._step_on = CapturedStep(self._step) if self._on_gpu and cuda_graph else self._step
 
     @property
@@ -95,12 +96,14 @@ class Trainer:
 
         Raises UserError, naming the batch and what went wrong in it, if the loss is not finite.
         """
-        epoch, rate = self.epoch, self.schedule((self.epoch - 1) / self.epochs)
-        self.learning_rate.fill_(rate)
+        epoch, steps = self.epoch, len(self.loader)
+        first_rate = learning_rate(self.training, self.peak, epoch - 1)
         self.network.train()
         self.loader.set_epoch(epoch, self.batch)
         images_seen, started = 0, time.perf_counter()
         for images, targets, _ in self.loader:
+            epochs_done = epoch - 1 + self.batch / steps
+            self.learning_rate.fill_(learning_rate(self.training, self.peak, epochs_done))
             self._step_on(images, targets)
             self.batch += 1
             images_seen += len(targets)
@@ -112,8 +115,8 @@ class Trainer:
         self._require_finite(sums)
         record = {
             "epoch": epoch,
-            "epochs": self.epochs,
-            "learning_rate": rate,
+            "epochs": self.training.epochs,
+            "learning_rate": first_rate,
             "train_loss": sums[2] / sums[0],
             "train_top1": sums[3] / sums[0],
             "images_per_second": images_seen / (time.perf_counter() - started),
@@ -126,14 +129,17 @@ class Trainer:
 
     def _step(self, images: Tensor, targets: Tensor) -> None:
         """One optimizer step, which leaves its numbers in ``sums``."""
-        logits = self.network(images)
+        mixed = self.dtype != torch.float32
+        # What a graph replays must not rely on casts that were made before it was captured.
+        with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
+            logits = self._forward(images)
         if self.mentors:
             loss, grad, report = self.loss.loss_and_grad(
-                logits, self._mentor_logits(images), targets, return_report=True
+                logits, self.mentors(images), targets, return_report=True
             )
             logits.backward(grad)
         else:
-            loss, report = F.cross_entropy(logits, targets), None
+            loss, report = F.cross_entropy(logits.float(), targets), None
             loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -148,10 +154,6 @@ class Trainer:
                 report.kl * report.active_share,  # over all rows, so that batches can be added
             ]
         self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
-
-    @torch.no_grad()
-    def _mentor_logits(self, images: Tensor) -> list[Tensor]:
-        return [mentor(images) for mentor in self.mentors.values()]
 
     def _look(self) -> None:
         """Check the sums of the last look and fetch new ones, which nobody waits for."""
@@ -176,7 +178,7 @@ class Trainer:
         task_loss, student_confidence, *values = means
         count = len(self.mentors)
         mentors = {}
-        for index, name in enumerate(self.mentors):
+        for index, name in enumerate(self.mentors.names):
             active, weight, temperature, kl = values[index::count]
             mentors[name] = {
                 "active_share": active,
@@ -196,9 +198,10 @@ class Trainer:
         # class out.
         self.loader.set_epoch(self.epoch, batch)
         images, *_ = next(iter(self.loader))
-        for name, logits in zip(self.mentors, self._mentor_logits(images), strict=True):
-            if (logits.isnan() | logits.isposinf()).any():
-                return f"the logits of mentor {name} are not; leave it out or replace it"
+        if self.mentors:
+            for name, logits in zip(self.mentors.names, self.mentors(images), strict=True):
+                if (logits.isnan() | logits.isposinf()).any():
+                    return f"the logits of mentor {name} are not; leave it out or replace it"
         return "the training diverged; try a lower learning rate"
 
     def state_dict(self) -> dict[str, Any]:
@@ -224,3 +227,13 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if self._on_gpu and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+
+def _parameter_groups(network: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+    """All parameters, those that are not decayed (vectors: norms and biases) in a second group."""
+    decayed, others = [], []
+    for parameter in network.parameters():
+        is_vector = parameter.ndim <= 1 and not training.decay_norms_and_biases
+        (others if is_vector else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": training.weight_decay}]
+    return groups + ([{"params": others, "weight_decay": 0.0}] if others else [])

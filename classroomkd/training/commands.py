@@ -1,0 +1,207 @@
+"""What the commands do that train networks and measure them."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
+from classroomkd.data import (
+    ImageSet,
+    Loaders,
+    channel_statistics,
+    digits,
+    is_split_by_seed,
+    join,
+    load_source,
+)
+from classroomkd.models import NetworkInfo, create, load_network, names
+from classroomkd.report import results_table
+from classroomkd.training.classroom import Classroom
+from classroomkd.training.config import Recipe, load_recipe
+from classroomkd.training.evaluation import evaluate as measure
+from classroomkd.training.evaluation import evaluation_loader, require_finite
+from classroomkd.training.machine import find_device
+from classroomkd.training.mentors import fit_to_data
+from classroomkd.training.run import choose_folder, recorded_split, unfinished
+
+
+def quickstart(arguments: argparse.Namespace) -> None:
+    """Train a small classroom on scikit-learn's digits."""
+    epochs = arguments.epochs
+    recipe = load_recipe(
+        values={
+            "student": "resnet8",
+            # A teacher, and two peers that are weaker because they are smaller and trained less.
+            "mentors": [
+                "resnet20",
+                {"source": "resnet14", "epochs": max(epochs // 3, 1)},
+                {"source": "resnet8", "epochs": max(epochs // 5, 1)},
+            ],
+            "data": {
+                "source": "digits",
+                "image_size": 16,
+                "flip": False,  # a mirrored digit is no digit
+                "test_share": 1 / 3,
+                "validation": 0.0,  # nothing is chosen
+                "loader": arguments.loader,
+            },
+            "training": {"epochs": epochs},
+            "mentor_training": {"epochs": epochs},
+            "seed": arguments.seed,
+            "device": "cpu",
+            # Networks this small gain little from a second thread, but on a machine that is busy
+            # they lose most of their speed waiting for it; and so the numbers do not depend on the
+            # count of cores.
+            "threads": 1,
+        }
+    )
+    _hold(recipe, arguments.out, "quickstart")
+
+
+# The options of train that stand for values of its recipe.
+_SHORT_FOR = {
+    "data": ("data.source",),
+    "student": ("student",),
+    "mentors": ("mentors",),
+    "epochs": ("training.epochs", "mentor_training.epochs"),
+    "mentor_epochs": ("mentor_training.epochs",),
+    "batch_size": ("training.batch_size", "mentor_training.batch_size"),
+    "learning_rate": ("training.learning_rate", "mentor_training.learning_rate"),
+    "temperature": ("loss.temperature",),
+    "ranking": ("loss.ranking",),
+    "image_size": ("data.image_size",),
+    "test_share": ("data.test_share",),
+    "validation": ("data.validation",),
+    "flip": ("data.flip",),
+    "loader": ("data.loader",),
+    "device": ("device",),
+    "seed": ("seed",),
+}
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train on the recipe that file, options and overrides make, or go on with a run."""
+    parser = arguments.parser
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("run", "parser") and value != parser.get_default(name)
+    }
+    if arguments.resume is not None:
+        others = ", ".join(
+            sorted(f"--{name.replace('_', '-')}" for name in given.keys() - {"resume"})
+        )
+        if others:
+            parser.error(f"--resume takes all other options from the run: leave out {others}")
+        _resume(arguments.resume)
+        return
+    if "data" in given:
+        given["data"] = str(arguments.data)
+    short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
+    recipe = load_recipe(arguments.recipe, arguments.override, nested(short))
+    missing = [
+        option
+        for option, value in (
+            ("--data", recipe.data.source),
+            ("--student", recipe.student),
+            ("--mentors", recipe.mentors),
+        )
+        if not value
+    ]
+    if missing:
+        parser.error(f"the following are required here or in a --recipe: {', '.join(missing)}")
+    _hold(recipe, arguments.out, "train", download=arguments.download)
+
+
+def _hold(recipe: Recipe, out: Path | None, default_out: str, download: str | None = None) -> None:
+    """Train and report; the folder is looked at before the data, which may take long to read."""
+    classroom = Classroom(recipe, Console())
+    out = choose_folder(out, default_out)
+    _report(classroom, classroom.run(*_read_data(recipe, download), out), out)
+
+
+def _resume(out: Path) -> None:
+    """Go on with the run in ``out``."""
+    recipe = load_recipe(unfinished(out))
+    classroom = Classroom(recipe, Console())
+    _report(classroom, classroom.run(*_read_data(recipe), out, resume=True), out)
+
+
+def _read_data(recipe: Recipe, download: str | None = None) -> tuple[ImageSet, ImageSet]:
+    data, split = recipe.data, {"seed": recipe.seed, "test_share": recipe.data.test_share}
+    if data.source == "digits":
+        return digits(**split)
+    return load_source(data.source, image_size=data.image_size, download=download, **split)
+
+
+def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
+    classroom.console.print(results_table(summary))
+    classroom.console.print(
+        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+def evaluate(arguments: argparse.Namespace) -> None:
+    """Print how well a network does on held-out images."""
+    device = find_device(arguments.device)
+    network, info, architecture = load_network(arguments.student)
+    image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
+    split = _split(arguments, ours=info is not None)
+    train_set, test_set = load_source(arguments.data, image_size=image_size, **split)
+    if info is None:
+        info = NetworkInfo(
+            architecture, test_set.classes, *channel_statistics(train_set), image_size
+        )
+        print(
+            f"{arguments.student} does not say how its images were prepared: taking the mean and "
+            f"deviation of {arguments.data}'s training part, {image_size}×{image_size} pixels"
+        )
+    fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
+    network.to(device, memory_format=torch.channels_last)
+    images = join(train_set, test_set) if arguments.all else test_set
+    with evaluation_loader(Loaders("resident", [images], device), images, info) as loader:
+        result = measure(network, loader)
+    require_finite(result, str(arguments.student))
+    part = "all images" if arguments.all else "the held-out part"
+    print(f"{architecture} of {arguments.student} on {part} of {arguments.data}:")
+    chosen = ""
+    if not arguments.all and is_split_by_seed(arguments.data):
+        total = len(train_set) + len(test_set)
+        chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
+    print(f"images  {result.images}{chosen}")
+    print(f"top-1   {result.top1:.2%}")
+    print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
+    print(f"loss    {result.loss:.4f}")
+    print(f"calibration error {result.calibration_error:.4f}")
+
+
+def models(_: argparse.Namespace) -> None:
+    """Print the zoo."""
+    table = Table("network", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    table.add_column("parameters with 100 classes", justify="right")
+    with torch.device("meta"):
+        for name in names():
+            parameters = sum(parameter.numel() for parameter in create(name).parameters())
+            table.add_row(name, f"{parameters:,}")
+    Console().print(table)
+    print("\nand tv:NAME of torchvision and timm:NAME of timm, pretrained as mentors")
+
+
+def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
+    """The seed and share of the split, by default those of the run that ``ours`` comes from.
+
+    With any others a network would be measured on images that it was trained on.
+    """
+    split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE}
+    if ours:
+        split |= recorded_split(arguments.student)
+    given = {name: getattr(arguments, name) for name in split}
+    return split | {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,261 @@
+"""A recipe: every value that decides a run, in one YAML file, overridden by dotted names.
+
+    student: resnet8
+    mentors: [resnet20, mobilenetv2]
+    data: {source: photos/}
+    training: {epochs: 60}
+
+What a file leaves out has the defaults below, which are the published CIFAR recipe. A mentor is a
+name, or a checkpoint's path, or ``{source: resnet20, epochs: 40}`` to train it for other than
+``mentor_training.epochs``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from classroomkd.errors import UserError
+from classroomkd.loss import ClassroomLoss
+
+
+@dataclass
+class DataConfig:
+    """The images and what becomes of them."""
+
+    source: str = ""
+    """A folder as `classroomkd.data.load_source` takes it, or "digits"."""
+    image_size: int = 32
+    """Height and width, in pixels."""
+    test_share: float = 0.2
+    """Held out of a data set without a test part, by the seed."""
+    validation: float = 0.1
+    """Share of the training images split off by the seed to choose on; nobody trains on it."""
+    padding: int | None = None
+    """Of the random crop, in pixels; an eighth of the image size where it is not given."""
+    flip: bool = True
+    cutout: int = 0
+    """Side of the erased square in pixels; 0 is none."""
+    mean: list[float] | None = None
+    """Per RGB channel, of values scaled to 0..1; the training images' own where not given."""
+    std: list[float] | None = None
+    loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+
+
+@dataclass
+class TrainingConfig:
+    """How a network is trained: by stochastic gradient descent on a schedule (see ``schedule``)."""
+
+    epochs: int = 240
+    batch_size: int = 64
+    learning_rate: float | None = 0.05
+    """The schedule's peak; None is the usual one of the architecture."""
+    schedule: Literal["classroom", "steps", "cosine"] = "classroom"
+    milestones: list[float] = field(default_factory=lambda: [5 / 8, 6 / 8, 7 / 8])
+    """Shares of the training after which "classroom" and "steps" divide the rate by ten."""
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norms_and_biases: bool = True
+
+
+@dataclass
+class LossConfig:
+    """The options of `classroomkd.ClassroomLoss`."""
+
+    temperature: float = 12.0
+    ranking: Literal["sample", "batch"] = "sample"
+    knowledge_filter: Literal["better", "correct", "correct_and_better", "none"] = "better"
+    mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
+    weighting: Literal["rank", "uniform"] = "rank"
+    task_weight: float | str = "confidence"
+    rank_decimals: int | None = None
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class MentorConfig:
+    """A mentor: a name or a checkpoint, and the epochs it is trained for if not the usual ones."""
+
+    source: str = MISSING
+    epochs: int | None = None
+
+
+@dataclass
+class Recipe:
+    """A run. Building one through `load_recipe` checks every value."""
+
+    student: str = ""
+    mentors: list[MentorConfig] = field(default_factory=list)
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mentor_training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(learning_rate=None, schedule="steps")
+    )
+    loss: LossConfig = field(default_factory=LossConfig)
+    seed: int = 0
+    device: str | None = None
+    """As torch names it; the GPU if there is one, where it is not given."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of activations; "auto" is bfloat16 on GPUs that have it."""
+    compile: bool = False
+    """Whether student and mentors go through torch.compile."""
+    cuda_graph: bool = True
+    """Whether a GPU replays the step as one graph."""
+    threads: int | None = None
+    """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
+    checkpoint_epochs: int = 1
+    checkpoint_minutes: float = 5.0
+    """A training's state is saved after so many epochs, and after so many minutes within one."""
+
+
+def load_recipe(
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of a YAML file, of ``values`` in its place, or both, and of dotted overrides.
+
+    ``overrides`` are like ``training.epochs=60`` or ``mentors=[resnet20,resnet8]``, and win.
+
+    Raises UserError, in one line that names the value, if there is no such key or the value cannot
+    be.
+    """
+    where = f"{file}: " if file else ""
+    try:
+        layers = [OmegaConf.structured(Recipe)]
+        if file is not None:
+            layers.append(_layer(yaml_mapping(file)))
+        if values is not None:
+            layers.append(_layer(values))
+        merged = OmegaConf.merge(*layers)
+        for item in overrides:
+            key, equals, _ = item.partition("=")
+            if not equals:
+                raise UserError(f"an override is like training.epochs=60, not {item!r}")
+            # As OmegaConf reads values, in which 1e-4 is a number.
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([item.replace(key, "_", 1)]))["_"]
+            OmegaConf.update(merged, key, _layer({key: value})[key] if key == "mentors" else value)
+        recipe = OmegaConf.to_object(merged)
+    except (OmegaConfBaseException, TypeError) as error:
+        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise UserError(f"{where}{key}{str(error).splitlines()[0]}") from None
+    _check(recipe, where)
+    data = recipe.data
+    if data.padding is None:
+        data.padding = data.image_size // 8
+    if data.source not in ("", "digits"):
+        data.source = str(Path(data.source).expanduser().absolute())
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for YAML."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe))
+
+
+def yaml_mapping(file: Path) -> dict[str, Any]:
+    """What a YAML file holds; raises UserError if that is not a mapping."""
+    try:
+        content = yaml.safe_load(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file} holds no recipe, but a {type(content).__name__}")
+    return content
+
+
+def _layer(values: Mapping[str, Any]) -> Any:
+    """Some of a recipe's values, where a mentor may be its name alone."""
+    values = dict(values)
+    if isinstance(values.get("mentors"), list):
+        values["mentors"] = [
+            {"source": mentor} if isinstance(mentor, str) else mentor
+            for mentor in values["mentors"]
+        ]
+    return OmegaConf.create(values)
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Raise UserError for a value out of its range."""
+    data = recipe.data
+    problems = [
+        ("seed", recipe.seed, recipe.seed >= 0, "a whole number of at least 0"),
+        ("data.image_size", data.image_size, 1 <= data.image_size <= 1024, "1 to 1024 pixels"),
+        ("data.test_share", data.test_share, 0 < data.test_share < 1, "between 0 and 1"),
+        ("data.validation", data.validation, 0 <= data.validation < 1, "from 0 to below 1"),
+        ("data.padding", data.padding, 0 <= (data.padding or 0) <= 1024, "0 to 1024 pixels"),
+        ("data.cutout", data.cutout, 0 <= data.cutout <= 1024, "0 to 1024 pixels"),
+        ("data.mean", data.mean, data.mean is None or len(data.mean) == 3, "three numbers"),
+        (
+            "data.std",
+            data.std,
+            data.std is None or (len(data.std) == 3 and min(data.std) > 0),
+            "three positive numbers",
+        ),
+        ("data.std", data.std, (data.mean is None) == (data.std is None), "given with data.mean"),
+        ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
+        ("checkpoint_minutes", recipe.checkpoint_minutes, recipe.checkpoint_minutes > 0, "above 0"),
+        ("threads", recipe.threads, recipe.threads is None or recipe.threads >= 1, "at least 1"),
+    ]
+    for index, mentor in enumerate(recipe.mentors):
+        fine = mentor.epochs is None or mentor.epochs >= 1
+        problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
+    for name, training in (
+        ("training", recipe.training),
+        ("mentor_training", recipe.mentor_training),
+    ):
+        rate = training.learning_rate
+        problems += [
+            (f"{name}.epochs", training.epochs, training.epochs >= 1, "at least 1"),
+            (f"{name}.batch_size", training.batch_size, training.batch_size >= 1, "at least 1"),
+            (
+                f"{name}.learning_rate",
+                rate,
+                rate is None or 0 < rate < math.inf,
+                "a number above 0",
+            ),
+            (
+                f"{name}.milestones",
+                training.milestones,
+                all(0 < m < 1 for m in training.milestones)
+                and training.milestones == sorted(training.milestones),
+                "shares between 0 and 1 in order",
+            ),
+            (
+                f"{name}.warmup_epochs",
+                training.warmup_epochs,
+                0 <= training.warmup_epochs <= training.epochs,
+                "from 0 to the epochs",
+            ),
+            (
+                f"{name}.momentum",
+                training.momentum,
+                0 <= training.momentum < 1,
+                "from 0 to below 1",
+            ),
+            (
+                f"{name}.nesterov",
+                training.nesterov,
+                training.momentum > 0 or not training.nesterov,
+                "false without momentum",
+            ),
+            (f"{name}.weight_decay", training.weight_decay, training.weight_decay >= 0, "≥ 0"),
+        ]
+    for key, value, fine, wanted in problems:
+        if not fine:
+            raise UserError(f"{where}{key} must be {wanted}, not {value}")
+    try:
+        ClassroomLoss(**vars(recipe.loss))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}loss: {error}") from None

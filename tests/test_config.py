@@ -1,0 +1,134 @@
+"""Recipes: what a file, options and overrides make, and what they may not hold."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from classroomkd import cli
+from classroomkd.errors import UserError
+from classroomkd.training.config import MentorConfig, Recipe, load_recipe, to_dict
+
+FILE = """
+student: mobilenetv2
+mentors:
+- resnet50
+- {source: resnet8, epochs: 40}
+data: {source: photos, image_size: 64}
+training: {epochs: 60, learning_rate: 1e-1}
+loss: {task_weight: 0.5}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(FILE)
+    return path
+
+
+def test_a_file_and_what_it_leaves_out(file, monkeypatch):
+    monkeypatch.chdir("/")
+    recipe = load_recipe(file)
+    assert recipe.student == "mobilenetv2"
+    assert recipe.mentors == [MentorConfig("resnet50"), MentorConfig("resnet8", 40)]
+    assert (recipe.data.source, recipe.data.image_size, recipe.data.padding) == ("/photos", 64, 8)
+    assert (recipe.training.epochs, recipe.training.learning_rate) == (60, 0.1)
+    assert (recipe.loss.task_weight, recipe.loss.temperature) == (0.5, 12.0)
+    assert recipe.mentor_training == Recipe().mentor_training
+
+
+def test_overrides_win_over_options_and_those_over_the_file(file):
+    recipe = load_recipe(
+        file,
+        [
+            *("training.epochs=7", "mentors=[resnet8,a/b.pt]", "data.cutout=8"),
+            *("data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]", "loss.rank_decimals=2"),
+        ],
+        {"training": {"epochs": 8, "batch_size": 128}},
+    )
+    assert (recipe.training.epochs, recipe.training.batch_size) == (7, 128)
+    assert recipe.training.learning_rate == 0.1
+    assert recipe.mentors == [MentorConfig("resnet8"), MentorConfig("a/b.pt")]
+    assert (recipe.data.mean, recipe.loss.rank_decimals) == ([0.5, 0.5, 0.5], 2)
+    assert load_recipe(file, ["mentors.1.epochs=3"]).mentors[1].epochs == 3
+
+
+def test_what_is_saved_is_what_was_loaded(file, tmp_path):
+    recipe = load_recipe(file, ["seed=3"])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(to_dict(recipe)))
+    assert load_recipe(again) == recipe
+
+
+def test_defaults_are_the_published_recipe():
+    recipe = load_recipe(values={"data": {"source": "digits"}})
+    training = recipe.training
+    assert (training.epochs, training.batch_size, training.schedule) == (240, 64, "classroom")
+    assert (training.momentum, training.nesterov, training.weight_decay) == (0.9, False, 5e-4)
+    assert (recipe.data.padding, recipe.data.flip) == (4, True)
+    assert recipe.data.source == "digits"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs=many", "training.epochs: Value 'many' .* Integer"),
+        ("training.epoch=3", "training.epoch: Key 'epoch' not in 'TrainingConfig'"),
+        ("trainings=3", "Key 'trainings' not in 'Recipe'"),
+        ("loss.ranking=class", "loss.ranking: .*'class'.*'sample', 'batch'"),
+        ("loss.temperature=0", "loss: temperature must be greater than 0"),
+        ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
+        ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
+        ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
+        ("training.learning_rate=-1", r"training\.learning_rate must be a number above 0, not -1"),
+        ("training.learning_rate=nan", r"training\.learning_rate must be a number above 0"),
+        ("training.milestones=[0.5,0.2]", r"training\.milestones must be shares"),
+        ("mentor_training.momentum=1", r"mentor_training\.momentum must be from 0 to below 1"),
+        ("training.warmup_epochs=300", r"training\.warmup_epochs must be from 0 to the epochs"),
+        ("data.validation=1", r"data\.validation must be from 0 to below 1, not 1"),
+        ("data.image_size=0", r"data\.image_size must be 1 to 1024 pixels, not 0"),
+        ("data.std=[1,1,0]", r"data\.std must be three positive numbers"),
+        ("data.std=[1,1,1]", r"data\.std must be given with data\.mean"),
+        ("mentors.0.epochs=0", r"mentors\.0\.epochs must be at least 1, not 0"),
+        ("mentors=resnet8", "mentors: "),
+        ("data=photos", "photos"),
+        ("mentors.7.epochs=1", "mentors"),
+    ],
+)
+def test_values_that_cannot_be(file, override, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(file, [override])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: b: c", "is not YAML"),
+        ("- resnet8", "holds no recipe, but a list"),
+        ("", "holds no recipe, but a NoneType"),
+        ("student: [1, 2]", "student: "),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(path)
+    assert str(path) in str(caught.value)
+    with pytest.raises(UserError, match=r"cannot read .*absent"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_on_the_command_line(file, tmp_path, capsys):
+    """Everything is checked before data is looked for."""
+    train = ["train", "--recipe", str(file)]
+    assert cli.main([*train, "training.epochs=x"]) == 2
+    assert "training.epochs: Value 'x'" in capsys.readouterr().err
+    assert cli.main([*train, "--epochs", "3", "mentors=[resnet9]"]) == 2
+    assert "no network is called 'resnet9'" in capsys.readouterr().err
+    assert cli.main([*train, "mentors=[]"]) == 2
+    assert "required here or in a --recipe: --mentors" in capsys.readouterr().err
+    assert cli.main([*train, "data.source=nowhere", "device=cpu", "mentors=[resnet8]"]) == 2
+    assert "no such folder" in capsys.readouterr().err
