@@ -370,7 +370,7 @@ def test_divergence_is_not_blamed_on_a_mentor():
 
 def test_divergence_is_seen_within_an_epoch(monkeypatch):
     """At the second look after it, not at the end of an epoch that may take an hour."""
-    monkeypatch.setattr("classroomkd.training.trainer._READ_EVERY", 3)
+    monkeypatch.setattr("classroomkd.training.trainer.READ_EVERY", 3)
     trainer = trainer_of(network(0), colours(160), rate=1e20)
     with pytest.raises(UserError, match=r"batch [23] of 20"):
         trainer.train_epoch()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -16,7 +17,7 @@ import torch
 from classroomkd.files import atomic_write
 from classroomkd.models import NetworkInfo
 from classroomkd.training.interrupts import Interrupted, Interrupts
-from classroomkd.training.trainer import Trainer
+from classroomkd.training.trainer import READ_EVERY, Trainer
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 
@@ -94,11 +95,17 @@ class Saver:
 
     def between_steps(self) -> None:
         """Save if it is time; raises Interrupted after having saved, if asked to stop."""
-        if self.interrupts.received is not None:
+        stop = self.interrupts.received is not None
+        due = time.monotonic() - self._saved >= self.seconds
+        processes = self.trainer.processes
+        if processes.together:  # they must agree, and now and then is enough
+            if self.trainer.batch % READ_EVERY:
+                return
+            stop, due = processes.any(stop), processes.any(due)
+        if stop or due:
             self.save()
-            raise Interrupted(self.interrupts.received)
-        if time.monotonic() - self._saved >= self.seconds:
-            self.save()
+        if stop:
+            raise Interrupted(self.interrupts.received or signal.SIGTERM)
 
     def after_epoch(self) -> None:
         """Likewise, at the end of an epoch, when its record is in ``records``."""
@@ -111,7 +118,9 @@ class Saver:
         trainer = self.trainer
         trainer.require_finite()
         state = trainer.state_dict() | {"records": self.records, "info": asdict(self.info)}
-        self.checkpoints.save(state, (trainer.epoch - 1) * len(trainer.loader) + trainer.batch)
+        if trainer.processes.is_main:
+            step = (trainer.epoch - 1) * len(trainer.loader) + trainer.batch
+            self.checkpoints.save(state, step)
         self._saved = time.monotonic()
 
     def last_good(self) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
@@ -23,6 +24,7 @@ from classroomkd.models import NetworkInfo
 from classroomkd.report import label, write_report
 from classroomkd.training.checkpoints import Saver
 from classroomkd.training.config import Recipe, TrainingConfig, to_dict
+from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import (
     Evaluation,
     evaluate,
@@ -81,24 +83,30 @@ class Classroom:
     """
 
     def __init__(self, recipe: Recipe, console: Console) -> None:
-        self.device = find_device(recipe.device)
+        self.device = local_device(find_device(recipe.device))
+        self.processes = Processes(self.device)
         recipe = replace(
             recipe,
             mentors=[wherever(mentor) for mentor in recipe.mentors],
-            device=str(self.device),
+            device=self.device.type if self.processes.together else str(self.device),
             threads=recipe.threads or torch.get_num_threads(),
         )
         torch.set_num_threads(recipe.threads)
-        self.recipe, self.console = recipe, console
+        self.recipe = recipe
+        self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
-        self.loss = ClassroomLoss(**vars(recipe.loss))
+        across = self.processes.together and recipe.ranking_across_processes
+        self.loss = ClassroomLoss(
+            **vars(recipe.loss), process_group=dist.group.WORLD if across else None
+        )
         self.mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
             (recipe.student, recipe.training),
             *((name, recipe.mentor_training) for name in dict.fromkeys(untrained)),
         ):
-            check_trainable(name, recipe.data.image_size, training.batch_size)
+            share = self.processes.share(training.batch_size)
+            check_trainable(name, recipe.data.image_size, share)
 
     def run(
         self, train_set: ImageSet, test_set: ImageSet, out: Path, resume: bool = False
@@ -136,13 +144,14 @@ class Classroom:
             with ExitStack() as opened:
                 self._held_out = {
                     name: opened.enter_context(
-                        evaluation_loader(self._loaders, sets[name], self._info)
+                        evaluation_loader(self._loaders, sets[name], self._info, **self._place)
                     )
                     for name in ("validation", "test")
                     if name in sets
                 }
-                self._run = Run(out, to_dict(recipe), resume)
+                self._run = Run(out, to_dict(recipe), resume, writes=self.processes.is_main)
                 self._run.require_same(self._inputs(sets))
+                self.processes.wait()
                 counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
                 self._print(
                     f"images: {counts}, of {len(train_set.classes)} classes; "
@@ -165,7 +174,8 @@ class Classroom:
                 "taught": self._taught,
             }
             self._run.finish(summary)
-            write_report(out)
+            if self.processes.is_main:
+                write_report(out)
         except KeyboardInterrupt as interrupt:
             interrupt.args = (
                 f"records and checkpoints until now are in {out}: classroomkd train --resume {out} "
@@ -213,7 +223,7 @@ class Classroom:
             for part, teachers in zip(students, (None, bank), strict=True):
                 # Both times number 0: the same first weights, the same batches.
                 student, results[part.phase] = self._train(part, train_set, 0, teachers)
-        self._taught = taught(student, mentors, self._held_out["test"])
+        self._taught = taught(student, mentors, self._held_out["test"], self.processes)
         return [results[key] for key in (*mentors, "alone", "classroom")]
 
     def _training(self, part: _Part) -> TrainingConfig:
@@ -238,7 +248,7 @@ class Classroom:
     def _admit(self, mentor: Mentor) -> dict[str, Any]:
         """Measure a given mentor; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
-        measured = evaluate(mentor.network, self._held_out["test"])
+        measured = self._evaluate(mentor.network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
         return _Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
@@ -279,6 +289,7 @@ class Classroom:
                 dtype=self.dtype,
                 cuda_graph=recipe.cuda_graph,
                 compile=recipe.compile,
+                processes=self.processes,
             )
             saver = Saver(
                 run.checkpoints(*key),
@@ -299,7 +310,7 @@ class Classroom:
                 run.record(saver.records[-1])
                 saver.after_epoch()
                 self._progress.show(record)
-            measured = evaluate(network, self._held_out["test"])
+            measured = self._evaluate(network, "test")
         result = part.result(network, measured) | best(saver.records)
         done = {"records": saver.records, "result": result}
         run.finish_network(*key, network, info, done)
@@ -318,8 +329,8 @@ class Classroom:
             record = trainer.train_epoch(between_steps)
         except UserError as error:
             raise UserError(f"{error}{saver.last_good()}") from None
-        for name, loader in self._held_out.items():
-            measured = evaluate(trainer.network, loader)
+        for name in self._held_out:
+            measured = self._evaluate(trainer.network, name)
             if not math.isfinite(measured.loss):
                 raise UserError(
                     f"{trainer.name}, epoch {record['epoch']}: its loss on the {name} images is "
@@ -333,11 +344,21 @@ class Classroom:
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    @property
+    def _place(self) -> dict[str, int]:
+        """Where this process stands among the others, as loaders take it."""
+        return {"rank": self.processes.rank, "world_size": self.processes.world_size}
+
+    def _evaluate(self, network: nn.Module, part: str) -> Evaluation:
+        self.processes.align(network)
+        return evaluate(network, self._held_out[part], self.processes)
+
     def _training_loader(self, train_set: ImageSet, batch_size: int, seed: int) -> Loader:
         data = self.recipe.data
         return self._loaders.open(
             train_set,
-            batch_size,
+            self.processes.share(batch_size),
+            **self._place,
             mean=self._info.mean,
             std=self._info.std,
             augmentation=Augmentation(data.padding, data.flip, data.cutout),

@@ -22,6 +22,7 @@ from classroomkd.data import (
     join,
     load_source,
 )
+from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, names
 from classroomkd.report import results_table
 from classroomkd.training.classroom import Classroom
@@ -124,7 +125,10 @@ def train(arguments: argparse.Namespace) -> None:
 def _hold(recipe: Recipe, out: Path | None, default_out: str, download: str | None = None) -> None:
     """Train and report; the folder is looked at before the data, which may take long to read."""
     classroom = Classroom(recipe, Console())
+    if out is None and classroom.processes.together:
+        raise UserError("several processes need to be told where to write: give --out")
     out = choose_folder(out, default_out)
+    classroom.processes.wait()
     _report(classroom, classroom.run(*_read_data(recipe, download), out), out)
 
 

@@ -110,6 +110,8 @@ class Recipe:
     """Whether student and mentors go through torch.compile."""
     cuda_graph: bool = True
     """Whether a GPU replays the step as one graph."""
+    ranking_across_processes: bool = True
+    """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
     threads: int | None = None
     """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
     checkpoint_epochs: int = 1

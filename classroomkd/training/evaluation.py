@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from classroomkd.data import ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
+from classroomkd.training.distributed import Processes
 
 _BATCH_SIZE = 256  # changes speed and memory only
 _BINS = 15
@@ -37,8 +38,13 @@ class Evaluation:
     per_class: list[float | None]
 
 
-def evaluation_loader(loaders: Loaders, image_set: ImageSet, info: NetworkInfo) -> Loader:
-    """Every image once, in order, normalised by the statistics of ``info``."""
+def evaluation_loader(
+    loaders: Loaders, image_set: ImageSet, info: NetworkInfo, **share: int
+) -> Loader:
+    """Every image once, in order, normalised by the statistics of ``info``.
+
+    ``share`` is the ``rank`` and ``world_size`` of a process among others.
+    """
     return loaders.open(
         image_set,
         _BATCH_SIZE,
@@ -47,12 +53,16 @@ def evaluation_loader(loaders: Loaders, image_set: ImageSet, info: NetworkInfo) 
         augmentation=None,
         shuffle=False,
         drop_last=False,
+        **share,
     )
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Loader) -> Evaluation:
-    """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end."""
+def evaluate(network: nn.Module, loader: Loader, processes: Processes | None = None) -> Evaluation:
+    """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end.
+
+    Several processes, each with its share of the images, get the same result, that of them all.
+    """
     network.eval()
     sums, bins, classes, images_seen = 0.0, 0.0, 0.0, 0
     for images, targets, _ in loader:
@@ -65,6 +75,11 @@ def evaluate(network: nn.Module, loader: Loader) -> Evaluation:
         bins = bins + _sums_by(which, _BINS, probabilities, hits)
         classes = classes + _sums_by(targets, logits.shape[1], torch.ones_like(hits), hits)
         images_seen += len(targets)
+    if processes is not None and processes.together:
+        seen = torch.tensor(float(images_seen), device=sums.device)
+        for values in (sums, bins, classes, seen):
+            processes.sum(values)
+        images_seen = int(seen.item())
     top1, top5, loss = (sums / images_seen).tolist()
     gap = (bins[0] - bins[1]).abs().sum().item() / images_seen
     per_class = [hits / count if count else None for count, hits in classes.T.tolist()]
@@ -79,7 +94,10 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def taught(
-    student: nn.Module, mentors: Mapping[str, nn.Module], loader: Loader
+    student: nn.Module,
+    mentors: Mapping[str, nn.Module],
+    loader: Loader,
+    processes: Processes | None = None,
 ) -> dict[str, list[float | None]]:
     """For each mentor, class by class, the share of images that it would teach ``student`` on.
 
@@ -96,6 +114,8 @@ def taught(
             ahead = (_log_confidence(logits, targets) >= own).double()
             both = _sums_by(targets, logits.shape[1], torch.ones_like(ahead), ahead)
             sums[name] = sums[name] + both if name in sums else both
+    if processes is not None:
+        sums = {name: processes.sum(both) for name, both in sums.items()}
     return {
         name: [ahead / count if count else None for count, ahead in both.T.tolist()]
         for name, both in sums.items()

@@ -73,12 +73,17 @@ def recorded_split(network: Path) -> dict[str, Any]:
 class Run:
     """Writes one run: its records as they come, and its networks, each file atomically.
 
-    With ``resume`` the folder is one that an earlier process has left.
+    With ``resume`` the folder is one that an earlier process has left. Of several processes only
+    one ``writes``; for the others what would write does nothing.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], resume: bool = False) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, config: Mapping[str, Any], resume: bool = False, writes: bool = True
+    ) -> None:
+        self.path, self.writes = path, writes
         self._lines: list[Mapping[str, Any]] = []
+        if not writes:
+            return
         if resume:
             remove_leftovers(path)
             return
@@ -95,6 +100,8 @@ class Run:
     def require_same(self, inputs: Mapping[str, str]) -> None:
         """Note the digests of what the run reads, or raise UserError if they are others now."""
         path = self.path / "inputs.json"
+        if not self.writes:
+            return
         if not path.exists():
             atomic_write(path, json.dumps(dict(inputs), indent=2) + "\n")
             return
@@ -104,12 +111,16 @@ class Run:
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Append ``line`` to metrics.jsonl at once; a number that is not finite becomes null."""
+        if not self.writes:
+            return
         self._lines.append(line)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line(line))
 
     def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Record lines of an earlier process; what it wrote beyond them is no longer there."""
+        if not self.writes:
+            return
         self._lines += lines
         atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
 
@@ -131,6 +142,8 @@ class Run:
         done: Mapping[str, Any],
     ) -> None:
         """Write a trained network's weights, then ``done``, which `finished` gives from now on."""
+        if not self.writes:
+            return
         save_network(self.network_path(phase, name), network, info)
         path = self.checkpoints(phase, name).folder / "done.json"
         path.parent.mkdir(exist_ok=True)
@@ -143,6 +156,8 @@ class Run:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
+        if not self.writes:
+            return
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
 

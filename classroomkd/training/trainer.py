@@ -14,11 +14,14 @@ from classroomkd.data import Loader
 from classroomkd.errors import UserError
 from classroomkd.loss import ClassroomLoss
 from classroomkd.training.config import TrainingConfig
+from classroomkd.training.distributed import Processes
 from classroomkd.training.graph import CapturedStep
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate
 
-_READ_EVERY = 50  # steps between two looks at the sums on the device
+READ_EVERY = 50  # steps between two looks at the sums on the device
+
+_IGNORED = -100  # the target of a row that counts nowhere
 
 
 class Trainer:
@@ -39,6 +42,8 @@ class Trainer:
         dtype: torch.bfloat16 for a forward pass under autocast.
         cuda_graph: False to launch every kernel of every step, on a GPU.
         compile: whether the network goes through ``torch.compile``.
+        processes: those that train the network together, each on its share of every batch; then
+            the gradient is that of the mean over all valid rows, wherever they are.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
         cuda_graph: bool = True,
         compile: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.network = network
         self.loader = loader
@@ -64,6 +70,8 @@ class Trainer:
         self.loss = loss
         self.dtype = dtype
         self.device = next(network.parameters()).device
+        self.processes = processes or Processes(self.device)
+        together = self.processes.together
         self.epoch, self.batch = 1, 0  # the next step's place
         self.learning_rate = torch.tensor(peak, device=self.device)
         self.optimizer = torch.optim.SGD(
@@ -78,8 +86,9 @@ class Trainer:
         size = 4 + (2 + 4 * len(mentors) if mentors else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
-        self._forward = torch.compile(network) if compile else network
-        self._step_on = CapturedStep(self._step) if self._on_gpu and cuda_graph else self._step
+        self._forward = self.processes.wrap(torch.compile(network) if compile else network)
+        captured = self._on_gpu and cuda_graph and not together
+        self._step_on = CapturedStep(self._step) if captured else self._step
 
     @property
     def _on_gpu(self) -> bool:
@@ -107,11 +116,11 @@ class Trainer:
             self._step_on(images, targets)
             self.batch += 1
             images_seen += len(targets)
-            if self.batch % _READ_EVERY == 0:
+            if self.batch % READ_EVERY == 0:
                 self._look()
             if on_step:
                 on_step()
-        sums = self.sums.tolist()  # the only wait for the device in an epoch
+        sums = self._everyones_sums().tolist()  # the only wait for the device in an epoch
         self._require_finite(sums)
         record = {
             "epoch": epoch,
@@ -119,7 +128,9 @@ class Trainer:
             "learning_rate": first_rate,
             "train_loss": sums[2] / sums[0],
             "train_top1": sums[3] / sums[0],
-            "images_per_second": images_seen / (time.perf_counter() - started),
+            "images_per_second": images_seen
+            * self.processes.world_size
+            / (time.perf_counter() - started),
         }
         if self.mentors:
             record |= self._classroom_record([value / sums[0] for value in sums[4:]])
@@ -133,14 +144,15 @@ class Trainer:
         # What a graph replays must not rely on casts that were made before it was captured.
         with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
             logits = self._forward(images)
+        scale = self._scale(targets) if self.processes.together else None
         if self.mentors:
             loss, grad, report = self.loss.loss_and_grad(
-                logits, self.mentors(images), targets, return_report=True
+                logits, self.mentors(images), targets, scale=scale, return_report=True
             )
             logits.backward(grad)
         else:
             loss, report = F.cross_entropy(logits.float(), targets), None
-            loss.backward()
+            loss.backward(scale)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         loss, top1 = loss.detach(), (logits.detach().argmax(1) == targets).double().mean()
@@ -154,6 +166,17 @@ class Trainer:
                 report.kl * report.active_share,  # over all rows, so that batches can be added
             ]
         self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
+
+    def _scale(self, targets: Tensor) -> Tensor:
+        """What makes a mean over this process's valid rows one over everyone's.
+
+        The gradients of R processes are averaged: n · R / N, of n valid rows here and N in all.
+        """
+        n = (targets != _IGNORED).sum().float()
+        return n * self.processes.world_size / self.processes.sum(n.clone()).clamp(min=1)
+
+    def _everyones_sums(self) -> Tensor:
+        return self.processes.sum(self.sums.clone())
 
     def _look(self) -> None:
         """Check the sums of the last look and fetch new ones, which nobody waits for."""
@@ -205,11 +228,11 @@ class Trainer:
         return "the training diverged; try a lower learning rate"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on, between two steps."""
+        """Everything that the next steps depend on. All processes ask between the same steps."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": self.sums,
+            "sums": self._everyones_sums(),
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
@@ -219,7 +242,8 @@ class Trainer:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a ``state_dict`` as if there had been no interruption."""
         self.epoch, self.batch = state["epoch"], state["batch"]
-        self.sums.copy_(state["sums"])
+        if self.processes.is_main:  # for everyone
+            self.sums.copy_(state["sums"])
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:

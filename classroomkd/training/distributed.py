@@ -1,0 +1,85 @@
+"""Several processes that train one network together, started by torchrun."""
+
+from __future__ import annotations
+
+import atexit
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from classroomkd.errors import UserError
+
+
+class Processes:
+    """The processes of a run, of which this is one; without torchrun the only one.
+
+    Built from the environment that torchrun sets, it joins the others: over NCCL if ``device`` is a
+    GPU, else over gloo. All of them need the same files at the same paths.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        self.device = device
+        if self.together and not dist.is_initialized():
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)  # or its threads abort the exit
+
+    @property
+    def together(self) -> bool:
+        """Whether there is more than one."""
+        return self.world_size > 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """The part of a batch that is this process's; UserError if it cannot be shared evenly."""
+        part, rest = divmod(batch_size, self.world_size)
+        if rest:
+            raise UserError(
+                f"a batch of {batch_size} cannot be shared out evenly among {self.world_size} "
+                "processes: choose another batch size"
+            )
+        return part
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """The network with its gradients averaged over the processes."""
+        if not self.together:
+            return network
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(network, device_ids=ids)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of everyone's ``values``, in place."""
+        if self.together:
+            dist.all_reduce(values)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is set in any of them. The host waits."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
+
+    def align(self, network: nn.Module) -> None:
+        """Give every process the main one's buffers, which batch norm keeps for each by itself."""
+        if self.together:
+            for buffer in network.buffers():
+                dist.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        """Wait for all others."""
+        if self.together:
+            dist.barrier()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The GPU that torchrun means for this process, where ``device`` names none in particular."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
