@@ -41,7 +41,6 @@ from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
 
 CLASSES = ["red", "green", "blue"]
-RESIDENT = Loaders("resident", [], "cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +63,10 @@ def colours(count: int, seed: int = 0, size: int = 8) -> ImageSet:
 def info_of(image_set: ImageSet, architecture: str = "resnet8") -> NetworkInfo:
     size = image_set.images.shape[1]
     return NetworkInfo(architecture, image_set.classes, *channel_statistics(image_set), size)
+
+
+def measuring(image_set: ImageSet, info: NetworkInfo):
+    return evaluation_loader(Loaders("resident", [image_set], "cpu"), image_set, info)
 
 
 def batches(image_set: ImageSet, batch_size: int = 8, seed: int = 0) -> ResidentLoader:
@@ -154,7 +157,7 @@ def test_trainer_learns_a_separable_problem():
     assert records[0]["train_loss"] > 0.2 > 0.1 > records[-1]["train_loss"]
     assert records[-1]["train_top1"] > 0.95
     held_out = colours(60, seed=1)
-    with evaluation_loader(RESIDENT, held_out, info_of(colours(96))) as loader:
+    with measuring(held_out, info_of(colours(96))) as loader:
         assert evaluate(trainer.network, loader).top1 > 0.9
 
 
@@ -221,7 +224,7 @@ def scripted_loss(active_shares, kls):
     """A loss that ignores the mentors and reports, batch after batch, what it was told."""
     script = iter(zip(active_shares, kls, strict=True))
 
-    def loss_and_grad(student, mentors, targets, *, return_report):
+    def loss_and_grad(student, mentors, targets, *, scale, return_report):
         assert return_report
         active, kl = next(script)
         report = SimpleNamespace(
@@ -391,7 +394,7 @@ def test_evaluation_agrees_with_counting_by_hand():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, classes), nn.Dropout(0.5)).train()
     info = info_of(image_set)
-    with evaluation_loader(RESIDENT, image_set, info) as loader:
+    with measuring(image_set, info) as loader:
         measured = evaluate(model, loader)
 
     weight, bias = (parameter.detach().double().numpy() for parameter in model[1].parameters())
@@ -423,14 +426,14 @@ def test_evaluation_of_certain_and_absent_classes():
             return torch.tensor([[100.0, 0.0, 0.0]]).repeat(len(images), 1)
 
     image_set = ImageSet(np.zeros((4, 8, 8, 3), np.uint8), np.array([0, 0, 0, 1]), CLASSES)
-    with evaluation_loader(RESIDENT, image_set, info_of(colours(9))) as loader:
+    with measuring(image_set, info_of(colours(9))) as loader:
         measured = evaluate(Certain(), loader)
     assert measured.per_class == [1.0, 0.0, None]
     assert measured.calibration_error == pytest.approx(0.25)
 
 
 def test_top5_of_three_classes_is_all():
-    with evaluation_loader(RESIDENT, colours(9), info_of(colours(9))) as loader:
+    with measuring(colours(9), info_of(colours(9))) as loader:
         assert evaluate(network(0), loader).top5 == 1.0
 
 
@@ -445,8 +448,8 @@ def test_renormalised_network_gives_the_logits_of_its_own_statistics():
     fitted = fit_to_data(model, own, data, "mentor")
     assert isinstance(fitted, Renormalised)
     with (
-        evaluation_loader(RESIDENT, image_set, data) as here,
-        evaluation_loader(RESIDENT, image_set, own) as there,
+        measuring(image_set, data) as here,
+        measuring(image_set, own) as there,
     ):
         (images, *_), (own_images, *_) = next(iter(here)), next(iter(there))
     with torch.no_grad():
@@ -568,7 +571,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
         assert architecture == result["architecture"] == result["name"].removesuffix("-2")
         assert info == replace(data, architecture=architecture)
         assert result["parameters"] == sum(p.numel() for p in model.parameters())
-        with evaluation_loader(RESIDENT, colours(13, seed=1), info) as loader:
+        with measuring(colours(13, seed=1), info) as loader:
             measured = evaluate(model, loader)
         assert (measured.top1, measured.top5) == (result["top1"], result["top5"])
         assert measured.loss == pytest.approx(result["loss"], rel=1e-5)
@@ -665,7 +668,7 @@ def test_given_mentor_teaches_untrained_here(tmp_path: Path):
         ("resnet8-2", False, None),
     ]
     model, info, _ = load_network(Path(source))
-    with evaluation_loader(RESIDENT, colours(13, seed=1), info) as loader:
+    with measuring(colours(13, seed=1), info) as loader:
         measured = evaluate(model, loader)
     assert summary["results"][1]["loss"] == pytest.approx(measured.loss, rel=1e-4)
 
