@@ -152,6 +152,7 @@ def test_a_run_is_the_same_through_every_loader(tmp_path, loader):
                 "data": {"source": "noise", "image_size": 8, "loader": loader},
                 "training": {"epochs": 2, "batch_size": 16},
                 "mentor_training": {"epochs": 1, "batch_size": 16},
+                "store": False,
                 "device": "cpu",
             }
         )

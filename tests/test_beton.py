@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import resource
@@ -22,7 +23,7 @@ import torch
 from ffcv_required import requires_ffcv
 from PIL import Image
 
-from classroomkd.data import ImageFiles, ImageSet
+from classroomkd.data import ImageFiles, ImageSet, beton_file
 from classroomkd.data._ffcv import import_ffcv
 from classroomkd.data.beton import JPEG, RAW, open_beton, pack, side_file, verify
 from classroomkd.errors import UserError
@@ -393,18 +394,63 @@ def test_interrupted_between_two_pages(target, monkeypatch):
     assert calls == [-1, 0]
 
 
-def test_interrupted_before_the_side_file(packed, monkeypatch):
-    """The old one must not be taken for the new file's, though it would fit its size."""
+@pytest.mark.parametrize("old", ["none", "alone", "whole"])
+@pytest.mark.parametrize("renamed", [0, 1, 2])
+def test_killed_between_two_renames(tmp_path, monkeypatch, old, renamed):
+    """Whichever file is there then, its own record is found, though the other's would fit it."""
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def replace(*arguments):
+        if next(calls) == renamed:
+            raise KeyboardInterrupt
+        os_replace(*arguments)
 
-    other = random_set(seed=3)
-    monkeypatch.setattr("classroomkd.data.beton.atomic_write", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        pack(ImageSet(other.images, other.targets, ["x", "y", "z"]), packed, overwrite=True)
-    assert not side_file(packed).exists()
-    assert verify(packed, other).classes == ["0", "1", "2"]
+    first, second = (random_set(seed=seed) for seed in (0, 3))
+    second = ImageSet(second.images, second.targets, ["x", "y", "z"])
+    path, calls, os_replace = tmp_path / "set.beton", itertools.count(), os.replace
+    if old != "none":
+        pack(first, path)
+    if old == "alone":
+        side_file(path).unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("classroomkd.files.os.replace", replace)
+        with pytest.raises(KeyboardInterrupt):
+            pack(second, path, overwrite=True)
+    if renamed == 2:  # the side file could have lost its ``next`` only
+        assert verify(path, second).classes == ["x", "y", "z"]
+        assert open_beton(path).sha256 == second.digest()
+    elif old == "none":
+        assert not path.exists()
+    else:
+        assert verify(path, first).classes == (CLASSES if old == "whole" else ["0", "1", "2"])
+        assert open_beton(path).sha256 == (first.digest() if old == "whole" else None)
+    pack(first, path, overwrite=True)
+    assert verify(path, first).classes == CLASSES
+    assert "next" not in json.loads(side_file(path).read_text(encoding="utf-8"))
+
+
+def test_replaced_while_it_is_opened(packed, monkeypatch):
+    """Between the reading of one of the two files and that of the other."""
+    others = [random_set(seed=seed) for seed in (3, 4)]
+    others = [ImageSet(other.images, other.targets, ["x", "y", "z"]) for other in others]
+    read, left = beton_file.read_record, list(others)
+
+    def slow(*arguments):
+        record = read(*arguments)
+        if left:
+            pack(left.pop(0), packed, overwrite=True)
+        return record
+
+    monkeypatch.setattr(beton_file, "read_record", slow)
+    beton = open_beton(packed)
+    assert (beton.classes, beton.digest()) == (["x", "y", "z"], beton.sha256)
+    assert beton.sha256 == others[1].digest()
+
+
+def test_replaced_after_it_was_opened(packed, image_set):
+    beton = open_beton(packed)
+    pack(random_set(seed=1), packed, overwrite=True)
+    np.testing.assert_array_equal(beton[3][0], image_set.images[3])
+    assert beton.digest() == image_set.digest()
 
 
 def test_writes_that_take_only_a_part(tmp_path, monkeypatch):

@@ -222,8 +222,29 @@ def test_a_damaged_jpeg_is_named(tmp_path, photographs):
     options = OPTIONS | {"augmentation": RandomResizedCrop(24)}
     with (
         FFCVLoader(path, 5, **options) as loader,
-        pytest.raises(UserError, match=r"jpeg\.beton: image 7 cannot be decoded"),
+        pytest.raises(UserError, match=r"jpeg\.beton: image 7 cannot be read"),
     ):
+        list(loader)
+
+
+@requires_ffcv
+def test_a_jpeg_of_another_size_than_its_entry(tmp_path, photographs):
+    """FFCV would give memory that nothing was written to."""
+    from classroomkd.data.beton import open_beton, pack
+    from classroomkd.data.ffcv_loader import FFCVLoader
+
+    path = tmp_path / "jpeg.beton"
+    pack(photographs, path, jpeg=True)
+    beton = open_beton(path)
+    smaller = tmp_path / "smaller.jpg"
+    Image.fromarray(beton[7][0][:-9, :-5]).save(smaller, quality=20)
+    assert smaller.stat().st_size < beton.sizes[7]
+    with path.open("rb+") as file:
+        file.seek(beton.starts[7])
+        file.write(smaller.read_bytes())
+    options = OPTIONS | {"augmentation": RandomResizedCrop(24)}
+    message = r"jpeg\.beton: image 7 is \[\d+, \d+, 3\], its entry says \[\d+, \d+, 3\]"
+    with FFCVLoader(path, 5, **options) as loader, pytest.raises(UserError, match=message):
         list(loader)
 
 

@@ -1,9 +1,11 @@
 """The loaders: the same bits from each, against a slow, obvious version of everything."""
 
 import gc
+import importlib.util
 import threading
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -18,8 +20,10 @@ from classroomkd.data import (
     ResidentLoader,
     TorchLoader,
     channel_statistics,
+    pixels,
 )
 from classroomkd.data.augment import normalisation_table, sample_order
+from classroomkd.data.loader import Loader
 from classroomkd.errors import UserError
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -56,7 +60,7 @@ class Makers:
             loader = ResidentLoader(image_set, batch_size, **options)
         elif name == "kernel":  # what it does on a GPU, in Triton's interpreter
             loader = ResidentLoader(image_set, batch_size, **options)
-            loader._iterate = lambda batches: loader._on_gpu(batches, loader.epoch)
+            loader._iterate = loader._on_gpu
         elif name == "torch":
             loader = TorchLoader(image_set, batch_size, **options)
         elif name == "map":  # any map-style data set
@@ -71,6 +75,12 @@ class Makers:
             loader = FFCVLoader(path, batch_size, **options)
         self.opened.append(loader)
         return loader
+
+
+def running():
+    """The threads and child processes that there are."""
+    gc.collect()
+    return set(threading.enumerate()) | {child.pid for child in psutil.Process().children()}
 
 
 @pytest.fixture
@@ -157,6 +167,25 @@ def test_any_size_and_padding(make, height, width, padding, cutout, flip, seed, 
     assert torch.equal(images, expected)
 
 
+@pytest.mark.parametrize("kind", ["torch-0", "map-0", *FFCV])
+@pytest.mark.parametrize(
+    ("height", "width", "augmentation"),
+    [
+        (1, 1, Augmentation(0, True)),
+        (1, 9, Augmentation(3, True, 2)),
+        (17, 3, Augmentation(20, False)),
+        (4, 20, Augmentation(1, True, 30)),
+    ],
+)
+def test_some_sizes_and_paddings(make, kind, height, width, augmentation):
+    image_set = random_set(7, height, width)
+    for images, _, indices in make(kind, image_set, augmentation=augmentation, seed=2**63 + 1):
+        expected = slow_batch(
+            image_set, indices.tolist(), augmentation, 2**63 + 1, 0, torch.float32
+        )
+        assert torch.equal(images, expected)
+
+
 @pytest.mark.parametrize("kind", ALL)
 def test_every_loader_gives_the_same_bits(make, kind):
     """At the size of CIFAR's images, across batch sizes, over a few epochs."""
@@ -218,12 +247,12 @@ def test_an_epoch_can_be_taken_up_in_its_middle(make, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_a_broken_off_epoch_leaves_nothing_behind(make, kind):
-    """Neither a thread nor a batch of the old epoch in the next."""
+    """Neither a thread, a process nor a batch of the old epoch in the next."""
     image_set = random_set(64)
     loader = make(kind, image_set, 4, seed=1)
     loader.set_epoch(0)
     list(loader)  # whatever lives as long as the loader is there now
-    threads = set(threading.enumerate())
+    before = running()
     for epoch in range(1, 4):
         loader.set_epoch(epoch)
         for b, _ in enumerate(loader):
@@ -232,8 +261,44 @@ def test_a_broken_off_epoch_leaves_nothing_behind(make, kind):
     loader.set_epoch(9)
     seen = torch.cat([indices for *_, indices in loader]).tolist()
     assert seen == sample_order(1, 9, 64).tolist()
-    gc.collect()
-    assert set(threading.enumerate()) <= threads
+    assert running() <= before
+
+
+@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+def test_what_an_iteration_gives_is_fixed_when_it_begins(make, kind):
+    image_set = random_set()
+    loader, other = (make(kind, image_set, seed=1) for _ in range(2))
+    other.set_epoch(2, first_batch=1)
+    expected = list(other)
+    loader.set_epoch(2, first_batch=1)
+    batches = iter(loader)
+    loader.set_epoch(7)
+    got = [next(batches)]
+    loader.set_epoch(8)
+    got += batches
+    for one, whole in zip(got, expected, strict=True):
+        assert all(map(torch.equal, one, whole))
+
+
+@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+def test_a_second_iteration_of_one_loader(make, kind):
+    """It changes nothing of the first, or ends it; it is whole itself."""
+    loader = make(kind, random_set(64), 8, seed=1)
+    whole = list(loader)
+    first = iter(loader)
+    got = [next(first)]
+    loader.set_epoch(3)
+    second = iter(loader)
+    also = [next(second)]
+    if isinstance(loader, TorchLoader):
+        with pytest.raises(RuntimeError, match="another epoch: it gives one at a time"):
+            next(first)
+    else:
+        got += first
+        for one, other in zip(got, whole, strict=True):
+            assert all(map(torch.equal, one, other))
+    also += second
+    assert torch.cat([batch[2] for batch in also]).tolist() == sample_order(1, 3, 64).tolist()
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -274,14 +339,69 @@ def test_loader_arguments(make, kind):
 
 @pytest.mark.parametrize("kind", ALL)
 def test_closed_loader(make, kind):
-    threads = set(threading.enumerate())
+    before = running()
     with make(kind, random_set()) as loader:
         assert len(list(loader)) == 6
     loader.close()
     with pytest.raises(RuntimeError, match="closed"):
-        next(iter(loader))
-    gc.collect()
-    assert set(threading.enumerate()) <= threads
+        iter(loader)
+    assert running() <= before
+
+
+@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+@pytest.mark.parametrize("taken", [0, 2, 6])
+def test_closed_in_an_epoch_whose_iterator_is_held(make, kind, taken):
+    before = running()
+    loader = make(kind, random_set())
+    batches = iter(loader)
+    for _ in range(taken):
+        next(batches)
+    loader.close()
+    assert running() <= before
+    with pytest.raises(RuntimeError, match="the loader is closed"):
+        next(batches)
+
+
+@pytest.mark.parametrize("kind", ["resident", "torch-0", *FFCV])
+def test_another_default_device(make, kind):
+    """The loaders allocate on the CPU all the same."""
+    loader = make(kind, random_set())
+    expected = list(loader)
+    torch.set_default_device("meta")
+    try:
+        if kind == "torch-0":  # PyTorch's own seeds cannot be drawn there
+            got = [loader._loader.dataset[key] for key in loader._keys]
+            got = [(images.permute(0, 3, 1, 2), *rest) for images, *rest in got]
+        else:
+            got = list(loader)
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(got, expected, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_the_current_gpu_is_meant_by_none(monkeypatch):
+    class Nothing(Loader):
+        def _iterate(self, batches, epoch):
+            yield from ()
+
+    options = {"mean": MEAN, "std": STD, "augmentation": None, "shuffle": False, "drop_last": False}
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    for asked, device in (("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")):
+        assert Nothing(5, 2, device=asked, **options).device == torch.device(device)
+
+
+def test_without_a_place_for_compiled_code(monkeypatch):
+    """As numba finds it in a container that can only be read."""
+    monkeypatch.setattr("numba.core.caching.CacheImpl._locator_classes", [])
+    spec = importlib.util.spec_from_file_location("pixels_again", pixels.__file__)
+    again = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(again)
+    out = torch.empty(1, 2, 2, 3)
+    table = torch.arange(768.0).view(3, 256)
+    place = np.zeros(1, np.int64)
+    again.augment_batch(np.arange(12, dtype=np.uint8), place, place, None, 0, 0, table, out)
+    assert out.flatten(0, 2).tolist() == [[k, 257 + k, 514 + k] for k in range(0, 12, 3)]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -331,6 +451,11 @@ def test_border_is_black_before_normalisation(make):
         assert values == pytest.approx([black[channel], bright[channel]])
 
 
+def test_channel_statistics_of_nothing():
+    with pytest.raises(UserError, match="no images to take the mean"):
+        channel_statistics(random_set(0))
+
+
 def test_channel_statistics_match_numpy(make):
     image_set = random_set(200)
     image_set.images[..., 1] //= 3
@@ -372,13 +497,42 @@ def test_on_a_gpu(make, kind):
 def test_the_caller_never_waits_for_a_gpu(make, kind):
     loader = make(kind, random_set(64, 32, 32), 16, device="cuda")
     list(loader)
-    batches = iter(loader)
-    next(batches)  # an epoch's order is copied before its first batch
     torch.cuda.set_sync_debug_mode("error")
     try:
-        assert len(list(batches)) == 3
+        assert len(list(loader)) == 4
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU to compile for")
+@pytest.mark.parametrize("kind", ["resident", "torch-1", *FFCV])
+def test_gpu_memory_does_not_grow(make, kind):
+    """As it would if each epoch took streams of its own, whose memory is not shared."""
+    loader = make(kind, random_set(64, 32, 32), 16, device="cuda")
+
+    def reserved(epochs):
+        for epoch in range(epochs):
+            loader.set_epoch(epoch)
+            for images, *_ in loader:
+                images.sum()
+        return torch.cuda.memory_reserved()
+
+    assert reserved(20) - reserved(3) < 2**23
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU to compile for")
+@pytest.mark.parametrize("kind", ["resident", "torch-1", *FFCV])
+def test_batches_taken_on_another_stream(make, kind):
+    image_set = random_set(64, 32, 32)
+    here, there = (
+        make(k, image_set, 16, device=d) for k, d in (("resident", "cpu"), (kind, "cuda"))
+    )
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for one, other in zip(here, there, strict=True):
+            for expected, got in zip(one, other, strict=True):
+                assert torch.equal(got.cpu(), expected)
 
 
 # ---------------------------------------------------------------- any map-style data set
@@ -387,14 +541,18 @@ def test_the_caller_never_waits_for_a_gpu(make, kind):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_sample_that_is_no_image_is_named(make, workers):
     good = (np.zeros((4, 4, 3), np.uint8), 0)
-    for bad, message in [
-        (np.zeros((4, 4, 3), np.float32), r"sample 1 of the data set .*float32.*not uint8"),
-        (np.zeros((4, 4), np.uint8), r"sample 1 of the data set .*\[4, 4\]"),
-        (np.zeros((5, 4, 3), np.uint8), r"\[5, 4, 3\].*\[4, 4, 3\].*one size"),
+    for bad, target, message in [
+        (np.zeros((4, 4, 3), np.float32), 0, r"sample 1 of the data set .*float32.*not uint8"),
+        (np.zeros((4, 4), np.uint8), 0, r"sample 1 of the data set .*\[4, 4\]"),
+        (np.zeros((5, 4, 3), np.uint8), 0, r"\[5, 4, 3\].*\[4, 4, 3\].*one size"),
+        (good[0], 0.7, r"sample 1 of the data set cannot be taken: 'float'"),
+        (good[0], torch.tensor(1.0), r"sample 1 of the data set cannot be taken: only integer"),
     ]:
         options = {"mean": MEAN, "std": STD, "augmentation": None, "workers": workers}
         with (
-            TorchLoader([good, (bad, 0)], 2, shuffle=False, drop_last=False, **options) as loader,
+            TorchLoader(
+                [good, (bad, target)], 2, shuffle=False, drop_last=False, **options
+            ) as loader,
             pytest.raises(UserError, match=message) as caught,
         ):
             list(loader)

@@ -10,7 +10,7 @@ of files, and this folder knows nothing of them.
 from typing import TYPE_CHECKING, Any
 
 from classroomkd.data.augment import Augmentation
-from classroomkd.data.backends import BACKENDS, Loaders
+from classroomkd.data.backends import BACKENDS, Loaders, cache_folder
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
 from classroomkd.data.loader import Loader, channel_statistics
@@ -33,6 +33,7 @@ __all__ = [
     "RandomResizedCrop",
     "ResidentLoader",
     "TorchLoader",
+    "cache_folder",
     "channel_statistics",
     "digits",
     "from_dataset",

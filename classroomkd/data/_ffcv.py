@@ -8,8 +8,7 @@ Four things are put right on the way through it:
 - The memory manager that reads through the system's file cache marks *numba's own* type of byte
   arrays, shared by everything in the process, as read-only. Code that was compiled before then no
   longer matches its own key, and "Exception ignored … KeyError" is printed when it is collected.
-  It gets a read-only type to itself; the reader it compiles takes its types from the arguments,
-  for its declared ones are the shared type again.
+  It does so where it declares the types of the function that reads: that declares none here.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ def import_ffcv() -> ModuleType:
             f"FFCV cannot be imported ({reason}): scripts/install_ffcv.sh in the repository "
             "installs it"
         ) from error
-    OSCacheManager.state_type = property(_state_type)
     OSCacheManager.compile_reader = _compile_reader
     return ffcv
 
@@ -83,15 +81,8 @@ def _replaced() -> Iterator[None]:
             del sys.modules[name]
 
 
-def _state_type(_):
-    """The type of (file, starts, sizes), which every reading function is handed."""
-    from numba import types
-
-    file = types.Array(types.uint8, 1, "C", readonly=True)
-    return types.Tuple([file, types.uint64[::1], types.uint64[::1]])
-
-
 def _compile_reader(_):
+    """FFCV's own, but for the types, which it takes from its arguments."""
     import numpy as np
     from ffcv.pipeline.compiler import Compiler
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,12 @@ from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
 from classroomkd.errors import UserError
+from classroomkd.files import remove_leftovers
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 BACKENDS = ("auto", "ffcv", "resident", "torch")
 
@@ -36,14 +43,13 @@ class Loaders:
         self, backend: str, image_sets: Sequence[ImageSet], device: torch.device | str
     ) -> None:
         self.device = torch.device(device)
-        self._files: dict[int, Path] = {}
+        self._image_sets, self._files = list(image_sets), []
         if backend not in BACKENDS:
             raise UserError(f"no loader {backend!r}: choose one of {', '.join(BACKENDS)}")
         self.backend, self.reason = backend, "asked for"
         if backend in ("auto", "ffcv"):
             try:
-                for image_set in image_sets:
-                    self._files[id(image_set)] = packed(image_set)
+                self._files = [packed(image_set) for image_set in image_sets]
                 if backend == "auto":
                     self.backend, self.reason = "ffcv", f"files in {cache_folder()}"
             except (UserError, OSError) as error:
@@ -65,12 +71,18 @@ class Loaders:
         return "torch", f"{reason}; {sizes}"
 
     def open(self, image_set: ImageSet, batch_size: int, **options) -> Loader:
-        """A loader of one of the sets; the options are those of `Loader`, less the device."""
+        """A loader of one of the sets; the options are those of `Loader`, less the device.
+
+        Raises UserError if it is none of the sets that this was made for.
+        """
         options |= {"device": self.device}
+        places = [i for i, known in enumerate(self._image_sets) if known is image_set]
+        if not places:
+            raise UserError("this image set is none of those that the loaders were made for")
         if self.backend == "ffcv":
             from classroomkd.data.ffcv_loader import FFCVLoader
 
-            return FFCVLoader(self._files[id(image_set)], batch_size, **options)
+            return FFCVLoader(self._files[places[0]], batch_size, **options)
         kind = ResidentLoader if self.backend == "resident" else TorchLoader
         return kind(image_set, batch_size, **options)
 
@@ -88,17 +100,33 @@ def packed(image_set: ImageSet) -> Path:
     Raises UserError if FFCV is not installed or there is no space for it, OSError if the cache
     cannot be written to.
     """
-    from classroomkd.data.beton import open_beton, pack
+    from classroomkd.data.beton import pack
 
     digest = image_set.digest()
     names = hashlib.sha256(json.dumps(image_set.classes).encode()).hexdigest()
     path = cache_folder() / f"{digest[:16]}-{names[:8]}.beton"
-    if path.exists():
-        try:
-            if open_beton(path).sha256 == digest:
-                return path
-        except UserError:
-            pass  # cut off or overwritten: it is packed again
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pack(image_set, path, overwrite=True)
+    if not _is_whole(path, digest):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _packing_alone(path.parent):
+            if not _is_whole(path, digest):  # another process may have packed it meanwhile
+                remove_leftovers(path.parent)
+                pack(image_set, path, overwrite=True)
     return path
+
+
+def _is_whole(path: Path, digest: str) -> bool:
+    from classroomkd.data.beton import open_beton
+
+    try:
+        return path.exists() and open_beton(path).sha256 == digest
+    except (UserError, FileNotFoundError):  # cut off, overwritten, or just removed
+        return False
+
+
+@contextmanager
+def _packing_alone(folder: Path) -> Iterator[None]:
+    """Within it no other process packs into ``folder``, where the system has such locks."""
+    with (folder / ".lock").open("w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        yield

@@ -27,6 +27,7 @@ from classroomkd.data.beton_file import (
     open_alone,
     open_beton,
     progress_bar,
+    read_record,
     side_file,
 )
 from classroomkd.data.decode import bombs_refused
@@ -93,23 +94,40 @@ def pack(
                 "sha256": beton.digest(),
             }
             sync(temporary)
-            # An old one must not be taken for the new file's if all ends between the two renames.
-            side_file(path).unlink(missing_ok=True)
-        atomic_write(side_file(path), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            following = {"inode": temporary.stat().st_ino, "record": record}
+            _write_side(path, _record_of(path) | {"next": following})
+        _write_side(path, record)
     except OSError as error:
         error.filename = str(path)
         raise
     return open_beton(path)
 
 
-def check_free(path: Path, overwrite: bool) -> None:
-    """Raise UserError unless a file can be written at ``path``, replacing none unless told."""
+def _record_of(path: Path) -> dict[str, Any]:
+    """The record of the file at ``path``, as far as there is one."""
+    try:
+        return read_record(path, path.stat().st_ino) or {}
+    except (FileNotFoundError, UserError):
+        return {}
+
+
+def _write_side(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(side_file(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_free(
+    path: Path, overwrite: bool, remedy: str = "give another name, or overwrite=True to replace it"
+) -> None:
+    """Raise UserError unless a file can be written at ``path``, replacing none unless told.
+
+    ``remedy`` is what its message advises where there is a file.
+    """
     if path.is_dir() or not path.name:
         raise UserError(f"{path} is a folder: give the name of a file to write")
     if not path.parent.is_dir():
         raise UserError(f"no such folder: {path.parent}")
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: give another name, or --overwrite to replace it")
+        raise UserError(f"{path} exists already: {remedy}")
 
 
 def verify(

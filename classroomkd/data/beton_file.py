@@ -5,18 +5,21 @@ FFCV itself would not write, so any of its users can read it. What it has no pla
 side file, ``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their
 indices: all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then
 each image's stored bytes, all little-endian. It depends on nothing but the samples.
+
+No two files can be replaced at once. So before a ``.beton`` file is replaced, its side file is
+given the new one's record too, as ``next`` with its inode, and the inode says which record counts.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -24,9 +27,12 @@ from rich.console import Console
 from rich.progress import Progress
 
 from classroomkd.data._ffcv import import_ffcv
+from classroomkd.data.image_sets import samples_digest
 from classroomkd.errors import UserError
 
 JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+
+_Read = TypeVar("_Read")
 
 _FIELDS = [("image", 2), ("label", 1)]  # names, and FFCV's numbers for their types
 _MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is soon above it
@@ -46,6 +52,7 @@ class Beton:
         starts: where each image's bytes begin in the file, int64 [N].
         sizes: how many they are, int64 [N]; 3 · height · width for raw ones.
         sha256: of the samples, as the side file has it; None without one.
+        data: the whole file, uint8, mapped into memory for reading.
     """
 
     path: Path
@@ -57,14 +64,10 @@ class Beton:
     starts: np.ndarray
     sizes: np.ndarray
     sha256: str | None
+    data: np.ndarray
 
     def __len__(self) -> int:
         return len(self.targets)
-
-    @cached_property
-    def data(self) -> np.ndarray:
-        """The whole file, uint8, mapped into memory for reading."""
-        return np.asarray(np.memmap(self.path, np.uint8, mode="r"))
 
     def stored(self, index: int) -> np.ndarray:
         """The bytes of an image as they are stored, a uint8 view of the file."""
@@ -73,35 +76,45 @@ class Beton:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The image, uint8 [H, W, 3], and the class index of a sample.
 
-        Raises UserError if a JPEG cannot be decoded.
+        Raises UserError if a JPEG cannot be decoded, or has another size than its entry.
         """
         shape = (int(self.heights[index]), int(self.widths[index]), 3)
         if self.modes[index] == RAW:
             image = self.stored(index).reshape(shape).copy()
         else:
-            try:
-                image = decode_jpeg(self.stored(index))
-            except Exception as error:  # decoders raise almost anything on damaged bytes
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise UserError(f"{self.path}: image {index} cannot be read ({reason})") from error
-            if image.shape != shape:
-                raise UserError(
-                    f"{self.path}: image {index} is {list(image.shape)}, its entry says "
-                    f"{list(shape)}: the file is corrupt, pack it again"
-                )
+            image = self._read(index, decode_jpeg)
+            self._require_shape(index, image.shape)
         return image, int(self.targets[index])
+
+    def check_jpeg(self, index: int) -> None:
+        """Raise UserError unless the header of an image's JPEG has the size that its entry has."""
+        self._require_shape(index, self._read(index, jpeg_shape))
+
+    def _read(self, index: int, read: Callable[[np.ndarray], _Read]) -> _Read:
+        try:
+            return read(self.stored(index))
+        except Exception as error:  # decoders raise almost anything on damaged bytes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.path}: image {index} cannot be read ({reason})") from error
+
+    def _require_shape(self, index: int, shape: tuple[int, int, int]) -> None:
+        expected = (int(self.heights[index]), int(self.widths[index]), 3)
+        if shape != expected:
+            raise UserError(
+                f"{self.path}: image {index} is {list(shape)}, its entry says {list(expected)}: "
+                "the file is corrupt, pack it again"
+            )
 
     def digest(self) -> str:
         """The SHA-256 of the samples (see the module), in hexadecimal."""
-        digest = hashlib.sha256(self.targets.astype("<i8").tobytes())
-        digest.update(self.modes.tobytes())
-        digest.update(self.heights.astype("<u2").tobytes())
-        digest.update(self.widths.astype("<u2").tobytes())
-        with progress_bar(f"Summing {len(self):,} images", len(self)) as advance:
-            for i in range(len(self)):
-                digest.update(self.stored(i))
-                advance(1)
-        return digest.hexdigest()
+
+        def images() -> Iterator[np.ndarray]:
+            with progress_bar(f"Summing {len(self):,} images", len(self)) as advance:
+                for i in range(len(self)):
+                    yield self.stored(i)
+                    advance(1)
+
+        return samples_digest(self.targets, self.modes, self.heights, self.widths, images())
 
 
 def side_file(path: Path) -> Path:
@@ -120,40 +133,83 @@ def open_beton(path: Path | str) -> Beton:
     import_ffcv()
     if not path.is_file():
         raise UserError(f"{path} is a folder" if path.is_dir() else f"no such file: {path}")
+    while True:
+        with path.open("rb") as file:
+            opened = os.fstat(file.fileno())
+            record = read_record(path, opened.st_ino)
+            if os.path.samestat(opened, path.stat()):
+                return _open_recorded(path, file, record)
+        # It was replaced since, and the record may be its successor's: once more.
+
+
+def read_record(path: Path, inode: int) -> dict[str, Any] | None:
+    """What the side file of ``path`` says of the file with that inode; None if it says nothing.
+
+    Raises UserError if it is damaged.
+    """
     side = side_file(path)
-    if not side.exists():
-        return open_alone(path, None)
     try:
         record = json.loads(side.read_text(encoding="utf-8"))
-        classes, sha256 = record["classes"], str(record["sha256"])
-        count, size = int(record["images"]), int(record["bytes"])
+        if "next" in record:
+            following = record.pop("next")
+            record = following["record"] if following["inode"] == inode else record
+            if not record:
+                return None
+        classes = record["classes"]
         if not isinstance(classes, list) or {type(name) for name in classes} != {str}:
             raise TypeError("classes must be a list of names")
+        images, size = int(record["images"]), int(record["bytes"])
+        return record | {"images": images, "bytes": size, "sha256": str(record["sha256"])}
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{side} is damaged ({type(error).__name__}: {error}): remove it, or pack again"
         ) from error
-    if size != path.stat().st_size:
+
+
+def _open_recorded(path: Path, file: BinaryIO, record: dict[str, Any] | None) -> Beton:
+    if record is None:
+        return _open(path, file, None, None)
+    size, name = os.fstat(file.fileno()).st_size, side_file(path).name
+    if record["bytes"] != size:
         raise UserError(
-            f"{path} has {path.stat().st_size:,} bytes, but {side.name} says {size:,}: it was cut "
-            "off or is another file; pack it again"
+            f"{path} has {size:,} bytes, but {name} says {record['bytes']:,}: it was cut off or is "
+            "another file; pack it again"
         )
-    beton = open_alone(path, classes, sha256)
-    if count != len(beton):
-        raise UserError(f"{path} has {len(beton):,} images, but {side.name} says {count:,}")
+    beton = _open(path, file, record["classes"], record["sha256"])
+    if record["images"] != len(beton):
+        raise UserError(f"{path} has {len(beton):,} images, but {name} says {record['images']:,}")
     return beton
 
 
-def open_alone(path: Path, classes: list[str] | None, sha256: str | None = None) -> Beton:
-    """Open a file without a look at its side file, given what that says."""
-    from ffcv.reader import Reader
-    from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, FieldDescType, HeaderType
+def open_alone(path: Path, classes: list[str]) -> Beton:
+    """Open a file without a look at its side file."""
+    with path.open("rb") as file:
+        return _open(path, file, classes, None)
 
-    # FFCV's reader trusts what the header says, so that is checked before.
-    size = path.stat().st_size
+
+def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | None) -> Beton:
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        FieldDescType,
+        HeaderType,
+        get_handlers,
+        get_metadata_type,
+    )
+
+    size = os.fstat(file.fileno()).st_size
     if size < HeaderType.itemsize:
         raise UserError(f"{path} is no .beton file: it has only {size} bytes")
-    header = np.fromfile(path, HeaderType, count=1)[0]
+    data = np.asarray(np.memmap(file, np.uint8, mode="r"))
+
+    def table(dtype: np.dtype, start: int, count: int) -> np.ndarray:
+        """As many of ``count`` entries as the file has there."""
+        part = data[start : start + count * dtype.itemsize]
+        return part[: len(part) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+    header = table(HeaderType, 0, 1)[0]
     count, end, page_size = (
         int(header[name]) for name in ("num_samples", "alloc_table_ptr", "page_size")
     )
@@ -161,9 +217,7 @@ def open_alone(path: Path, classes: list[str] | None, sha256: str | None = None)
         raise UserError(f"{path} is no .beton file, or not of FFCV's format {CURRENT_VERSION}")
     if end == 0:
         raise UserError(f"{path} was never finished: pack it again")
-    described = np.fromfile(
-        path, FieldDescType, count=int(header["num_fields"]), offset=HeaderType.itemsize
-    )
+    described = table(FieldDescType, HeaderType.itemsize, int(header["num_fields"]))
     fields = [
         (field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace"), field["type_id"])
         for field in described
@@ -184,17 +238,18 @@ def open_alone(path: Path, classes: list[str] | None, sha256: str | None = None)
     begin = tables + 24 * count  # a line of the table of samples has 24 bytes
     if count == 0 or begin > end or page_size == 0 or end % page_size:
         raise UserError(corrupt.format("its header contradicts itself"))
-    reader = Reader(str(path))
-    image, targets = (reader.metadata[name] for name in reader.metadata.dtype.names)
-    table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
-    if not np.array_equal(table["sample_id"], np.arange(count)):
+    samples = table(get_metadata_type(get_handlers(described)), tables, count)
+    image, targets = (samples[name] for name in samples.dtype.names)
+    places = table(ALLOC_TABLE_TYPE, end, count)
+    places = places[np.argsort(places["sample_id"], kind="stable")]
+    if not np.array_equal(places["sample_id"], np.arange(count)):
         raise UserError(corrupt.format("its allocation table does not have each image once"))
 
     def check(wrong: np.ndarray, what: str) -> None:
         if wrong.any():
             raise UserError(corrupt.format(f"image {np.flatnonzero(wrong)[0]} {what}"))
 
-    starts, sizes = table["ptr"], table["size"]
+    starts, sizes = places["ptr"], places["size"]
     check(starts != image["data_ptr"], "is at two places")
     check((starts < begin) | (starts > end) | (sizes > end), "lies outside the file")
     starts, sizes = starts.astype(np.int64), sizes.astype(np.int64)
@@ -213,12 +268,18 @@ def open_alone(path: Path, classes: list[str] | None, sha256: str | None = None)
     check((targets < 0) | (targets >= most), f"has a target outside its {most:,} classes")
     if classes is None:
         classes = [str(k) for k in range(int(targets.max()) + 1)]
-    return Beton(path, classes, targets, heights, widths, modes, starts, sizes, sha256)
+    return Beton(path, classes, targets, heights, widths, modes, starts, sizes, sha256, data)
 
 
 def decode_jpeg(data: np.ndarray) -> np.ndarray:
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return np.array(image.convert("RGB"))
+
+
+def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and 3, as the header says, for nothing is decoded."""
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return image.height, image.width, 3
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def info(arguments: argparse.Namespace) -> None:
     """Print classes, counts, sizes and statistics; draw a contact sheet if asked for."""
     sheet: Path | None = arguments.contact_sheet
     if sheet is not None:
-        check_free(sheet, overwrite=False)
+        check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
     if arguments.source != "digits" and path.is_file():
         image_set, sizes = _load_beton(path, arguments.image_size)
@@ -82,7 +82,8 @@ def pack(arguments: argparse.Namespace) -> None:
     """Pack a part of a data set into a ``.beton`` file."""
     out = arguments.out.expanduser()
     options = _photo_options(arguments)
-    check_free(out, arguments.overwrite)  # before the data, which may take long to read
+    # Before the data, which may take long to read.
+    check_free(out, arguments.overwrite, "give another name, or --overwrite to replace it")
     import_ffcv()
     jpeg = arguments.photos and not arguments.raw
     beton = betons.pack(_part(arguments), out, overwrite=arguments.overwrite, jpeg=jpeg, **options)
@@ -95,7 +96,7 @@ def pack(arguments: argparse.Namespace) -> None:
 def verify(arguments: argparse.Namespace) -> None:
     """Compare a ``.beton`` file with its side file, and with the data set if that is given."""
     options = _photo_options(arguments)
-    open_beton(arguments.file)  # likewise
+    open_beton(arguments.file)  # likewise before the data
     source = None if arguments.source is None else _part(arguments)
     beton = betons.verify(arguments.file, source, **options)
     equal = [] if source is None else [f"as in {arguments.source}"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from operator import index as as_index
 from pathlib import Path
@@ -47,13 +47,27 @@ class ImageSet:
 
     def digest(self) -> str:
         """The SHA-256, in hexadecimal, of targets and images: that of a ``.beton`` file of them."""
-        count, height, width, _ = self.images.shape
-        digest = hashlib.sha256(self.targets.astype("<i8").tobytes())
-        digest.update(np.ones(count, np.uint8))  # the mode, raw
-        for side in (height, width):
-            digest.update(np.full(count, side, "<u2"))
-        digest.update(np.ascontiguousarray(self.images))
-        return digest.hexdigest()
+        count, *sides, _ = self.images.shape
+        modes = np.ones(count, np.uint8)  # raw
+        heights, widths = (np.full(count, side) for side in sides)
+        images = [np.ascontiguousarray(self.images)]
+        return samples_digest(self.targets, modes, heights, widths, images)
+
+
+def samples_digest(
+    targets: np.ndarray,
+    modes: np.ndarray,
+    heights: np.ndarray,
+    widths: np.ndarray,
+    images: Iterable[np.ndarray],
+) -> str:
+    """The SHA-256, in hexadecimal, that stands beside a ``.beton`` file of these samples."""
+    digest = hashlib.sha256(targets.astype("<i8").tobytes())
+    for column, dtype in ((modes, "u1"), (heights, "<u2"), (widths, "<u2")):
+        digest.update(column.astype(dtype).tobytes())
+    for image in images:
+        digest.update(image)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

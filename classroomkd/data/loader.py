@@ -32,7 +32,10 @@ def channel_statistics(
 
     The sums are exact integers, so the result is the same on every machine. A channel of one value
     throughout has no deviation to divide by: its 0 is given as 1, so that it normalises to 0.
+    Raises UserError if there are no images.
     """
+    if not len(image_set):
+        raise UserError("there are no images to take the mean and standard deviation of")
     means, stds = [], []
     for channel in range(3):
         values = torch.from_numpy(image_set.images[..., channel].ravel())
@@ -52,11 +55,14 @@ class Loader(ABC):
     caller's to keep. Order and augmentation depend only on ``seed``, the epoch set with
     ``set_epoch`` (0 at first) and the sample's index, so every loader gives the same bits, whatever
     its batch size, workers and place among others, and an epoch iterated again gives them again.
-    One epoch is iterated at a time; for two at once take two loaders.
+    What an iteration gives is fixed when it begins, with ``iter()``. One epoch is iterated at a
+    time; for two at once take two loaders.
 
     Among ``world_size`` processes the b-th batches together are the batch that one process with
     ``batch_size · world_size`` would have; the last one, where it is not full, is shared out as
-    evenly as can be, and a process that would get none of it has a batch less.
+    evenly as can be, and a process that would get none of it has a batch less. Where processes wait
+    for each other at every batch (DistributedDataParallel), the others would then wait for ever:
+    set ``drop_last``.
 
     Args:
         count: how many images the set has.
@@ -70,12 +76,12 @@ class Loader(ABC):
         seed: any integer; its lowest 64 bits count.
         rank: which process this is, 0 ≤ rank < ``world_size``.
         world_size: how many processes share the set.
-        device: where the batches are wanted.
+        device: where the batches are wanted; "cuda" is the GPU that is current now.
         dtype: of the images, floating.
 
     Raises:
-        UserError: the batch size is not positive, ``drop_last`` would leave no batch at all, or
-            the rank is not below the world size.
+        UserError: the batch size or a standard deviation is not positive, ``drop_last`` would leave
+            no batch at all, or the rank is not below the world size.
     """
 
     def __init__(
@@ -110,6 +116,8 @@ class Loader(ABC):
         self.crop = augmentation if is_crop else None
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.epoch = self.first_batch = 0
         self.closed = False
         self._table = torch.from_numpy(normalisation_table(mean, std)).to(dtype)
@@ -129,9 +137,19 @@ class Loader(ABC):
         return whole + (not self.drop_last and rest > self.rank)
 
     def __iter__(self) -> Iterator[Batch]:
+        self._require_open()
+        return self._while_open(self._iterate(self._batches()[self.first_batch :], self.epoch))
+
+    def _while_open(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        self._require_open()
+        for batch in batches:
+            yield batch
+            del batch  # so that its memory may be used for the next
+            self._require_open()
+
+    def _require_open(self) -> None:
         if self.closed:
             raise RuntimeError("the loader is closed")
-        return self._iterate(self._batches()[self.first_batch :])
 
     def _batches(self) -> list[np.ndarray]:
         """The sample indices, int64, of this process's batches in a whole epoch."""
@@ -144,11 +162,14 @@ class Loader(ABC):
         return [np.array_split(batch, self.world_size)[self.rank] for batch in batches[: len(self)]]
 
     @abstractmethod
-    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
-        """Give a batch for each array of sample indices."""
+    def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        """Give a batch of ``epoch`` for each array of sample indices."""
 
     def close(self) -> None:
-        """Give back memory, threads and processes. Closing again is fine; iterating then raises."""
+        """Give back memory, threads and processes. Closing again is fine.
+
+        Iterating then raises RuntimeError, and so does the next step of an iteration under way.
+        """
         self.closed = True
 
     def __enter__(self) -> Loader:

@@ -1,11 +1,13 @@
 """The augmentation on the CPU: one pass from stored bytes to finished values, compiled by numba.
 
 An image's bytes are read once and its values written once. The compiled function runs without the
-interpreter's lock, so that threads can share a batch, and is kept on disk for the next process.
+interpreter's lock, so that threads can share a batch, and is kept on disk for the next process
+where there is a place for it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -70,7 +72,14 @@ def augment_batch(
         part.result()
 
 
-@njit(nogil=True, cache=True)
+def _compiled(function: Callable) -> Callable:
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # there is no folder that numba could keep it in
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def _augment(pixels, places, cutout, table, out):
     """Fill out [B, H, 3·W] from ``pixels``.
 

@@ -28,9 +28,9 @@ class ResidentLoader(Loader):
         self._targets = torch.from_numpy(np.ascontiguousarray(image_set.targets)).to(self.device)
         self._table = self._table.to(self.device)
 
-    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
+    def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         make = self._on_cpu if self.device.type == "cpu" else self._on_gpu
-        return make(batches, self.epoch)
+        return make(batches, epoch)
 
     def _on_cpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         from classroomkd.data.pixels import augment_batch
@@ -38,7 +38,8 @@ class ResidentLoader(Loader):
         size = self._images[0].numel()
         pixels = self._images.view(-1).numpy()
         for indices in batches:
-            out = torch.empty((len(indices), *self._images.shape[1:]), dtype=self.dtype)
+            shape = len(indices), *self._images.shape[1:]
+            out = torch.empty(shape, dtype=self.dtype, device="cpu")
             starts, augmentation = indices * size, self.augmentation
             augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self._table, out)
             samples = torch.from_numpy(indices)
@@ -49,7 +50,12 @@ class ResidentLoader(Loader):
 
         if not batches:
             return
-        order = torch.from_numpy(np.concatenate(batches)).to(self.device)
+        order = torch.from_numpy(np.concatenate(batches))
+        if self.device.type == "cuda":
+            order = order.pin_memory().to(self.device, non_blocking=True)
+            stream = torch.cuda.current_stream(self.device)
+            for tensor in (self._images, self._targets, self._table):
+                tensor.record_stream(stream)  # which need not be the one that they were made on
         augmentation = self.augmentation or Augmentation(0, flip=False)
         options = {
             **vars(augmentation),

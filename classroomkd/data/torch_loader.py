@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from operator import index as as_index
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ class TorchLoader(Loader):
     array [H, W, 3], the target an integer. Images of more than one size need a `RandomResizedCrop`
     or a `CentreCrop` as ``augmentation``. The batches are made whole in the
     workers (by default one a core; 0 makes them in this process). All else is as for `Loader`.
+
+    The workers know one epoch at a time: another iteration ends the one before it, whose next step
+    raises RuntimeError. On a GPU, PyTorch pins the batches in a thread of its own, so a CUDA graph
+    that is captured meanwhile needs ``capture_error_mode="thread_local"``.
     """
 
     def __init__(
@@ -46,10 +51,17 @@ class TorchLoader(Loader):
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )
+        # No iteration may hold on to the second: with the last reference to it the workers end.
+        self._running: list | None = None
+        self._source: Iterator | None = None
 
-    def _iterate(self, batches: list[np.ndarray]) -> Iterator[Batch]:
-        self._keys[:] = [(self.epoch, indices) for indices in batches]
-        for batch in self._loader:
+    def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        self._keys[:] = keys = [(epoch, indices) for indices in batches]
+        self._running, self._source = keys, iter(self._loader)
+        for _ in keys:
+            if self._running is not keys:
+                raise RuntimeError("the loader began another epoch: it gives one at a time")
+            batch = next(self._source)
             if isinstance(batch, UserError):
                 raise batch
             images, targets, indices = (part.to(self.device, non_blocking=True) for part in batch)
@@ -57,7 +69,7 @@ class TorchLoader(Loader):
 
     def close(self) -> None:
         super().close()
-        self._loader = None  # its workers end with it
+        self._loader = self._source = None
 
 
 class _Batches(Dataset):
@@ -85,7 +97,7 @@ class _Batches(Dataset):
             rows = np.arange(len(indices))
         augmentation = self.crop.after if self.crop else self.augmentation
         shape = images.shape[1:]
-        out = torch.empty((len(indices), *shape), dtype=self.table.dtype)
+        out = torch.empty((len(indices), *shape), dtype=self.table.dtype, device="cpu")
         pixels, starts = images.reshape(-1), rows * math.prod(shape)
         augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self.table, out)
         return out, torch.from_numpy(targets), torch.from_numpy(indices)
@@ -93,10 +105,10 @@ class _Batches(Dataset):
     def _collect(self, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images, targets = [], np.empty(len(indices), np.int64)
         for i, index in enumerate(indices.tolist()):
-            image, targets[i] = self.data[index]
+            image, target = self.data[index]
             try:
-                image = as_pixels(image)
-            except ValueError as error:
+                image, targets[i] = as_pixels(image), as_index(target)
+            except (TypeError, ValueError) as error:
                 message = f"sample {index} of the data set cannot be taken: {error}"
                 raise UserError(message) from error
             if self.crop:
