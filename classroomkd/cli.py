@@ -92,86 +92,19 @@ def _parser() -> Parser:
     _add_run_options(quickstart, "quickstart")
 
     train = command("train", "train mentors and a student on your own images")
-    train.lists_zoo = True
-    train.add_argument(
-        "override",
-        nargs="*",
-        default=[],
-        metavar="KEY=VALUE",
-        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4",
-    )
-    train.add_argument(
-        "--recipe", type=path_option, metavar="FILE", help="a YAML file to begin with"
-    )
-    train.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
-    train.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
-    train.add_argument(
-        "--mentors",
-        nargs="+",
-        metavar="NAME|FILE",
-        help="networks of the zoo, which are trained first, or checkpoints and run folders",
-    )
-    train.add_argument("--epochs", type=COUNT, default=240, metavar="N", help=_OF_STUDENT)
-    train.add_argument("--mentor-epochs", type=COUNT, metavar="N", help="(default: --epochs)")
-    train.add_argument("--batch-size", type=COUNT, default=64, metavar="N", help=_DEFAULT)
-    train.add_argument(
-        "--learning-rate",
-        type=POSITIVE,
-        default=0.05,
-        metavar="RATE",
-        help=f"where the schedules begin {_DEFAULT}",
-    )
-    train.add_argument(
-        "--temperature",
-        type=TEMPERATURE,
-        default=12.0,
-        metavar="T",
-        help=f"softens a lesson by 1 + T · the mentor's lead over the student {_DEFAULT}",
-    )
-    train.add_argument(
-        "--ranking",
-        choices=("sample", "batch"),
-        default="sample",
-        help=f"rank the mentors for each image or for a whole batch {_DEFAULT}",
-    )
-    train.add_argument(
-        "--image-size",
-        type=PIXELS,
-        default=DEFAULT_IMAGE_SIZE,
-        metavar="PIXELS",
-        help=f"width and height that images are brought to {_DEFAULT}",
-    )
-    train.add_argument(
-        "--test-share",
-        type=SHARE,
-        default=DEFAULT_TEST_SHARE,
-        metavar="SHARE",
-        help=f"held out of a data set without test/ and val/ {_DEFAULT}",
-    )
-    train.add_argument(
-        "--validation",
-        type=PART,
-        default=0.1,
-        metavar="SHARE",
-        help=f"of the training images, split off to choose on; 0 trains on all of them {_DEFAULT}",
-    )
-    train.add_argument(
-        "--download", choices=("cifar10", "cifar100"), help="fetch this set into PATH first"
-    )
-    train.add_argument(
-        "--no-flip",
-        dest="flip",
-        action="store_false",
-        help="do not mirror training images (digits, letters, signs)",
-    )
-    _add_device(train)
+    _add_recipe_options(train)
     _add_run_options(train, "train")
     train.add_argument(
         "--resume",
         type=path_option,
+        default=None,
         metavar="DIR",
         help="go on with the run in this folder, whatever stopped it; takes no other option",
     )
+
+    mentors = command("mentors", "train only the mentors of a recipe that are not in the store yet")
+    _add_recipe_options(mentors)
+    _add_run_options(mentors, "mentors")
 
     evaluate = command("evaluate", "measure a trained student on held-out images")
     evaluate.add_argument(
@@ -203,6 +136,78 @@ def _parser() -> Parser:
     data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)
     _add_data_commands(data.add_subparsers(metavar="command", required=True))
     return parser
+
+
+def _add_recipe_options(parser: Parser) -> None:
+    """What makes a recipe. None has a default, for those are the recipe's."""
+    parser.lists_zoo = True
+    parser.argument_default = argparse.SUPPRESS
+    parser.add_argument(
+        "override",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4",
+    )
+    parser.add_argument(
+        "--recipe", type=path_option, metavar="FILE", help="a YAML file to begin with"
+    )
+    parser.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
+    parser.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
+    parser.add_argument(
+        "--mentors",
+        nargs="+",
+        metavar="NAME|FILE",
+        help="networks of the zoo, which are trained first, or checkpoints and run folders",
+    )
+    parser.add_argument("--epochs", type=COUNT, metavar="N", help="of the student (default: 240)")
+    parser.add_argument("--mentor-epochs", type=COUNT, metavar="N", help="(default: --epochs)")
+    parser.add_argument("--batch-size", type=COUNT, metavar="N", help="(default: 64)")
+    parser.add_argument(
+        "--learning-rate",
+        type=POSITIVE,
+        metavar="RATE",
+        help="where the schedules begin (default: 0.05, mentors of some kinds 0.01)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=TEMPERATURE,
+        metavar="T",
+        help="softens a lesson by 1 + T · the mentor's lead over the student (default: 12)",
+    )
+    parser.add_argument(
+        "--ranking",
+        choices=("sample", "batch"),
+        help="rank the mentors for each image or for a whole batch (default: sample)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=PIXELS,
+        metavar="PIXELS",
+        help=f"width and height that images are brought to (default: {DEFAULT_IMAGE_SIZE})",
+    )
+    parser.add_argument(
+        "--test-share",
+        type=SHARE,
+        metavar="SHARE",
+        help=f"held out of a data set without test/ and val/ (default: {DEFAULT_TEST_SHARE})",
+    )
+    parser.add_argument(
+        "--validation",
+        type=PART,
+        metavar="SHARE",
+        help="of the training images, split off to choose on; 0 trains on all (default: 0.1)",
+    )
+    parser.add_argument(
+        "--download", choices=("cifar10", "cifar100"), help="fetch this set into PATH first"
+    )
+    parser.add_argument(
+        "--no-flip",
+        dest="flip",
+        action="store_false",
+        help="do not mirror training images (digits, letters, signs)",
+    )
+    _add_device(parser)
 
 
 def _command(commands: Any, module: str, name: str, what: str) -> Parser:
@@ -294,7 +299,6 @@ def _add_data_commands(commands: Any) -> None:
 
 _DATA_COMMANDS = "look at data sets, pack them into .beton files, check those"
 _DEFAULT = "(default: %(default)s)"
-_OF_STUDENT = f"of the student {_DEFAULT}"
 _DATA_HELP = (
     "class folders under train/ and test/ or val/, or in one folder to be split by seed, "
     "or CIFAR's python files"
@@ -303,17 +307,26 @@ _SOURCE_HELP = f"{_DATA_HELP}, or the word digits"
 
 
 def _add_run_options(parser: Parser, name: str) -> None:
-    parser.add_argument("--seed", type=NATURAL, default=DEFAULT_SEED, metavar="N", help=_DEFAULT)
+    """Seed, loader and folder; where the parser's options have no default, nor have the first."""
+    none = parser.argument_default
+    parser.add_argument(
+        "--seed",
+        type=NATURAL,
+        default=none or DEFAULT_SEED,
+        metavar="N",
+        help=f"(default: {DEFAULT_SEED})",
+    )
     parser.add_argument(
         "--loader",
         choices=("auto", "ffcv", "resident", "torch"),
-        default="auto",
+        default=none or "auto",
         help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
         "installed, else resident where they fit in memory, else torch)",
     )
     parser.add_argument(
         "--out",
         type=path_option,
+        default=None,
         metavar="DIR",
         help=f"run folder (default: runs/{name}, or -2, -3, …)",
     )

@@ -128,7 +128,10 @@ def test_on_the_command_line(file, tmp_path, capsys):
     assert "training.epochs: Value 'x'" in capsys.readouterr().err
     assert cli.main([*train, "--epochs", "3", "mentors=[resnet9]"]) == 2
     assert "no network is called 'resnet9'" in capsys.readouterr().err
+    for epochs in ("240", "3"):  # an option counts, also where it says what is the default
+        assert cli.main([*train, "--epochs", epochs, "--temperature", "-1"]) == 2
+    capsys.readouterr()
     assert cli.main([*train, "mentors=[]"]) == 2
-    assert "required here or in a --recipe: --mentors" in capsys.readouterr().err
+    assert "--mentors is required, here or in a --recipe" in capsys.readouterr().err
     assert cli.main([*train, "data.source=nowhere", "device=cpu", "mentors=[resnet8]"]) == 2
     assert "no such folder" in capsys.readouterr().err

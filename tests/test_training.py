@@ -509,6 +509,7 @@ VALUES = {
     "data": {"source": "colours", "image_size": 8, "validation": 0.0, "loader": "resident"},
     "training": {"epochs": 2, "batch_size": 8},
     "mentor_training": {"epochs": 2, "batch_size": 8},
+    "store": False,
     "device": "cpu",
     "threads": 1,
 }

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from classroomkd.training.mentors import (
 from classroomkd.training.progress import TrainingProgress
 from classroomkd.training.run import Run
 from classroomkd.training.schedule import peak_learning_rate
+from classroomkd.training.store import MentorStore
 from classroomkd.training.trainer import Trainer
 
 
@@ -99,6 +101,7 @@ class Classroom:
         self.loss = ClassroomLoss(
             **vars(recipe.loss), process_group=dist.group.WORLD if across else None
         )
+        self._store = MentorStore()
         self.mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
@@ -109,12 +112,17 @@ class Classroom:
             check_trainable(name, recipe.data.image_size, share)
 
     def run(
-        self, train_set: ImageSet, test_set: ImageSet, out: Path, resume: bool = False
+        self,
+        train_set: ImageSet,
+        test_set: ImageSet,
+        out: Path,
+        resume: bool = False,
+        students: bool = True,
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
         With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
-        same end: on a CPU bit for bit.
+        same end: on a CPU bit for bit. Without ``students`` only the mentors are trained.
 
         Raises UserError if a given mentor does not fit the data, a training diverges, or the run
         to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
@@ -159,7 +167,7 @@ class Classroom:
                 )
                 self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
                 with Interrupts() as self._interrupts:
-                    results = self._train_all(sets["train"])
+                    results = self._train_all(sets["train"], students)
             summary = {
                 "data": {
                     "name": Path(data.source).resolve().name,
@@ -187,7 +195,7 @@ class Classroom:
             raise
         return summary
 
-    def _train_all(self, train_set: ImageSet) -> list[dict[str, Any]]:
+    def _train_all(self, train_set: ImageSet, with_students: bool) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
         recipe = self.recipe
         # Given mentors come first, so that a sick one is found before anything is trained.
@@ -204,15 +212,21 @@ class Classroom:
         students = [
             _Part(phase, recipe.student, recipe.student, recipe.training.epochs)
             for phase in ("alone", "classroom")
+            if with_students
         ]
+        self._taught: dict[str, list[float | None]] = {}
         steps = sum(part.epochs * self._steps(part, train_set) for part in parts + students)
         with TrainingProgress(self.console, steps) as self._progress:
-            for number, mentor in enumerate(self.mentors, start=1):
+            twins = Counter()
+            for mentor in self.mentors:
                 if mentor.network is None:
+                    twins[mentor.architecture] += 1
                     mentor.network, results[mentor.name] = self._train(
-                        parts.pop(0), train_set, number
+                        parts.pop(0), train_set, twins[mentor.architecture]
                     )
             mentors = {mentor.name: mentor.network for mentor in self.mentors}
+            if not students:
+                return [results[name] for name in mentors]
             bank = MentorBank(
                 mentors,
                 len(train_set.classes),
@@ -259,9 +273,10 @@ class Classroom:
         number: int,
         mentors: MentorBank | None = None,
     ) -> tuple[nn.Module, dict[str, Any]]:
-        """Train, measure and save one network, the run's ``number``-th to draw random numbers.
+        """Train, measure and save one network, the ``number``-th of its kind.
 
-        What an earlier process has done of it is not done again.
+        What an earlier process has done of it is not done again, nor is a mentor trained that was
+        trained so before.
         """
         run, key, called = self._run, (part.phase, part.name), label(part.phase, part.name)
         recipe, steps = self.recipe, self._steps(part, train_set)
@@ -271,7 +286,13 @@ class Classroom:
             run.take_up(done["records"])
             self._progress.skip(len(done["records"]) * steps)
             return network.to(self.device, memory_format=torch.channels_last), done["result"]
-        seed = network_seed(recipe.seed, number)
+        seed = network_seed(recipe.seed, number, part.architecture)
+        deciding = self._deciding(part, train_set, seed)
+        if deciding:
+            network, kept = self._from_store(part, deciding)
+            if network is not None:
+                self._progress.skip(len(kept["records"]) * steps)
+                return network, kept["result"]
         torch.manual_seed(seed)
         network = models.create(part.architecture, len(train_set.classes))
         network.to(self.device, memory_format=torch.channels_last)
@@ -314,8 +335,44 @@ class Classroom:
         result = part.result(network, measured) | best(saver.records)
         done = {"records": saver.records, "result": result}
         run.finish_network(*key, network, info, done)
+        if deciding and self.processes.is_main:
+            self._store.add(deciding, network, info, done)
         self._progress.done(called, saver.records[-1])
         return network, result
+
+    def _deciding(self, part: _Part, train_set: ImageSet, seed: int) -> dict[str, Any] | None:
+        """All that decides a mentor's training, or None where the store is not asked."""
+        if part.phase != "mentor" or not self.recipe.store:
+            return None
+        data = self.recipe.data
+        return {
+            "architecture": part.architecture,
+            "training": asdict(self._training(part)),
+            "images": train_set.digest(),
+            "classes": train_set.classes,
+            **{name: getattr(data, name) for name in ("image_size", "padding", "flip", "cutout")},
+            "mean": self._info.mean,
+            "std": self._info.std,
+            "seed": seed,
+            "precision": str(self.dtype),
+            "processes": self.processes.world_size,
+        }
+
+    def _from_store(
+        self, part: _Part, deciding: Mapping[str, Any]
+    ) -> tuple[nn.Module | None, dict[str, Any]]:
+        """The mentor as it was trained before, measured anew on this run's images, if it was."""
+        found = self._store.find(deciding, self._print)
+        if found is None:
+            return None, {}
+        network, info, kept = found
+        network.to(self.device, memory_format=torch.channels_last)
+        measured = part.result(network, self._evaluate(network, "test"))
+        kept["result"] = kept["result"] | measured | {"reused": True}
+        self._run.take_up([record | {"name": part.name} for record in kept["records"]])
+        self._run.finish_network(part.phase, part.name, network, info, kept)
+        self._print(f"{label(part.phase, part.name)}: taken from {self._store.folder}")
+        return network, kept
 
     def _train_epoch(self, trainer: Trainer, saver: Saver) -> dict[str, Any]:
         """Train and measure an epoch, or what is left of it."""
@@ -390,6 +447,10 @@ def sha256_of(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def network_seed(seed: int, number: int) -> int:
-    """A seed for the run's ``number``-th network, unrelated to those of other runs and networks."""
-    return int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+def network_seed(seed: int, number: int, architecture: str) -> int:
+    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
+
+    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
+    """
+    entropy = (seed, number, *architecture.encode())
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

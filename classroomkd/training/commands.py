@@ -57,6 +57,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
             "training": {"epochs": epochs},
             "mentor_training": {"epochs": epochs},
             "seed": arguments.seed,
+            "store": False,  # it shows all of the way
             "device": "cpu",
             # Networks this small gain little from a second thread, but on a machine that is busy
             # they lose most of their speed waiting for it; and so the numbers do not depend on the
@@ -90,46 +91,73 @@ _SHORT_FOR = {
 
 def train(arguments: argparse.Namespace) -> None:
     """Train on the recipe that file, options and overrides make, or go on with a run."""
-    parser = arguments.parser
-    given = {
-        name: value
-        for name, value in vars(arguments).items()
-        if name not in ("run", "parser") and value != parser.get_default(name)
-    }
     if arguments.resume is not None:
-        others = ", ".join(
-            sorted(f"--{name.replace('_', '-')}" for name in given.keys() - {"resume"})
-        )
+        others = sorted(_given(arguments).keys() - {"resume"})
         if others:
-            parser.error(f"--resume takes all other options from the run: leave out {others}")
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            arguments.parser.error(
+                f"--resume takes all other options from the run: leave out {options}"
+            )
         _resume(arguments.resume)
         return
+    recipe = _recipe(arguments)
+    if not recipe.student:
+        _lacks(arguments, "--student")
+    _hold(recipe, arguments.out, "train", download=_given(arguments).get("download"))
+
+
+def mentors(arguments: argparse.Namespace) -> None:
+    """Train the mentors of a recipe, so that runs find them in the store."""
+    recipe = _recipe(arguments)
+    if not recipe.store:
+        raise UserError("mentors are trained for the store: leave out store=false")
+    recipe.student = recipe.student or recipe.mentors[0].source
+    download = _given(arguments).get("download")
+    _hold(recipe, arguments.out, "mentors", download=download, students=False)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given."""
+    default = arguments.parser.get_default
+    return {
+        name: value
+        for name, value in vars(arguments).items()
+        if name not in ("run", "parser") and value != default(name)
+    }
+
+
+def _recipe(arguments: argparse.Namespace) -> Recipe:
+    given = _given(arguments)
     if "data" in given:
         given["data"] = str(arguments.data)
     short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
-    recipe = load_recipe(arguments.recipe, arguments.override, nested(short))
-    missing = [
-        option
-        for option, value in (
-            ("--data", recipe.data.source),
-            ("--student", recipe.student),
-            ("--mentors", recipe.mentors),
-        )
-        if not value
-    ]
-    if missing:
-        parser.error(f"the following are required here or in a --recipe: {', '.join(missing)}")
-    _hold(recipe, arguments.out, "train", download=arguments.download)
+    recipe = load_recipe(given.get("recipe"), given.get("override", ()), nested(short))
+    for option, value in (("--data", recipe.data.source), ("--mentors", recipe.mentors)):
+        if not value:
+            _lacks(arguments, option)
+    return recipe
 
 
-def _hold(recipe: Recipe, out: Path | None, default_out: str, download: str | None = None) -> None:
+def _lacks(arguments: argparse.Namespace, option: str) -> None:
+    arguments.parser.error(f"{option} is required, here or in a --recipe")
+
+
+def _hold(
+    recipe: Recipe,
+    out: Path | None,
+    default_out: str,
+    *,
+    download: str | None = None,
+    students: bool = True,
+) -> None:
     """Train and report; the folder is looked at before the data, which may take long to read."""
     classroom = Classroom(recipe, Console())
     if out is None and classroom.processes.together:
         raise UserError("several processes need to be told where to write: give --out")
     out = choose_folder(out, default_out)
     classroom.processes.wait()
-    _report(classroom, classroom.run(*_read_data(recipe, download), out), out)
+    summary = classroom.run(*_read_data(recipe, download), out, students=students)
+    _report(classroom, summary, out)
 
 
 def _resume(out: Path) -> None:

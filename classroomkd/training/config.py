@@ -112,6 +112,8 @@ class Recipe:
     """Whether a GPU replays the step as one graph."""
     ranking_across_processes: bool = True
     """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
+    store: bool = True
+    """Whether mentors are taken from the store in the cache, and kept there once trained."""
     threads: int | None = None
     """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
     checkpoint_epochs: int = 1

@@ -1,0 +1,77 @@
+"""Trained mentors, kept under all that decided their training, so that none is trained twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from classroomkd.data import cache_folder
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
+from classroomkd.models import NetworkInfo, load_network, save_network
+from classroomkd.training.machine import versions
+
+
+class MentorStore:
+    """Networks in a folder, each under the digest of its ``deciding`` values.
+
+    Those hold, as plain values, the digest of the very images that it was trained on (so neither
+    its student's validation nor its test images are among them), what became of the images, the
+    architecture, the training and the seed. An entry has the weights, and beside them the values,
+    the SHA-256 of the weights, the records of its epochs and its results.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or cache_folder() / "mentors"
+
+    def find(
+        self, deciding: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> tuple[nn.Module, NetworkInfo, dict[str, Any]] | None:
+        """The network trained so, on the CPU, its info and what was kept of it, or None.
+
+        ``warn`` is told of an entry that is damaged, which counts as missing.
+        """
+        weights, beside = self._paths(deciding)
+        if not beside.exists():
+            return None
+        try:
+            kept = json.loads(beside.read_bytes())
+            if hashlib.sha256(weights.read_bytes()).hexdigest() != kept["sha256"]:
+                raise UserError("its weights are others than were kept")
+            network, info, _ = load_network(weights)
+            return network, info, kept["done"]
+        except (OSError, ValueError, KeyError) as error:
+            warn(f"{weights} is damaged ({error}): training it again")
+            return None
+
+    def add(
+        self,
+        deciding: Mapping[str, Any],
+        network: nn.Module,
+        info: NetworkInfo,
+        done: Mapping[str, Any],
+    ) -> Path:
+        """Keep a trained network, and of it ``done``: plain values, its records and results."""
+        weights, beside = self._paths(deciding)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_network(weights, network, info)
+        kept = {
+            "deciding": dict(deciding),
+            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "versions": versions(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "done": dict(done),
+        }
+        atomic_write(beside, json.dumps(kept, indent=1))
+        return weights
+
+    def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
+        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        weights = self.folder / f"{deciding['architecture']}-{digest[:24]}.safetensors"
+        return weights, weights.with_suffix(".json")
