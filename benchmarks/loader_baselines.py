@@ -82,9 +82,10 @@ class TorchvisionTransforms:
         std: Statistics,
         device: torch.device,
         dtype: torch.dtype,
+        memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         transforms = import_torchvision("transforms")
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype, self.memory_format = device, dtype, memory_format
         transform = transforms.Compose(
             [
                 transforms.RandomCrop(image_set.images.shape[1:3], padding),
@@ -106,7 +107,7 @@ class TorchvisionTransforms:
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
         for images, targets in self._loader:
             finished = images.to(
-                self.device, self.dtype, non_blocking=True, memory_format=torch.channels_last
+                self.device, self.dtype, non_blocking=True, memory_format=self.memory_format
             )
             yield finished, targets.to(self.device, non_blocking=True)
 

@@ -18,6 +18,7 @@ parts() {
     # It begins no further row near its end, so that the tables are still printed.
     part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
     part loaders "$python" "$repo/benchmarks/loaders.py" --out "$out" --minutes $((limit / 60))
+    part step "$python" "$repo/benchmarks/step.py" --out "$out" --minutes $((limit / 60))
 }
 
 part() {

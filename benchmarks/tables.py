@@ -1,6 +1,8 @@
 """The benchmarks' results as tables, in the terminal and as Markdown for documents.
 
-python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md  # or loaders.json
+    python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md
+
+or loaders.json or step.json.
 """
 
 from __future__ import annotations
@@ -56,6 +58,26 @@ LOADER_LEGEND = (
     "an image's bytes into as many numbers, in memory written over and over; on a GPU of "
     "as many bytes within its memory for the resident loader, and for all others of the finished "
     "numbers from pinned memory."
+)
+
+STEP_COLUMNS = (
+    ("images/s", "images_per_second", ",.0f"),
+    ("× the loop", "times_the_loop", ".1f"),
+    ("240 epochs, projected min", "projected_minutes", ",.1f"),
+    ("start, s", "start_seconds", ".1f"),
+    ("host MiB", "host_mib", ",.0f"),
+    ("GPU MiB", "gpu_mib", ",.0f"),
+)
+STEP_LEGEND = (
+    "Images a second over an epoch from its beginning, loader included, or its first seconds: the "
+    "median of the rounds, which take turns with those of the other rows. Projected from it: 240 "
+    "epochs of 50,000 images, training alone. Start is everything up to and including the first "
+    "steps, with all that is compiled. Host memory is what the process and its workers hold at "
+    "most until then, beyond what it was before; GPU memory, what torch took. Where the time goes "
+    "is from further steps, in ms a step: each part until its last kernel is done, timed by events "
+    "in the step's CUDA graph where there is one, on the CPU by the clock; “loader and between” is "
+    "all from the end of a step to the beginning of the next. The loop's convolutions are as "
+    "torch's defaults have them: on a GPU that has it, in TF32."
 )
 
 
@@ -114,9 +136,68 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
+def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """For each classroom the rates and where the time goes; then the whole epochs."""
+    height, width = record["size"]
+    about = f"{record['images']:,} images of {height}×{width}"
+    found = []
+    for classroom in dict.fromkeys(row["classroom"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["classroom"] == classroom]
+        headings = ["batch", "implementation", "loader", "dtype"]
+        headings += [heading for heading, _, _ in STEP_COLUMNS]
+        headings.insert(5, "slowest–fastest round")
+        found.append((f"{classroom}: {about}", headings, [_step_cells(row) for row in rows]))
+        timed = [row for row in rows if "parts_status" in row]
+        parts = next((list(row["parts_ms"]) for row in timed if "parts_ms" in row), [])
+        body = [
+            [str(row["batch"]), row["implementation"], *_part_cells(row, len(parts) + 2)]
+            for row in timed
+        ]
+        headings = ["batch", "implementation", *parts, "ms a step", "outside the networks %"]
+        found.append((f"{classroom}: where the time goes", headings, body))
+    if record["whole"]:
+        headings = ["classroom", "batch", "epochs", "min", "of it evaluation", "status"]
+        body = [
+            [row["classroom"], str(row["batch"]), *_whole_cells(row)] for row in record["whole"]
+        ]
+        title = f"Whole epochs of the trainer, measured: {about}, and a fifth as many to evaluate"
+        found.append((title, headings, body))
+    return found
+
+
+def _step_cells(row: Row) -> list[str]:
+    name = [str(row["batch"]), row["implementation"], row.get("loader", ""), row.get("dtype", "")]
+    if row["status"] != "ok":
+        return [*name, row["status"], *[""] * len(STEP_COLUMNS)]
+    values = [
+        "–" if row.get(key) is None else format(row[key], form) for _, key, form in STEP_COLUMNS
+    ]
+    values.insert(1, f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}")
+    return name + values
+
+
+def _part_cells(row: Row, count: int) -> list[str]:
+    if row["parts_status"] != "ok":
+        return [row["parts_status"], *[""] * (count - 1)]
+    times = row["parts_ms"].values()
+    return [
+        *(f"{milliseconds:.3f}" for milliseconds in (*times, sum(times))),
+        f"{row['outside_networks_percent']:.0f}",
+    ]
+
+
+def _whole_cells(row: Row) -> list[str]:
+    if not row.get("epochs"):
+        return ["0", "–", "–", row["status"]]
+    evaluation = row["evaluation_seconds"]
+    minutes = [(row["train_seconds"] + evaluation) / 60, evaluation / 60]
+    return [str(row["epochs"]), *(f"{value:.2f}" for value in minutes), row["status"]]
+
+
 def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and body of each table of a benchmark's record."""
-    return (_loader_tables if record.get("benchmark") == "loaders" else _loss_tables)(record)
+    by_name = {"loaders": _loader_tables, "step": _step_tables}
+    return by_name.get(record.get("benchmark"), _loss_tables)(record)
 
 
 def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -175,6 +256,8 @@ def _limits(record: Row) -> str:
     """What the machine can do at most, as measured, and what the columns are."""
     if record.get("benchmark") == "loaders":
         return f"{floor_lines(record)} {LOADER_LEGEND}"
+    if record.get("benchmark") == "step":
+        return STEP_LEGEND
     ceilings = record["roofline"]
     return (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "

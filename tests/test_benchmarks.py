@@ -15,6 +15,7 @@ from ffcv_required import requires_ffcv
 from PIL import Image
 
 from classroomkd import classroom_loss
+from classroomkd.errors import UserError
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -24,6 +25,9 @@ import loader_processes  # noqa: E402
 import loader_rows  # noqa: E402
 import loaders  # noqa: E402
 import loss as benchmark  # noqa: E402
+import measure  # noqa: E402
+import step  # noqa: E402
+import step_rows  # noqa: E402
 import tables  # noqa: E402
 
 CEILINGS = {"copy_gigabytes_per_second": 10.0, "gigaexponentials_per_second": 1.0}
@@ -386,3 +390,282 @@ def test_markdown_of_the_loaders():
     assert "| ffcv | 4 | not installed: ffcv |  |" in text
     assert "| 224×224 | – | 87.65 | 90.0 | 31.0 | 5,800,000 | – | graph: oh |" in text
     assert "device copy: 9,216 bytes an image at 2600.0 GB/s = 280,000,000 images/s." in text
+
+
+# ---------------------------------------------------------------- the whole step
+
+
+def test_the_step_on_this_machine(tmp_path):
+    command = [sys.executable, BENCHMARKS / "step.py", "--small", "--out", tmp_path]
+    options = "--images 128 --size 8 --batch 32 --rounds 1 --seconds 0.2 --workers 1"
+    done = subprocess.run(
+        [*command, *options.split()], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "step.json").read_text())
+    assert (record["images"], record["size"]) == (128, [8, 8])
+    rows = {row["implementation"]: row for row in record["rows"]}
+    assert rows.keys() >= {step.THIS, step.LOOP}
+    for row in rows.values():
+        assert (row["status"], row["parts_status"]) == ("ok", "ok"), row
+        assert (row["classroom"], row["batch"]) == ("resnet8 ← resnet14 resnet8", 32)
+        assert row["rounds"] == [row["images_per_second"]]
+        minutes = 240 * 50_000 / row["images_per_second"] / 60
+        assert row["projected_minutes"] == pytest.approx(minutes)
+        parts = row["parts_ms"]
+        assert all(parts[part] > 0 for part in (*step_rows.PARTS[:-1], step_rows.REST))
+        networks = sum(parts[part] for part in step_rows.NETWORKS)
+        share = 100 * (1 - networks / sum(parts.values()))
+        assert row["outside_networks_percent"] == pytest.approx(share)
+        assert 0 < row["host_mib"] < 4000
+        assert f"{row['images_per_second']:,.0f}" in done.stdout
+    loop = rows[step.LOOP]["images_per_second"]
+    times = rows[step.THIS]["images_per_second"] / loop
+    assert rows[step.THIS]["times_the_loop"] == pytest.approx(times)
+    assert rows[step.LOOP]["loader"] == "torchvision"
+
+
+STEP_CASE = step_rows.Case("resnet8", ("resnet14", "resnet8"), 32)
+
+
+@pytest.fixture
+def step_setting(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
+    half = (0.5, 0.5, 0.5)
+    cpu = torch.device("cpu")
+    setting = loaders.Setting(tmp_path, 128, (8, 8, 3), 32, 1, cpu, half, half)
+    setting.save(loaders.random_images(128, 8))
+    return setting
+
+
+def test_trainer_and_loop_take_the_same_step(step_setting):
+    ours = step_rows.OurLoop(step_setting, STEP_CASE, step_rows.TRAINERS[step.THIS])
+    loop = step_rows.StraightforwardLoop(step_setting, STEP_CASE)
+    before = [parameter.clone() for parameter in loop._network.parameters()]
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        images = torch.randn(32, 3, 8, 8, generator=rng)
+        targets = torch.randint(100, (32,), generator=rng)
+        ours.trainer.network.train()
+        loop._network.train()
+        ours.trainer._step(images, targets)
+        mean_loss, hits = loop.step(images, targets)
+    seen, sick, total_loss, all_hits = ours.trainer.sums[:4].tolist()
+    assert (seen, sick) == (64, 0)
+    assert 0 <= all_hits - hits <= 32
+    assert total_loss / 32 > mean_loss > 0
+    # Some mentors teach and some do not, as random networks' logits are of ordinary size.
+    active = ours.trainer.sums[6:8] / 64
+    assert ((active > 0.05) & (active < 0.95)).all()
+    pairs = zip(before, ours.trainer.network.parameters(), loop._network.parameters(), strict=True)
+    for first, own, other in pairs:
+        moved = (other - first).norm().item()
+        assert moved > 0
+        assert (own - other).norm().item() < 1e-3 * moved
+
+
+def test_rounds_begin_with_an_epoch(step_setting):
+    running = step_rows.Running(step_setting, STEP_CASE, step.THIS, 0.0)
+    assert running.open()["dtype"] == "float32"
+    trainer = running._loop.trainer
+    for expected in (4, 5):  # the warm-up took two whole epochs of four steps
+        assert running.round() > 0
+        assert (trainer.epoch, trainer.batch, trainer.sums[0].item()) == (expected, 0, 0)
+    assert min(running.train_and_evaluate()) > 0
+    assert (trainer.epoch, trainer.network.training) == (6, False)
+    trainer.sums[1] = 32
+    with pytest.raises(UserError, match="the loss is not finite"):
+        running.round()
+
+
+class FakeClock:
+    """Events of a GPU whose every operation takes a second."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        clock = self
+
+        class Event:
+            def __init__(self, *, enable_timing, external):
+                assert enable_timing
+                assert external
+
+            def record(self):
+                self.at = clock.now
+
+            def elapsed_time(self, end):
+                return 1e3 * (end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(self, seconds):
+        self.now += seconds
+        return seconds
+
+
+def test_the_stopwatch_on_a_gpu(monkeypatch):
+    clock = FakeClock(monkeypatch)
+    watch = measure.Stopwatch(("inner", "outer"), torch.device("cuda"))
+    inner = watch.timed("inner", clock.work)
+    outer = watch.timed("outer", lambda: (clock.work(1), inner(seconds=2), clock.work(4)))
+    for _ in range(2):
+        assert outer() == (1, 2, 4)
+        clock.work(8)
+    assert watch.read() == {"inner": pytest.approx(2), "outer": pytest.approx(7)}
+
+
+def test_parts_of_a_captured_step(step_setting, monkeypatch):
+    """The step is captured anew with its marks, and what ran without them is given back."""
+    clock = FakeClock(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
+    captured = []
+
+    class Captured:
+        def __init__(self, function):
+            captured.append(function)
+
+        def __call__(self, images, targets):
+            captured[-1](images, targets)
+
+    def slowed(owner, name, seconds):
+        function = getattr(owner, name)
+
+        def call(*arguments, **options):
+            clock.work(seconds)
+            return function(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    running = step_rows.Running(step_setting, STEP_CASE, step.THIS, 0.1)
+    running.open()
+    trainer = running._loop.trainer
+    monkeypatch.setattr(step_rows, "CapturedStep", Captured)
+    trainer._step_on = Captured(trainer._step)
+    slowed(step_rows.MentorBank, "__call__", 1)
+    slowed(trainer, "_forward", 2)
+    slowed(trainer.loss, "loss_and_grad", 4)
+    slowed(torch.Tensor, "backward", 8)
+    slowed(trainer.optimizer, "step", 16)
+    slowed(trainer.optimizer, "zero_grad", 32)
+    gpu = running._setting.__class__(**vars(step_setting) | {"device": torch.device("cuda")})
+    running._setting = gpu
+    assert running.gpu_bytes() == 7
+    backward, bank = torch.Tensor.backward, trainer.mentors
+    parts = running.parts()
+    assert len(captured) == 2
+    assert torch.Tensor.backward is backward
+    assert trainer.mentors is bank
+    between = parts.pop(step_rows.LOADER)  # by the host's clock, less 63 seconds that never were
+    assert -63 < between < -62
+    assert parts == {
+        step_rows.MENTORS: pytest.approx(1),
+        step_rows.FORWARD: pytest.approx(2),
+        step_rows.LOSS: pytest.approx(4),
+        step_rows.BACKWARD: pytest.approx(8),
+        step_rows.OPTIMIZER: pytest.approx(16),
+        step_rows.REST: pytest.approx(32),
+    }
+
+
+class ScriptedProcess:
+    """Replies as its row's name says."""
+
+    def __init__(self, make, device, ends):
+        *_, case, self.name, _ = make.args
+        self.connection = self
+        self.rounds = iter([case.batch, 3 * case.batch, 2 * case.batch])
+
+    def ready(self):
+        pass
+
+    close = stop = memory = ready
+
+    def ask(self, method, memory=None):
+        if memory is not None:
+            memory.append(2**20)
+        if self.name == "large" and method == "open":
+            raise step.RowError("out of memory")
+        if self.name == "breaks" and method == "parts":
+            raise step.RowError("failed: oh")
+        seconds = dict.fromkeys((*step_rows.PARTS[:-1], step_rows.REST, step_rows.LOADER), 1.0)
+        return {
+            "open": {"start_seconds": 1.0},
+            "round": next(self.rounds) if method == "round" else None,
+            "gpu_bytes": 2**21,
+            "parts": seconds,
+            "train_and_evaluate": (2.0, 1.0),
+        }[method]
+
+
+def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
+    monkeypatch.setattr(step, "Process", ScriptedProcess)
+    later = time.monotonic() + 60
+
+    def measured(ends):
+        rows = [
+            step.Row(step_setting, STEP_CASE, name, 1.0)
+            for name in (step.THIS, "large", "breaks", step.LOOP)
+        ]
+        step.measure(rows, 3, ends)
+        records = [row.record for row in rows]
+        step.compare(records)
+        return {record["implementation"]: record for record in records}
+
+    found = measured(later)
+    assert found["large"]["status"] == "out of memory"
+    assert found["breaks"]["status"] == "ok"
+    assert found["breaks"]["parts_status"] == "failed: oh"
+    for name in (step.THIS, "breaks", step.LOOP):
+        assert found[name]["images_per_second"] == 64
+        assert found[name]["times_the_loop"] == 1
+    assert found[step.THIS]["gpu_mib"] == 2
+    assert found[step.THIS]["outside_networks_percent"] == pytest.approx(100 * 4 / 7)
+    out_of_time = measured(time.monotonic() - 1).values()
+    assert {record["status"] for record in out_of_time} == {"not run: out of time"}
+
+    row = step.Row(step_setting, STEP_CASE, step.THIS, 1.0)
+    step.whole(row, 5, later)
+    assert (row.record["status"], row.record["epochs"]) == ("ok", 5)
+    assert (row.record["train_seconds"], row.record["evaluation_seconds"]) == (10, 5)
+
+
+def test_what_a_gpu_runs(monkeypatch):
+    assert all(len(mentors) == 6 for mentors in step.CLASSROOMS.values())
+    monkeypatch.setattr(step, "GPU", True)
+    for ffcv in (None, "there"):
+        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name, found=ffcv: found)
+        names = step.implementations()
+        assert {step.THIS, "trainer, no CUDA graph", "trainer, float32", step.LOOP} <= {*names}
+        assert ("trainer, resident loader" in names) == (ffcv is not None)
+        assert step.COMPILED not in names
+        assert step.COMPILED in step_rows.TRAINERS
+
+
+def test_markdown_of_the_steps():
+    parts = {"mentors": 1.5, "student forward": 0.5, "loader and between": 0.25}
+    row = {"classroom": "a ← b c", "batch": 64, "implementation": "trainer", "status": "ok"}
+    row |= {"loader": "ffcv", "dtype": "bfloat16", "rounds": [900.4, 1200.0], "host_mib": None}
+    row |= {"images_per_second": 1050.2, "times_the_loop": 9.87, "projected_minutes": 190.44}
+    row |= {"start_seconds": 3.21, "gpu_mib": 2048.0}
+    row |= {"parts_status": "ok", "parts_ms": parts, "outside_networks_percent": 11.1}
+    large = {"classroom": "a ← b c", "batch": 256, "implementation": "trainer", "rounds": []}
+    large |= {"status": "out of memory"}
+    broken = row | {"batch": 1024, "parts_status": "failed: oh"}
+    del broken["parts_ms"]
+    whole = {"classroom": "a ← b c", "batch": 64, "status": "ok", "epochs": 240}
+    whole |= {"train_seconds": 300.0, "evaluation_seconds": 60.0}
+    record = {
+        "benchmark": "step",
+        "environment": {"device": "A GPU", "torch": "2.6", "triton": "3.3", "date": "2026-01-01"},
+        **{"images": 50_000, "size": [32, 32], "rows": [row, large, broken], "whole": [whole]},
+    }
+    text = tables.markdown(record)
+    assert "**a ← b c: 50,000 images of 32×32**" in text
+    assert "| 64 | trainer | ffcv | bfloat16 | 1,050 | 900–1,200 | 9.9 | 190.4 | 3.2 | – |" in text
+    assert "| 256 | trainer |  |  | out of memory |  |" in text
+    assert "| 64 | trainer | 1.500 | 0.500 | 0.250 | 2.250 | 11 |" in text
+    assert "| 1024 | trainer | failed: oh |  |  |  |  |" in text
+    assert "| a ← b c | 64 | 240 | 6.00 | 1.00 | ok |" in text
+    widths = {line.count("|") for line in text.split("**")[2].strip().splitlines()}
+    assert len(widths) == 1
+    assert len(tables.terminal(record)) == 3

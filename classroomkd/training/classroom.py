@@ -94,6 +94,7 @@ class Classroom:
             threads=recipe.threads or torch.get_num_threads(),
         )
         torch.set_num_threads(recipe.threads)
+        torch.backends.cudnn.benchmark = True  # batches have one shape: the search pays
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)

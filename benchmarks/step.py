@@ -1,0 +1,292 @@
+"""The whole training step: the trainer beside a straightforward loop, on this machine.
+
+    python benchmarks/step.py [--small] [--student NAME …] [--batch N …] [--rounds N] [--seconds N]
+                              [--whole EPOCHS] [--minutes M] [--out FOLDER]
+
+A student, a teacher and five peers with random weights learn from random images of 100 classes. A
+round is an epoch from its beginning, loader included, or as much of it as takes so many seconds.
+Every row has a process of its own; those of one classroom and batch size are made ready, and then
+come the rounds, each of all rows in turn. Then some more steps tell where the time goes. With
+--whole, so many epochs of each classroom at its smallest batch are trained and evaluated whole. On
+the CPU one small classroom is taken, which proves the script. Prints the tables and writes
+step.json as it goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import math
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from classroomkd.data import channel_statistics
+from loader_processes import Process, RowError
+from loader_rows import Setting
+from loaders import random_images, versions
+from measure import DEVICE, GPU, environment, write_json
+from step_rows import EPOCHS, LOOP, NETWORKS, THIS, TRAINERS, Case, Running
+from tables import STEP_LEGEND, terminal
+
+CLASSROOMS = {  # a teacher and five peers
+    "resnet20": ("resnet56", "resnet8", "resnet14", "shufflenetv2", "mobilenetv2", "shufflenetv1"),
+    "mobilenetv2": ("resnet50", "resnet8", "resnet14", "resnet20", "shufflenetv1", "shufflenetv2"),
+}
+SMALL_CLASSROOMS = {"resnet8": ("resnet14", "resnet8")}
+FULL = {"images": 50_000, "size": 32, "batch": [64, 256, 1024], "seconds": 5.0}
+SMALL = {"images": 1024, "size": 16, "batch": [64], "seconds": 1.0}
+PROJECTED_IMAGES = 50_000
+COMPILED = "trainer, compiled"
+
+
+class Row:
+    """A row of the table, and its process for as long as all goes well."""
+
+    def __init__(self, setting: Setting, case: Case, name: str, seconds: float) -> None:
+        self._make, self._device = partial(Running, setting, case, name, seconds), setting.device
+        self._process = None
+        self.record = {
+            "classroom": case.classroom,
+            "batch": case.batch,
+            "implementation": name,
+            "status": "not run: out of time",
+            "rounds": [],
+        }
+
+    def start(self, ends: float) -> None:
+        """Begin to start its process, which will have to finish all it does by ``ends``."""
+        self._process = Process(self._make, self._device, ends)
+
+    def prepare(self) -> None:
+        """Make everything, and take the first steps."""
+        self._try(self._prepare)
+
+    def _prepare(self) -> None:
+        self._process.ready()
+        before, held = self._process.memory(), []
+        self.record |= self._process.ask("open", held)
+        self.record["host_mib"] = (max(held) - before) / 2**20 if before else None
+
+    def round(self) -> None:
+        """One round, from which the row has numbers."""
+        self._try(self._round)
+
+    def _round(self) -> None:
+        self.record["rounds"].append(self._process.ask("round"))
+        rate = statistics.median(self.record["rounds"])
+        self.record |= {
+            "status": "ok",
+            "images_per_second": rate,
+            "projected_minutes": EPOCHS * PROJECTED_IMAGES / rate / 60,
+        }
+
+    def parts(self) -> None:
+        """What memory it took, and where the time goes."""
+        if self._process is None or not self.record["rounds"]:
+            return
+        try:
+            gpu = self._process.ask("gpu_bytes")
+            self.record["gpu_mib"] = None if gpu is None else gpu / 2**20
+            parts = self._process.ask("parts")
+        except RowError as failure:  # the rate is known all the same
+            self.record["parts_status"] = str(failure)
+            return
+        networks, whole = sum(parts[part] for part in NETWORKS), sum(parts.values())
+        self.record |= {
+            "parts_status": "ok",
+            "parts_ms": {part: 1e3 * seconds for part, seconds in parts.items()},
+            "outside_networks_percent": 100 * (1 - networks / whole),
+        }
+
+    def train_and_evaluate(self, epochs: int) -> None:
+        """Whole epochs, each with its evaluation."""
+        self.record |= {"epochs": 0, "train_seconds": 0.0, "evaluation_seconds": 0.0}
+        self._try(partial(self._train_and_evaluate, epochs))
+
+    def _train_and_evaluate(self, epochs: int) -> None:
+        while self.record["epochs"] < epochs:
+            train, evaluation = self._process.ask("train_and_evaluate")
+            self.record["epochs"] += 1
+            self.record["train_seconds"] += train
+            self.record["evaluation_seconds"] += evaluation
+        self.record["status"] = "ok"
+
+    def _try(self, step: Callable[[], None]) -> None:
+        if self._process is None:
+            return
+        try:
+            step()
+        except RowError as failure:
+            self.record["status"] = str(failure)
+            self.stop()
+
+    def release(self) -> None:
+        """Let its process end, without waiting for it."""
+        if self._process is not None:
+            self._process.connection.close()
+
+    def stop(self) -> None:
+        """End its process."""
+        if self._process is not None:
+            self._process.stop()
+        self._process = None
+
+
+def measure(rows: Sequence[Row], n_rounds: int, ends: float) -> None:
+    """Fill in the rows' records; they are of one classroom and batch size."""
+    if time.monotonic() > ends:
+        return
+    try:
+        for row in rows:  # together, before anything is timed
+            row.start(ends)
+        for row in rows:
+            row.prepare()
+        for _ in range(n_rounds):
+            for row in rows:
+                row.round()
+        for row in rows:
+            row.parts()
+    finally:
+        for row in rows:  # so that they end side by side
+            row.release()
+        for row in rows:
+            row.stop()
+
+
+def whole(row: Row, epochs: int, ends: float) -> None:
+    """Fill in the record of a row that trains whole epochs."""
+    if time.monotonic() > ends:
+        return
+    try:
+        row.start(ends)
+        row.prepare()
+        row.train_and_evaluate(epochs)
+    finally:
+        row.stop()
+
+
+def compare(records: Sequence[dict[str, Any]]) -> None:
+    """Add how many times as fast as the loop of its classroom and batch each row is."""
+    key = ("classroom", "batch")
+    loops = {
+        tuple(record[k] for k in key): record["images_per_second"]
+        for record in records
+        if record["implementation"] == LOOP and record["status"] == "ok"
+    }
+    for record in records:
+        loop = loops.get(tuple(record[k] for k in key))
+        if record["status"] == "ok":
+            record["times_the_loop"] = record["images_per_second"] / loop if loop else None
+
+
+def implementations() -> list[str]:
+    """What this machine runs, beside what compiles for minutes."""
+    if not GPU:
+        return [THIS, LOOP]
+    without_ffcv = importlib.util.find_spec("ffcv") is None
+    left_out = {COMPILED} | ({"trainer, resident loader"} if without_ffcv else set())
+    return [name for name in (*TRAINERS, LOOP) if name not in left_out]
+
+
+def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
+    """The images, written to ``folder``."""
+    image_set = random_images(arguments.images, arguments.size)
+    mean, std = channel_statistics(image_set)
+    shape = image_set.images.shape[1:]
+    setting = Setting(folder, len(image_set), shape, 1, arguments.workers, DEVICE, mean, std)
+    setting.save(image_set)
+    return setting
+
+
+def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict], None]) -> dict:
+    """Everything; ``report`` is given the record as it grows."""
+    ends = time.monotonic() + 0.95 * 60 * arguments.minutes
+    classrooms = SMALL_CLASSROOMS if arguments.small else CLASSROOMS
+    cases = [
+        Case(student, mentors, batch)
+        for student, mentors in classrooms.items()
+        for batch in arguments.batch
+        if student in (arguments.student or classrooms)
+    ]
+    record = {
+        "benchmark": "step",
+        "environment": environment() | versions(),
+        "images": setting.count,
+        "size": setting.shape[:2],
+        "workers": setting.workers,
+        "seconds_a_round": arguments.seconds,
+        "rows": [],
+        "whole": [],
+    }
+
+    def rows(case: Case, names: Sequence[str]) -> None:
+        these = [Row(setting, case, name, arguments.seconds) for name in names]
+        record["rows"] += [row.record for row in these]
+        measure(these, arguments.rounds, ends)
+        compare(record["rows"])
+        about = [(row.record["implementation"], row.record["status"]) for row in these]
+        print(case.classroom, case.batch, *about, file=sys.stderr, flush=True)
+        report(record)
+
+    for case in cases:
+        rows(case, implementations())
+    for case in cases if arguments.whole else ():
+        if case.batch == min(arguments.batch):
+            row = Row(setting, case, THIS, arguments.seconds)
+            record["whole"].append(row.record)
+            whole(row, arguments.whole, ends)
+            report(record)
+    for case in cases if GPU else ():  # compiles for minutes, and may fall to the limit
+        rows(case, [COMPILED])
+    return record
+
+
+def main() -> int:
+    """Run; 1 if a row failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    cores = len(os.sched_getaffinity(0))
+    add = parser.add_argument
+    add("--small", action="store_true", default=not GPU, help="one small classroom (CPU: always)")
+    add("--images", type=int, help="how many (50000; small: 1024)")
+    add("--size", type=int, help="their height and width (32; small: 16)")
+    add("--student", nargs="+", help="only the classrooms of these students")
+    add("--batch", type=int, nargs="+", help="images a batch (64 256 1024; small: 64)")
+    add("--rounds", type=int, default=2, help="(%(default)s)")
+    add("--seconds", type=float, help="a round takes no longer (5; small: 1)")
+    add("--workers", type=int, default=cores, help="of the loop (a core: %(default)s)")
+    add("--whole", type=int, default=0, metavar="EPOCHS", help="train so many, and evaluate")
+    add("--minutes", type=float, default=math.inf, help="end within so many")
+    add("--out", type=Path, help="folder for step.json")
+    arguments = parser.parse_args()
+    for name, value in (SMALL if arguments.small else FULL).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    if max(arguments.batch) > arguments.images:
+        parser.error(f"a batch of {max(arguments.batch)} needs more than {arguments.images} images")
+
+    def report(record: dict[str, Any]) -> None:
+        if arguments.out:
+            write_json(arguments.out, "step", record)
+
+    with tempfile.TemporaryDirectory(prefix="step-") as folder:
+        os.environ["CLASSROOMKD_CACHE"] = f"{folder}/cache"  # for FFCV's files
+        record = run(arguments, prepared(arguments, Path(folder)), report)
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    console.print(*terminal(record), sep="\n")
+    console.print(record["environment"], STEP_LEGEND, sep="\n")
+    records = record["rows"] + record["whole"]
+    statuses = [record.get(key, "") for record in records for key in ("status", "parts_status")]
+    return int(any("failed" in status for status in statuses))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
