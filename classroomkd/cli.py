@@ -131,6 +131,17 @@ def _parser() -> Parser:
     )
     _add_device(evaluate)
 
+    report = command("report", "write the page of a run, or one that compares several")
+    report.add_argument(
+        "runs", type=path_option, nargs="+", metavar="RUN", help="run folders, finished or not"
+    )
+    report.add_argument(
+        "--out",
+        type=path_option,
+        metavar="FILE.html",
+        help="(default: RUN/report.html; of several runs ./comparison.html)",
+    )
+
     command("models", "list the networks of the zoo and how many parameters they have")
 
     data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)

@@ -231,6 +231,28 @@ def test_evaluate_beside_the_configuration_of_another_tool(one_folder, tmp_path,
     assert measured(capsys.readouterr().out)["images"] == 12
 
 
+def test_report_of_one_run_and_of_two(split: Path, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in ("0", "1"):
+        assert train(split, tmp_path / f"run{seed}", "--seed", seed) == 0
+    (tmp_path / "run0" / "report.html").unlink()
+    capsys.readouterr()
+    assert cli.main(["report", "run0"]) == 0
+    assert capsys.readouterr().out == "report: run0/report.html\n"
+    assert (tmp_path / "run0" / "report.html").stat().st_size > 0
+    assert cli.main(["report", "run0", "run1"]) == 0
+    assert capsys.readouterr().out == "report: comparison.html\n"
+    assert cli.main(["report", "absent"]) == 2
+    assert "no run folder at absent" in capsys.readouterr().err
+
+
+def test_models_lists_the_zoo(capsys):
+    assert cli.main(["models"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"resnet20 +278,324\n", text)
+    assert len(re.findall(r"^\w+ +[\d,]+$", text, re.MULTILINE)) == 25
+
+
 def test_help_of_train_names_the_zoo(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])

@@ -9,8 +9,10 @@ import os
 import random
 import shutil
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
+import yaml
 from rich.console import Console
 from selenium import webdriver
 
@@ -162,8 +164,16 @@ def open_page(browser, path: Path, width: int = 1280) -> dict:
             const drawn = [...div.querySelectorAll('svg.main-svg .scatterlayer .trace')];
             plots.push([div.id, {
                 traces: div.data.map(t => [t.name, [...t.x], [...t.y]]),
-                colours: Object.fromEntries(div._fullData.map(t => [t.name, t.line.color])),
-                axes: [div.layout.xaxis.title.text, div.layout.yaxis.title.text],
+                cells: div.data.map(t => t.z),
+                spread: div.data.map(t => t.error_y?.array),
+                colours: Object.fromEntries(
+                    div._fullData.filter(t => t.line).map(t => [t.name, t.line.color])),
+                range: div._fullLayout.yaxis.range,
+                bars: div.querySelectorAll('.barlayer .point path').length,
+                images: [...div.querySelectorAll('.heatmaplayer image')]
+                    .map(image => image.width.baseVal.value),
+                ticks: [...div.querySelectorAll('.xtick text')].map(t => t.textContent),
+                axes: [div.layout.xaxis.title?.text, div.layout.yaxis.title?.text],
                 lines: drawn.filter(t => t.querySelector('path.js-line')).length,
                 markers: drawn.map(t => t.querySelectorAll('.points path').length),
                 legend: [...div.querySelectorAll('.legendtext')].map(t => t.textContent),
@@ -379,3 +389,275 @@ def test_folder_that_is_not_a_run(tmp_path):
     with pytest.raises(UserError, match=r"summary\.json is not JSON") as error:
         write_report(tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+CLASSES = [f"class {number}" for number in range(9)] + ["<b>&amp;"]
+
+
+def tell_classes(
+    folder: Path, classes: list[str], seed: int = 0, mentors: tuple[str, ...] = MENTORS
+) -> dict:
+    """Give the finished run in ``folder`` results per class; return its summary."""
+    rng = random.Random(seed)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["data"] |= {"classes": len(classes), "class_names": classes}
+
+    def shares() -> list[float | None]:  # of the third class there is no image
+        return [None if c == 2 else rng.random() for c in range(len(classes))]
+
+    for result in summary["results"]:
+        result |= {"per_class": shares(), "calibration_error": rng.random() / 10}
+    summary["taught"] = {name: shares() for name in mentors}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return summary
+
+
+def gains(summary: dict) -> list[float | None]:
+    alone, classroom = (result["per_class"] for result in summary["results"][-2:])
+    return [None if a is None else 100 * (c - a) for a, c in zip(alone, classroom, strict=True)]
+
+
+def make_seeds(folder: Path, count: int = 3) -> list[dict]:
+    """Runs of seeds 0, 1, … that end differently; return their summaries."""
+    folder.mkdir(exist_ok=True)
+    summaries = []
+    for seed in range(count):
+        run = folder / f"seed-{seed}"
+        make_run(run)
+        settings = {"data": {"source": "/sets/digits", "loader": "auto"}, "seed": seed}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"training": {"epochs": 30}}))
+        summary = tell_classes(run, CLASSES, seed)
+        summary["seed"] = seed
+        summary["results"][-1] |= {"top1": 0.95 + 0.01 * seed, "best_test_top1": 0.975}
+        summary["results"][-2]["top1"] = 0.93 - 0.005 * seed**2
+        (run / "summary.json").write_text(json.dumps(summary))
+        summaries.append(summary)
+    return summaries
+
+
+def table_rows(browser) -> list[list[str]]:
+    return browser.execute_script(
+        "return [...document.querySelectorAll('tbody tr')]"
+        ".map(row => [...row.cells].map(cell => cell.innerText))"
+    )
+
+
+def test_validation_stands_beside_the_test(browser, tmp_path):
+    run = tmp_path / "run"
+    records, _ = make_run(run)
+    for record in records:
+        record["validation_top1"] = 0.9 * record["test_top1"]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    plots = open_page(browser, write_report(run))
+    accuracy, *others = expected_plots(records).items()
+    measured = {name: (x, [0.9 * y for y in ys]) for name, (x, ys) in accuracy[1].items()}
+    assert_drawn(plots, dict([accuracy, ("validation", measured), *others]))
+    assert plots["accuracy"]["range"] == plots["validation"]["range"]
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("classes", [CLASSES, [f"class {number}" for number in range(100)]])
+def test_classes_taught_and_gained(browser, tmp_path, width, classes):
+    run = tmp_path / "run"
+    make_run(run)
+    summary = tell_classes(run, classes)
+    plots = open_page(browser, write_report(run), width)
+    assert list(plots)[-2:] == ["taught", "gain"]
+    shown = [c for c in range(len(classes)) if c != 2]
+    escaped = [
+        name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for name in classes
+    ]
+
+    columns = list(zip(*summary["taught"].values(), strict=True))
+    order = sorted(shown, key=lambda c: -mean(columns[c]))
+    ((_, x, y),) = plots["taught"]["traces"]
+    assert x == [escaped[c] for c in order]
+    assert y == list(MENTORS)
+    taught = [[summary["taught"][name][c] for c in order] for name in MENTORS]
+    assert plots["taught"]["cells"] == [taught]
+    assert all(width > 0 for width in plots["taught"]["images"])
+    assert plots["taught"]["images"]
+
+    expected = gains(summary)
+    order = sorted(shown, key=lambda c: -expected[c])
+    ((_, x, y),) = plots["gain"]["traces"]
+    assert x == [escaped[c] for c in order]
+    assert y == pytest.approx([expected[c] for c in order])
+    assert plots["gain"]["bars"] == len(shown)
+    assert plots["gain"]["spread"] == [None]
+    # Every name is legible, but for 100 of them on a telephone.
+    names = plots["gain"]["ticks"]
+    assert set(names) <= set(classes)
+    assert len(names) == len(shown) or (len(classes), width) == (100, 400)
+    text = browser.find_element("tag name", "body").text
+    images = 599 / len(classes)
+    assert f"A class has about {images:.0f} held-out images" in text
+    errors = [result["calibration_error"] for result in summary["results"][-2:]]
+    told = f"calibration error is {errors[0]:.4f} alone and {errors[1]:.4f} in the classroom"
+    assert told in text
+    assert told in " ".join(terminal(summary).split())
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_comparison_of_seeds(browser, tmp_path, width):
+    summaries = make_seeds(tmp_path)
+    folders = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    page = write_report(folders, tmp_path / "page.html")
+    assert page == tmp_path / "page.html"
+    assert page.stat().st_size < 6e6, "plotly is in it more than once"
+    plots = open_page(browser, page, width)
+    records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").open()]
+    one = expected_plots(records)
+    accuracy = {}
+    for seed in range(3):
+        accuracy[f"seed-{seed}"] = one["accuracy"]["resnet8 in the classroom"]
+        accuracy[f"seed-{seed} alone"] = one["accuracy"]["resnet8 alone"]
+    expected = {"accuracy": accuracy}
+    for number in (1, 2, 3):
+        for key in ("active_share", "temperature"):
+            expected[f"{key}-{number}"] = one[key]
+    assert list(plots) == [*expected, "gain-1"]
+    gain = plots.pop("gain-1")
+    assert_drawn(plots, expected)
+
+    values = list(zip(*map(gains, summaries), strict=True))
+    order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
+    assert gain["traces"][0][2] == pytest.approx([mean(values[c]) for c in order])
+    assert gain["spread"][0] == pytest.approx([stdev(values[c]) for c in order])
+    assert gain["bars"] == 9
+
+    rows = table_rows(browser)
+    mentors = ", ".join(MENTORS)
+    facts = ["digits", "resnet8", mentors, "30"]
+    assert rows[1] == ["seed-1", *facts, "1", "96.00%", "97.50%", "92.50%", "+3.50"]
+    last, alone = [0.95, 0.96, 0.97], [0.93, 0.925, 0.91]
+    gain = [100 * (a - b) for a, b in zip(last, alone, strict=True)]
+    assert rows[3][-4:] == [
+        f"96.00 ± {100 * stdev(last):.2f}%",
+        "97.50 ± 0.00%",
+        f"{100 * mean(alone):.2f} ± {100 * stdev(alone):.2f}%",
+        f"{mean(gain):+.2f} ± {stdev(gain):.2f}",
+    ]
+    assert "n = 3" in rows[3][0]
+    assert rows[3][1:6] == [*facts, "0, 1, 2"]
+    assert not browser.find_elements("css selector", ".warning")
+    assert (
+        browser.execute_script(
+            "const box = document.querySelector('.wide'); return box.scrollWidth - box.clientWidth"
+        )
+        <= 0
+    ), "the table scrolls sideways"
+
+
+def test_only_runs_that_differ_in_the_seed_are_averaged(browser, tmp_path):
+    make_seeds(tmp_path, 4)
+    other, again = tmp_path / "seed-1", tmp_path / "seed-3"
+    settings = yaml.safe_load((other / "config.yaml").read_text())
+    settings["loss"] = {"temperature": 4.0}
+    (other / "config.yaml").write_text(yaml.safe_dump(settings))
+    # A seed twice, with another loader and elsewhere, counts once.
+    settings = yaml.safe_load((tmp_path / "seed-0" / "config.yaml").read_text())
+    settings["data"] = {"source": "/moved/digits", "loader": "torch"}
+    (again / "config.yaml").write_text(yaml.safe_dump(settings))
+    summary = json.loads((again / "summary.json").read_text())
+    (again / "summary.json").write_text(json.dumps(summary | {"seed": 0}))
+    for run in (tmp_path / "seed-0", tmp_path / "seed-2", again, other):
+        (run / "inputs.json").write_text('{"the test images": "c0ffee"}')
+    write_report([tmp_path / f"seed-{seed}" for seed in range(4)], tmp_path / "page.html")
+    plots = open_page(browser, tmp_path / "page.html")
+    rows = table_rows(browser)
+    names = [row[0] for row in rows]
+    assert names == ["seed-0", "seed-2", "seed-3", "mean ± deviation, n = 2", "seed-1"]
+    assert rows[3][5] == "0, 2"
+    assert rows[3][6] == f"96.00 ± {100 * stdev([0.95, 0.97]):.2f}%"
+    assert [name for name in plots if name.startswith("gain")] == ["gain-1", "gain-2"]
+    assert not browser.find_elements("css selector", ".warning")
+
+
+def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
+    nasty = "<i>&amp;"
+    for place, data in (("a", "digits"), ("b", nasty)):
+        (tmp_path / place).mkdir()
+        make_run(tmp_path / place / "run", mentors=("resnet20", nasty), data=data)
+    unfinished = tmp_path / "b" / "killed"
+    make_run(unfinished, epochs=5)
+    (unfinished / "summary.json").unlink()
+    text = (unfinished / "metrics.jsonl").read_text()
+    (unfinished / "metrics.jsonl").write_text(text[:-700])
+    runs = [tmp_path / "a" / "run", tmp_path / "b" / "run", unfinished]
+    plots = open_page(browser, write_report(runs, tmp_path / "page.html"))
+    assert plots["accuracy"]["legend"] == [
+        "a/run on digits",
+        "a/run alone on digits",
+        f"b/run on {nasty}",
+        f"b/run alone on {nasty}",
+        "killed on digits",
+        "killed alone on digits",
+    ]
+    first, *_, last = (plot for name, plot in plots.items() if "active_share" in name)
+    assert first["legend"] == ["resnet20 (mentor)", f"{nasty} (mentor)"]
+    colours = first["colours"]["resnet20 (mentor)"], last["colours"]["resnet20 (mentor)"]
+    assert colours[0] == colours[1]
+    rows = {row[0]: row for row in table_rows(browser)}
+    assert list(rows) == ["a/run", "killed", "b/run"], "those of one recipe stand together"
+    assert rows["b/run"][1] == nasty
+    assert rows["killed"][4] == "4 of 5"
+    assert rows["killed"][6:8] == ["–", "–"]
+    assert rows["killed"][8].endswith("%"), "the student alone has finished"
+    assert rows["killed"][9] == "–"
+    warnings = [w.text for w in browser.find_elements("css selector", ".warning")]
+    assert warnings[0].startswith(
+        f"These runs were measured on different data sets (digits, {nasty})"
+    )
+    assert any("killed is unfinished" in line for line in warnings)
+    assert any("of metrics.jsonl in killed" in line for line in warnings)
+
+
+def test_held_out_images_that_differ_are_told(browser, tmp_path):
+    make_seeds(tmp_path, 2)
+    runs = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    for run in runs:
+        assert 'class="warning"' not in write_report(runs, tmp_path / "page.html").read_text()
+        (run / "inputs.json").write_text(json.dumps({"the test images": run.name}))
+    page = write_report(runs, tmp_path / "page.html")
+    open_page(browser, page)
+    (line,) = [w.text for w in browser.find_elements("css selector", ".warning")]
+    assert line.startswith("The runs on digits held out different images")
+    assert len(table_rows(browser)) == 3, "they are of one data set all the same"
+
+
+def test_where_pages_are_written(tmp_path, monkeypatch):
+    make_seeds(tmp_path, 2)
+    runs = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    monkeypatch.chdir(tmp_path)
+    assert write_report([runs[0]]) == runs[0] / "report.html"
+    assert write_report([runs[0], tmp_path / "." / "seed-0"]) == runs[0] / "report.html"
+    for _ in range(2):  # its own page it replaces
+        assert write_report(runs).resolve() == tmp_path / "comparison.html"
+    assert write_report(runs[0], tmp_path / "comparison.html") == tmp_path / "comparison.html"
+    (tmp_path / "thesis.html").write_text("<html>three years of work</html>")
+    for out, message in (
+        ("thesis.html", "is not a page of classroomkd: give --out another file"),
+        ("seed-0", "it is a folder"),
+        ("missing/page.html", "missing is not a folder"),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            write_report(runs, tmp_path / out)
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "thesis.html").read_text() == "<html>three years of work</html>"
+    with pytest.raises(UserError, match="no run to report"):
+        write_report([])
+    with pytest.raises(UserError, match=r"no metrics\.jsonl in"):
+        write_report([runs[0], tmp_path], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("config", ["data: [", "- a\n- b\n", "data: {source: /sets/digits}\n"])
+def test_any_configuration_can_be_reported(tmp_path, config):
+    run = tmp_path / "run"
+    make_run(run)
+    (run / "summary.json").unlink()
+    (run / "config.yaml").write_text(config)
+    page = write_report(run).read_text()
+    assert ("<h1>Classroom of resnet8 on digits</h1>" in page) == ("digits" in config)
+    write_report([run, shutil.copytree(run, tmp_path / "copy")], tmp_path / "page.html")

@@ -617,6 +617,16 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
     assert "chosen_epoch" not in without["results"][-1]
 
 
+def test_records_go_to_tensorboard_too(tmp_path: Path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    out = tmp_path / "run"
+    hold(out, "tensorboard=true", "mentors=[resnet8]")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    expected = [line["test_top1"] for line in lines if line["phase"] == "classroom"]
+    read = events.EventAccumulator(str(out / "tensorboard" / "classroom" / "resnet8")).Reload()
+    assert [event.value for event in read.Scalars("test_top1")] == pytest.approx(expected)
+
+
 def test_same_seed_same_bits(tmp_path: Path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(7)  # what the process drew before does not matter

@@ -1,131 +1,95 @@
-"""report.html: one file that tells of a run, from disk and without a network."""
+"""report.html, which tells of one run, and comparison.html of several."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import plotly.io
-import yaml
-
+from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.report.plots import Plot, colour, plots
+from classroomkd.report.comparison import comparison
+from classroomkd.report.document import GENERATOR, document, sections, swatch, table, warning
+from classroomkd.report.plots import colour, plots
 from classroomkd.report.records import Run, label, read_run
 from classroomkd.report.results import COLUMNS, evidence, result_rows
 
-STYLE = """
-:root { color-scheme: light; overflow-y: scroll; }
-* { box-sizing: border-box; }
-body { max-width: 78rem; margin: 0 auto; padding: 1.5rem 1rem 3rem; color: #222; background: #fff;
-       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { margin: 0; font-size: 1.5rem; line-height: 1.25; }
-h2 { margin: 0; font-size: 1.1rem; }
-p { margin: .25rem 0 1rem; }
-.note { color: #595959; font-size: .875rem; max-width: 48rem; }
-.warning { padding: .5rem .75rem; background: #fff6e0; border-left: 4px solid #e69f00; }
-.wide { overflow-x: auto; }
-table { margin-top: 1rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #ddd; text-align: right;
-         white-space: nowrap; }
-th { font-weight: 600; font-size: .875rem; color: #595959; }
-th:first-child, td:first-child, th:last-child, td:last-child { text-align: left; }
-td:first-child { white-space: normal; min-width: 9rem; }
-.student td { font-weight: 600; }
-i { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 50%; }
-.plots { display: grid; gap: 2rem; margin: 2rem 0;
-         grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
-section { min-width: 0; }
-summary { cursor: pointer; font-weight: 600; }
-pre { padding: .75rem; background: #f6f6f6; overflow-x: auto; font-size: .8125rem; }
-@media (max-width: 40rem) {
-  table { width: 100%; font-size: .75rem; }
-  tr { display: grid; grid-template-columns: 1.4fr .9fr 1fr 1.05fr 1.1fr 1fr; column-gap: .2rem;
-       padding: .3rem 0; border-bottom: 1px solid #ddd; }
-  th, td { padding: 0; border: 0; }
-  th:first-child { display: none; }
-  td:first-child { grid-column: 1 / -1; font-size: .875rem; }
-  th:last-child, td:last-child { text-align: right; }
-}
-"""
 
+def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
+    """Write the page of a run, or one that compares several, and return its path.
 
-def write_report(run: Path) -> Path:
-    """Write ``run``/report.html from the records in the run folder and return its path.
+    It is written to ``out``, by default to report.html in the folder of the one run, or to
+    comparison.html in the current folder. The runs need not have finished; one that is named twice
+    counts once.
 
-    The run need not have finished. Raises UserError if there is no such folder or it holds no
-    metrics.jsonl.
+    Raises UserError if a folder does not exist or holds no metrics.jsonl, and rather than replace a
+    file that is not such a page.
     """
-    path = Path(run) / "report.html"
-    atomic_write(path, _page(read_run(run)).encode("utf-8", errors="replace"))
-    return path
+    folders = [runs] if isinstance(runs, str | os.PathLike) else runs
+    folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
+    if not folders:
+        raise UserError("no run to report: give at least one run folder")
+    if out is not None or len(folders) > 1:
+        out = Path(out or "comparison.html")
+        _require_ours(out)
+    read = [read_run(folder) for folder in folders]
+    page = _page(read[0]) if len(read) == 1 else document(*comparison(read))
+    out = out or folders[0] / "report.html"
+    atomic_write(out, page.encode("utf-8", errors="replace"))
+    return out
+
+
+def _require_ours(out: Path) -> None:
+    """Raise UserError unless ``out`` is free to be written or a page that this module has made."""
+    if not out.parent.is_dir():
+        raise UserError(f"cannot write {out}: {out.parent} is not a folder")
+    if out.is_dir():
+        raise UserError(f"cannot write {out}: it is a folder; give --out a file in it")
+    if out.exists():
+        with out.open("rb") as file:
+            if GENERATOR.encode() not in file.read(1000):
+                raise UserError(
+                    f"{out} exists and is not a page of classroomkd: give --out another file"
+                )
 
 
 def _page(run: Run) -> str:
     heading, facts = _title(run)
-    drawn = plots(run)
-    figures = "".join(_section(plot, with_library=plot is drawn[0]) for plot in drawn)
     versions = (run.summary or {}).get("versions") or {}
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(heading)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{escape(heading)}</h1>
-<p>{escape(facts)}</p>
-{_left_out(run)}
+    left_out = ", ".join(map(str, run.unreadable))
+    body = f"""<p>{escape(facts)}</p>
+{warning(f"Incomplete and left out: line {left_out} of metrics.jsonl.") if left_out else ""}
 {_results(run) if run.summary else _progress(run)}
-<div class="plots">{figures}</div>
+{sections(plots(run))}
 <details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>
 <p class="note">{escape(" · ".join(f"{name} {version}" for name, version in versions.items()))}</p>
-</body>
-</html>
 """
+    return document(heading, body)
 
 
 def _title(run: Run) -> tuple[str, str]:
     """What was trained on what, and how."""
-    students = [name for phase, name in run.curves if phase in ("alone", "classroom")]
-    if run.summary:
-        known = run.summary | {"data": run.summary["data"]["name"]}
-        students += [r["name"] for r in run.summary["results"] if r["phase"] != "mentor"]
-    else:
-        known = yaml.safe_load(run.config) or {}
     heading = "Classroom"
-    if students:
-        heading += f" of {students[-1]}"
-    if known.get("data"):
-        heading += f" on {Path(known['data']).name}"  # the configuration has the whole path
+    if run.student:
+        heading += f" of {run.student}"
+    if run.data:
+        heading += f" on {run.data}"
     epochs = [records[-1].get("epochs") for records in run.curves.values()]
     facts = [f"mentors {', '.join(run.mentors)}"] if run.mentors else []
     facts += [f"{epochs[-1]} epochs"] if epochs else []
-    facts += [f"{key} {known[key]}" for key in ("seed", "device") if known.get(key) is not None]
+    facts += [f"{key} {run.fact(key)}" for key in ("seed", "device") if run.fact(key) is not None]
     return heading, " · ".join(facts)
 
 
-def _left_out(run: Run) -> str:
-    if not run.unreadable:
-        return ""
-    lines = ", ".join(map(str, run.unreadable))
-    return f'<p class="warning">Incomplete and left out: line {lines} of metrics.jsonl.</p>'
-
-
 def _results(run: Run) -> str:
-    head = "".join(f"<th>{column}</th>" for column in COLUMNS)
     body = ""
     for result, row in zip(run.summary["results"], result_rows(run.summary), strict=True):
         kind = "mentor" if result["phase"] == "mentor" else "student"
-        swatch = f'<i style="background:{colour(run, result["phase"], result["name"])}"></i>'
+        dot = swatch(colour(run, result["phase"], result["name"]))
         cells = "</td><td>".join(map(escape, row))
-        body += f'<tr class="{kind}"><td>{swatch}{cells}</td></tr>'
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-        f'<p class="note">{escape(evidence(run.summary))}</p>'
-    )
+        body += f'<tr class="{kind}"><td>{dot}{cells}</td></tr>'
+    return f'{table("results", COLUMNS, body)}<p class="note">{escape(evidence(run.summary))}</p>'
 
 
 def _progress(run: Run) -> str:
@@ -133,24 +97,7 @@ def _progress(run: Run) -> str:
         f"<li>{escape(label(*network))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
         for network, (*_, last) in run.curves.items()
     )
-    return (
-        '<p class="warning">Unfinished: this run has no summary.json yet; '
-        f"here is what it has recorded so far.</p><ul>{done or '<li>no epoch yet</li>'}</ul>"
+    unfinished = (
+        "Unfinished: this run has no summary.json yet; here is what it has recorded so far."
     )
-
-
-def _section(plot: Plot, with_library: bool) -> str:
-    figure = plotly.io.to_html(
-        plot.figure,
-        full_html=False,
-        include_plotlyjs=with_library,
-        div_id=plot.id,
-        default_height=f"{330 + 14 * len(plot.figure.data)}px",  # the legend takes its share
-        config={
-            "displaylogo": False,
-            "displayModeBar": "hover",
-            # Without a list of its own plotly adds a button that uploads the plot.
-            "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-        },
-    )
-    return f'<section><h2>{plot.heading}</h2><p class="note">{plot.note}</p>{figure}</section>\n'
+    return f"{warning(unfinished)}<ul>{done or '<li>no epoch yet</li>'}</ul>"

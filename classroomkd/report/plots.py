@@ -1,66 +1,77 @@
-"""The report's plots, as plotly figures."""
+"""The plots of one run, as plotly figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
+from classroomkd.report.classes import gain_plot, taught_plot
+from classroomkd.report.figures import COLOURS, MARKERS, Plot, curve, is_filled, over_epochs
 from classroomkd.report.records import Run, label
 
-# Okabe and Ito's palette for colour-blind readers, without the yellow that white swallows. Marker
-# shapes differ as well, and as 6 and 7 share no factor, 42 mentors pass before a pair repeats.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down")
 STUDENT = {"alone": {"color": "#767676", "dash": "dash"}, "classroom": {"color": "#111111"}}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure, the id of the page element that it goes into, and the words around it."""
-
-    id: str
-    heading: str
-    note: str
-    figure: go.Figure
 
 
 def colour(run: Run, phase: str, name: str) -> str:
     """The network's colour, the same in every plot and in the table."""
-    if phase in STUDENT:
-        return STUDENT[phase]["color"]
-    return COLOURS[run.mentors.index(name) % len(COLOURS)]
+    return _line(phase, name, run.mentors)["color"]
 
 
 def plots(run: Run) -> list[Plot]:
     """Every plot that the records so far can fill."""
     drawn = []
     if run.curves:
-        accuracy, loss = (_networks(run, key) for key in ("test_top1", "train_loss"))
-        drawn += [
+        accuracy, validation, loss = (
+            _networks(run, key) for key in ("test_top1", "validation_top1", "train_loss")
+        )
+        has_validation = is_filled(validation)
+        axis = {"tickformat": ".2~%"}
+        if has_validation:  # the two stand side by side, to be compared
+            axis["range"] = _span(accuracy + validation)
+        drawn.append(
             Plot(
                 "accuracy",
                 "Held-out accuracy",
                 "Share of the held-out images whose most probable class is the true one.",
-                _figure(accuracy, {"title": "held-out top-1 (%)", "tickformat": ".2~%"}),
-            ),
+                over_epochs(accuracy, axis | {"title": "held-out top-1 (%)"}),
+            )
+        )
+        if has_validation:
+            drawn.append(
+                Plot(
+                    "validation",
+                    "Validation accuracy",
+                    "The same on the validation images, which no network trained on and on which "
+                    "choices are made.",
+                    over_epochs(validation, axis | {"title": "validation top-1 (%)"}),
+                )
+            )
+        drawn.append(
             Plot(
                 "loss",
                 "Training loss",
                 "The classroom's loss also holds the mentors' lessons: compare its course with the "
                 "others, not its height.",
-                _figure(loss, _loss_axis(loss)),
-            ),
-        ]
+                over_epochs(loss, _loss_axis(loss)),
+            )
+        )
+    drawn += lessons(run, run.mentors)
+    return drawn + list(filter(None, [taught_plot(run), gain_plot([run])]))
+
+
+def lessons(run: Run, mentors: Sequence[str], keys: Sequence[str] | None = None) -> list[Plot]:
+    """What the mentors did over time; a mentor's colour is that of its place in ``mentors``."""
+    drawn = []
     for key, heading, note, axis in _LESSONS:
+        if keys is not None and key not in keys:
+            continue
         traces = [
-            _trace(run, "mentor", name, run.classroom, _statistic(name, key))
+            _trace("mentor", name, run.classroom, _statistic(name, key), mentors)
             for name in run.mentors
         ]
-        if any(value is not None for trace in traces for value in trace.y):
-            drawn.append(Plot(key, heading, note, _figure(traces, axis)))
+        if is_filled(traces):
+            drawn.append(Plot(key, heading, note, over_epochs(traces, axis)))
     return drawn
 
 
@@ -100,25 +111,32 @@ def _statistic(name: str, key: str) -> Callable[[dict], float | None]:
 
 def _networks(run: Run, key: str) -> list[go.Scatter]:
     return [
-        _trace(run, phase, name, records, lambda record: record.get(key))
+        _trace(phase, name, records, lambda record: record.get(key), run.mentors)
         for (phase, name), records in run.curves.items()
     ]
 
 
 def _trace(
-    run: Run, phase: str, name: str, records: list[dict], value: Callable[[dict], float | None]
+    phase: str,
+    name: str,
+    records: list[dict],
+    value: Callable[[dict], float | None],
+    mentors: Sequence[str],
 ) -> go.Scatter:
-    student = phase in STUDENT
-    shape = "circle" if student else MARKERS[run.mentors.index(name) % len(MARKERS)]
-    line = {"color": colour(run, phase, name), "width": 3 if student else 1.5}
-    return go.Scatter(
-        x=[record["epoch"] for record in records],
-        y=[value(record) for record in records],
-        name=escape(label(phase, name)),  # plotly reads names as markup
-        mode="lines+markers",
-        line=line | STUDENT.get(phase, {}),
-        marker={"symbol": shape, "size": 6, "maxdisplayed": 30},
-    )
+    marker = "circle" if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
+    return curve(records, value, label(phase, name), _line(phase, name, mentors), marker)
+
+
+def _line(phase: str, name: str, mentors: Sequence[str]) -> dict:
+    if phase in STUDENT:
+        return STUDENT[phase] | {"width": 3}
+    return {"color": COLOURS[mentors.index(name) % len(COLOURS)], "width": 1.5}
+
+
+def _span(traces: list[go.Scatter]) -> list[float]:
+    values = [value for trace in traces for value in trace.y if value is not None]
+    margin = max(0.05 * (max(values) - min(values)), 0.001)
+    return [min(values) - margin, max(values) + margin]
 
 
 def _loss_axis(traces: list[go.Scatter]) -> dict:
@@ -127,29 +145,3 @@ def _loss_axis(traces: list[go.Scatter]) -> dict:
         ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 3)]
         return {"title": "loss (nats, log scale)", "type": "log", "tickvals": ticks}
     return {"title": "loss (nats)", "rangemode": "tozero"}
-
-
-def _figure(traces: list[go.Scatter], y_axis: dict) -> go.Figure:
-    epochs = [epoch for trace in traces for epoch in trace.x]
-    # Left alone, plotly marks fractions of an epoch where there are few.
-    few = {"dtick": 1} if max(epochs) - min(epochs) < 10 else {}
-    axis = {"showline": True, "linecolor": "#999999", "zeroline": False, "automargin": True}
-    figure = go.Figure(traces)
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#333333"},
-        xaxis=axis | few | {"title": "epoch"},
-        yaxis=axis | y_axis,
-        showlegend=True,
-        legend={
-            "orientation": "h",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "font": {"size": 12},
-        },
-        hovermode="x unified",
-        hoverlabel={"namelength": -1},
-        margin={"l": 10, "r": 10, "t": 32, "b": 10},  # the buttons stand in the top margin
-    )
-    return figure

@@ -3,32 +3,82 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from classroomkd.errors import UserError
 
 
 @dataclass(frozen=True)
 class Run:
-    """The records of one run.
+    """The records of one run, from its ``folder``.
 
-    ``curves`` maps (phase, name) to that network's epochs in order, mentors first, then the student
-    alone, then the student in the classroom. ``summary`` is None until the run has finished.
-    ``unreadable`` holds the numbers, from 1, of the lines of metrics.jsonl that are not records.
+    ``config`` is the text of config.yaml, empty without one; ``test_digest`` tells the held-out
+    images from others, and is None in runs that did not note it. ``curves`` maps (phase, name) to
+    that network's epochs in order, mentors first, then the student alone, then the student in the
+    classroom. ``summary`` is None until the run has finished. ``unreadable`` holds the numbers,
+    from 1, of the lines of metrics.jsonl that are not records.
     """
 
+    folder: Path
     config: str
+    test_digest: str | None
     summary: dict | None
     curves: dict[tuple[str, str], list[dict]]
     unreadable: list[int]
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The configuration's values; empty if it is missing or damaged."""
+        values = None
+        with suppress(yaml.YAMLError):
+            values = yaml.safe_load(self.config)
+        return values if isinstance(values, dict) else {}
+
+    @property
+    def data(self) -> str | None:
+        """What the data set is called."""
+        if self.summary:
+            return self.summary["data"]["name"]
+        return Path(self.source).name if self.source else None
+
+    @property
+    def source(self) -> str | None:
+        """Where the configuration says that the data is."""
+        data = self.settings.get("data")
+        source = data.get("source") if isinstance(data, dict) else data
+        return str(source) if source else None
+
+    @property
+    def student(self) -> str | None:
+        """What the student is called."""
+        named = [name for phase, name in self.curves if phase != "mentor"]
+        return self.result("classroom").get("name") or next(
+            iter(named), self.settings.get("student")
+        )
+
+    def fact(self, key: str) -> Any:
+        """The run's seed or device: the device that was found where the run has finished."""
+        return (self.summary or self.settings).get(key)
+
+    def result(self, phase: str) -> dict[str, Any]:
+        """The student's result alone or in the classroom; empty until the run has finished."""
+        results = self.summary["results"] if self.summary else []
+        return next((result for result in results if result["phase"] == phase), {})
+
+    def student_curve(self, phase: str) -> list[dict]:
+        """The epochs of the student alone or in the classroom."""
+        return next((records for (of, _), records in self.curves.items() if of == phase), [])
+
     @property
     def classroom(self) -> list[dict]:
         """The epochs of the student in the classroom."""
-        return next(
-            (records for (phase, _), records in self.curves.items() if phase == "classroom"), []
-        )
+        return self.student_curve("classroom")
 
     @property
     def mentors(self) -> list[str]:
@@ -67,7 +117,13 @@ def read_run(folder: Path) -> Run:
         ) from None
     curves, unreadable = _read_metrics(metrics)
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return Run(text, finished, curves, unreadable)
+    return Run(folder, text, _test_digest(folder), finished, curves, unreadable)
+
+
+def _test_digest(folder: Path) -> str | None:
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / "inputs.json").read_bytes()).get("the test images")
+    return None
 
 
 def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[int]]:

@@ -158,7 +158,13 @@ class Classroom:
                     for name in ("validation", "test")
                     if name in sets
                 }
-                self._run = Run(out, to_dict(recipe), resume, writes=self.processes.is_main)
+                self._run = Run(
+                    out,
+                    to_dict(recipe),
+                    resume,
+                    writes=self.processes.is_main,
+                    tensorboard=recipe.tensorboard,
+                )
                 self._run.require_same(self._inputs(sets))
                 self.processes.wait()
                 counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())

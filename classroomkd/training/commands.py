@@ -24,7 +24,7 @@ from classroomkd.data import (
 )
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, names
-from classroomkd.report import results_table
+from classroomkd.report import results_table, write_report
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.config import Recipe, load_recipe
 from classroomkd.training.evaluation import evaluate as measure
@@ -213,6 +213,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
     print(f"loss    {result.loss:.4f}")
     print(f"calibration error {result.calibration_error:.4f}")
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the page of a run, or one that compares several."""
+    print(f"report: {write_report(arguments.runs, arguments.out)}")
 
 
 def models(_: argparse.Namespace) -> None:

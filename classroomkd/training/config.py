@@ -114,6 +114,8 @@ class Recipe:
     """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
     store: bool = True
     """Whether mentors are taken from the store in the cache, and kept there once trained."""
+    tensorboard: bool = False
+    """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
     threads: int | None = None
     """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
     checkpoint_epochs: int = 1

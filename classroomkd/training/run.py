@@ -17,6 +17,7 @@ from torch import nn
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write, remove_leftovers
 from classroomkd.models import NetworkInfo, save_network
+from classroomkd.report.tensorboard import TensorBoardWriter
 from classroomkd.training.checkpoints import Checkpoints
 
 
@@ -74,14 +75,21 @@ class Run:
     """Writes one run: its records as they come, and its networks, each file atomically.
 
     With ``resume`` the folder is one that an earlier process has left. Of several processes only
-    one ``writes``; for the others what would write does nothing.
+    one ``writes``; for the others what would write does nothing. Raises UserError if it cannot be
+    written to, or TensorBoard is asked for and not installed.
     """
 
     def __init__(
-        self, path: Path, config: Mapping[str, Any], resume: bool = False, writes: bool = True
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        writes: bool = True,
+        tensorboard: bool = False,
     ) -> None:
         self.path, self.writes = path, writes
         self._lines: list[Mapping[str, Any]] = []
+        self._board = TensorBoardWriter(path / "tensorboard") if tensorboard and writes else None
         if not writes:
             return
         if resume:
@@ -116,6 +124,8 @@ class Run:
         self._lines.append(line)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(_line(line))
+        if self._board:
+            self._board.record(line)
 
     def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Record lines of an earlier process; what it wrote beyond them is no longer there."""
@@ -123,6 +133,8 @@ class Run:
             return
         self._lines += lines
         atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
+        for line in lines if self._board else ():
+            self._board.record(line)
 
     def checkpoints(self, phase: str, name: str) -> Checkpoints:
         """The training states of one network."""
@@ -158,6 +170,8 @@ class Run:
         """Write summary.json."""
         if not self.writes:
             return
+        if self._board:
+            self._board.close()
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
 
