@@ -62,7 +62,7 @@ fi
 if [[ $wheel ]]; then
     part ffcv "$python" -m pip install --no-index --no-deps "$wheel"
 fi
-tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders}.py)
+tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders,mentor_bank,training}.py)
 where="on a GPU"
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"

@@ -171,14 +171,19 @@ def _add_recipe_options(parser: Parser) -> None:
         metavar="NAME|FILE",
         help="networks of the zoo, which are trained first, or checkpoints and run folders",
     )
-    parser.add_argument("--epochs", type=COUNT, metavar="N", help="of the student (default: 240)")
+    parser.add_argument(
+        "--epochs",
+        type=COUNT,
+        metavar="N",
+        help="of the student, and of mentors that no --recipe says otherwise of (default: 240)",
+    )
     parser.add_argument("--mentor-epochs", type=COUNT, metavar="N", help="(default: --epochs)")
     parser.add_argument("--batch-size", type=COUNT, metavar="N", help="(default: 64)")
     parser.add_argument(
         "--learning-rate",
         type=POSITIVE,
         metavar="RATE",
-        help="where the schedules begin (default: 0.05, mentors of some kinds 0.01)",
+        help="the highest of the student's schedule (default: 0.05)",
     )
     parser.add_argument(
         "--temperature",

@@ -38,8 +38,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in and below ``folder``."""
-    for leftover in folder.rglob(f".*{_SUFFIX}"):
+    """Remove what processes that were killed while they wrote have left in ``folder`` itself."""
+    for leftover in folder.glob(f".*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
 

@@ -217,7 +217,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     warnings = []
     assert checkpoints.load(warnings.append)["step"] == 1
     assert warnings == [f"{newest} is damaged: taking the one before it"]
-    assert Checkpoints(tmp_path).newest().name.startswith("step-000000001-")
 
 
 def test_no_checkpoint_yet(tmp_path):

@@ -13,6 +13,7 @@ from classroomkd.training import classroom as classroom_module
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.trainer import Trainer
 
+NO_STUDENT = 'student=""'
 OVERRIDES = ("store=true", "mentors=[resnet8]", "training.epochs=1", "mentor_training.epochs=2")
 
 
@@ -36,11 +37,11 @@ def trained(monkeypatch) -> list[str]:
     return names
 
 
-def hold(out, *overrides, train_seed=0, students=True):
+def hold(out, *overrides, train_seed=0):
     text = io.StringIO()
     classroom = Classroom(recipe(*OVERRIDES, *overrides), Console(file=text, width=200))
     sets = colours(28, train_seed), colours(13, seed=1)
-    return classroom.run(*sets, out, students=students), text.getvalue()
+    return classroom.run(*sets, out), text.getvalue()
 
 
 def test_a_mentor_is_trained_once(tmp_path, store, trained):
@@ -82,20 +83,20 @@ def test_a_mentor_is_trained_once(tmp_path, store, trained):
     ],
 )
 def test_whatever_decides_its_training_tells_it_apart(tmp_path, store, trained, override):
-    hold(tmp_path / "first", students=False)
+    hold(tmp_path / "first", NO_STUDENT)
     assert trained == ["resnet8 (mentor)"]
     if override == "images":
-        hold(tmp_path / "second", train_seed=5, students=False)
+        hold(tmp_path / "second", NO_STUDENT, train_seed=5)
     else:
-        hold(tmp_path / "second", override, students=False)
+        hold(tmp_path / "second", override, NO_STUDENT)
     assert trained == ["resnet8 (mentor)"] * 2
     assert len(list(store.glob("*.safetensors"))) == 2
 
 
 def test_twins_are_two_networks(tmp_path, store, trained):
     """A second one of a kind has another seed, and the first the same as without it."""
-    hold(tmp_path / "first", students=False)
-    hold(tmp_path / "second", "mentors=[resnet8,resnet8]", students=False)
+    hold(tmp_path / "first", NO_STUDENT)
+    hold(tmp_path / "second", "mentors=[resnet8,resnet8]", NO_STUDENT)
     assert trained == ["resnet8 (mentor)", "resnet8-2 (mentor)"]
     one, two = ((tmp_path / "second/mentors" / name).read_bytes() for name in TWINS)
     assert one != two
@@ -106,15 +107,15 @@ TWINS = ("resnet8.safetensors", "resnet8-2.safetensors")
 
 @pytest.mark.parametrize("which", ["*.safetensors", "*.json"])
 def test_a_damaged_entry_is_named_and_trained_again(tmp_path, store, trained, which):
-    hold(tmp_path / "first", students=False)
+    hold(tmp_path / "first", NO_STUDENT)
     (path,) = store.glob(which)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    _, text = hold(tmp_path / "second", students=False)
+    _, text = hold(tmp_path / "second", NO_STUDENT)
     assert trained == ["resnet8 (mentor)"] * 2
     assert "is damaged" in text
     assert "training it again" in text
-    hold(tmp_path / "third", students=False)
+    hold(tmp_path / "third", NO_STUDENT)
     assert len(trained) == 2
 
 

@@ -315,6 +315,35 @@ def test_no_step_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_replayed_step_is_the_launched_one():
+    """Ten steps of a classroom: weights, running statistics and the sums on the device."""
+    left = {}
+    for cuda_graph in (True, False):
+        image_set, device = colours(80), torch.device("cuda")
+        mean, std = channel_statistics(image_set)
+        options = {"augmentation": Augmentation(1, True), "shuffle": True, "drop_last": True}
+        loader = ResidentLoader(image_set, 8, mean=mean, std=std, device=device, **options)
+        trainer = Trainer(
+            network(0).to(device),
+            loader,
+            TrainingConfig(epochs=2),
+            name="toy",
+            peak=0.05,
+            mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
+            loss=ClassroomLoss(),
+            cuda_graph=cuda_graph,
+        )
+        record = trainer.train_epoch()
+        del record["images_per_second"]
+        left[cuda_graph] = trainer.network.state_dict(), record
+    for name, value in left[False][0].items():
+        torch.testing.assert_close(left[True][0][name], value, rtol=1e-4, atol=1e-5)
+    assert left[True][1]["train_loss"] == pytest.approx(left[False][1]["train_loss"], rel=1e-4)
+    assert left[True][1]["mentors"]["a"] == pytest.approx(left[False][1]["mentors"]["a"], rel=1e-3)
+
+
 def test_mentors_stay_what_they_are_bit_for_bit():
     mentors = {"a": network(1).train(), "b": network(2)}
     before = {name: values_of(mentor) for name, mentor in mentors.items()}

@@ -48,6 +48,7 @@ class TorchLoader(Loader):
             batch_size=None,
             sampler=self._keys,
             num_workers=workers,
+            generator=torch.Generator(),  # or each epoch would draw from the networks' one
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ class Checkpoints:
 
     def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
         """The state of the last step whose file is whole; ``warn`` is told of damaged ones."""
-        for path in self._files():
+        files = self._files()
+        for path, earlier in zip_longest(files, files[1:]):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == _NAME.fullmatch(path.name)[2]:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            warn(f"{path} is damaged: taking the one before it")
-            path.unlink()
+            warn(f"{path} is damaged: " + ("taking the one before it" if earlier else "beginning"))
         return None
 
     def _files(self) -> list[Path]:

@@ -6,9 +6,9 @@ import hashlib
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,39 +42,15 @@ from classroomkd.training.mentors import (
     find_mentors,
     fit_to_data,
     is_checkpoint,
+    is_external,
     wherever,
 )
 from classroomkd.training.progress import TrainingProgress
+from classroomkd.training.results import Part, best
 from classroomkd.training.run import Run
 from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.store import MentorStore
 from classroomkd.training.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a network is in the run; ``epochs`` is None if it is not trained here."""
-
-    phase: str
-    name: str
-    architecture: str
-    epochs: int | None = None
-
-    def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
-        """The network's entry in summary.json."""
-        return {
-            "phase": self.phase,
-            "name": self.name,
-            "architecture": self.architecture,
-            "parameters": sum(parameter.numel() for parameter in network.parameters()),
-            "top1": measured.top1,
-            "top5": measured.top5,
-            "loss": measured.loss,
-            "calibration_error": measured.calibration_error,
-            "per_class": measured.per_class,
-            "trained": self.epochs is not None,
-            "epochs": self.epochs,
-        }
 
 
 class Classroom:
@@ -106,7 +82,7 @@ class Classroom:
         self.mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
-            (recipe.student, recipe.training),
+            *([(recipe.student, recipe.training)] if recipe.student else []),
             *((name, recipe.mentor_training) for name in dict.fromkeys(untrained)),
         ):
             share = self.processes.share(training.batch_size)
@@ -118,12 +94,11 @@ class Classroom:
         test_set: ImageSet,
         out: Path,
         resume: bool = False,
-        students: bool = True,
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
         With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
-        same end: on a CPU bit for bit. Without ``students`` only the mentors are trained.
+        same end: on a CPU bit for bit.
 
         Raises UserError if a given mentor does not fit the data, a training diverges, or the run
         to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
@@ -137,6 +112,11 @@ class Classroom:
         for mentor in self.mentors:
             if mentor.network is not None:
                 what = f"mentor {mentor.source}"
+                if is_external(mentor.source) and len(mentor.info.classes) == len(
+                    train_set.classes
+                ):
+                    self._print(f"{what}: its classes are taken to be the data's, in their order")
+                    mentor.info = replace(mentor.info, classes=train_set.classes)
                 mentor.network = fit_to_data(mentor.network, mentor.info, self._info, what)
                 if mentor.info is None:
                     self._print(f"{what} does not say how to normalise; it gets what this data has")
@@ -149,6 +129,12 @@ class Classroom:
                 sets["train"], sets["validation"] = split_off(
                     train_set, data.validation, recipe.seed
                 )
+            for name, images in sets.items():
+                if len(images) < self.processes.world_size:
+                    raise UserError(
+                        f"{len(images)} {name} images cannot be shared out among "
+                        f"{self.processes.world_size} processes"
+                    )
             self._loaders = Loaders(data.loader, list(sets.values()), self.device)
             with ExitStack() as opened:
                 self._held_out = {
@@ -165,7 +151,8 @@ class Classroom:
                     writes=self.processes.is_main,
                     tensorboard=recipe.tensorboard,
                 )
-                self._run.require_same(self._inputs(sets))
+                self._digests = {name: images.digest() for name, images in sets.items()}
+                self._run.require_same(self._inputs())
                 self.processes.wait()
                 counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
                 self._print(
@@ -174,7 +161,7 @@ class Classroom:
                 )
                 self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
                 with Interrupts() as self._interrupts:
-                    results = self._train_all(sets["train"], students)
+                    results = self._train_all(sets["train"])
             summary = {
                 "data": {
                     "name": Path(data.source).resolve().name,
@@ -192,17 +179,18 @@ class Classroom:
             if self.processes.is_main:
                 write_report(out)
         except KeyboardInterrupt as interrupt:
-            interrupt.args = (
-                f"records and checkpoints until now are in {out}: classroomkd train --resume {out} "
-                "goes on",
-            )
+            if (out / "inputs.json").exists():
+                interrupt.args = (
+                    f"records and checkpoints until now are in {out}: classroomkd train --resume "
+                    f"{out} goes on",
+                )
             raise
         except OSError as error:  # a write to a full disk does not say where
             error.filename = error.filename or str(out)
             raise
         return summary
 
-    def _train_all(self, train_set: ImageSet, with_students: bool) -> list[dict[str, Any]]:
+    def _train_all(self, train_set: ImageSet) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
         recipe = self.recipe
         # Given mentors come first, so that a sick one is found before anything is trained.
@@ -212,14 +200,14 @@ class Classroom:
             if mentor.network is not None
         }
         parts = [
-            _Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
+            Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
             for mentor in self.mentors
             if mentor.network is None
         ]
         students = [
-            _Part(phase, recipe.student, recipe.student, recipe.training.epochs)
+            Part(phase, recipe.student, recipe.student, recipe.training.epochs)
             for phase in ("alone", "classroom")
-            if with_students
+            if recipe.student
         ]
         self._taught: dict[str, list[float | None]] = {}
         steps = sum(part.epochs * self._steps(part, train_set) for part in parts + students)
@@ -247,35 +235,36 @@ class Classroom:
         self._taught = taught(student, mentors, self._held_out["test"], self.processes)
         return [results[key] for key in (*mentors, "alone", "classroom")]
 
-    def _training(self, part: _Part) -> TrainingConfig:
+    def _training(self, part: Part) -> TrainingConfig:
         """How a network is trained."""
         if part.phase == "mentor":
             return replace(self.recipe.mentor_training, epochs=part.epochs)
         return self.recipe.training
 
-    def _steps(self, part: _Part, train_set: ImageSet) -> int:
+    def _steps(self, part: Part, train_set: ImageSet) -> int:
         """Of an epoch of a network."""
         return max(len(train_set) // self._training(part).batch_size, 1)
 
-    def _inputs(self, sets: Mapping[str, ImageSet]) -> dict[str, str]:
+    def _inputs(self) -> dict[str, str]:
         """The digests of all that the run reads."""
         files = {
             mentor.source: sha256_of(mentor.source)
             for mentor in self.mentors
             if is_checkpoint(mentor.source)
         }
-        return {f"the {name} images": images.digest() for name, images in sets.items()} | files
+        images = {f"the {name} images": digest for name, digest in self._digests.items()}
+        return images | files
 
     def _admit(self, mentor: Mentor) -> dict[str, Any]:
         """Measure a given mentor; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
         measured = self._evaluate(mentor.network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
-        return _Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
+        return Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
     def _train(
         self,
-        part: _Part,
+        part: Part,
         train_set: ImageSet,
         number: int,
         mentors: MentorBank | None = None,
@@ -328,9 +317,8 @@ class Classroom:
                 minutes=recipe.checkpoint_minutes,
             )
             saver.restore(self._print)
-            if saver.records or trainer.batch:
-                run.take_up(saver.records)
-                self._progress.skip((trainer.epoch - 1) * steps + trainer.batch)
+            run.take_up(saver.records)
+            self._progress.skip((trainer.epoch - 1) * steps + trainer.batch)
             while trainer.epoch <= part.epochs:
                 self._progress.begin(called, trainer.epoch, part.epochs)
                 record = self._train_epoch(trainer, saver)
@@ -343,11 +331,14 @@ class Classroom:
         done = {"records": saver.records, "result": result}
         run.finish_network(*key, network, info, done)
         if deciding and self.processes.is_main:
-            self._store.add(deciding, network, info, done)
+            try:
+                self._store.add(deciding, network, info, done)
+            except OSError as error:
+                self._print(f"{called} is not kept in the store: {error}")
         self._progress.done(called, saver.records[-1])
         return network, result
 
-    def _deciding(self, part: _Part, train_set: ImageSet, seed: int) -> dict[str, Any] | None:
+    def _deciding(self, part: Part, train_set: ImageSet, seed: int) -> dict[str, Any] | None:
         """All that decides a mentor's training, or None where the store is not asked."""
         if part.phase != "mentor" or not self.recipe.store:
             return None
@@ -355,18 +346,22 @@ class Classroom:
         return {
             "architecture": part.architecture,
             "training": asdict(self._training(part)),
-            "images": train_set.digest(),
+            "images": self._digests,
             "classes": train_set.classes,
             **{name: getattr(data, name) for name in ("image_size", "padding", "flip", "cutout")},
             "mean": self._info.mean,
             "std": self._info.std,
             "seed": seed,
             "precision": str(self.dtype),
+            "compile": self.recipe.compile,
             "processes": self.processes.world_size,
+            "device": self.device.type,
+            "threads": self.recipe.threads if self.device.type == "cpu" else None,
+            "versions": versions(),
         }
 
     def _from_store(
-        self, part: _Part, deciding: Mapping[str, Any]
+        self, part: Part, deciding: Mapping[str, Any]
     ) -> tuple[nn.Module | None, dict[str, Any]]:
         """The mentor as it was trained before, measured anew on this run's images, if it was."""
         found = self._store.find(deciding, self._print)
@@ -431,20 +426,6 @@ class Classroom:
             seed=seed,
             dtype=self.dtype,
         )
-
-
-def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What epochs that are chosen afterwards would have given, for the summary.
-
-    ``best_test_top1`` is the highest top-1 on the test images, which papers print and which is
-    chosen on them; ``chosen_epoch`` and ``chosen_top1``, the test top-1 of the epoch with the
-    highest on the validation images, where there are any.
-    """
-    kept = {"best_test_top1": max(record["test_top1"] for record in records)}
-    if "validation_top1" in records[0]:
-        chosen = max(records, key=lambda record: record["validation_top1"])
-        kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
-    return kept
 
 
 def sha256_of(source: str) -> str:

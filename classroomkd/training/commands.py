@@ -76,7 +76,7 @@ _SHORT_FOR = {
     "epochs": ("training.epochs", "mentor_training.epochs"),
     "mentor_epochs": ("mentor_training.epochs",),
     "batch_size": ("training.batch_size", "mentor_training.batch_size"),
-    "learning_rate": ("training.learning_rate", "mentor_training.learning_rate"),
+    "learning_rate": ("training.learning_rate",),
     "temperature": ("loss.temperature",),
     "ranking": ("loss.ranking",),
     "image_size": ("data.image_size",),
@@ -111,9 +111,9 @@ def mentors(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
     if not recipe.store:
         raise UserError("mentors are trained for the store: leave out store=false")
-    recipe.student = recipe.student or recipe.mentors[0].source
+    recipe.student = ""
     download = _given(arguments).get("download")
-    _hold(recipe, arguments.out, "mentors", download=download, students=False)
+    _hold(recipe, arguments.out, "mentors", download=download)
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -131,6 +131,8 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if "data" in given:
         given["data"] = str(arguments.data)
     short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
+    if "recipe" in given and "mentor_epochs" not in given:  # a file says what mentors are to have
+        short = {key: value for key, value in short.items() if "mentor_training" not in key}
     recipe = load_recipe(given.get("recipe"), given.get("override", ()), nested(short))
     for option, value in (("--data", recipe.data.source), ("--mentors", recipe.mentors)):
         if not value:
@@ -148,7 +150,6 @@ def _hold(
     default_out: str,
     *,
     download: str | None = None,
-    students: bool = True,
 ) -> None:
     """Train and report; the folder is looked at before the data, which may take long to read."""
     classroom = Classroom(recipe, Console())
@@ -156,8 +157,7 @@ def _hold(
         raise UserError("several processes need to be told where to write: give --out")
     out = choose_folder(out, default_out)
     classroom.processes.wait()
-    summary = classroom.run(*_read_data(recipe, download), out, students=students)
-    _report(classroom, summary, out)
+    _report(classroom, classroom.run(*_read_data(recipe, download), out), out)
 
 
 def _resume(out: Path) -> None:

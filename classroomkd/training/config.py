@@ -91,7 +91,10 @@ class MentorConfig:
 
 @dataclass
 class Recipe:
-    """A run. Building one through `load_recipe` checks every value."""
+    """A run. Building one through `load_recipe` checks every value.
+
+    Without a ``student`` only the mentors are trained.
+    """
 
     student: str = ""
     mentors: list[MentorConfig] = field(default_factory=list)
@@ -151,7 +154,9 @@ def load_recipe(
             value = OmegaConf.to_container(OmegaConf.from_dotlist([item.replace(key, "_", 1)]))["_"]
             OmegaConf.update(merged, key, _layer({key: value})[key] if key == "mentors" else value)
         recipe = OmegaConf.to_object(merged)
-    except (OmegaConfBaseException, TypeError) as error:
+    except UserError:
+        raise
+    except (OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"{where}{key}{str(error).splitlines()[0]}") from None
     _check(recipe, where)
@@ -196,6 +201,7 @@ def _check(recipe: Recipe, where: str) -> None:
     """Raise UserError for a value out of its range."""
     data = recipe.data
     problems = [
+        ("mentors", len(recipe.mentors), len(recipe.mentors) <= 16, "at most 16"),
         ("seed", recipe.seed, recipe.seed >= 0, "a whole number of at least 0"),
         ("data.image_size", data.image_size, 1 <= data.image_size <= 1024, "1 to 1024 pixels"),
         ("data.test_share", data.test_share, 0 < data.test_share < 1, "between 0 and 1"),
@@ -256,7 +262,12 @@ def _check(recipe: Recipe, where: str) -> None:
                 training.momentum > 0 or not training.nesterov,
                 "false without momentum",
             ),
-            (f"{name}.weight_decay", training.weight_decay, training.weight_decay >= 0, "≥ 0"),
+            (
+                f"{name}.weight_decay",
+                training.weight_decay,
+                0 <= training.weight_decay < math.inf,
+                "≥ 0",
+            ),
         ]
     for key, value, fine, wanted in problems:
         if not fine:

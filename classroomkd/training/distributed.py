@@ -53,7 +53,7 @@ class Processes:
         if not self.together:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids)
+        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of everyone's ``values``, in place."""
@@ -78,8 +78,13 @@ class Processes:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU that torchrun means for this process, where ``device`` names none in particular."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    """The GPU that torchrun means for this process; raises UserError if there is none."""
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if device.index is not None:
+            raise UserError(f"torchrun chooses the GPU of each process: leave out device {device}")
+        if index >= count:
+            raise UserError(f"process {index} of this machine has no GPU: there are {count}")
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)
     return device

@@ -14,7 +14,7 @@ class CapturedStep:
     """Calls ``step(images, targets)`` a few times, captures it, and replays it from then on.
 
     The step must wait for nothing, and leave what it computes in tensors that live longer than it.
-    A batch of another shape than the captured one is not replayed but launched.
+    All batches have one shape.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None]) -> None:
@@ -30,9 +30,6 @@ class CapturedStep:
             return
         if self._graph is None:
             self._capture(images, targets)
-        elif images.shape != self._inputs[0].shape:
-            self._step(images, targets)
-            return
         for static, given in zip(self._inputs, (images, targets), strict=True):
             static.copy_(given)
         self._graph.replay()

@@ -90,7 +90,7 @@ def check_trainable(name: str, image_size: int, batch_size: int) -> None:
         images = torch.empty(min(batch_size, 2), 3, image_size, image_size)
     try:
         network(images)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise UserError(
             f"{name} cannot train on images of {image_size}×{image_size} pixels in batches of "
             f"{batch_size} ({error}): choose a larger --image-size or --batch-size"
@@ -111,7 +111,7 @@ def fit_to_data(
     size = data.image_size
     try:
         outputs = network(torch.zeros(1, 3, size, size)).shape[1]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(
             f"{what} cannot take images of {size}×{size} pixels ({error}): "
             "choose another --image-size"

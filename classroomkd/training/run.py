@@ -47,7 +47,10 @@ def unfinished(run: Path) -> Path:
     if not path.is_file():
         raise UserError(f"there is no run to go on with in {run}: it has no config.yaml")
     if (run / "summary.json").exists():
-        raise UserError(f"the run in {run} is finished: there is nothing to go on with")
+        raise UserError(
+            f"the run in {run} is finished: there is nothing to go on with (classroomkd report "
+            f"{run} writes its page again)"
+        )
     return path
 
 
@@ -93,7 +96,8 @@ class Run:
         if not writes:
             return
         if resume:
-            remove_leftovers(path)
+            for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
+                remove_leftovers(folder)
             return
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):

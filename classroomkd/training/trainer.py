@@ -86,6 +86,7 @@ class Trainer:
         size = 4 + (2 + 4 * len(mentors) if mentors else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
+        self._fetched: torch.cuda.Event | None = None
         self._forward = self.processes.wrap(torch.compile(network) if compile else network)
         captured = self._on_gpu and cuda_graph and not together
         self._step_on = CapturedStep(self._step) if captured else self._step
@@ -180,18 +181,22 @@ class Trainer:
 
     def _look(self) -> None:
         """Check the sums of the last look and fetch new ones, which nobody waits for."""
-        self._require_finite(self._read.tolist())
-        self._read.copy_(self.sums, non_blocking=True)
+        if self._fetched is None or self._fetched.query():
+            self._require_finite(self._read.tolist())
+            self._read.copy_(self._everyones_sums(), non_blocking=True)
+            if self._on_gpu:
+                self._fetched = torch.cuda.current_stream(self.device).record_event()
 
     def require_finite(self) -> None:
         """Wait for the device and raise UserError if a loss of this epoch was not finite."""
-        self._require_finite(self.sums.tolist())
+        self._require_finite(self._everyones_sums().tolist())
 
     def _require_finite(self, sums: list[float]) -> None:
         images, sick = sums[:2]
         if sick:
             # Weights that are not finite stay so: the sick batches are the last ones.
-            first = round((images - sick) / self.loader.batch_size)
+            together = self.loader.batch_size * self.processes.world_size
+            first = min(round((images - sick) / together), len(self.loader) - 1)
             raise UserError(
                 f"{self.name}, epoch {self.epoch}, batch {first + 1} of {len(self.loader)}: "
                 f"the loss is not finite: {self._culprit(first)}"
@@ -240,7 +245,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict`` as if there had been no interruption."""
+        """Go on from a ``state_dict`` as if never interrupted; called before the first step."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         if self.processes.is_main:  # for everyone
             self.sums.copy_(state["sums"])

@@ -1,0 +1,51 @@
+"""What a run says of its networks in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from classroomkd.training.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a network is in the run; ``epochs`` is None if it is not trained here."""
+
+    phase: str
+    name: str
+    architecture: str
+    epochs: int | None = None
+
+    def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
+        """The network's entry in summary.json."""
+        return {
+            "phase": self.phase,
+            "name": self.name,
+            "architecture": self.architecture,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "top1": measured.top1,
+            "top5": measured.top5,
+            "loss": measured.loss,
+            "calibration_error": measured.calibration_error,
+            "per_class": measured.per_class,
+            "trained": self.epochs is not None,
+            "epochs": self.epochs,
+        }
+
+
+def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What epochs that are chosen afterwards would have given, for the summary.
+
+    ``best_test_top1`` is the highest top-1 on the test images, which papers print and which is
+    chosen on them; ``chosen_epoch`` and ``chosen_top1``, the test top-1 of the epoch with the
+    highest on the validation images, where there are any.
+    """
+    kept = {"best_test_top1": max(record["test_top1"] for record in records)}
+    if "validation_top1" in records[0]:
+        chosen = max(records, key=lambda record: record["validation_top1"])
+        kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
+    return kept
