@@ -366,8 +366,13 @@ class Interrupted(ImageSet):
 
 def test_interrupted(target):
     whole = random_set()
-    with pytest.raises(KeyboardInterrupt):
-        pack(Interrupted(whole.images, whole.targets, CLASSES), target, overwrite=True)
+    # A process that a shell put in the background begins with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pack(Interrupted(whole.images, whole.targets, CLASSES), target, overwrite=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_interrupted_while_syncing(target, monkeypatch):
