@@ -131,6 +131,8 @@ def test_on_the_command_line(file, tmp_path, capsys):
     for epochs in ("240", "3"):  # an option counts, also where it says what is the default
         assert cli.main([*train, "--epochs", epochs, "--temperature", "-1"]) == 2
     capsys.readouterr()
+    assert cli.main([*train, "--mentors", "resnet8", "training.epochs=0"]) == 2
+    assert "training.epochs must be at least 1, not 0" in capsys.readouterr().err
     assert cli.main([*train, "mentors=[]"]) == 2
     assert "--mentors is required, here or in a --recipe" in capsys.readouterr().err
     assert cli.main([*train, "data.source=nowhere", "device=cpu", "mentors=[resnet8]"]) == 2

@@ -130,14 +130,22 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = _given(arguments)
     if "data" in given:
         given["data"] = str(arguments.data)
+    overrides = list(given.get("override", ()))
+    if "mentors" in given:  # an option that takes what follows it, overrides too
+        overrides += [text for text in given["mentors"] if _is_override(text)]
+        given["mentors"] = [text for text in given["mentors"] if not _is_override(text)]
     short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
     if "recipe" in given and "mentor_epochs" not in given:  # a file says what mentors are to have
         short = {key: value for key, value in short.items() if "mentor_training" not in key}
-    recipe = load_recipe(given.get("recipe"), given.get("override", ()), nested(short))
+    recipe = load_recipe(given.get("recipe"), overrides, nested(short))
     for option, value in (("--data", recipe.data.source), ("--mentors", recipe.mentors)):
         if not value:
             _lacks(arguments, option)
     return recipe
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
 
 
 def _lacks(arguments: argparse.Namespace, option: str) -> None:
