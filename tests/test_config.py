@@ -94,6 +94,10 @@ def test_defaults_are_the_published_recipe():
         ("mentors=resnet8", "mentors: "),
         ("data=photos", "photos"),
         ("mentors.7.epochs=1", "mentors"),
+        ("mentors.x=3", r"cannot take the override 'mentors\.x=3'"),
+        ("student=[", r"cannot take the override 'student=\['"),
+        ("training.weight_decay=inf", r"training\.weight_decay must be ≥ 0, not inf"),
+        (f"mentors=[{','.join(['resnet8'] * 17)}]", "mentors must be at most 16, not 17"),
     ],
 )
 def test_values_that_cannot_be(file, override, message):

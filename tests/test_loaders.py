@@ -573,3 +573,12 @@ def test_an_error_of_the_data_set_reaches_the_caller():
         pytest.raises(OSError, match="the disk is gone"),
     ):
         list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_epochs_draw_nothing_from_the_global_generator(make, workers):
+    """Or a run taken up within an epoch would go on with other random numbers, of dropout say."""
+    loader = make(f"torch-{workers}", random_set())
+    before = torch.get_rng_state()
+    list(loader)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -15,7 +15,7 @@ from rich.console import Console
 from test_training import colours, recipe
 
 from classroomkd.errors import UserError
-from classroomkd.training.checkpoints import Checkpoints
+from classroomkd.training.checkpoints import Checkpoints, Saver
 from classroomkd.training.classroom import Classroom
 
 TESTS = Path(__file__).parent
@@ -233,3 +233,28 @@ def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
     hold(colours(28), resume=False)
     with pytest.raises(UserError, match="the train images changed since"):
         hold(colours(28, seed=5), resume=True)
+
+
+def test_epochs_recorded_before_the_first_state_come_once(tmp_path, monkeypatch):
+    """A process may die after an epoch's record and before anything was saved."""
+    out = tmp_path / "run"
+
+    def hold(resume):
+        with open(os.devnull, "w") as nothing:
+            short = recipe("mentors=[resnet8]", "checkpoint_epochs=3")
+            sets = colours(28), colours(13, seed=1)
+            return Classroom(short, Console(file=nothing)).run(*sets, out, resume=resume)
+
+    def die(_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "after_epoch", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            hold(resume=False)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    hold(resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [
+        (phase, epoch) for phase in ("mentor", "alone", "classroom") for epoch in (1, 2)
+    ]

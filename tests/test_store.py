@@ -37,10 +37,10 @@ def trained(monkeypatch) -> list[str]:
     return names
 
 
-def hold(out, *overrides, train_seed=0):
+def hold(out, *overrides, train_seed=0, test_seed=1):
     text = io.StringIO()
     classroom = Classroom(recipe(*OVERRIDES, *overrides), Console(file=text, width=200))
-    sets = colours(28, train_seed), colours(13, seed=1)
+    sets = colours(28, train_seed), colours(13, test_seed)
     return classroom.run(*sets, out), text.getvalue()
 
 
@@ -79,14 +79,17 @@ def test_a_mentor_is_trained_once(tmp_path, store, trained):
         "data.cutout=3",
         "data.validation=0.3",
         "seed=1",
-        "images",
+        "train images",
+        "test images",
     ],
 )
 def test_whatever_decides_its_training_tells_it_apart(tmp_path, store, trained, override):
     hold(tmp_path / "first", NO_STUDENT)
     assert trained == ["resnet8 (mentor)"]
-    if override == "images":
+    if override == "train images":
         hold(tmp_path / "second", NO_STUDENT, train_seed=5)
+    elif override == "test images":
+        hold(tmp_path / "second", NO_STUDENT, test_seed=5)
     else:
         hold(tmp_path / "second", override, NO_STUDENT)
     assert trained == ["resnet8 (mentor)"] * 2
@@ -117,6 +120,14 @@ def test_a_damaged_entry_is_named_and_trained_again(tmp_path, store, trained, wh
     assert "training it again" in text
     hold(tmp_path / "third", NO_STUDENT)
     assert len(trained) == 2
+
+
+def test_a_store_that_cannot_be_written_to_stops_nothing(tmp_path, store, trained):
+    store.parent.mkdir()
+    store.write_text("no folder")
+    summary, text = hold(tmp_path / "run")
+    assert len(trained) == len(summary["results"]) == 3
+    assert "resnet8 (mentor) is not kept in the store" in text
 
 
 def test_from_the_command_line(tmp_path, store, capsys, trained):

@@ -282,34 +282,30 @@ def test_no_step_reads_a_value_back():
             torch.zeros(1).item()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_no_step_waits_for_the_gpu():
-    image_set, device = colours(64), torch.device("cuda")
+def trainer_on_gpu(cuda_graph: bool = True) -> Trainer:
+    image_set, device = colours(80), torch.device("cuda")  # 10 steps
     mean, std = channel_statistics(image_set)
-    loader = ResidentLoader(
-        image_set,
-        8,
-        mean=mean,
-        std=std,
-        augmentation=Augmentation(1, True),
-        shuffle=True,
-        drop_last=True,
-        device=device,
-    )
-    trainer = Trainer(
+    options = {"augmentation": Augmentation(1, True), "shuffle": True, "drop_last": True}
+    return Trainer(
         network(0).to(device),
-        loader,
+        ResidentLoader(image_set, 8, mean=mean, std=std, device=device, **options),
         TrainingConfig(epochs=2),
         name="toy",
         peak=0.05,
         mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
         loss=ClassroomLoss(),
+        cuda_graph=cuda_graph,
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_no_step_waits_for_the_gpu():
+    trainer = trainer_on_gpu()
     trainer.train_epoch()  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for images, targets, _ in loader:
+        for images, targets, _ in trainer.loader:
             trainer._step_on(images, targets)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -321,27 +317,21 @@ def test_a_replayed_step_is_the_launched_one():
     """Ten steps of a classroom: weights, running statistics and the sums on the device."""
     left = {}
     for cuda_graph in (True, False):
-        image_set, device = colours(80), torch.device("cuda")
-        mean, std = channel_statistics(image_set)
-        options = {"augmentation": Augmentation(1, True), "shuffle": True, "drop_last": True}
-        loader = ResidentLoader(image_set, 8, mean=mean, std=std, device=device, **options)
-        trainer = Trainer(
-            network(0).to(device),
-            loader,
-            TrainingConfig(epochs=2),
-            name="toy",
-            peak=0.05,
-            mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
-            loss=ClassroomLoss(),
-            cuda_graph=cuda_graph,
-        )
-        record = trainer.train_epoch()
-        del record["images_per_second"]
-        left[cuda_graph] = trainer.network.state_dict(), record
-    for name, value in left[False][0].items():
-        torch.testing.assert_close(left[True][0][name], value, rtol=1e-4, atol=1e-5)
-    assert left[True][1]["train_loss"] == pytest.approx(left[False][1]["train_loss"], rel=1e-4)
-    assert left[True][1]["mentors"]["a"] == pytest.approx(left[False][1]["mentors"]["a"], rel=1e-3)
+        trainer = trainer_on_gpu(cuda_graph)
+        left[cuda_graph] = trainer.train_epoch(), trainer.network.state_dict()
+    (replayed, weights), (launched, expected) = left[True], left[False]
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert replayed["train_loss"] == pytest.approx(launched["train_loss"], rel=1e-4)
+    assert replayed["mentors"]["a"] == pytest.approx(launched["mentors"]["a"], rel=1e-3)
+
+
+def test_the_batch_is_named_from_the_sums_of_all_processes():
+    """Of two with 8 images each: after one good batch of four, 16 images of 64 were well."""
+    trainer = trainer_of(network(0), colours(32))
+    trainer.processes.world_size = 2
+    with pytest.raises(UserError, match="batch 2 of 4: the loss is not finite: the training div"):
+        trainer._require_finite([64.0, 48.0])
 
 
 def test_mentors_stay_what_they_are_bit_for_bit():

@@ -150,13 +150,21 @@ def load_recipe(
             key, equals, _ = item.partition("=")
             if not equals:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
-            # As OmegaConf reads values, in which 1e-4 is a number.
-            value = OmegaConf.to_container(OmegaConf.from_dotlist([item.replace(key, "_", 1)]))["_"]
-            OmegaConf.update(merged, key, _layer({key: value})[key] if key == "mentors" else value)
+            try:
+                # As OmegaConf reads values, in which 1e-4 is a number.
+                parsed = OmegaConf.from_dotlist([item.replace(key, "_", 1)])
+                value = OmegaConf.to_container(parsed)["_"]
+                value = _layer({key: value})[key] if key == "mentors" else value
+                OmegaConf.update(merged, key, value)
+            except OmegaConfBaseException:  # which may be a ValueError too, and names the key
+                raise
+            except (TypeError, ValueError, yaml.YAMLError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
         recipe = OmegaConf.to_object(merged)
     except UserError:
         raise
-    except (OmegaConfBaseException, TypeError, ValueError, yaml.YAMLError) as error:
+    except (OmegaConfBaseException, TypeError) as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
         raise UserError(f"{where}{key}{str(error).splitlines()[0]}") from None
     _check(recipe, where)

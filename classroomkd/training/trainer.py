@@ -110,10 +110,13 @@ class Trainer:
         first_rate = learning_rate(self.training, self.peak, epoch - 1)
         self.network.train()
         self.loader.set_epoch(epoch, self.batch)
-        images_seen, started = 0, time.perf_counter()
+        images_seen, last_rate, started = 0, None, time.perf_counter()
         for images, targets, _ in self.loader:
             epochs_done = epoch - 1 + self.batch / steps
-            self.learning_rate.fill_(learning_rate(self.training, self.peak, epochs_done))
+            rate = learning_rate(self.training, self.peak, epochs_done)
+            if rate != last_rate:  # most schedules change from epoch to epoch: no launch a step
+                self.learning_rate.fill_(rate)
+                last_rate = rate
             self._step_on(images, targets)
             self.batch += 1
             images_seen += len(targets)
