@@ -38,6 +38,8 @@ class DataConfig:
     """Held out of a data set without a test part, by the seed."""
     validation: float = 0.1
     """Share of the training images split off by the seed to choose on; nobody trains on it."""
+    split_seed: int | None = None
+    """Of both splits; the recipe's ``seed`` where it is not given."""
     padding: int | None = None
     """Of the random crop, in pixels; an eighth of the image size where it is not given."""
     flip: bool = True
@@ -83,10 +85,13 @@ class LossConfig:
 
 @dataclass
 class MentorConfig:
-    """A mentor: a name or a checkpoint, and the epochs it is trained for if not the usual ones."""
+    """A mentor: a name or a checkpoint, and how long it is trained if not as usual."""
 
     source: str = MISSING
     epochs: int | None = None
+    """That its schedule is made for; ``mentor_training.epochs`` where it is not given."""
+    at: int | None = None
+    """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
 
 
 @dataclass
@@ -98,6 +103,12 @@ class Recipe:
 
     student: str = ""
     mentors: list[MentorConfig] = field(default_factory=list)
+    method: str = "classroom"
+    """How the mentors teach: one of `classroomkd.loss.methods.names()`."""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """Of a method other than the classroom, whose options are ``loss``."""
+    alone: bool = True
+    """Whether the student is also trained without mentors, to compare."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mentor_training: TrainingConfig = field(
@@ -105,6 +116,8 @@ class Recipe:
     )
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
+    mentor_seed: int | None = None
+    """Of the mentors' weights and batches; the ``seed`` where it is not given."""
     device: str | None = None
     """As torch names it; the GPU if there is one, where it is not given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -124,6 +137,8 @@ class Recipe:
     checkpoint_epochs: int = 1
     checkpoint_minutes: float = 5.0
     """A training's state is saved after so many epochs, and after so many minutes within one."""
+    checkpoint_keep: int = 2
+    """How many of a training's last states are kept."""
 
 
 def load_recipe(
