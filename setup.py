@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    package_data={"classroomkd": ["py.typed"]},
+    package_data={"classroomkd": ["py.typed", "recipes/**/*.yaml"]},
     python_requires=">=3.11",
     packages=[*find_packages(include=["classroomkd", "classroomkd.*"]), "classroomkd.kernels"],
     package_dir={"classroomkd": "classroomkd", "classroomkd.kernels": "kernels"},

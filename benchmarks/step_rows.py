@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from baselines import per_mentor_loop
-from classroomkd import ClassroomLoss, models
+from classroomkd import models
 from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
+from classroomkd.loss.methods import create
 from classroomkd.models import NetworkInfo
 from classroomkd.training.config import DataConfig, Recipe, TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
@@ -128,7 +129,7 @@ class OurLoop:
                 dtype=dtype,
                 compile=recipe.compile,
             ),
-            loss=ClassroomLoss(**vars(recipe.loss)),
+            method=create("classroom", **vars(recipe.loss)),
             dtype=dtype,
             cuda_graph=recipe.cuda_graph,
             compile=recipe.compile,
@@ -152,7 +153,7 @@ class OurLoop:
         trainer = self.trainer
         patch(trainer, "mentors", MENTORS)
         patch(trainer, "_forward", FORWARD)
-        patch(trainer.loss, "loss_and_grad", LOSS)
+        patch(trainer.method.loss, "loss_and_grad", LOSS)
         patch(torch.Tensor, "backward", BACKWARD)
         patch(trainer.optimizer, "step", OPTIMIZER)
         if isinstance(trainer._step_on, CapturedStep):

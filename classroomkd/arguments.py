@@ -18,6 +18,16 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, as every other mistake of the user's."""
 
     lists_zoo = False
+    intermixed = False  # positional arguments that come in several places, before and after options
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if not self.intermixed:
+            return super().parse_known_args(args, namespace)
+        self.intermixed = False  # which comes back here
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.intermixed = True
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

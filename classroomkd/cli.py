@@ -35,12 +35,12 @@ from classroomkd.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
 
-    0 is success, 2 a mistake of the user's or a refusal of the system's, told in one line on
+    0 is success, 1 that some of several runs failed, 2 a mistake of the user's or a refusal of the system's, told in one line on
     stderr, 130 an interruption (143 by SIGTERM), 141 that nobody reads the output any more.
     """
     try:
         arguments = _parser().parse_args(argv)
-        arguments.run(arguments)
+        status = arguments.run(arguments) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output, head for one, has seen enough
         # What is left in the buffer must go somewhere, or Python complains of it at the exit.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = str(interrupt) or "nothing was written"
         print(f"classroomkd: interrupted: {reason}", file=sys.stderr)
         return 128 + getattr(interrupt, "signal", signal.SIGINT)
-    return 0
+    return status
 
 
 def _system_message(error: OSError) -> str:
@@ -127,6 +127,12 @@ def _parser() -> Parser:
         help=f"held out of a data set without test/ and val/ {own.format(DEFAULT_TEST_SHARE)}",
     )
     evaluate.add_argument(
+        "--crop",
+        choices=("pad", "resize"),
+        help="resize: photographs, of which the centre is measured; pad: images decoded at one "
+        f"size {own.format('pad')}",
+    )
+    evaluate.add_argument(
         "--all", action="store_true", help="measure every image, those of the training part too"
     )
     _add_device(evaluate)
@@ -142,6 +148,8 @@ def _parser() -> Parser:
         help="(default: RUN/report.html; of several runs ./comparison.html)",
     )
 
+    _add_reproduce(commands)
+    command("recipes", "list the recipes that come along")
     command("models", "list the networks of the zoo and how many parameters they have")
 
     data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)
@@ -161,7 +169,10 @@ def _add_recipe_options(parser: Parser) -> None:
         help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4",
     )
     parser.add_argument(
-        "--recipe", type=path_option, metavar="FILE", help="a YAML file to begin with"
+        "--recipe",
+        type=path_option,
+        metavar="NAME|FILE",
+        help="to begin with: a YAML file, or one that comes along (classroomkd recipes lists them)",
     )
     parser.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
     parser.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
@@ -229,12 +240,78 @@ def _add_recipe_options(parser: Parser) -> None:
 def _command(commands: Any, module: str, name: str, what: str) -> Parser:
     """Add the command that the function ``name`` of ``module`` is, imported when it runs."""
 
-    def run(arguments: argparse.Namespace) -> None:
-        getattr(import_module(module), name)(arguments)
+    def run(arguments: argparse.Namespace) -> int | None:
+        return getattr(import_module(module), name)(arguments)
 
     added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
     added.set_defaults(run=run, parser=added)
     return added
+
+
+def _add_reproduce(commands: Any) -> None:
+    what = "run the students of a table, and write it with the published numbers beside"
+    parser = _command(commands, "classroomkd.reproduce.commands", "reproduce", what)
+    parser.intermixed = True
+    parser.add_argument(
+        "table",
+        metavar="TABLE",
+        choices=("main", "ablation", "methods", "temperature", "peers", "multi-teacher"),
+        help="%(choices)s",
+    )
+    parser.add_argument(
+        "override",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="for every run, a value of its recipe, by its dotted name; on a CPU that has several "
+        "runs at once threads=1",
+    )
+    parser.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
+    parser.add_argument(
+        "--seeds",
+        type=NATURAL,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="of the students; they share their mentors (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=COUNT,
+        metavar="N",
+        help="of the students; their schedules and the mentors' are scaled (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="variants of the table, or other methods, in place of all its variants",
+    )
+    parser.add_argument(
+        "--classrooms",
+        nargs="+",
+        default=[],
+        metavar="NAME|FILE",
+        help="recipes in place of the table's own (classroomkd recipes lists those that come along)",
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="one run at a time on each, like cuda:0 cuda:1; one that is named twice has two "
+        "(default: cuda if there is one, or cpu)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only the I-th, from 1, of N parts of the runs, and the mentors that it needs; parts "
+        "that share --out merge by themselves, and so do their run folders when copied together",
+    )
+    parser.add_argument("--out", type=path_option, metavar="DIR", help="(default: reproduce/TABLE)")
+    parser.add_argument(
+        "--plan", action="store_true", help="show what is done and what is left, and run nothing"
+    )
 
 
 def _add_data_commands(commands: Any) -> None:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 _SUFFIX = ".unfinished"
 
@@ -35,6 +43,24 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def lock(file: IO, patience: float = math.inf) -> None:
+    """Lock an open file until it is closed, where the system has such locks.
+
+    Raises BlockingIOError if another process still has it locked after ``patience`` seconds.
+    """
+    if fcntl is None:
+        return
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.1)
 
 
 def remove_leftovers(folder: Path) -> None:

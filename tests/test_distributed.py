@@ -22,7 +22,7 @@ SCRIPT = f"""
     import torch.distributed as dist
     from torch import nn
     from test_training import colours
-    from classroomkd import ClassroomLoss
+    from classroomkd.loss.methods import create
     from classroomkd.data import Augmentation, ResidentLoader
     from classroomkd.training.config import TrainingConfig
     from classroomkd.training.distributed import Processes
@@ -55,14 +55,14 @@ SCRIPT = f"""
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    mentors = loss = None
+    mentors, method = None, create("alone")
     if kind != "alone":
         mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
         group = dist.group.WORLD if processes.together else None
-        loss = ClassroomLoss(ranking=kind, process_group=group)
+        method = create("classroom", ranking=kind, process_group=group)
     trainer = Trainer(
         network(0), loader, TrainingConfig(epochs=1), name="toy", peak=0.1,
-        mentors=mentors, loss=loss, processes=processes,
+        mentors=mentors, method=method, processes=processes,
     )
     record = trainer.train_epoch()
     if processes.is_main:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_networks_of_torchvision(name: str, folded_norms: int, all_norms: int) -
     network = fill(import_torchvision("models").get_model(name, num_classes=10))
     assert norms(network) == all_norms
     check_same(network, probe(), folded_norms)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
+@pytest.mark.parametrize(
+    ("name", "all_norms"), [("mobilenetv1_100", 27), ("tf_mobilenetv3_large_minimal_100", 46)]
+)
+def test_networks_of_timm(name: str, all_norms: int) -> None:
+    network = fill(create(f"timm:{name}", 10))  # whose norms have an activation
+    assert norms(network) == all_norms
+    check_same(network, probe(), all_norms)
 
 
 def test_a_mentor_for_other_normalisation_statistics() -> None:

@@ -41,17 +41,21 @@ def own_logits(mentors: dict[str, nn.Module], batch: Tensor) -> list[Tensor]:
     return [copy.deepcopy(mentor).eval()(batch) for mentor in mentors.values()]
 
 
+def logits_of(bank: MentorBank, batch: Tensor) -> list[Tensor]:
+    return [outputs.logits for outputs in bank(batch)]
+
+
 def test_logits_are_the_mentors_own_in_their_order() -> None:
     mentors = classroom()
     states = {name: copy.deepcopy(mentor.state_dict()) for name, mentor in mentors.items()}
     bank = MentorBank(mentors, CLASSES, device="cpu")
     assert (len(bank), bank.names) == (5, list(mentors))
     for batch in (images(), images(3, seed=1).double()):
-        logits = bank(batch)
+        logits = logits_of(bank, batch)
         for ours, theirs in zip(logits, own_logits(mentors, batch.float()), strict=True):
             assert (ours.dtype, ours.is_contiguous()) == (torch.float32, True)
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    first = bank(images())
+    first = logits_of(bank, images())
     kept = [rows.clone() for rows in first]
     bank(images(seed=1))
     assert all(map(torch.equal, first, kept))  # fresh tensors
@@ -63,11 +67,11 @@ def test_logits_are_the_mentors_own_in_their_order() -> None:
 
 def test_rows_do_not_depend_on_their_neighbours_nor_logits_on_the_students_autocast() -> None:
     bank = MentorBank(classroom(), CLASSES, device="cpu")
-    whole, part = bank(images()), bank(images()[:1])
+    whole, part = logits_of(bank, images()), logits_of(bank, images()[:1])
     for rows, row in zip(whole, part, strict=True):  # in train mode they would
         torch.testing.assert_close(rows[:1], row, rtol=1e-5, atol=1e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        assert all(map(torch.equal, bank(images()), whole))
+        assert all(map(torch.equal, logits_of(bank, images()), whole))
 
 
 @pytest.mark.parametrize("name", names())
@@ -75,7 +79,8 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
     """Each number is the worst of the zoo, rounded up: half of it is the rounding of the logits."""
     mentor = fill(create(name))
     exact = own_logits({name: mentor}, images(16))[0]
-    (logits,) = MentorBank({name: mentor}, 100, device="cpu", dtype=torch.bfloat16)(images(16))
+    bank = MentorBank({name: mentor}, 100, device="cpu", dtype=torch.bfloat16)
+    (logits,) = logits_of(bank, images(16))
     assert logits.dtype == torch.bfloat16
     rounded = logits.clone().float()
     assert (rounded - exact).norm() / exact.norm() < 0.006
@@ -92,7 +97,7 @@ def test_bfloat16_is_close_to_float32(name: str) -> None:
 def test_bfloat16_of_other_mentors_and_norms() -> None:
     mentors = classroom()
     bank = MentorBank(mentors, CLASSES, device="cpu", dtype=torch.bfloat16)
-    for ours, theirs in zip(bank(images()), own_logits(mentors, images()), strict=True):
+    for ours, theirs in zip(logits_of(bank, images()), own_logits(mentors, images()), strict=True):
         assert (ours.float() - theirs).norm() / theirs.norm() < 0.02
     for network in bank._networks:
         for module in network.modules():
@@ -118,7 +123,8 @@ def test_other_dtypes_are_refused() -> None:
 
 
 def check_loss_takes_inference_tensors(device: torch.device, dtype: torch.dtype) -> None:
-    mentors = MentorBank(classroom(), CLASSES, device=device, dtype=dtype)(images().to(device))
+    bank = MentorBank(classroom(), CLASSES, device=device, dtype=dtype)
+    mentors = logits_of(bank, images().to(device))
     assert all(rows.is_inference() for rows in mentors)
     plain = [torch.tensor(rows.tolist(), dtype=dtype, device=device) for rows in mentors]
     targets = torch.arange(4, device=device)
@@ -147,7 +153,7 @@ def test_the_kernels_take_inference_tensors(device: torch.device, dtype: torch.d
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_mentors_give_the_same_logits() -> None:
     mentors = {"resnet8": fill(create("resnet8", CLASSES))}
-    (logits,) = MentorBank(mentors, CLASSES, device="cpu", compile=True)(images())
+    (logits,) = logits_of(MentorBank(mentors, CLASSES, device="cpu", compile=True), images())
     torch.testing.assert_close(
         logits.clone(), own_logits(mentors, images())[0], rtol=1e-4, atol=1e-5
     )
@@ -183,7 +189,7 @@ def test_streams_fork_from_the_current_one_and_join_it(monkeypatch: pytest.Monke
     for network in bank._networks:
         network.register_forward_hook(lambda *_: log.append((stack[-1].name, "runs")))
     monkeypatch.setattr(torch, "cuda", fakes)
-    assert all(torch.equal(rows, images().flatten(1)) for rows in bank(images()))
+    assert all(torch.equal(rows, images().flatten(1)) for rows in logits_of(bank, images()))
     for name in "123":
         waits, runs = log.index((name, "waits for", "current")), log.index((name, "runs"))
         assert waits < runs < log.index(("current", "waits for", name))
@@ -203,10 +209,10 @@ def cuda() -> str:
 def test_streams_give_what_one_stream_gives(cuda: str, dtype: torch.dtype) -> None:
     bank = MentorBank(classroom(), CLASSES, device=cuda, dtype=dtype)
     batches = [images(64, seed).to(cuda) for seed in range(20)]
-    side_by_side = [[rows.clone() for rows in bank(batch)] for batch in batches]
+    side_by_side = [[rows.clone() for rows in logits_of(bank, batch)] for batch in batches]
     bank._streams = None
     for batch, logits in zip(batches, side_by_side, strict=True):
-        for ours, theirs in zip(logits, bank(batch), strict=True):
+        for ours, theirs in zip(logits, logits_of(bank, batch), strict=True):
             torch.testing.assert_close(ours, theirs.clone(), rtol=1e-3, atol=1e-3)
 
 
@@ -217,7 +223,7 @@ def test_never_waits_for_the_gpu_and_can_be_captured(cuda: str) -> None:
     student = images(64, 9).to(cuda)[:, 0, 0, :CLASSES].contiguous()
 
     def step() -> list[Tensor]:
-        logits = bank(batch)
+        logits = logits_of(bank, batch)
         return [*logits, *fused_classroom_loss_and_grad(student, logits, targets)]
 
     warm_up = torch.cuda.Stream()

@@ -528,7 +528,7 @@ def test_comparison_of_seeds(browser, tmp_path, width):
 
     rows = table_rows(browser)
     mentors = ", ".join(MENTORS)
-    facts = ["digits", "resnet8", mentors, "30"]
+    facts = ["digits", "resnet8", mentors, "classroom", "30"]
     assert rows[1] == ["seed-1", *facts, "1", "96.00%", "97.50%", "92.50%", "+3.50"]
     last, alone = [0.95, 0.96, 0.97], [0.93, 0.925, 0.91]
     gain = [100 * (a - b) for a, b in zip(last, alone, strict=True)]
@@ -539,7 +539,7 @@ def test_comparison_of_seeds(browser, tmp_path, width):
         f"{mean(gain):+.2f} ± {stdev(gain):.2f}",
     ]
     assert "n = 3" in rows[3][0]
-    assert rows[3][1:6] == [*facts, "0, 1, 2"]
+    assert rows[3][1:7] == [*facts, "0, 1, 2"]
     assert not browser.find_elements("css selector", ".warning")
     assert (
         browser.execute_script(
@@ -568,8 +568,8 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(browser, tmp_path):
     rows = table_rows(browser)
     names = [row[0] for row in rows]
     assert names == ["seed-0", "seed-2", "seed-3", "mean ± deviation, n = 2", "seed-1"]
-    assert rows[3][5] == "0, 2"
-    assert rows[3][6] == f"96.00 ± {100 * stdev([0.95, 0.97]):.2f}%"
+    assert rows[3][6] == "0, 2"
+    assert rows[3][7] == f"96.00 ± {100 * stdev([0.95, 0.97]):.2f}%"
     assert [name for name in plots if name.startswith("gain")] == ["gain-1", "gain-2"]
     assert not browser.find_elements("css selector", ".warning")
 
@@ -601,10 +601,10 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
     rows = {row[0]: row for row in table_rows(browser)}
     assert list(rows) == ["a/run", "killed", "b/run"], "those of one recipe stand together"
     assert rows["b/run"][1] == nasty
-    assert rows["killed"][4] == "4 of 5"
-    assert rows["killed"][6:8] == ["–", "–"]
-    assert rows["killed"][8].endswith("%"), "the student alone has finished"
-    assert rows["killed"][9] == "–"
+    assert rows["killed"][5] == "4 of 5"
+    assert rows["killed"][7:9] == ["–", "–"]
+    assert rows["killed"][9].endswith("%"), "the student alone has finished"
+    assert rows["killed"][10] == "–"
     warnings = [w.text for w in browser.find_elements("css selector", ".warning")]
     assert warnings[0].startswith(
         f"These runs were measured on different data sets (digits, {nasty})"

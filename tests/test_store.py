@@ -9,7 +9,7 @@ from rich.console import Console
 from test_training import colours, recipe
 
 from classroomkd import cli
-from classroomkd.training import classroom as classroom_module
+from classroomkd.training import networks as networks_module
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.trainer import Trainer
 
@@ -33,7 +33,7 @@ def trained(monkeypatch) -> list[str]:
             super().__init__(*arguments, **options)
             names.append(self.name)
 
-    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    monkeypatch.setattr(networks_module, "Trainer", Spy)
     return names
 
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from classroomkd import ClassroomLoss, classroom_loss
+from classroomkd import classroom_loss
 from classroomkd.data import (
     Augmentation,
     ImageSet,
@@ -28,8 +28,10 @@ from classroomkd.data import (
     channel_statistics,
 )
 from classroomkd.errors import UserError
+from classroomkd.loss.methods import Method
+from classroomkd.loss.methods import create as create_method
 from classroomkd.models import NetworkInfo, create, load_network, save_network
-from classroomkd.training import classroom as classroom_module
+from classroomkd.training import networks as networks_module
 from classroomkd.training.checkpoints import Checkpoints
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.config import Recipe, TrainingConfig, load_recipe
@@ -171,7 +173,7 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
         epochs=2,
         rate=0.1,
         mentors=mentors,
-        loss=ClassroomLoss(temperature=4.0),
+        method=create_method("classroom", temperature=4.0) if mentors else None,
     )
     records = [trainer.train_epoch() for _ in range(2)]
 
@@ -212,21 +214,30 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def trainer_of(student, image_set, *, name="toy", epochs=1, rate=0.05, mentors=None, **options):
+def trainer_of(
+    student, image_set, *, name="toy", epochs=1, rate=0.05, mentors=None, method=None, **options
+):
     """A tenth of the rate from the training's half on."""
     bank = MentorBank(mentors, 3, device="cpu") if mentors else None
     training = TrainingConfig(epochs=epochs, batch_size=8, schedule="steps", milestones=[0.5])
     loader = batches(image_set)
-    return Trainer(student, loader, training, name=name, peak=rate, mentors=bank, **options)
+    method = method or create_method("classroom" if bank else "alone")
+    return Trainer(
+        student, loader, training, name=name, peak=rate, method=method, mentors=bank, **options
+    )
 
 
-def scripted_loss(active_shares, kls):
-    """A loss that ignores the mentors and reports, batch after batch, what it was told."""
-    script = iter(zip(active_shares, kls, strict=True))
+class Scripted(Method):
+    """Ignores the mentors and reports, batch after batch, what it was told."""
 
-    def loss_and_grad(student, mentors, targets, *, scale, return_report):
-        assert return_report
-        active, kl = next(script)
+    reports = True
+
+    def __init__(self, active_shares, kls):
+        super().__init__()
+        self._script = iter(zip(active_shares, kls, strict=True))
+
+    def backward(self, student, mentors, targets, scale=None):
+        active, kl = next(self._script)
         report = SimpleNamespace(
             active_share=torch.tensor([active, 0.0]),
             rank_weight=torch.tensor([1.5, 0.5]),
@@ -235,12 +246,9 @@ def scripted_loss(active_shares, kls):
             student_confidence=torch.tensor(0.25),
             task_loss=torch.tensor(2.0),
         )
-        student = student.detach().requires_grad_()
-        with torch.enable_grad():
-            loss = F.cross_entropy(student, targets)
-        return loss.detach(), *torch.autograd.grad(loss, student), report
-
-    return SimpleNamespace(loss_and_grad=loss_and_grad)
+        loss = F.cross_entropy(student.logits, targets)
+        loss.backward()
+        return loss.detach(), report
 
 
 def test_record_averages_kl_over_the_rows_that_were_taught():
@@ -249,7 +257,7 @@ def test_record_averages_kl_over_the_rows_that_were_taught():
         name="toy",
         epochs=1,
         mentors={"busy": network(1), "idle": network(2)},
-        loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
+        method=Scripted([1.0, 0.25], [0.2, 1.0]),
     )
     record = trainer.train_epoch()
     assert record["mentors"]["busy"] == pytest.approx(
@@ -272,7 +280,7 @@ def test_no_step_reads_a_value_back():
         name="toy",
         epochs=1,
         mentors={"a": network(1), "b": network(2)},
-        loss=scripted_loss([1.0, 0.25], [0.2, 1.0]),
+        method=Scripted([1.0, 0.25], [0.2, 1.0]),
     )
     trainer.network.train()
     with _NoHostReads():
@@ -293,7 +301,7 @@ def trainer_on_gpu(cuda_graph: bool = True) -> Trainer:
         name="toy",
         peak=0.05,
         mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
-        loss=ClassroomLoss(),
+        method=create_method("classroom"),
         cuda_graph=cuda_graph,
     )
 
@@ -339,7 +347,7 @@ def test_mentors_stay_what_they_are_bit_for_bit():
     before = {name: values_of(mentor) for name, mentor in mentors.items()}
     student = network(0)
     start = values_of(student)
-    trainer = trainer_of(student, colours(32), mentors=mentors, loss=ClassroomLoss())
+    trainer = trainer_of(student, colours(32), mentors=mentors)
     trainer.train_epoch()
     assert not same(start, values_of(student))
     for name, mentor in mentors.items():
@@ -367,7 +375,6 @@ def test_a_sick_mentor_stops_the_training_by_name(monkeypatch):
         epochs=3,
         rate=1e-3,
         mentors={"well": _Mentor(healthy_calls=99), "sick": _Mentor(healthy_calls=8)},
-        loss=ClassroomLoss(),
     )
     trainer.train_epoch()
     with pytest.raises(UserError) as caught:
@@ -384,7 +391,6 @@ def test_divergence_is_not_blamed_on_a_mentor():
         epochs=1,
         rate=1e20,
         mentors={"well": network(1)},
-        loss=ClassroomLoss(),
     )
     with pytest.raises(UserError, match=r"resnet8, epoch 1, batch [23] of 4: .* lower learning"):
         trainer.train_epoch()
@@ -615,7 +621,7 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
             super().__init__(model, loader, training, **options)
             trained_on.append({bytes(image.tobytes()) for image in loader._images.numpy()})
 
-    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    monkeypatch.setattr(networks_module, "Trainer", Spy)
     summary = hold(tmp_path / "run", "data.validation=0.25", "training.epochs=3")
     whole = {bytes(image.tobytes()) for image in colours(28).images}
     assert len(trained_on) == 5
@@ -670,7 +676,7 @@ def test_student_starts_alike_alone_and_in_the_classroom(tmp_path: Path, monkeyp
             loader.set_epoch(2)
             seen[self.name] = [torch.cat([i.flatten() for i in batch]) for batch in loader]
 
-    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    monkeypatch.setattr(networks_module, "Trainer", Spy)
     hold(tmp_path / "run")
     alone, taught = "resnet8 alone", "resnet8 in the classroom"
     assert same(starts[alone], starts[taught])
@@ -736,7 +742,7 @@ def test_set_smaller_than_a_batch_is_used_whole(tmp_path: Path, monkeypatch):
             sizes.append(len(targets))
             return super()._step(images, targets)
 
-    monkeypatch.setattr(classroom_module, "Trainer", Spy)
+    monkeypatch.setattr(networks_module, "Trainer", Spy)
     hold(
         tmp_path / "run",
         "mentors=[resnet8]",

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from classroomkd.data.image_sets import ImageSet
+from classroomkd.data.beton import MAX_SIDE, QUALITY
+from classroomkd.data.cache import cache_folder
+from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
 from classroomkd.errors import UserError
-from classroomkd.files import remove_leftovers
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from classroomkd.files import lock, remove_leftovers
 
 BACKENDS = ("auto", "ffcv", "resident", "torch")
 
@@ -36,20 +32,33 @@ class Loaders:
     Another name is taken at its word. FFCV's files are packed at first use into a cache, in the
     folder ``CLASSROOMKD_CACHE`` names or ~/.cache/classroomkd, under the digest of their content.
 
+    Photographs (`ImageFiles`) are never resident; for ffcv they are packed as JPEGs, shrunk to
+    ``max_side`` pixels where they are larger.
+
     Raises UserError if the back end asked for cannot be used.
     """
 
     def __init__(
-        self, backend: str, image_sets: Sequence[ImageSet], device: torch.device | str
+        self,
+        backend: str,
+        image_sets: Sequence[ImageSet | ImageFiles],
+        device: torch.device | str,
+        max_side: int = MAX_SIDE,
     ) -> None:
         self.device = torch.device(device)
         self._image_sets, self._files = list(image_sets), []
         if backend not in BACKENDS:
             raise UserError(f"no loader {backend!r}: choose one of {', '.join(BACKENDS)}")
+        self._are_photos = any(isinstance(image_set, ImageFiles) for image_set in image_sets)
+        if backend == "resident" and self._are_photos:
+            raise UserError(
+                "the resident loader holds images of one size, and photographs differ: take the "
+                "loader ffcv or torch"
+            )
         self.backend, self.reason = backend, "asked for"
         if backend in ("auto", "ffcv"):
             try:
-                self._files = [packed(image_set) for image_set in image_sets]
+                self._files = [packed(image_set, max_side) for image_set in image_sets]
                 if backend == "auto":
                     self.backend, self.reason = "ffcv", f"files in {cache_folder()}"
             except (UserError, OSError) as error:
@@ -58,9 +67,11 @@ class Loaders:
                 self.backend, self.reason = self._without_ffcv(image_sets, error)
 
     def _without_ffcv(
-        self, image_sets: Sequence[ImageSet], error: UserError | OSError
+        self, image_sets: Sequence[ImageSet | ImageFiles], error: UserError | OSError
     ) -> tuple[str, str]:
         reason = " ".join(str(error).split())
+        if self._are_photos:
+            return "torch", reason
         if self.device.type == "cpu":  # where the sets are in memory already
             return "resident", reason
         needed = sum(image_set.images.nbytes for image_set in image_sets)
@@ -70,7 +81,7 @@ class Loaders:
         sizes = f"{needed / 1e9:.1f} GB of images beside {free / 1e9:.1f} GB free on the GPU"
         return "torch", f"{reason}; {sizes}"
 
-    def open(self, image_set: ImageSet, batch_size: int, **options) -> Loader:
+    def open(self, image_set: ImageSet | ImageFiles, batch_size: int, **options) -> Loader:
         """A loader of one of the sets; the options are those of `Loader`, less the device.
 
         Raises UserError if it is none of the sets that this was made for.
@@ -87,46 +98,47 @@ class Loaders:
         return kind(image_set, batch_size, **options)
 
 
-def cache_folder() -> Path:
-    """Where packed files are kept between runs."""
-    if "CLASSROOMKD_CACHE" in os.environ:
-        return Path(os.environ["CLASSROOMKD_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "classroomkd"
-
-
-def packed(image_set: ImageSet) -> Path:
+def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     """The ``.beton`` file of ``image_set`` in the cache, packed if it is not there whole.
 
-    Raises UserError if FFCV is not installed or there is no space for it, OSError if the cache
-    cannot be written to.
+    Photographs become JPEGs of at most ``max_side`` pixels a side.
+
+    Raises UserError if FFCV is not installed, there is no space for it or a photograph cannot be
+    read; OSError if the cache cannot be written to.
     """
     from classroomkd.data.beton import pack
 
-    digest = image_set.digest()
-    names = hashlib.sha256(json.dumps(image_set.classes).encode()).hexdigest()
-    path = cache_folder() / f"{digest[:16]}-{names[:8]}.beton"
+    content, options = image_set.digest(), {}
+    names: list = image_set.classes
+    if isinstance(image_set, ImageFiles):
+        options = {"jpeg": True, "quality": QUALITY, "max_side": max_side}
+        names = [names, options]
+    names = hashlib.sha256(json.dumps(names).encode()).hexdigest()
+    path = cache_folder() / f"{content[:16]}-{names[:8]}.beton"
+    digest = None if options else content  # of JPEGs it depends on what encoded them
     if not _is_whole(path, digest):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _packing_alone(path.parent):
             if not _is_whole(path, digest):  # another process may have packed it meanwhile
                 remove_leftovers(path.parent)
-                pack(image_set, path, overwrite=True)
+                pack(image_set, path, overwrite=True, **options)
     return path
 
 
-def _is_whole(path: Path, digest: str) -> bool:
+def _is_whole(path: Path, digest: str | None) -> bool:
+    """Whether there is a file with its side file, of the samples of that ``digest`` if given."""
     from classroomkd.data.beton import open_beton
 
     try:
-        return path.exists() and open_beton(path).sha256 == digest
+        found = open_beton(path).sha256 if path.exists() else None
     except (UserError, FileNotFoundError):  # cut off, overwritten, or just removed
         return False
+    return found is not None and digest in (None, found)
 
 
 @contextmanager
 def _packing_alone(folder: Path) -> Iterator[None]:
-    """Within it no other process packs into ``folder``, where the system has such locks."""
+    """Within it no other process packs into ``folder``."""
     with (folder / ".lock").open("w") as file:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+        lock(file)
         yield

@@ -37,7 +37,7 @@ from classroomkd.files import atomic_file, atomic_write, sync
 
 __all__ = ["JPEG", "RAW", "Beton", "check_free", "open_beton", "pack", "side_file", "verify"]
 
-QUALITY = 90
+QUALITY, MAX_SIDE = 90, 500  # of photographs, in pixels the second
 JPEG_ERROR = 8.0  # mean levels, of 255, by which two encoders' results for one image may differ
 
 _SMALLEST_PAGE, _LARGEST_PAGE = 1 << 21, 1 << 27  # bytes; the first is FFCV's own bound

@@ -22,12 +22,12 @@ from classroomkd.data import (
 )
 from classroomkd.data import beton as betons
 from classroomkd.data._ffcv import import_ffcv
-from classroomkd.data.beton import QUALITY, check_free, open_beton
+from classroomkd.data.beton import MAX_SIDE, QUALITY, check_free, open_beton
 from classroomkd.data.decode import read_size, resize, square
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 
-_IMAGE_SIZE, _MAX_SIDE = 32, 500
+_IMAGE_SIZE = 32
 _LISTED = 20  # classes that are listed with their counts, and that a contact sheet shows
 _COLUMNS = 10  # images of a class on a contact sheet
 _TILE = 48  # pixels, at least, that an image takes on it
@@ -118,7 +118,7 @@ def _photo_options(arguments: argparse.Namespace) -> dict[str, int | None]:
         raise UserError("photographs keep their shapes: give --max-side instead of --image-size")
     if arguments.raw and arguments.quality:
         raise UserError("--quality is of JPEG: give it or --raw, not both")
-    return {"max_side": given["max_side"] or _MAX_SIDE, "quality": given["quality"] or QUALITY}
+    return {"max_side": given["max_side"] or MAX_SIDE, "quality": given["quality"] or QUALITY}
 
 
 def _part(arguments: argparse.Namespace) -> ImageSet | ImageFiles:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import index as as_index
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from classroomkd.data.cache import files_digest
 from classroomkd.data.decode import read_image, rgb
 from classroomkd.errors import UserError
 
@@ -93,6 +94,14 @@ class ImageFiles:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         return read_image(self.files[index]), int(self.targets[index])
 
+    def digest(self) -> str:
+        """The SHA-256, in hexadecimal, of targets and files, none of which is decoded.
+
+        Raises OSError, naming the file, if one cannot be read.
+        """
+        content = self.targets.astype("<i8").tobytes() + files_digest(self.files).encode()
+        return hashlib.sha256(content).hexdigest()
+
 
 def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
     """Raise UserError unless ``count`` targets are within the classes; make them int64."""
@@ -124,6 +133,15 @@ def join(first: _Set, second: _Set) -> _Set:
     if isinstance(first, ImageFiles):
         return ImageFiles(first.files + second.files, targets, first.classes)
     return ImageSet(np.concatenate((first.images, second.images)), targets, first.classes)
+
+
+def select(image_set: _Set, mask: np.ndarray) -> _Set:
+    """The samples that ``mask``, bool [N], is set for, in order."""
+    targets = image_set.targets[mask]
+    if isinstance(image_set, ImageFiles):
+        files = [image_set.files[i] for i in np.flatnonzero(mask)]
+        return replace(image_set, files=files, targets=targets)
+    return replace(image_set, images=image_set.images[mask], targets=targets)
 
 
 def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import numpy as np
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
 from classroomkd.data.decode import SUFFIXES, read_files, resize
-from classroomkd.data.image_sets import ImageFiles, ImageSet
+from classroomkd.data.image_sets import ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
 LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
@@ -138,12 +137,7 @@ def _list_folders(path: Path, seed: int, test_share: float) -> tuple[ImageFiles,
     else:
         both, others = _list_classes(path)
         mask = _held_out(both.targets, both.classes, seed, test_share, path)
-        train, test = (
-            ImageFiles(
-                [both.files[i] for i in np.flatnonzero(part)], both.targets[part], both.classes
-            )
-            for part in (~mask, mask)
-        )
+        train, test = select(both, ~mask), select(both, mask)
     if others:
         print(
             f"files passed over, as not PNG, JPEG or WebP: {len(others)} ({others[0]} for one)",
@@ -201,17 +195,16 @@ def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
     return ImageFiles(files, np.array(targets, np.int64), classes), others
 
 
-def split_off(image_set: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+def split_off(
+    image_set: ImageSet | ImageFiles, share: float, seed: int
+) -> tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]:
     """The rest of ``image_set``, and its validation part: of each class the share ``share``.
 
     At least one image a class, and at most all but one, chosen by ``seed``. Raises UserError if a
     class has only one.
     """
     mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
-    return tuple(
-        replace(image_set, images=image_set.images[part], targets=image_set.targets[part])
-        for part in (~mask, mask)
-    )
+    return select(image_set, ~mask), select(image_set, mask)
 
 
 def _held_out(

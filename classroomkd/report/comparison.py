@@ -21,6 +21,7 @@ COLUMNS = (
     "data",
     "student",
     "mentors",
+    "method",
     "epochs",
     "seed",
     "top-1",
@@ -38,6 +39,7 @@ _NOT_RECIPE = (
     "store",
     "checkpoint_epochs",
     "checkpoint_minutes",
+    "checkpoint_keep",
 )
 
 
@@ -188,7 +190,7 @@ def _rows(group: Sequence[_Entry]) -> str:
     if len(seeds) > 1:
         columns = list(zip(*(entry.numbers() for entry in seeds), strict=True))
         cells = [f"mean ± deviation, n = {len(seeds)}", *_facts(seeds[0]), ""]
-        cells[5] = ", ".join(str(entry.run.fact("seed")) for entry in seeds)
+        cells[6] = ", ".join(str(entry.run.fact("seed")) for entry in seeds)
         spread = [f"± {100 * stdev(column):.2f}" for column in columns]
         cells += [f"{100 * mean(c):.2f} {s}%" for c, s in zip(columns[:3], spread, strict=False)]
         cells.append(f"{100 * mean(columns[3]):+.2f} {spread[3]}")
@@ -211,7 +213,8 @@ def _facts(entry: _Entry) -> list[str]:
     epochs = f"{last['epoch']}" if last else "–"
     if last and last["epoch"] != last.get("epochs"):
         epochs += f" of {last.get('epochs')}"
-    return [entry.data, run.student or "–", ", ".join(run.mentors) or "–", epochs]
+    mentors = ", ".join(run.mentors) or "–"
+    return [entry.data, run.student or "–", mentors, run.method, epochs]
 
 
 def _cells(kind: str, before: str, cells: Iterable[str]) -> str:

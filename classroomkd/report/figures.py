@@ -60,7 +60,7 @@ def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
     epochs = [epoch for trace in traces for epoch in trace.x]
     # Left alone, plotly marks fractions of an epoch where there are few.
     few = {"dtick": 1} if max(epochs) - min(epochs) < 10 else {}
-    figure = _figure(traces, few | {"title": "epoch"}, y_axis)
+    figure = framed(traces, few | {"title": "epoch"}, y_axis)
     figure.update_layout(
         height=330 + 14 * len(traces),  # the legend takes its share
         showlegend=True,
@@ -83,12 +83,13 @@ def over_classes(trace: go.Bar | go.Heatmap, y_axis: dict, height: int) -> go.Fi
     if len(trace.x) > MANY_CLASSES:
         # So small, 100 names stand on a wide page; on a narrow one plotly thins them out.
         classes |= {"tickangle": -90, "tickfont": {"size": 9}}
-    figure = _figure([trace], classes, y_axis)
+    figure = framed([trace], classes, y_axis)
     figure.update_layout(height=height, showlegend=False)
     return figure
 
 
-def _figure(traces: Sequence, x_axis: dict, y_axis: dict) -> go.Figure:
+def framed(traces: Sequence, x_axis: dict, y_axis: dict) -> go.Figure:
+    """The figure of ``traces`` in the style of all pages."""
     figure = go.Figure(traces)
     figure.update_layout(
         template="plotly_white",

@@ -94,7 +94,7 @@ def _results(run: Run) -> str:
 
 def _progress(run: Run) -> str:
     done = "".join(
-        f"<li>{escape(label(*network))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
+        f"<li>{escape(label(*network, run.method))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
         for network, (*_, last) in run.curves.items()
     )
     unfinished = (

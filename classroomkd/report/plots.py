@@ -67,7 +67,7 @@ def lessons(run: Run, mentors: Sequence[str], keys: Sequence[str] | None = None)
         if keys is not None and key not in keys:
             continue
         traces = [
-            _trace("mentor", name, run.classroom, _statistic(name, key), mentors)
+            _trace(run, "mentor", name, run.classroom, _statistic(name, key), mentors)
             for name in run.mentors
         ]
         if is_filled(traces):
@@ -111,12 +111,13 @@ def _statistic(name: str, key: str) -> Callable[[dict], float | None]:
 
 def _networks(run: Run, key: str) -> list[go.Scatter]:
     return [
-        _trace(phase, name, records, lambda record: record.get(key), run.mentors)
+        _trace(run, phase, name, records, lambda record: record.get(key), run.mentors)
         for (phase, name), records in run.curves.items()
     ]
 
 
 def _trace(
+    run: Run,
     phase: str,
     name: str,
     records: list[dict],
@@ -124,7 +125,8 @@ def _trace(
     mentors: Sequence[str],
 ) -> go.Scatter:
     marker = "circle" if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
-    return curve(records, value, label(phase, name), _line(phase, name, mentors), marker)
+    called = label(phase, name, run.method)
+    return curve(records, value, called, _line(phase, name, mentors), marker)
 
 
 def _line(phase: str, name: str, mentors: Sequence[str]) -> dict:

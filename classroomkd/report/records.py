@@ -62,6 +62,11 @@ class Run:
             iter(named), self.settings.get("student")
         )
 
+    @property
+    def method(self) -> str:
+        """How the student was taught; what has no word for it is a classroom."""
+        return self.fact("method") or "classroom"
+
     def fact(self, key: str) -> Any:
         """The run's seed or device: the device that was found where the run has finished."""
         return (self.summary or self.settings).get(key)
@@ -90,9 +95,10 @@ class Run:
         return list(dict.fromkeys([*listed, *teaching, *trained]))
 
 
-def label(phase: str, name: str) -> str:
-    """What a network of the run is called in tables and legends."""
-    return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, " in the classroom")
+def label(phase: str, name: str, method: str = "classroom") -> str:
+    """What a network of the run is called in tables and legends, its student taught by ``method``."""
+    taught = " in the classroom" if method == "classroom" else f" by {method}"
+    return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, taught)
 
 
 def read_run(folder: Path) -> Run:

@@ -23,7 +23,7 @@ def result_rows(summary: dict) -> list[tuple[str, ...]]:
     few_classes = summary["data"]["classes"] <= 5
     return [
         (
-            label(result["phase"], result["name"]),
+            label(result["phase"], result["name"], summary.get("method", "classroom")),
             _number(result.get("parameters"), ",d"),
             _number(result["epochs"], "d"),
             _number(result.get("top1"), ".2%"),

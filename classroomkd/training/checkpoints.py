@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from classroomkd.files import atomic_write
-from classroomkd.models import NetworkInfo
+from classroomkd.models import NetworkInfo, save_network
 from classroomkd.training.interrupts import Interrupted, Interrupts
+from classroomkd.training.results import best
 from classroomkd.training.trainer import READ_EVERY, Trainer
 
 _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
@@ -45,6 +47,21 @@ class Checkpoints:
             old.unlink(missing_ok=True)
         return path
 
+    def keep_best(self, network: nn.Module, info: NetworkInfo, epoch: int) -> None:
+        """Write the weights of an epoch that is the best yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_network(self.best(epoch), network, info)
+
+    def forget_bests_but(self, epoch: int) -> None:
+        """Remove the weights of other epochs."""
+        for path in self.folder.glob(self.best("*").name):
+            if path != self.best(epoch):
+                path.unlink(missing_ok=True)
+
+    def best(self, epoch: int | str) -> Path:
+        """Where the weights of an epoch are while it is the best."""
+        return self.folder / f"best-{epoch}.safetensors"
+
     def newest(self) -> Path | None:
         """The file of the last step, if there is any."""
         return next(iter(self._files()), None)
@@ -69,7 +86,8 @@ class Saver:
     """Saves a trainer's state, with the ``records`` of its epochs, when it is time.
 
     That is after every ``epochs`` epochs, when the last time is ``minutes`` ago, and when a signal
-    asked to stop.
+    asked to stop. With ``keeps_best`` the weights of the epoch that does best on the validation
+    images are kept beside.
     """
 
     def __init__(
@@ -81,11 +99,17 @@ class Saver:
         *,
         epochs: int,
         minutes: float,
+        keeps_best: bool = False,
     ) -> None:
         self.checkpoints, self.trainer, self.info = checkpoints, trainer, info
         self.interrupts, self.epochs, self.seconds = interrupts, epochs, 60 * minutes
+        self.keeps_best = keeps_best
         self.records: list[dict[str, Any]] = []
         self._saved = time.monotonic()
+
+    def best_epoch(self) -> int | None:
+        """The epoch with the highest top-1 on the validation images, if there are any."""
+        return best(self.records).get("chosen_epoch") if self.records else None
 
     def restore(self, warn: Callable[[str], None]) -> None:
         """Take up the last state there is; ``warn`` is told of damaged ones."""
@@ -110,6 +134,9 @@ class Saver:
 
     def after_epoch(self) -> None:
         """Likewise, at the end of an epoch, when its record is in ``records``."""
+        epoch, main = self.trainer.epoch - 1, self.trainer.processes.is_main
+        if self.keeps_best and main and self.best_epoch() == epoch:
+            self.checkpoints.keep_best(self.trainer.network, self.info, epoch)
         if (self.trainer.epoch - 1) % self.epochs == 0:
             self.save()
         self.between_steps()
@@ -122,6 +149,9 @@ class Saver:
         if trainer.processes.is_main:
             step = (trainer.epoch - 1) * len(trainer.loader) + trainer.batch
             self.checkpoints.save(state, step)
+            if self.keeps_best and (epoch := self.best_epoch()):
+                # Only now does nobody go back to where another epoch was the best.
+                self.checkpoints.forget_bests_but(epoch)
         self._saved = time.monotonic()
 
     def last_good(self) -> str:

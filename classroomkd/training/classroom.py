@@ -3,36 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import math
-import time
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd import ClassroomLoss, models
-from classroomkd.data import Augmentation, ImageSet, Loader, Loaders, channel_statistics, split_off
+from classroomkd.data import ImageSet, Loaders, channel_statistics, split_off
 from classroomkd.errors import UserError
+from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo
-from classroomkd.report import label, write_report
-from classroomkd.training.checkpoints import Saver
-from classroomkd.training.config import Recipe, TrainingConfig, to_dict
+from classroomkd.report import write_report
+from classroomkd.training.config import MentorConfig, Recipe, split_seed, to_dict
 from classroomkd.training.distributed import Processes, local_device
-from classroomkd.training.evaluation import (
-    Evaluation,
-    evaluate,
-    evaluation_loader,
-    require_finite,
-    taught,
-)
+from classroomkd.training.evaluation import evaluation_loader, require_finite, taught
 from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import device_name, find_device, find_precision, versions
 from classroomkd.training.mentor_bank import MentorBank
@@ -45,12 +35,11 @@ from classroomkd.training.mentors import (
     is_external,
     wherever,
 )
+from classroomkd.training.networks import NetworkTrainer
 from classroomkd.training.progress import TrainingProgress
-from classroomkd.training.results import Part, best
+from classroomkd.training.results import Part
 from classroomkd.training.run import Run
-from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.store import MentorStore
-from classroomkd.training.trainer import Trainer
 
 
 class Classroom:
@@ -74,12 +63,8 @@ class Classroom:
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
-        across = self.processes.together and recipe.ranking_across_processes
-        self.loss = ClassroomLoss(
-            **vars(recipe.loss), process_group=dist.group.WORLD if across else None
-        )
         self._store = MentorStore()
-        self.mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
+        self.mentors = find_mentors(self._teaching(), recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
             *([(recipe.student, recipe.training)] if recipe.student else []),
@@ -87,6 +72,20 @@ class Classroom:
         ):
             share = self.processes.share(training.batch_size)
             check_trainable(name, recipe.data.image_size, share)
+
+    def _teaching(self) -> list[MentorConfig]:
+        """The mentors that the method asks for: all, the first one, or none."""
+        recipe = self.recipe
+        if recipe.student and recipe.method == "alone":
+            return []
+        method = self._method()
+        if method.uses_features and recipe.compile:
+            raise UserError(
+                f"method {recipe.method} reads features, which torch.compile hides: leave out "
+                "compile=true"
+            )
+        only_first = recipe.student and method.single_mentor
+        return recipe.mentors[:1] if only_first else recipe.mentors
 
     def run(
         self,
@@ -127,7 +126,7 @@ class Classroom:
             sets = {"train": train_set, "test": test_set}
             if data.validation:
                 sets["train"], sets["validation"] = split_off(
-                    train_set, data.validation, recipe.seed
+                    train_set, data.validation, split_seed(recipe)
                 )
             for name, images in sets.items():
                 if len(images) < self.processes.world_size:
@@ -135,33 +134,50 @@ class Classroom:
                         f"{len(images)} {name} images cannot be shared out among "
                         f"{self.processes.world_size} processes"
                     )
-            self._loaders = Loaders(data.loader, list(sets.values()), self.device)
+            loaders = Loaders(data.loader, list(sets.values()), self.device)
             with ExitStack() as opened:
                 self._held_out = {
                     name: opened.enter_context(
-                        evaluation_loader(self._loaders, sets[name], self._info, **self._place)
+                        evaluation_loader(loaders, sets[name], self._info, **self.processes.place)
                     )
                     for name in ("validation", "test")
                     if name in sets
                 }
-                self._run = Run(
+                run = Run(
                     out,
                     to_dict(recipe),
                     resume,
                     writes=self.processes.is_main,
                     tensorboard=recipe.tensorboard,
                 )
-                self._digests = {name: images.digest() for name, images in sets.items()}
-                self._run.require_same(self._inputs())
+                opened.callback(run.close)
+                digests = {name: images.digest() for name, images in sets.items()}
+                run.require_same(self._inputs(digests))
                 self.processes.wait()
                 counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
                 self._print(
                     f"images: {counts}, of {len(train_set.classes)} classes; "
                     f"{device_name(self.device)}; run in {out}"
                 )
-                self._print(f"loader: {self._loaders.backend} ({self._loaders.reason})")
-                with Interrupts() as self._interrupts:
-                    results = self._train_all(sets["train"])
+                self._print(f"loader: {loaders.backend} ({loaders.reason})")
+                interrupts = opened.enter_context(Interrupts())
+                progress = opened.enter_context(TrainingProgress(self.console))
+                trainer = NetworkTrainer(
+                    recipe=recipe,
+                    info=self._info,
+                    train_set=sets["train"],
+                    held_out=self._held_out,
+                    loaders=loaders,
+                    digests=digests,
+                    dtype=self.dtype,
+                    run=run,
+                    store=self._store,
+                    processes=self.processes,
+                    interrupts=interrupts,
+                    progress=progress,
+                    notify=self._print,
+                )
+                results = self._train_all(trainer)
             summary = {
                 "data": {
                     "name": Path(data.source).resolve().name,
@@ -169,13 +185,14 @@ class Classroom:
                     "class_names": train_set.classes,
                     **{f"{name}_images": len(images) for name, images in sets.items()},
                 },
+                "method": recipe.method,
                 "seed": recipe.seed,
                 "device": device_name(self.device),
                 "versions": versions(),
                 "results": results,
                 "taught": self._taught,
             }
-            self._run.finish(summary)
+            run.finish(summary)
             if self.processes.is_main:
                 write_report(out)
         except KeyboardInterrupt as interrupt:
@@ -190,242 +207,109 @@ class Classroom:
             raise
         return summary
 
-    def _train_all(self, train_set: ImageSet) -> list[dict[str, Any]]:
+    def _train_all(self, trainer: NetworkTrainer) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
-        recipe = self.recipe
+        recipe, progress = self.recipe, trainer.progress
         # Given mentors come first, so that a sick one is found before anything is trained.
         results = {
-            mentor.name: self._admit(mentor)
+            mentor.name: self._admit(mentor, trainer)
             for mentor in self.mentors
             if mentor.network is not None
         }
-        parts = [
-            Part("mentor", mentor.name, mentor.architecture, mentor.epochs)
-            for mentor in self.mentors
-            if mentor.network is None
-        ]
+        trainings = self._trainings()
+        phases = _phases(recipe)
         students = [
-            Part(phase, recipe.student, recipe.student, recipe.training.epochs)
-            for phase in ("alone", "classroom")
-            if recipe.student
+            Part(phase, recipe.student, recipe.student, recipe.training.epochs) for phase in phases
         ]
+        steps = sum(map(trainer.steps, trainings.values()))
+        progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
+        networks = {mentor.name: mentor.network for mentor in self.mentors}
+        for parts in trainings.values():
+            for part, (network, result) in zip(
+                parts, trainer.train(parts, create("alone")), strict=True
+            ):
+                networks[part.name], results[part.name] = network, result
         self._taught: dict[str, list[float | None]] = {}
-        steps = sum(part.epochs * self._steps(part, train_set) for part in parts + students)
-        with TrainingProgress(self.console, steps) as self._progress:
-            twins = Counter()
-            for mentor in self.mentors:
-                if mentor.network is None:
-                    twins[mentor.architecture] += 1
-                    mentor.network, results[mentor.name] = self._train(
-                        parts.pop(0), train_set, twins[mentor.architecture]
+        for part in students:
+            method, bank = create("alone"), None
+            if part.phase == "classroom":
+                method = self._method()
+                bank = self._bank(networks, method)
+            # Number 0 alone too: the same first weights, the same batches.
+            ((student, results[part.phase]),) = trainer.train([part], method, bank)
+            if bank:
+                self._taught = taught(student, networks, self._held_out["test"], self.processes)
+        return [results[key] for key in (*networks, *phases)]
+
+    def _trainings(self) -> dict[tuple[str, int, int], list[Part]]:
+        """The mentors to train, those of the same training, but for its last epoch, together."""
+        counts, trainings = Counter(), {}
+        for mentor in self.mentors:
+            if mentor.network is None:
+                kind = mentor.architecture, mentor.at
+                counts[kind] += 1
+                number = counts[kind]
+                trainings.setdefault((mentor.architecture, mentor.epochs, number), []).append(
+                    Part(
+                        "mentor",
+                        mentor.name,
+                        mentor.architecture,
+                        mentor.epochs,
+                        mentor.at,
+                        number,
                     )
-            mentors = {mentor.name: mentor.network for mentor in self.mentors}
-            if not students:
-                return [results[name] for name in mentors]
-            bank = MentorBank(
-                mentors,
-                len(train_set.classes),
-                device=self.device,
-                dtype=self.dtype,
-                compile=recipe.compile,
-            )
-            for part, teachers in zip(students, (None, bank), strict=True):
-                # Both times number 0: the same first weights, the same batches.
-                student, results[part.phase] = self._train(part, train_set, 0, teachers)
-        self._taught = taught(student, mentors, self._held_out["test"], self.processes)
-        return [results[key] for key in (*mentors, "alone", "classroom")]
+                )
+        return trainings
 
-    def _training(self, part: Part) -> TrainingConfig:
-        """How a network is trained."""
-        if part.phase == "mentor":
-            return replace(self.recipe.mentor_training, epochs=part.epochs)
-        return self.recipe.training
+    def _method(self) -> Method:
+        recipe = self.recipe
+        if recipe.method != "classroom":
+            return create(recipe.method, **recipe.method_options)
+        across = self.processes.together and recipe.ranking_across_processes
+        return create(
+            "classroom",
+            **vars(recipe.loss),
+            process_group=dist.group.WORLD if across else None,
+        )
 
-    def _steps(self, part: Part, train_set: ImageSet) -> int:
-        """Of an epoch of a network."""
-        return max(len(train_set) // self._training(part).batch_size, 1)
+    def _bank(self, mentors: Mapping[str, nn.Module], method: Method) -> MentorBank:
+        return MentorBank(
+            mentors,
+            len(self._info.classes),
+            device=self.device,
+            dtype=self.dtype,
+            compile=self.recipe.compile,
+            features=method.uses_features,
+        )
 
-    def _inputs(self) -> dict[str, str]:
+    def _inputs(self, digests: Mapping[str, str]) -> dict[str, str]:
         """The digests of all that the run reads."""
         files = {
             mentor.source: sha256_of(mentor.source)
             for mentor in self.mentors
             if is_checkpoint(mentor.source)
         }
-        images = {f"the {name} images": digest for name, digest in self._digests.items()}
+        images = {f"the {name} images": digest for name, digest in digests.items()}
         return images | files
 
-    def _admit(self, mentor: Mentor) -> dict[str, Any]:
+    def _admit(self, mentor: Mentor, trainer: NetworkTrainer) -> dict[str, Any]:
         """Measure a given mentor; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
-        measured = self._evaluate(mentor.network, "test")
+        measured = trainer.evaluate(mentor.network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
         return Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
-
-    def _train(
-        self,
-        part: Part,
-        train_set: ImageSet,
-        number: int,
-        mentors: MentorBank | None = None,
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        """Train, measure and save one network, the ``number``-th of its kind.
-
-        What an earlier process has done of it is not done again, nor is a mentor trained that was
-        trained so before.
-        """
-        run, key, called = self._run, (part.phase, part.name), label(part.phase, part.name)
-        recipe, steps = self.recipe, self._steps(part, train_set)
-        done = run.finished(*key)
-        if done is not None:
-            network, _, _ = models.load_network(run.network_path(*key))
-            run.take_up(done["records"])
-            self._progress.skip(len(done["records"]) * steps)
-            return network.to(self.device, memory_format=torch.channels_last), done["result"]
-        seed = network_seed(recipe.seed, number, part.architecture)
-        deciding = self._deciding(part, train_set, seed)
-        if deciding:
-            network, kept = self._from_store(part, deciding)
-            if network is not None:
-                self._progress.skip(len(kept["records"]) * steps)
-                return network, kept["result"]
-        torch.manual_seed(seed)
-        network = models.create(part.architecture, len(train_set.classes))
-        network.to(self.device, memory_format=torch.channels_last)
-        info = replace(self._info, architecture=part.architecture)
-        training = self._training(part)
-        with self._training_loader(train_set, training.batch_size, seed) as loader:
-            trainer = Trainer(
-                network,
-                loader,
-                training,
-                name=called,
-                peak=peak_learning_rate(training, part.architecture),
-                mentors=mentors,
-                loss=self.loss,
-                dtype=self.dtype,
-                cuda_graph=recipe.cuda_graph,
-                compile=recipe.compile,
-                processes=self.processes,
-            )
-            saver = Saver(
-                run.checkpoints(*key),
-                trainer,
-                info,
-                self._interrupts,
-                epochs=recipe.checkpoint_epochs,
-                minutes=recipe.checkpoint_minutes,
-            )
-            saver.restore(self._print)
-            run.take_up(saver.records)
-            self._progress.skip((trainer.epoch - 1) * steps + trainer.batch)
-            while trainer.epoch <= part.epochs:
-                self._progress.begin(called, trainer.epoch, part.epochs)
-                record = self._train_epoch(trainer, saver)
-                saver.records.append({"phase": part.phase, "name": part.name} | record)
-                run.record(saver.records[-1])
-                saver.after_epoch()
-                self._progress.show(record)
-            measured = self._evaluate(network, "test")
-        result = part.result(network, measured) | best(saver.records)
-        done = {"records": saver.records, "result": result}
-        run.finish_network(*key, network, info, done)
-        if deciding and self.processes.is_main:
-            try:
-                self._store.add(deciding, network, info, done)
-            except OSError as error:
-                self._print(f"{called} is not kept in the store: {error}")
-        self._progress.done(called, saver.records[-1])
-        return network, result
-
-    def _deciding(self, part: Part, train_set: ImageSet, seed: int) -> dict[str, Any] | None:
-        """All that decides a mentor's training, or None where the store is not asked."""
-        if part.phase != "mentor" or not self.recipe.store:
-            return None
-        data = self.recipe.data
-        return {
-            "architecture": part.architecture,
-            "training": asdict(self._training(part)),
-            "images": self._digests,
-            "classes": train_set.classes,
-            **{name: getattr(data, name) for name in ("image_size", "padding", "flip", "cutout")},
-            "mean": self._info.mean,
-            "std": self._info.std,
-            "seed": seed,
-            "precision": str(self.dtype),
-            "compile": self.recipe.compile,
-            "processes": self.processes.world_size,
-            "device": self.device.type,
-            "threads": self.recipe.threads if self.device.type == "cpu" else None,
-            "versions": versions(),
-        }
-
-    def _from_store(
-        self, part: Part, deciding: Mapping[str, Any]
-    ) -> tuple[nn.Module | None, dict[str, Any]]:
-        """The mentor as it was trained before, measured anew on this run's images, if it was."""
-        found = self._store.find(deciding, self._print)
-        if found is None:
-            return None, {}
-        network, info, kept = found
-        network.to(self.device, memory_format=torch.channels_last)
-        measured = part.result(network, self._evaluate(network, "test"))
-        kept["result"] = kept["result"] | measured | {"reused": True}
-        self._run.take_up([record | {"name": part.name} for record in kept["records"]])
-        self._run.finish_network(part.phase, part.name, network, info, kept)
-        self._print(f"{label(part.phase, part.name)}: taken from {self._store.folder}")
-        return network, kept
-
-    def _train_epoch(self, trainer: Trainer, saver: Saver) -> dict[str, Any]:
-        """Train and measure an epoch, or what is left of it."""
-        started = time.perf_counter()
-
-        def between_steps() -> None:
-            self._progress.step()
-            saver.between_steps()
-
-        try:
-            record = trainer.train_epoch(between_steps)
-        except UserError as error:
-            raise UserError(f"{error}{saver.last_good()}") from None
-        for name in self._held_out:
-            measured = self._evaluate(trainer.network, name)
-            if not math.isfinite(measured.loss):
-                raise UserError(
-                    f"{trainer.name}, epoch {record['epoch']}: its loss on the {name} images is "
-                    f"{measured.loss}: the training diverged; try a lower learning rate"
-                    f"{saver.last_good()}"
-                )
-            record |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1}
-        record["seconds"] = time.perf_counter() - started
-        return record
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    @property
-    def _place(self) -> dict[str, int]:
-        """Where this process stands among the others, as loaders take it."""
-        return {"rank": self.processes.rank, "world_size": self.processes.world_size}
 
-    def _evaluate(self, network: nn.Module, part: str) -> Evaluation:
-        self.processes.align(network)
-        return evaluate(network, self._held_out[part], self.processes)
-
-    def _training_loader(self, train_set: ImageSet, batch_size: int, seed: int) -> Loader:
-        data = self.recipe.data
-        return self._loaders.open(
-            train_set,
-            self.processes.share(batch_size),
-            **self._place,
-            mean=self._info.mean,
-            std=self._info.std,
-            augmentation=Augmentation(data.padding, data.flip, data.cutout),
-            shuffle=True,
-            drop_last=len(train_set) >= batch_size,
-            seed=seed,
-            dtype=self.dtype,
-        )
+def _phases(recipe: Recipe) -> list[str]:
+    """What the student is trained as, in order."""
+    if not recipe.student:
+        return []
+    if recipe.method == "alone":
+        return ["alone"]
+    return ["alone", "classroom"] if recipe.alone else ["classroom"]
 
 
 def sha256_of(source: str) -> str:
@@ -433,12 +317,3 @@ def sha256_of(source: str) -> str:
     path = Path(source)
     with (path / "student.safetensors" if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def network_seed(seed: int, number: int, architecture: str) -> int:
-    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
-
-    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
-    """
-    entropy = (seed, number, *architecture.encode())
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

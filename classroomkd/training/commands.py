@@ -14,21 +14,20 @@ from rich.table import Table
 
 from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
 from classroomkd.data import (
-    ImageSet,
-    Loaders,
     channel_statistics,
-    digits,
     is_split_by_seed,
     join,
-    load_source,
 )
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, names
+from classroomkd.recipes import find as find_recipe
+from classroomkd.recipes import names as recipe_names
 from classroomkd.report import results_table, write_report
 from classroomkd.training.classroom import Classroom
-from classroomkd.training.config import Recipe, load_recipe
+from classroomkd.training.config import DataConfig, Recipe, load_recipe, split_seed
 from classroomkd.training.evaluation import evaluate as measure
 from classroomkd.training.evaluation import evaluation_loader, require_finite
+from classroomkd.training.images import Sets, open_loaders, read_images
 from classroomkd.training.machine import find_device
 from classroomkd.training.mentors import fit_to_data
 from classroomkd.training.run import choose_folder, recorded_split, unfinished
@@ -137,10 +136,12 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
     if "recipe" in given and "mentor_epochs" not in given:  # a file says what mentors are to have
         short = {key: value for key, value in short.items() if "mentor_training" not in key}
-    recipe = load_recipe(given.get("recipe"), overrides, nested(short))
-    for option, value in (("--data", recipe.data.source), ("--mentors", recipe.mentors)):
-        if not value:
-            _lacks(arguments, option)
+    file = find_recipe(given["recipe"]) if "recipe" in given else None
+    recipe = load_recipe(file, overrides, nested(short))
+    if not recipe.data.source:
+        _lacks(arguments, "--data")
+    if not recipe.mentors and recipe.method != "alone":
+        _lacks(arguments, "--mentors")
     return recipe
 
 
@@ -175,11 +176,8 @@ def _resume(out: Path) -> None:
     _report(classroom, classroom.run(*_read_data(recipe), out, resume=True), out)
 
 
-def _read_data(recipe: Recipe, download: str | None = None) -> tuple[ImageSet, ImageSet]:
-    data, split = recipe.data, {"seed": recipe.seed, "test_share": recipe.data.test_share}
-    if data.source == "digits":
-        return digits(**split)
-    return load_source(data.source, image_size=data.image_size, download=download, **split)
+def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
+    return read_images(recipe.data, split_seed(recipe), download)
 
 
 def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
@@ -195,7 +193,15 @@ def evaluate(arguments: argparse.Namespace) -> None:
     network, info, architecture = load_network(arguments.student)
     image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
     split = _split(arguments, ours=info is not None)
-    train_set, test_set = load_source(arguments.data, image_size=image_size, **split)
+    photos, loader = split.pop("crop") == "resize", split.pop("loader")
+    if photos and info is None:
+        raise UserError(
+            f"{arguments.student} does not say how its images were prepared: only images that are "
+            "decoded at one size can tell, without --crop resize"
+        )
+    data = DataConfig(str(arguments.data), image_size, test_share=split["test_share"])
+    data.crop = "resize" if photos else "pad"
+    train_set, test_set = read_images(data, split["seed"])
     if info is None:
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
@@ -207,8 +213,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
     network.to(device, memory_format=torch.channels_last)
     images = join(train_set, test_set) if arguments.all else test_set
-    with evaluation_loader(Loaders("resident", [images], device), images, info) as loader:
-        result = measure(network, loader)
+    loaders = open_loaders(loader, [images], image_size, device)
+    with evaluation_loader(loaders, images, info) as batches:
+        result = measure(network, batches)
     require_finite(result, str(arguments.student))
     part = "all images" if arguments.all else "the held-out part"
     print(f"{architecture} of {arguments.student} on {part} of {arguments.data}:")
@@ -228,6 +235,15 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"report: {write_report(arguments.runs, arguments.out)}")
 
 
+def recipes(_: argparse.Namespace) -> None:
+    """Print the packaged recipes."""
+    table = Table("recipe", "student", "mentors", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for name in recipe_names():
+        recipe = load_recipe(find_recipe(name))
+        table.add_row(name, recipe.student, " ".join(mentor.source for mentor in recipe.mentors))
+    Console().print(table)
+
+
 def models(_: argparse.Namespace) -> None:
     """Print the zoo."""
     table = Table("network", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
@@ -241,12 +257,16 @@ def models(_: argparse.Namespace) -> None:
 
 
 def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
-    """The seed and share of the split, by default those of the run that ``ours`` comes from.
+    """Seed, share and crop, by default those of the run that ``ours`` comes from, and the loader.
 
-    With any others a network would be measured on images that it was trained on.
+    With another split a network would be measured on images that it was trained on. Loaders resize
+    photographs each in its own way, so those are loaded as in the run; of other images all make the
+    same.
     """
-    split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE}
-    if ours:
-        split |= recorded_split(arguments.student)
+    split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
+    recorded = recorded_split(arguments.student) if ours else {}
+    loader = recorded.pop("loader", "auto")
+    split |= recorded
     given = {name: getattr(arguments, name) for name in split}
-    return split | {name: value for name, value in given.items() if value is not None}
+    split |= {name: value for name, value in given.items() if value is not None}
+    return split | {"loader": loader if split["crop"] == "resize" else "resident"}

@@ -6,8 +6,8 @@
     training: {epochs: 60}
 
 What a file leaves out has the defaults below, which are the published CIFAR recipe. A mentor is a
-name, or a checkpoint's path, or ``{source: resnet20, epochs: 40}`` to train it for other than
-``mentor_training.epochs``.
+name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
+``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from classroomkd.errors import UserError
-from classroomkd.loss import ClassroomLoss
+from classroomkd.loss.methods import create
 
 
 @dataclass
@@ -40,13 +40,18 @@ class DataConfig:
     """Share of the training images split off by the seed to choose on; nobody trains on it."""
     split_seed: int | None = None
     """Of both splits; the recipe's ``seed`` where it is not given."""
+    crop: Literal["pad", "resize"] = "pad"
+    """How training images are cropped at random: "pad" decodes all at the image size first, and
+    crops from within a border; "resize" decodes photographs when they are used, and resizes a part
+    of them, for evaluation their centre."""
     padding: int | None = None
-    """Of the random crop, in pixels; an eighth of the image size where it is not given."""
+    """Of the crop "pad", in pixels; an eighth of the image size where it is not given."""
     flip: bool = True
     cutout: int = 0
     """Side of the erased square in pixels; 0 is none."""
     mean: list[float] | None = None
-    """Per RGB channel, of values scaled to 0..1; the training images' own where not given."""
+    """Per RGB channel, of values scaled to 0..1; where not given the training images' own, or with
+    the crop "resize" ImageNet's."""
     std: list[float] | None = None
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
 
@@ -71,7 +76,7 @@ class TrainingConfig:
 
 @dataclass
 class LossConfig:
-    """The options of `classroomkd.ClassroomLoss`."""
+    """The options of the method "classroom", those of `classroomkd.ClassroomLoss` first."""
 
     temperature: float = 12.0
     ranking: Literal["sample", "batch"] = "sample"
@@ -81,6 +86,8 @@ class LossConfig:
     task_weight: float | str = "confidence"
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
+    standardise: bool = False
+    """Whether lessons compare logits that were standardised, row by row."""
 
 
 @dataclass
@@ -186,9 +193,16 @@ def load_recipe(
     data = recipe.data
     if data.padding is None:
         data.padding = data.image_size // 8
+    if data.crop == "resize" and data.mean is None:
+        data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
     if data.source not in ("", "digits"):
         data.source = str(Path(data.source).expanduser().absolute())
     return recipe
+
+
+def split_seed(recipe: Recipe) -> int:
+    """The seed by which test and validation images are split off."""
+    return recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -214,10 +228,17 @@ def _layer(values: Mapping[str, Any]) -> Any:
     values = dict(values)
     if isinstance(values.get("mentors"), list):
         values["mentors"] = [
-            {"source": mentor} if isinstance(mentor, str) else mentor
-            for mentor in values["mentors"]
+            _mentor(mentor) if isinstance(mentor, str) else mentor for mentor in values["mentors"]
         ]
     return OmegaConf.create(values)
+
+
+def _mentor(text: str) -> dict[str, Any]:
+    """A mentor as people write it: a name, a path, or ``resnet20@60``."""
+    name, _, epoch = text.rpartition("@")
+    if name and epoch.isdecimal() and not Path(text).exists():
+        return {"source": name, "at": int(epoch)}
+    return {"source": text}
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -231,6 +252,7 @@ def _check(recipe: Recipe, where: str) -> None:
         ("data.validation", data.validation, 0 <= data.validation < 1, "from 0 to below 1"),
         ("data.padding", data.padding, 0 <= (data.padding or 0) <= 1024, "0 to 1024 pixels"),
         ("data.cutout", data.cutout, 0 <= data.cutout <= 1024, "0 to 1024 pixels"),
+        ("data.cutout", data.cutout, data.crop == "pad" or data.cutout == 0, "0 with crop: resize"),
         ("data.mean", data.mean, data.mean is None or len(data.mean) == 3, "three numbers"),
         (
             "data.std",
@@ -239,13 +261,19 @@ def _check(recipe: Recipe, where: str) -> None:
             "three positive numbers",
         ),
         ("data.std", data.std, (data.mean is None) == (data.std is None), "given with data.mean"),
+        ("mentor_seed", recipe.mentor_seed, (recipe.mentor_seed or 0) >= 0, "at least 0"),
+        ("data.split_seed", data.split_seed, (data.split_seed or 0) >= 0, "at least 0"),
+        ("checkpoint_keep", recipe.checkpoint_keep, recipe.checkpoint_keep >= 1, "at least 1"),
         ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
         ("checkpoint_minutes", recipe.checkpoint_minutes, recipe.checkpoint_minutes > 0, "above 0"),
         ("threads", recipe.threads, recipe.threads is None or recipe.threads >= 1, "at least 1"),
     ]
     for index, mentor in enumerate(recipe.mentors):
+        epochs = mentor.epochs or recipe.mentor_training.epochs
         fine = mentor.epochs is None or mentor.epochs >= 1
         problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
+        fine = mentor.at is None or 1 <= mentor.at <= epochs
+        problems.append((f"mentors.{index}.at", mentor.at, fine, f"an epoch from 1 to {epochs}"))
     for name, training in (
         ("training", recipe.training),
         ("mentor_training", recipe.mentor_training),
@@ -296,6 +324,14 @@ def _check(recipe: Recipe, where: str) -> None:
         if not fine:
             raise UserError(f"{where}{key} must be {wanted}, not {value}")
     try:
-        ClassroomLoss(**vars(recipe.loss))
+        create("classroom", **vars(recipe.loss))
     except (ValueError, TypeError) as error:
-        raise UserError(f"{where}loss: {error}") from None
+        reason = str(error).removeprefix("method classroom: ")
+        raise UserError(f"{where}loss: {reason}") from None
+    if recipe.method == "classroom" and recipe.method_options:
+        names = ", ".join(recipe.method_options)
+        raise UserError(
+            f"{where}method_options: the classroom's options are under loss, not {names}"
+        )
+    if recipe.method != "classroom":
+        create(recipe.method, **recipe.method_options)

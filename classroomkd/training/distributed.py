@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,11 @@ class Processes:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
 
+    @property
+    def place(self) -> dict[str, int]:
+        """Where this one stands among them, as loaders take it."""
+        return {"rank": self.rank, "world_size": self.world_size}
+
     def share(self, batch_size: int) -> int:
         """The part of a batch that is this process's; UserError if it cannot be shared evenly."""
         part, rest = divmod(batch_size, self.world_size)
@@ -54,6 +60,13 @@ class Processes:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The same for parameters that no `wrap` looks after."""
+        if self.together:
+            for parameter in parameters:
+                dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
+                parameter.grad /= self.world_size
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of everyone's ``values``, in place."""

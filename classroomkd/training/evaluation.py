@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classroomkd.data import ImageSet, Loader, Loaders
+from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
 from classroomkd.training.distributed import Processes
+from classroomkd.training.images import evaluation_crop
 
 _BATCH_SIZE = 256  # changes speed and memory only
 _BINS = 15
@@ -39,9 +40,9 @@ class Evaluation:
 
 
 def evaluation_loader(
-    loaders: Loaders, image_set: ImageSet, info: NetworkInfo, **share: int
+    loaders: Loaders, image_set: ImageSet | ImageFiles, info: NetworkInfo, **share: int
 ) -> Loader:
-    """Every image once, in order, normalised by the statistics of ``info``.
+    """Every image, of photographs the centre, once, in order, normalised as ``info`` says.
 
     ``share`` is the ``rank`` and ``world_size`` of a process among others.
     """
@@ -50,7 +51,7 @@ def evaluation_loader(
         _BATCH_SIZE,
         mean=info.mean,
         std=info.std,
-        augmentation=None,
+        augmentation=evaluation_crop(image_set, info.image_size),
         shuffle=False,
         drop_last=False,
         **share,

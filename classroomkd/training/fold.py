@@ -8,13 +8,18 @@ from collections import Counter
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+# By their names, for timm may not be there. Its own convolution pads by the size of its input, its
+# own norm is followed by an activation.
+_CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
+_NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
+
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
     """A copy of ``network`` in eval mode without the batch norms that `foldable` names.
 
     Their scales and shifts, combined in float64, are in the convolutions, whose weights keep their
-    dtype; an identity stands where each was, so that every other name and the code stay as they
-    were. ``network`` itself is not touched.
+    dtype; an identity, or the norm's activation, stands where each was, so that every other name
+    and the code stay as they were. ``network`` itself is not touched.
     """
     folded = copy.deepcopy(network).eval()
     for norm_name, conv_name in foldable(folded).items():
@@ -22,19 +27,21 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
         # Copies, for another layer may share these tensors.
         precise = [copy.deepcopy(folded.get_submodule(n)).double() for n in (conv_name, norm_name)]
         folded.set_submodule(conv_name, fuse_conv_bn_eval(*precise).to(conv.weight.dtype))
-        folded.set_submodule(norm_name, nn.Identity().eval())
+        # An identity, for the norms of PyTorch have no parts.
+        rest = nn.Sequential(*folded.get_submodule(norm_name).children())
+        folded.set_submodule(norm_name, rest.eval())
     return folded
 
 
 def foldable(network: nn.Module) -> dict[str, str]:
     """The batch norms of ``network`` that can be folded, each with the convolution to fold it into.
 
-    Those are the `BatchNorm2d` with running statistics that take the output of a `Conv2d` which
-    nothing else takes, both called once and their tensors not used elsewhere in the forward pass.
-    What follows what is read off `torch.fx`'s trace in eval mode; in a network that cannot be
-    traced nothing is foldable.
+    Those are the `BatchNorm2d` (and timm's `BatchNormAct2d`) with running statistics that take the
+    output of a `Conv2d` (or timm's `Conv2dSame`) which nothing else takes, both called once and
+    their tensors not used elsewhere in the forward pass. What follows what is read off `torch.fx`'s
+    trace in eval mode; in a network that cannot be traced nothing is foldable.
     """
-    tracer = fx.Tracer()
+    tracer = _Tracer()
     tracer.proxy_buffer_attributes = True  # so that a look at a norm's statistics is in the graph
     try:
         graph = tracer.trace(copy.deepcopy(network).eval())
@@ -49,19 +56,29 @@ def foldable(network: nn.Module) -> dict[str, str]:
     )
     modules = dict(network.named_modules())
 
-    def is_single(node: object, kind: type[nn.Module]) -> bool:
+    def is_single(node: object, kinds: tuple[str, ...]) -> bool:
         return (
             isinstance(node, fx.Node)
             and node.op == "call_module"
-            and type(modules[node.target]) is kind
+            and _class(modules[node.target]) in kinds
             and uses[node.target] == 1
         )
 
     pairs = {}
     for node in graph.nodes:
-        if not is_single(node, nn.BatchNorm2d) or modules[node.target].running_mean is None:
+        if not is_single(node, _NORMS) or modules[node.target].running_mean is None:
             continue
         (source,) = node.all_input_nodes
-        if is_single(source, nn.Conv2d) and len(source.users) == 1:
+        if is_single(source, _CONVOLUTIONS) and len(source.users) == 1:
             pairs[node.target] = source.target
     return pairs
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        """Whether ``module`` is looked at from outside only."""
+        return _class(module) in _CONVOLUTIONS + _NORMS or super().is_leaf_module(module, name)
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__name__}"

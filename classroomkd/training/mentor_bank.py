@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
+from classroomkd.loss.methods import Outputs
+from classroomkd.models.stages import StageOutputs
 from classroomkd.training.fold import fold_batch_norms
 
 
 class MentorBank:
-    """Maps a batch of images to the logits of every mentor.
+    """Maps a batch of images to the outputs of every mentor.
 
     The bank holds copies of the mentors: in eval mode, frozen, without the batch norms that can be
     folded, channels last, in ``dtype``. On a GPU each runs on a stream of its own between the work
@@ -27,6 +29,7 @@ class MentorBank:
         dtype: torch.float32 or torch.bfloat16, of weights, activations and logits. Batch norms
             that stay keep float32 statistics, whose rounding would be the same for every image.
         compile: pass each mentor through ``torch.compile``.
+        features: whether the outputs of the stages are wanted too, which goes without ``compile``.
 
     Attributes:
         names: of the mentors, in the order of the logits.
@@ -41,6 +44,7 @@ class MentorBank:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
+        features: bool = False,
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -49,6 +53,7 @@ class MentorBank:
         self._device = torch.device(device)
         self._dtype = dtype
         networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
+        self._stages = [StageOutputs(network) for network in networks] if features else None
         self._networks = [torch.compile(n) for n in networks] if compile else networks
         self._streams = (
             [torch.cuda.Stream(self._device) for _ in networks]
@@ -60,11 +65,11 @@ class MentorBank:
         return len(self.names)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> list[Tensor]:
+    def __call__(self, images: Tensor) -> list[Outputs]:
         """The mentors' logits [B, C], in the order of ``names``, for images [B, 3, H, W].
 
-        Images of another dtype are converted, once for all mentors; the logits are fresh tensors
-        of the bank's dtype, made in inference mode. Never waits for the GPU.
+        Images of another dtype are converted, once for all mentors; logits and features are fresh
+        tensors of the bank's dtype, made in inference mode. Never waits for the GPU.
 
         Raises UserError if a mentor's logits are not [B, num_classes].
         """
@@ -78,7 +83,8 @@ class MentorBank:
                     f"mentor {name} gives logits of shape {list(rows.shape)} for {len(images)} "
                     f"images of {self._num_classes} classes: give a network for these classes"
                 )
-        return logits
+        features = [stages.take() for stages in self._stages] if self._stages else [()] * len(self)
+        return list(map(Outputs, logits, features))
 
     def _in_turn(self, images: Tensor) -> list[Tensor]:
         return [network(images) for network in self._networks]

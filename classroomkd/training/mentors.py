@@ -20,13 +20,15 @@ from classroomkd.training.config import MentorConfig
 class Mentor:
     """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained.
 
-    ``source`` is the recipe's word for it, ``epochs`` None unless it is trained here.
+    ``source`` is the recipe's word for it. If it is trained here its schedule is made for
+    ``epochs``, and it is taken from epoch ``at`` if that is not None; else both are None.
     """
 
     name: str
     source: str
     architecture: str
     epochs: int | None
+    at: int | None
     network: nn.Module | None
     info: NetworkInfo | None
 
@@ -66,17 +68,17 @@ def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:
         source, network, info, architecture = config.source, None, None, config.source
         length = config.epochs or epochs
         if is_checkpoint(source):
-            if config.epochs is not None:
+            if config.epochs is not None or config.at is not None:
                 raise UserError(f"mentor {source} is trained already: give it no epochs")
             network, info, architecture = models.load_network(Path(source))
             length = None
-        elif is_external(source) and config.epochs is None:
+        elif is_external(source) and config.epochs is None and config.at is None:
             network, info = models.load_pretrained(source)
             length = None
-        taken[architecture] += 1
-        number = taken[architecture]
-        name = architecture if number == 1 else f"{architecture}-{number}"
-        mentors.append(Mentor(name, source, architecture, length, network, info))
+        called = architecture if config.at is None else f"{architecture}@{config.at}"
+        taken[called] += 1
+        name = called if taken[called] == 1 else f"{called}-{taken[called]}"
+        mentors.append(Mentor(name, source, architecture, length, config.at, network, info))
     return mentors
 
 

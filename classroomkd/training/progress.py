@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 
 class TrainingProgress:
-    """One bar over the steps of all networks, and a line for each network that is done."""
+    """One bar over the steps of all networks, what mentors do, and a line a finished network."""
 
-    def __init__(self, console: Console, steps: int) -> None:
-        self._progress = Progress(
+    def __init__(self, console: Console) -> None:
+        self._progress = _Display(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
             TimeRemainingColumn(compact=True),
@@ -23,7 +24,7 @@ class TrainingProgress:
             expand=True,
             transient=True,
         )
-        self._task = self._progress.add_task("", total=steps, latest="")
+        self._task = self._progress.add_task("", total=None, latest="")
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -32,11 +33,16 @@ class TrainingProgress:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def begin_run(self, steps: int) -> None:
+        """Say how many steps all networks will take."""
+        self._progress.update(self._task, total=steps)
+
     def begin(self, called: str, epoch: int, epochs: int) -> None:
         """Name the network and the epoch that it begins, counted from 1."""
         self._progress.update(self._task, description=escape(f"{called} {epoch}/{epochs}"))
         if epoch == 1:
             self._progress.update(self._task, latest="")
+            self._progress.lessons = None
 
     def step(self) -> None:
         """Count one step."""
@@ -49,11 +55,35 @@ class TrainingProgress:
     def show(self, record: Mapping[str, Any]) -> None:
         """Show the numbers of a finished epoch."""
         self._progress.update(self._task, latest=_numbers(record))
+        self._progress.lessons = _lessons(record) if record.get("mentors") else None
 
     def done(self, called: str, record: Mapping[str, Any]) -> None:
         """Leave a line about a network's last epoch."""
         line = f"{called}, epoch {record['epoch']}: {_numbers(record)} held out"
         self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
+
+
+class _Display(Progress):
+    """A progress bar with a table of the mentors under it, where there are lessons to show."""
+
+    lessons: Table | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.lessons is not None:
+            yield self.lessons
+
+
+def _lessons(record: Mapping[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("in the last epoch", "taught", "rank weight", "temperature", "KL"):
+        table.add_column(column, justify="left" if column.startswith("in") else "right")
+    for name, means in record["mentors"].items():
+        shares = f"{means['active_share']:.1%}", f"{means['rank_weight']:.2f}"
+        table.add_row(escape(name), *shares, f"{means['temperature']:.2f}", f"{means['kl']:.3f}")
+    confidence, task = record["student_confidence"], record["task_loss"]
+    table.add_row(f"the student: confidence {confidence:.1%}, task loss {task:.3f}")
+    return table
 
 
 def _numbers(record: Mapping[str, Any]) -> str:

@@ -13,12 +13,23 @@ from classroomkd.training.evaluation import Evaluation
 
 @dataclass(frozen=True)
 class Part:
-    """What a network is in the run; ``epochs`` is None if it is not trained here."""
+    """What a network is in the run.
+
+    ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
+    epoch that it is taken from if not the last. It is the ``number``-th of its architecture.
+    """
 
     phase: str
     name: str
     architecture: str
     epochs: int | None = None
+    at: int | None = None
+    number: int = 0
+
+    @property
+    def last(self) -> int | None:
+        """The last epoch that it is trained for."""
+        return self.at or self.epochs
 
     def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
         """The network's entry in summary.json."""
@@ -33,7 +44,7 @@ class Part:
             "calibration_error": measured.calibration_error,
             "per_class": measured.per_class,
             "trained": self.epochs is not None,
-            "epochs": self.epochs,
+            "epochs": self.last,
         }
 
 

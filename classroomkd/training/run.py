@@ -9,16 +9,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, remove_leftovers
+from classroomkd.files import atomic_write, lock, remove_leftovers
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.report.tensorboard import TensorBoardWriter
 from classroomkd.training.checkpoints import Checkpoints
+
+_PATIENCE = 10.0  # seconds, for a killed process's children to end
 
 
 def choose_folder(out: Path | None, default: str) -> Path:
@@ -57,7 +59,8 @@ def unfinished(run: Path) -> Path:
 def recorded_split(network: Path) -> dict[str, Any]:
     """The ``seed`` and ``test_share`` of the run that ``network``, a file or run folder, lies in.
 
-    Empty if it lies in none: other tools' config.yaml, damaged ones too, count for nothing.
+    Where it crops photographs, ``crop`` and ``loader`` too. Empty if it lies in none: other tools'
+    config.yaml, damaged ones too, count for nothing.
     """
     for folder in (network, *network.absolute().parents[:3]):
         config = None
@@ -65,12 +68,14 @@ def recorded_split(network: Path) -> dict[str, Any]:
             with suppress(yaml.YAMLError):
                 config = yaml.safe_load((folder / "config.yaml").read_bytes())
         if isinstance(config, dict):
-            data = config.get("data")
-            share = data.get("test_share") if isinstance(data, dict) else None
-            split = {"seed": config.get("seed"), "test_share": share}
-            seed, share = split.values()
+            data = config["data"] if isinstance(config.get("data"), dict) else {}
+            seed, share = data.get("split_seed"), data.get("test_share")
+            seed = config.get("seed") if seed is None else seed
             if type(seed) is int and seed >= 0 and isinstance(share, float) and 0 < share < 1:
-                return split
+                photos = data.get("crop") == "resize"
+                return {"seed": seed, "test_share": share} | (
+                    {"crop": "resize", "loader": data.get("loader")} if photos else {}
+                )
     return {}
 
 
@@ -92,10 +97,12 @@ class Run:
     ) -> None:
         self.path, self.writes = path, writes
         self._lines: list[Mapping[str, Any]] = []
+        self._claim: TextIO | None = None
         self._board = TensorBoardWriter(path / "tensorboard") if tensorboard and writes else None
         if not writes:
             return
         if resume:
+            self._claim = _claimed(path)
             for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
                 remove_leftovers(folder)
             return
@@ -108,6 +115,7 @@ class Run:
             raise UserError(
                 f"cannot write to {path}: {error.strerror}: choose another --out"
             ) from None
+        self._claim = _claimed(path)
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
         """Note the digests of what the run reads, or raise UserError if they are others now."""
@@ -140,14 +148,20 @@ class Run:
         for line in lines if self._board else ():
             self._board.record(line)
 
-    def checkpoints(self, phase: str, name: str) -> Checkpoints:
-        """The training states of one network."""
-        return Checkpoints(self.path / "checkpoints" / f"{phase}-{name}")
+    def checkpoints(self, phase: str, name: str, keep: int = 2) -> Checkpoints:
+        """The training states of one network, of which the last ``keep`` stay."""
+        return Checkpoints(self.path / "checkpoints" / f"{phase}-{name}", keep)
 
     def network_path(self, phase: str, name: str) -> Path:
         """Where a trained network's weights are."""
         files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
         return self.path / files.get(phase, f"mentors/{name}.safetensors")
+
+    def keep_best(self, phase: str, name: str, weights: Path) -> None:
+        """Keep the file of a network's best epoch beside the one of its last."""
+        if self.writes:
+            path = self.network_path(phase, name)
+            atomic_write(path.with_stem(f"{path.stem}_best"), weights.read_bytes())
 
     def finish_network(
         self,
@@ -170,6 +184,11 @@ class Run:
         path = self.checkpoints(phase, name).folder / "done.json"
         return json.loads(path.read_bytes()) if path.exists() else None
 
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._claim:
+            self._claim.close()
+
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
         if not self.writes:
@@ -178,6 +197,17 @@ class Run:
             self._board.close()
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
+
+
+def _claimed(run: Path) -> TextIO:
+    """A file that is locked until this process ends; raises UserError if another one has it."""
+    file = (run / "config.yaml").open()
+    try:
+        lock(file, _PATIENCE)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is at work on {run}: wait for it, or stop it") from None
+    return file
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from torch import nn
 
 from classroomkd.data import cache_folder
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write
+from classroomkd.files import atomic_write, lock
 from classroomkd.models import NetworkInfo, load_network, save_network
+from classroomkd.training.interrupts import Interrupted, Interrupts
 from classroomkd.training.machine import versions
+
+_PAUSE = 0.5  # seconds between two looks at what another process has claimed
 
 
 class MentorStore:
@@ -49,6 +54,33 @@ class MentorStore:
         except (OSError, ValueError, KeyError) as error:
             warn(f"{weights} is damaged ({error}): training it again")
             return None
+
+    @contextmanager
+    def claim(
+        self, deciding: Mapping[str, Any], notify: Callable[[str], None], interrupts: Interrupts
+    ) -> Iterator[None]:
+        """Within it no other process claims the same network; waits for one that does.
+
+        Raises Interrupted if a signal asks to stop meanwhile. A folder that cannot be written to
+        is no hindrance: then nothing is kept anyway.
+        """
+        weights, _ = self._paths(deciding)
+        path = weights.with_suffix(".lock")
+        with ExitStack() as held:
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(path.open("w"))
+                for attempt in count():
+                    try:
+                        lock(file, _PAUSE if attempt else 0)
+                        break
+                    except BlockingIOError:
+                        if not attempt:
+                            what = deciding["architecture"]
+                            notify(f"waiting for {what}, which another process trains")
+                        if interrupts.received is not None:
+                            raise Interrupted(interrupts.received) from None
+            yield
 
     def add(
         self,

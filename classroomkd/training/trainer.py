@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.data import Loader
 from classroomkd.errors import UserError
-from classroomkd.loss import ClassroomLoss
+from classroomkd.loss.methods import Method, Outputs
+from classroomkd.models.stages import StageOutputs
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.distributed import Processes
 from classroomkd.training.graph import CapturedStep
@@ -25,7 +25,7 @@ _IGNORED = -100  # the target of a row that counts nowhere
 
 
 class Trainer:
-    """Trains ``network`` by SGD on cross entropy, or, given ``mentors``, on ``loss``.
+    """Trains ``network`` by SGD, as ``method`` says.
 
     A step waits for nothing on the device: losses and hits are summed there and looked at every 50
     steps, and the learning rate is a tensor. On a GPU the step, mentors and optimizer included, is
@@ -37,8 +37,9 @@ class Trainer:
         training: epochs, schedule and the optimizer's numbers.
         name: what error messages call the network.
         peak: the schedule's highest learning rate.
-        mentors: on the same device.
-        loss: needed with mentors.
+        method: what the network learns from images, targets and mentors.
+        mentors: on the same device; none for a method that needs none.
+        image_size: of the loader's images, in pixels, for methods that look at features.
         dtype: torch.bfloat16 for a forward pass under autocast.
         cuda_graph: False to launch every kernel of every step, on a GPU.
         compile: whether the network goes through ``torch.compile``.
@@ -54,8 +55,9 @@ class Trainer:
         *,
         name: str,
         peak: float,
+        method: Method,
         mentors: MentorBank | None = None,
-        loss: ClassroomLoss | None = None,
+        image_size: int = 32,
         dtype: torch.dtype = torch.float32,
         cuda_graph: bool = True,
         compile: bool = False,
@@ -67,29 +69,44 @@ class Trainer:
         self.name = name
         self.peak = peak
         self.mentors = mentors
-        self.loss = loss
         self.dtype = dtype
         self.device = next(network.parameters()).device
+        self.method = method
+        self._stages = StageOutputs(network) if method.uses_features else None
+        if method.uses_features:
+            self._show_features(image_size)
+        method.to(self.device)
         self.processes = processes or Processes(self.device)
         together = self.processes.together
         self.epoch, self.batch = 1, 0  # the next step's place
         self.learning_rate = torch.tensor(peak, device=self.device)
         self.optimizer = torch.optim.SGD(
-            _parameter_groups(network, training),
+            _parameter_groups([*network.parameters(), *method.parameters()], training),
             lr=self.learning_rate,
             momentum=training.momentum,
             nesterov=training.nesterov,
             fused=True,
         )
-        # Images, those of batches whose loss was not finite, loss and hits; then task loss and
-        # confidence; then four numbers a mentor.
-        size = 4 + (2 + 4 * len(mentors) if mentors else 0)
+        # Images, those of batches whose loss was not finite, loss and hits; where the method
+        # reports on them, then task loss and confidence; then four numbers a mentor.
+        size = 4 + (2 + 4 * len(mentors) if method.reports else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
         self._fetched: torch.cuda.Event | None = None
         self._forward = self.processes.wrap(torch.compile(network) if compile else network)
         captured = self._on_gpu and cuda_graph and not together
         self._step_on = CapturedStep(self._step) if captured else self._step
+
+    @torch.no_grad()
+    def _show_features(self, image_size: int) -> None:
+        """Tell the method the shapes of the features, for which it may need parameters."""
+        images = torch.zeros(1, 3, image_size, image_size, device=self.device)
+        self.network.eval()(images)
+        student, *mentors = (
+            [feature.shape[1:] for feature in features]
+            for features in (self._stages.take(), *(m.features for m in self.mentors(images)))
+        )
+        self.method.prepare(student, mentors)
 
     @property
     def _on_gpu(self) -> bool:
@@ -99,7 +116,7 @@ class Trainer:
         """Train from where the trainer stands to the end of the epoch, and return its record.
 
         ``train_loss`` and ``train_top1`` are means over the epoch's images as they were met, and
-        ``images_per_second`` counts training alone. With mentors there are also ``task_loss``,
+        ``images_per_second`` counts training alone. In a classroom there are also ``task_loss``,
         ``student_confidence`` and, for each mentor, the means over the epoch of what the loss
         reports; ``kl`` is the mean over the rows that the mentor taught, 0 if there were none.
         ``on_step`` is called between steps, when the trainer's state is whole.
@@ -136,7 +153,7 @@ class Trainer:
             * self.processes.world_size
             / (time.perf_counter() - started),
         }
-        if self.mentors:
+        if self.method.reports:
             record |= self._classroom_record([value / sums[0] for value in sums[4:]])
         self.sums.zero_()
         self.epoch, self.batch = epoch + 1, 0
@@ -148,18 +165,14 @@ class Trainer:
         # What a graph replays must not rely on casts that were made before it was captured.
         with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
             logits = self._forward(images)
+        student = Outputs(logits, self._stages.take() if self._stages else ())
+        mentors = self.mentors(images) if self.mentors else []
         scale = self._scale(targets) if self.processes.together else None
-        if self.mentors:
-            loss, grad, report = self.loss.loss_and_grad(
-                logits, self.mentors(images), targets, scale=scale, return_report=True
-            )
-            logits.backward(grad)
-        else:
-            loss, report = F.cross_entropy(logits.float(), targets), None
-            loss.backward(scale)
+        loss, report = self.method.backward(student, mentors, targets, scale)
+        self.processes.average_gradients(self.method.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss, top1 = loss.detach(), (logits.detach().argmax(1) == targets).double().mean()
+        top1 = (logits.detach().argmax(1) == targets).double().mean()
         means = [torch.stack([torch.ones_like(top1), ~loss.isfinite(), loss, top1])]
         if report is not None:
             means += [
@@ -230,8 +243,8 @@ class Trainer:
         self.loader.set_epoch(self.epoch, batch)
         images, *_ = next(iter(self.loader))
         if self.mentors:
-            for name, logits in zip(self.mentors.names, self.mentors(images), strict=True):
-                if (logits.isnan() | logits.isposinf()).any():
+            for name, mentor in zip(self.mentors.names, self.mentors(images), strict=True):
+                if (mentor.logits.isnan() | mentor.logits.isposinf()).any():
                     return f"the logits of mentor {name} are not; leave it out or replace it"
         return "the training diverged; try a lower learning rate"
 
@@ -242,6 +255,7 @@ class Trainer:
             "batch": self.batch,
             "sums": self._everyones_sums(),
             "model": self.network.state_dict(),
+            "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self._on_gpu else None,
@@ -253,6 +267,7 @@ class Trainer:
         if self.processes.is_main:  # for everyone
             self.sums.copy_(state["sums"])
         self.network.load_state_dict(state["model"])
+        self.method.load_state_dict(state["method"])
         self.optimizer.load_state_dict(state["optimizer"])
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate
@@ -261,10 +276,12 @@ class Trainer:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
-def _parameter_groups(network: nn.Module, training: TrainingConfig) -> list[dict[str, Any]]:
+def _parameter_groups(
+    parameters: Sequence[nn.Parameter], training: TrainingConfig
+) -> list[dict[str, Any]]:
     """All parameters, those that are not decayed (vectors: norms and biases) in a second group."""
     decayed, others = [], []
-    for parameter in network.parameters():
+    for parameter in parameters:
         is_vector = parameter.ndim <= 1 and not training.decay_norms_and_biases
         (others if is_vector else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": training.weight_decay}]

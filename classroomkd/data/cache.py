@@ -1,0 +1,50 @@
+"""What is kept between runs, and the digests of files, which can take minutes to read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from classroomkd.files import atomic_write
+
+_CHUNK = 64  # files a thread reads before it reports
+
+
+def cache_folder() -> Path:
+    """Where packed files, trained mentors and digests are kept between runs."""
+    if "CLASSROOMKD_CACHE" in os.environ:
+        return Path(os.environ["CLASSROOMKD_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "classroomkd"
+
+
+def files_digest(files: Sequence[Path]) -> str:
+    """One SHA-256, in hexadecimal, of what is in all ``files``, in their order.
+
+    It is kept in the cache under the names, sizes and times of change of the files, which are not
+    read again as long as these stay. Raises OSError, naming the file, if one cannot be read.
+    """
+    key = hashlib.sha256()
+    for file in files:
+        stat = file.stat()
+        key.update(f"{file.absolute()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    kept = cache_folder() / "digests" / key.hexdigest()
+    with suppress(OSError):
+        return kept.read_text()
+
+    def digests_from(start: int) -> bytes:
+        return b"".join(
+            hashlib.sha256(file.read_bytes()).digest() for file in files[start : start + _CHUNK]
+        )
+
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor() as pool:
+        for digests in pool.map(digests_from, range(0, len(files), _CHUNK)):
+            digest.update(digests)
+    with suppress(OSError):  # a cache that cannot be written to costs time only
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(kept, digest.hexdigest())
+    return digest.hexdigest()

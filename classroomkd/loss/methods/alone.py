@@ -1,0 +1,17 @@
+"""The student alone: the cross-entropy with the targets, and nobody teaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from classroomkd.loss.methods.base import RowMethod, cross_entropy
+
+
+class Alone(RowMethod):
+    """CE(z_s, y). It has no options and looks at no mentor."""
+
+    def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """The cross-entropy [B]."""
+        return cross_entropy(student, targets)

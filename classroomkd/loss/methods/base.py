@@ -1,0 +1,164 @@
+"""What a method is, and the terms that methods are made of."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from classroomkd.errors import UserError
+from classroomkd.loss.report import ClassroomReport
+
+IGNORED = -100  # the target of a row that counts nowhere
+_LARGEST = 1e6  # far beyond use, and its square far from float32's limits
+
+Shape = tuple[int, int, int]  # C, H, W
+
+
+class Outputs(NamedTuple):
+    """What a network says of a batch."""
+
+    logits: Tensor
+    """[B, C]"""
+    features: tuple[Tensor, ...] = ()
+    """Of its stages in order, each [B, C_i, H_i, W_i]; only for methods with ``uses_features``."""
+
+
+class Method(nn.Module):
+    """How a student learns: a loss of its outputs, its mentors' outputs and the targets.
+
+    Subclasses define `forward`, and take their options, checked, as arguments of their constructor.
+    Whatever the logits' dtype, arithmetic is in float32, or float64 for float64. Nothing waits for
+    the device, and no shape depends on a value, so that a CUDA graph can capture a step.
+    """
+
+    single_mentor: ClassVar[bool] = False
+    """Only the first mentor, the teacher, teaches."""
+    uses_features: ClassVar[bool] = False
+    """The outputs must hold features, and `prepare` be called before the first of them."""
+    reports: ClassVar[bool] = False
+    """`backward` gives a report."""
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The names of the options, and their defaults."""
+        parameters = inspect.signature(cls).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+    def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:
+        """Make what depends on the shapes of features, those of the student and of each mentor.
+
+        Parameters made here are trained along with the student's.
+
+        Raises UserError if the method's options do not fit the shapes.
+        """
+
+    def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        """The loss, 0-d: the mean over the rows whose target, of class indices [B], is not -100.
+
+        Such a row may hold anything, also NaN; if there is no other, the loss is 0. Only the
+        student's outputs get a gradient; the mentors' may be tensors of inference mode.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        student: Outputs,
+        mentors: Sequence[Outputs],
+        targets: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, ClassroomReport | None]:
+        """Send ``scale`` (0-d; 1 if None) times the loss's gradient to where the outputs came from.
+
+        Returns:
+            The loss without gradient and unscaled, and a report if the method writes one.
+
+        """
+        loss = self(student, mentors, targets)
+        loss.backward(scale)
+        return loss.detach(), None
+
+
+class RowMethod(Method):
+    """A method whose loss is the mean of what `row_losses` says of each row's logits."""
+
+    def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
+        """Losses [B] of logits [B, C], in float32 or better and 0 in rows that do not count."""
+        raise NotImplementedError
+
+    def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        """The mean over the rows that count."""
+        valid = targets != IGNORED
+        rows = self.row_losses(
+            select_rows(student.logits, valid),
+            [select_rows(mentor.logits.detach(), valid) for mentor in mentors],
+            targets,
+        )
+        return mean_of_rows(rows, valid)
+
+
+def select_rows(values: Tensor, valid: Tensor) -> Tensor:
+    """Values [B, …] in float32 or better, with zeros for the rows that do not count.
+
+    Multiplying by 0 would keep their NaN, in the gradient too.
+    """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
+    return torch.where(valid.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+
+def mean_of_rows(rows: Tensor, valid: Tensor) -> Tensor:
+    """Mean of rows [B] over those that count, 0 if none does."""
+    return torch.where(valid, rows, 0).sum() / valid.sum().clamp(min=1)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[B], of logits [B, C] and class indices [B], 0 where the target is -100."""
+    return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+
+
+def kl(teacher: Tensor, log_student: Tensor) -> Tensor:
+    """KL(teacher ‖ student) [B], of probabilities and log-probabilities [B, C]; 0 · log 0 is 0."""
+    terms = teacher * (teacher.log() - log_student)
+    return torch.where(teacher == 0, 0, terms).sum(-1)  # not > 0: a NaN must stay one
+
+
+def tempered_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
+    """KL [B] of the softmaxes of logits [B, C] at one temperature, without its square."""
+    log_student = F.log_softmax(student / temperature, -1)
+    return kl(F.softmax(teacher / temperature, -1), log_student)
+
+
+def standardised(logits: Tensor) -> Tensor:
+    """Each row's z-score: less its mean, over its standard deviation (of the row as a whole)."""
+    return F.layer_norm(logits, logits.shape[-1:], eps=1e-12)
+
+
+def check_positive(**options: Any) -> None:
+    """Raise UserError for an option that is not a number above 0."""
+    for name, value in options.items():
+        if not (_is_number(value) and 0 < value <= _LARGEST):
+            raise UserError(
+                f"{name} must be a number above 0, at most {_LARGEST:.0e}, got {value!r}"
+            )
+
+
+def check_not_negative(**options: Any) -> None:
+    """Raise UserError for an option that is not a number of at least 0."""
+    for name, value in options.items():
+        if not (_is_number(value) and 0 <= value <= _LARGEST):
+            raise UserError(f"{name} must be a number from 0 to {_LARGEST:.0e}, got {value!r}")
+
+
+def check_boolean(**options: Any) -> None:
+    """Raise UserError for an option that is neither true nor false."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must be true or false, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

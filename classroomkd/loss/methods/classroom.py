@@ -1,0 +1,122 @@
+"""The classroom: mentors ranked, filtered and heard at temperatures of their own, row by row.
+
+Sarode, Khan, Shehzadi, Stricker, Afzal: *Classroom-Inspired Multi-Mentor Distillation with Adaptive
+Learning Strategies* (IntelliSys 2025). The loss is `classroomkd.ClassroomLoss`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from classroomkd.errors import UserError
+from classroomkd.loss.methods.base import (
+    Method,
+    Outputs,
+    check_boolean,
+    select_rows,
+    standardised,
+)
+from classroomkd.loss.module import ClassroomLoss
+from classroomkd.loss.options import LossOptions
+from classroomkd.loss.report import ClassroomReport
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+class Classroom(Method):
+    """a_s · CE(z_s, t) + Σ_m active_m · g_m · r_m · τ_m² · KL_m.
+
+    With ``standardise`` every row of logits, the student's and each mentor's, is replaced by its
+    z-score in the sum: in the ranks r, the filter, the temperatures τ and KL. The first term stays
+    that of the raw logits, its weight a_s too. So it is ClassroomLoss with task weight 0 on the
+    z-scores, whose gradient goes on through the student's, plus the task's part of ClassroomLoss on
+    the raw logits. In the report the mentors' entries are then of the z-scores, and the student's
+    confidence and task loss of the raw logits.
+
+    Args:
+        standardise: see above.
+        mentor_weight, process_group, **options: those of ClassroomLoss; reduction is not "none".
+
+    """
+
+    reports = True
+
+    def __init__(
+        self,
+        *,
+        standardise: bool = False,
+        mentor_weight: Sequence[float] | Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        **options: float | str | int | None,
+    ) -> None:
+        super().__init__()
+        check_boolean(standardise=standardise)
+        if options.get("reduction") == "none":
+            raise UserError("reduction must be 'mean' or 'sum' where a student is trained")
+        self.standardise = standardise
+
+        def loss(mentor_weight: Any, **changed: Any) -> ClassroomLoss:
+            changed = options | changed
+            return ClassroomLoss(
+                mentor_weight=mentor_weight, process_group=process_group, **changed
+            )
+
+        try:
+            self.loss = loss(mentor_weight)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from None
+        if standardise:
+            self.lessons = loss(mentor_weight, task_weight=0.0)
+            # The student as its own only mentor, of no weight: only the task is left.
+            self.task = loss([0.0])
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """Those of ClassroomLoss too."""
+        return super().options() | {field.name: field.default for field in fields(LossOptions)}
+
+    def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        """The loss; targets may be class probabilities [B, C] too."""
+        logits, mentor_logits = student.logits, [mentor.logits for mentor in mentors]
+        if not self.standardise:
+            return self.loss(logits, mentor_logits, targets)
+        scores, *mentor_scores = self._scores([logits, *mentor_logits], targets)
+        task = self.task(logits, [logits.detach()], targets)
+        return task + self.lessons(scores, mentor_scores, targets)
+
+    def backward(
+        self,
+        student: Outputs,
+        mentors: Sequence[Outputs],
+        targets: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, ClassroomReport]:
+        """Loss and gradient in one launch, two with ``standardise``, and no graph between them."""
+        logits, mentor_logits = student.logits, [mentor.logits for mentor in mentors]
+        how = {"scale": scale, "return_report": True}
+        if not self.standardise:
+            loss, grad, report = self.loss.loss_and_grad(logits, mentor_logits, targets, **how)
+            logits.backward(grad)
+            return loss, report
+        scores, *mentor_scores = self._scores([logits, *mentor_logits], targets)
+        lessons, through_scores, report = self.lessons.loss_and_grad(
+            scores, mentor_scores, targets, **how
+        )
+        task, grad, raw = self.task.loss_and_grad(logits, [logits.detach()], targets, **how)
+        torch.autograd.backward([scores, logits], [through_scores, grad])
+        report = report._replace(student_confidence=raw.student_confidence, task_loss=raw.task_loss)
+        return lessons + task, report
+
+    def _scores(self, everyone: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
+        """The z-scores of logits [B, C] each."""
+        if targets.dim() == 2:
+            valid = torch.ones_like(targets[:, 0], dtype=torch.bool)
+        else:
+            valid = targets != self.loss.options.ignore_index
+        return [standardised(select_rows(logits, valid)) for logits in everyone]

@@ -1,0 +1,39 @@
+"""What methods on features share: which stages of student and teacher belong together, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from classroomkd.loss.methods.base import Outputs, select_rows
+
+T = TypeVar("T")
+
+
+def paired(student: Sequence[T], teacher: Sequence[T]) -> list[tuple[T, T]]:
+    """What is of the same stage, counted back from the last, in order; as many as both have."""
+    n = min(len(student), len(teacher))
+    return list(zip(student[len(student) - n :], teacher[len(teacher) - n :], strict=True))
+
+
+def paired_features(
+    student: Outputs, teacher: Outputs, valid: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """Features [B, C_i, H, W], with zeros in rows that do not count, of equal height and width.
+
+    The larger map of a pair is average-pooled to the smaller's size.
+    """
+    pairs = []
+    for pair in paired(student.features, [f.detach() for f in teacher.features]):
+        size = [
+            min(sides) for sides in zip(*(features.shape[2:] for features in pair), strict=True)
+        ]
+        pairs.append(tuple(_pooled(select_rows(features, valid), size) for features in pair))
+    return pairs
+
+
+def _pooled(features: Tensor, size: list[int]) -> Tensor:
+    return features if list(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)

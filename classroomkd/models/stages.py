@@ -1,0 +1,84 @@
+"""The features of the zoo's networks: what their stages put out, before global pooling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .mobilenetv2 import MobileNetV2
+from .resnet import ResNet
+from .resnet_four_stage import ResNetFourStage
+from .shufflenet import ShuffleNetV1, ShuffleNetV2
+from .vgg import VGG
+from .wrn import WideResNet
+
+# As the literature on distillation counts them: the first block of a VGG, and the first of a
+# MobileNetV2, belong to the stem; of the latter's others those before a change of resolution count,
+# and the last.
+_STAGES: dict[type[nn.Module], tuple[str, ...]] = {
+    ResNet: ("layer1", "layer2", "layer3"),
+    ResNetFourStage: ("layer1", "layer2", "layer3", "layer4"),
+    WideResNet: ("block1", "block2", "block3"),
+    VGG: ("block1", "block2", "block3", "block4"),
+    MobileNetV2: ("blocks.1", "blocks.2", "blocks.4", "blocks.6"),
+    ShuffleNetV1: ("layer1", "layer2", "layer3"),
+    ShuffleNetV2: ("layer1", "layer2", "layer3"),
+}
+
+
+def stages(network: nn.Module) -> list[nn.Module]:
+    """The modules of a network of the zoo, or of one within ``network``, that end its stages.
+
+    Their outputs [B, C_i, H_i, W_i] are what follows a stage's last ReLU, except in pre-activation
+    and inverted residual networks (WideResNet, MobileNetV2), whose stages end in a sum or in a
+    convolution's batch norm.
+
+    Raises UserError if there is no network of the zoo.
+    """
+    for module in network.modules():
+        if type(module) in _STAGES:
+            return [module.get_submodule(name) for name in _STAGES[type(module)]]
+    raise UserError(
+        f"the stages of a {type(network).__name__} are not known: methods that compare features "
+        "take networks of the zoo only"
+    )
+
+
+class StageOutputs:
+    """Keeps what the stages of ``network`` put out when it is called, until it is taken.
+
+    Outputs are as they are: with their autograd graph, or tensors of inference mode. Hooks do not
+    run in compiled code.
+
+    Raises UserError as `stages` does.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = stages(network)
+        self._features: list[Tensor | None] = [None] * len(modules)
+        self._handles = [
+            module.register_forward_hook(self._keep(i)) for i, module in enumerate(modules)
+        ]
+
+    def _keep(self, i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            self._features[i] = output
+
+        return hook
+
+    def take(self) -> tuple[Tensor, ...]:
+        """The last call's features [B, C_i, H_i, W_i], in order, which are then let go of here.
+
+        Raises RuntimeError if there was no call since they were last taken.
+        """
+        features, self._features = self._features, [None] * len(self._features)
+        if any(tensor is None for tensor in features):
+            raise RuntimeError("the network was not called since its features were last taken")
+        return tuple(features)
+
+    def remove(self) -> None:
+        """Unhook from the network."""
+        for handle in self._handles:
+            handle.remove()

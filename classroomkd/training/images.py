@@ -1,0 +1,67 @@
+"""A recipe's images: where they come from, and what becomes of them on their way to a network."""
+
+from __future__ import annotations
+
+import torch
+
+from classroomkd.data import (
+    Augmentation,
+    CentreCrop,
+    ImageFiles,
+    ImageSet,
+    Loaders,
+    RandomResizedCrop,
+    digits,
+    list_source,
+    load_source,
+)
+from classroomkd.errors import UserError
+from classroomkd.training.config import DataConfig
+
+Sets = tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]
+
+_MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
+
+
+def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
+    """The training and the held-out part, split by ``seed`` where the source does not say.
+
+    They are decoded at ``data.image_size``, or files still, to be cropped and resized. Raises
+    UserError as `load_source` and `list_source` do, or if there are no files to crop.
+    """
+    if data.crop == "resize":
+        if data.source == "digits" or download is not None:
+            source = download or "the digits"
+            raise UserError(f"{source} are no photographs to crop and resize: take data.crop=pad")
+        return list_source(data.source, seed, data.test_share)
+    if data.source == "digits":
+        return digits(seed, data.test_share)
+    return load_source(
+        data.source,
+        image_size=data.image_size,
+        seed=seed,
+        test_share=data.test_share,
+        download=download,
+    )
+
+
+def open_loaders(
+    backend: str, sets: list[ImageSet | ImageFiles], size: int, device: torch.device | str
+) -> Loaders:
+    """Loaders of ``sets`` for networks that take images of ``size`` × ``size`` pixels.
+
+    Raises UserError as `Loaders` does.
+    """
+    return Loaders(backend, sets, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+
+
+def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
+    """What becomes of an image that a network trains on."""
+    if data.crop == "resize":
+        return RandomResizedCrop(data.image_size, data.flip)
+    return Augmentation(data.padding, data.flip, data.cutout)
+
+
+def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
+    """What becomes of an image that a network is measured on."""
+    return CentreCrop(size) if isinstance(image_set, ImageFiles) else None

@@ -1,0 +1,302 @@
+"""Training the networks of one run, each from where it stands: finished, in the store, or begun."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from classroomkd import models
+from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
+from classroomkd.errors import UserError
+from classroomkd.loss.methods import Method
+from classroomkd.models import NetworkInfo
+from classroomkd.report import label
+from classroomkd.training.checkpoints import Saver
+from classroomkd.training.config import Recipe, TrainingConfig
+from classroomkd.training.distributed import Processes
+from classroomkd.training.evaluation import Evaluation, evaluate
+from classroomkd.training.interrupts import Interrupts
+from classroomkd.training.machine import versions
+from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.progress import TrainingProgress
+from classroomkd.training.results import Part, best
+from classroomkd.training.run import Run
+from classroomkd.training.schedule import peak_learning_rate
+from classroomkd.training.store import MentorStore
+from classroomkd.training.trainer import Trainer
+
+Trained = tuple[nn.Module, dict[str, Any]]
+
+
+@dataclass(kw_only=True)
+class NetworkTrainer:
+    """Trains the networks of a run, and measures, records and saves them.
+
+    ``info`` is of any network of the run, ``held_out`` has a loader of each part of the images that
+    is measured, "test" last, ``digests`` tells the parts' contents, and ``notify`` takes lines for
+    the user.
+    """
+
+    recipe: Recipe
+    info: NetworkInfo
+    train_set: ImageSet
+    held_out: Mapping[str, Loader]
+    loaders: Loaders
+    digests: Mapping[str, str]
+    dtype: torch.dtype
+    run: Run
+    store: MentorStore
+    processes: Processes
+    interrupts: Interrupts
+    progress: TrainingProgress
+    notify: Callable[[str], None]
+
+    def train(
+        self, parts: Sequence[Part], method: Method, mentors: MentorBank | None = None
+    ) -> list[Trained]:
+        """The networks of one training, in the order of ``parts``, with their results.
+
+        ``parts`` differ in the epoch that they are taken from only. What an earlier process has
+        done of it is not done again, nor is a mentor trained that was trained so before, or that
+        another process trains meanwhile.
+        """
+        done = {part.name: self._finished(part) for part in parts}
+        missing = sorted((p for p in parts if not done[p.name]), key=lambda part: part.last)
+        if missing:
+            with self._alone(missing[-1]):
+                for part in list(missing):
+                    done[part.name] = self._from_store(part)
+                    if done[part.name]:
+                        missing.remove(part)
+                self._skip(parts, missing)
+                if missing:
+                    done |= self._train(missing, method, mentors)
+        else:
+            self._skip(parts, missing)
+        return [done[part.name] for part in parts]
+
+    def steps(self, parts: Sequence[Part]) -> int:
+        """Of a training that has been planned for ``parts``; 0 of none."""
+        if not parts:
+            return 0
+        of_an_epoch = max(len(self.train_set) // self._training(parts[0]).batch_size, 1)
+        return max(part.last for part in parts) * of_an_epoch
+
+    def _skip(self, parts: Sequence[Part], missing: Sequence[Part]) -> None:
+        self.progress.skip(self.steps(parts) - self.steps(missing))
+
+    def evaluate(self, network: nn.Module, part: str) -> Evaluation:
+        """Measure ``network`` on a held-out part."""
+        self.processes.align(network)
+        return evaluate(network, self.held_out[part], self.processes)
+
+    def _train(
+        self, parts: Sequence[Part], method: Method, mentors: MentorBank | None
+    ) -> dict[str, Trained]:
+        """Train up to the last of ``parts``, keeping the others on the way."""
+        part, done = parts[-1], {}
+        key, called = (part.phase, part.name), label(part.phase, part.name, self.recipe.method)
+        seed = self._seed(part)
+        torch.manual_seed(seed)
+        network = models.create(part.architecture, len(self.info.classes))
+        network.to(self.device, memory_format=torch.channels_last)
+        info, training = replace(self.info, architecture=part.architecture), self._training(part)
+        with self._training_loader(training.batch_size, seed) as loader:
+            trainer = Trainer(
+                network,
+                loader,
+                training,
+                name=called,
+                peak=peak_learning_rate(training, part.architecture),
+                method=method,
+                mentors=mentors,
+                image_size=info.image_size,
+                dtype=self.dtype,
+                cuda_graph=self.recipe.cuda_graph,
+                compile=self.recipe.compile,
+                processes=self.processes,
+            )
+            saver = Saver(
+                self.run.checkpoints(*key, keep=self.recipe.checkpoint_keep),
+                trainer,
+                info,
+                self.interrupts,
+                epochs=self.recipe.checkpoint_epochs,
+                minutes=self.recipe.checkpoint_minutes,
+                keeps_best=part.phase != "mentor",
+            )
+            saver.restore(self.notify)
+            self.run.take_up(saver.records)
+            self.progress.skip((trainer.epoch - 1) * len(loader) + trainer.batch)
+            measured = None
+            while trainer.epoch <= part.last:
+                self.progress.begin(called, trainer.epoch, part.last)
+                record, measured = self._train_epoch(trainer, saver)
+                saver.records.append(
+                    {"phase": part.phase, "name": part.name} | record | {"epochs": part.last}
+                )
+                self.run.record(saver.records[-1])
+                for earlier in parts[:-1]:
+                    if record["epoch"] == earlier.last:
+                        self._finish(earlier, network, info, measured, saver.records)
+                saver.after_epoch()
+                self.progress.show(record)
+            if measured is None:  # an earlier process got as far as the last epoch
+                measured = self.evaluate(network, "test")
+        if saver.keeps_best and (epoch := saver.best_epoch()):
+            self.run.keep_best(*key, saver.checkpoints.best(epoch))
+        result = self._finish(part, network, info, measured, saver.records)
+        self.progress.done(called, saver.records[-1])
+        for earlier in parts[:-1]:
+            done[earlier.name] = self._finished(earlier)
+        return done | {part.name: (network, result)}
+
+    def _finish(
+        self,
+        part: Part,
+        network: nn.Module,
+        info: NetworkInfo,
+        measured: Evaluation,
+        records: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        """Write what a part's network has become, into the store too, and return its result."""
+        own = {"name": part.name, "epochs": part.last}
+        records = [record | own for record in records]
+        result = part.result(network, measured) | best(records)
+        done = {"records": records, "result": result}
+        self.run.finish_network(part.phase, part.name, network, info, done)
+        deciding = self._deciding(part)
+        if deciding and self.processes.is_main:
+            try:
+                self.store.add(deciding, network, info, done)
+            except OSError as error:
+                self.notify(f"{label(part.phase, part.name)} is not kept in the store: {error}")
+        return result
+
+    def _finished(self, part: Part) -> Trained | None:
+        """The network as an earlier process of this run has trained it, if it has."""
+        done = self.run.finished(part.phase, part.name)
+        if done is None:
+            return None
+        network, _, _ = models.load_network(self.run.network_path(part.phase, part.name))
+        self.run.take_up(done["records"])
+        return network.to(self.device, memory_format=torch.channels_last), done["result"]
+
+    def _alone(self, part: Part) -> Any:
+        """Within it no other process trains the same mentor for the store."""
+        deciding = self._deciding(part)
+        if deciding is None or self.processes.together:  # those must not wait for one another
+            return nullcontext()
+        return self.store.claim(deciding, self.notify, self.interrupts)
+
+    def _from_store(self, part: Part) -> Trained | None:
+        """The mentor as it was trained before, measured anew on this run's images, if it was."""
+        deciding = self._deciding(part)
+        found = self.store.find(deciding, self.notify) if deciding else None
+        if found is None:
+            return None
+        network, info, kept = found
+        network.to(self.device, memory_format=torch.channels_last)
+        measured = part.result(network, self.evaluate(network, "test"))
+        kept["result"] = kept["result"] | measured | {"reused": True}
+        kept["records"] = [record | {"name": part.name} for record in kept["records"]]
+        self.run.take_up(kept["records"])
+        self.run.finish_network(part.phase, part.name, network, info, kept)
+        self.notify(f"{label(part.phase, part.name)}: taken from {self.store.folder}")
+        return network, kept["result"]
+
+    def _deciding(self, part: Part) -> dict[str, Any] | None:
+        """All that decides a mentor's training, or None where the store is not asked."""
+        if part.phase != "mentor" or not self.recipe.store:
+            return None
+        data = self.recipe.data
+        return {
+            "architecture": part.architecture,
+            "training": asdict(self._training(part)),
+            "epoch": part.last,
+            "images": dict(self.digests),
+            "classes": self.info.classes,
+            **{name: getattr(data, name) for name in ("image_size", "padding", "flip", "cutout")},
+            "mean": self.info.mean,
+            "std": self.info.std,
+            "seed": self._seed(part),
+            "precision": str(self.dtype),
+            "compile": self.recipe.compile,
+            "processes": self.processes.world_size,
+            "device": self.device.type,
+            "threads": self.recipe.threads if self.device.type == "cpu" else None,
+            "versions": versions(),
+        }
+
+    def _train_epoch(self, trainer: Trainer, saver: Saver) -> tuple[dict[str, Any], Evaluation]:
+        """Train and measure an epoch, or what is left of it; its record, and the test part's."""
+        started = time.perf_counter()
+
+        def between_steps() -> None:
+            self.progress.step()
+            saver.between_steps()
+
+        try:
+            record = trainer.train_epoch(between_steps)
+        except UserError as error:
+            raise UserError(f"{error}{saver.last_good()}") from None
+        for name in self.held_out:  # the test part is the last of them
+            measured = self.evaluate(trainer.network, name)
+            if not math.isfinite(measured.loss):
+                raise UserError(
+                    f"{trainer.name}, epoch {record['epoch']}: its loss on the {name} images is "
+                    f"{measured.loss}: the training diverged; try a lower learning rate"
+                    f"{saver.last_good()}"
+                )
+            record |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1}
+        record["seconds"] = time.perf_counter() - started
+        return record, measured
+
+    def _training_loader(self, batch_size: int, seed: int) -> Loader:
+        data = self.recipe.data
+        return self.loaders.open(
+            self.train_set,
+            self.processes.share(batch_size),
+            **self.processes.place,
+            mean=self.info.mean,
+            std=self.info.std,
+            augmentation=Augmentation(data.padding, data.flip, data.cutout),
+            shuffle=True,
+            drop_last=len(self.train_set) >= batch_size,
+            seed=seed,
+            dtype=self.dtype,
+        )
+
+    def _training(self, part: Part) -> TrainingConfig:
+        """How a network is trained."""
+        if part.phase == "mentor":
+            return replace(self.recipe.mentor_training, epochs=part.epochs)
+        return self.recipe.training
+
+    def _seed(self, part: Part) -> int:
+        seed = self.recipe.seed
+        if part.phase == "mentor" and self.recipe.mentor_seed is not None:
+            seed = self.recipe.mentor_seed
+        return network_seed(seed, part.number, part.architecture)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.processes.device
+
+
+def network_seed(seed: int, number: int, architecture: str) -> int:
+    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
+
+    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
+    """
+    entropy = (seed, number, *architecture.encode())
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
