@@ -7,6 +7,7 @@ one of the two. CPU tensors still take the definition, except in tests that ask 
 import contextlib
 import importlib.util
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,3 +82,26 @@ def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASSROOMKD_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def store(tmp_path, monkeypatch) -> Path:
+    """The store of mentors, an empty one."""
+    monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mentors"
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """The names of the networks that are trained."""
+    from classroomkd.training import networks
+
+    names = []
+
+    class Spy(networks.Trainer):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            names.append(self.name)
+
+    monkeypatch.setattr(networks, "Trainer", Spy)
+    return names

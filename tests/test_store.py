@@ -2,39 +2,19 @@
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 from test_training import colours, recipe
 
 from classroomkd import cli
-from classroomkd.training import networks as networks_module
 from classroomkd.training.classroom import Classroom
-from classroomkd.training.trainer import Trainer
 
 NO_STUDENT = 'student=""'
 OVERRIDES = ("store=true", "mentors=[resnet8]", "training.epochs=1", "mentor_training.epochs=2")
 
 
-@pytest.fixture(autouse=True)
-def store(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "mentors"
-
-
-@pytest.fixture
-def trained(monkeypatch) -> list[str]:
-    """The names of the networks that are trained."""
-    names = []
-
-    class Spy(Trainer):
-        def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options)
-            names.append(self.name)
-
-    monkeypatch.setattr(networks_module, "Trainer", Spy)
-    return names
+pytestmark = pytest.mark.usefixtures("store")
 
 
 def hold(out, *overrides, train_seed=0, test_seed=1):

@@ -94,8 +94,8 @@ def _results(run: Run) -> str:
 
 def _progress(run: Run) -> str:
     done = "".join(
-        f"<li>{escape(label(*network, run.method))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
-        for network, (*_, last) in run.curves.items()
+        f"<li>{escape(label(*key, run.method))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
+        for key, (*_, last) in run.curves.items()
     )
     unfinished = (
         "Unfinished: this run has no summary.json yet; here is what it has recorded so far."

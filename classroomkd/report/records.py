@@ -96,7 +96,7 @@ class Run:
 
 
 def label(phase: str, name: str, method: str = "classroom") -> str:
-    """What a network of the run is called in tables and legends, its student taught by ``method``."""
+    """What a network of a run is called in tables and legends; ``method`` taught its student."""
     taught = " in the classroom" if method == "classroom" else f" by {method}"
     return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, taught)
 

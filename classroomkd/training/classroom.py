@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageSet, Loaders, channel_statistics, split_off
+from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo
@@ -23,6 +23,7 @@ from classroomkd.report import write_report
 from classroomkd.training.config import MentorConfig, Recipe, split_seed, to_dict
 from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import evaluation_loader, require_finite, taught
+from classroomkd.training.images import open_loaders
 from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import device_name, find_device, find_precision, versions
 from classroomkd.training.mentor_bank import MentorBank
@@ -89,8 +90,8 @@ class Classroom:
 
     def run(
         self,
-        train_set: ImageSet,
-        test_set: ImageSet,
+        train_set: ImageSet | ImageFiles,
+        test_set: ImageSet | ImageFiles,
         out: Path,
         resume: bool = False,
     ) -> dict[str, Any]:
@@ -134,7 +135,8 @@ class Classroom:
                         f"{len(images)} {name} images cannot be shared out among "
                         f"{self.processes.world_size} processes"
                     )
-            loaders = Loaders(data.loader, list(sets.values()), self.device)
+            size = data.image_size
+            loaders = open_loaders(data.loader, list(sets.values()), size, self.device)
             with ExitStack() as opened:
                 self._held_out = {
                     name: opened.enter_context(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from classroomkd import models
-from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
+from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
@@ -23,6 +23,7 @@ from classroomkd.training.checkpoints import Saver
 from classroomkd.training.config import Recipe, TrainingConfig
 from classroomkd.training.distributed import Processes
 from classroomkd.training.evaluation import Evaluation, evaluate
+from classroomkd.training.images import training_augmentation
 from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import versions
 from classroomkd.training.mentor_bank import MentorBank
@@ -47,7 +48,7 @@ class NetworkTrainer:
 
     recipe: Recipe
     info: NetworkInfo
-    train_set: ImageSet
+    train_set: ImageSet | ImageFiles
     held_out: Mapping[str, Loader]
     loaders: Loaders
     digests: Mapping[str, str]
@@ -224,7 +225,10 @@ class NetworkTrainer:
             "epoch": part.last,
             "images": dict(self.digests),
             "classes": self.info.classes,
-            **{name: getattr(data, name) for name in ("image_size", "padding", "flip", "cutout")},
+            "image_size": data.image_size,
+            "augmentation": repr(training_augmentation(data)),
+            # That resize photographs each in its own way.
+            "loader": self.loaders.backend if data.crop == "resize" else None,
             "mean": self.info.mean,
             "std": self.info.std,
             "seed": self._seed(part),
@@ -268,7 +272,7 @@ class NetworkTrainer:
             **self.processes.place,
             mean=self.info.mean,
             std=self.info.std,
-            augmentation=Augmentation(data.padding, data.flip, data.cutout),
+            augmentation=training_augmentation(data),
             shuffle=True,
             drop_last=len(self.train_set) >= batch_size,
             seed=seed,

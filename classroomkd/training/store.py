@@ -64,7 +64,7 @@ class MentorStore:
         Raises Interrupted if a signal asks to stop meanwhile. A folder that cannot be written to
         is no hindrance: then nothing is kept anyway.
         """
-        weights, _ = self._paths(deciding)
+        weights, beside = self._paths(deciding)
         path = weights.with_suffix(".lock")
         with ExitStack() as held:
             with suppress(OSError):
@@ -81,6 +81,8 @@ class MentorStore:
                         if interrupts.received is not None:
                             raise Interrupted(interrupts.received) from None
             yield
+            if beside.exists():  # whoever waits will find it
+                path.unlink(missing_ok=True)
 
     def add(
         self,
