@@ -35,8 +35,9 @@ from classroomkd.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
 
-    0 is success, 1 that some of several runs failed, 2 a mistake of the user's or a refusal of the system's, told in one line on
-    stderr, 130 an interruption (143 by SIGTERM), 141 that nobody reads the output any more.
+    0 is success, 1 that some of many runs failed, 2 a mistake of the user's or a refusal of the
+    system's, told in one line on stderr, 130 an interruption (143 by SIGTERM), 141 that nobody
+    reads the output any more.
     """
     try:
         arguments = _parser().parse_args(argv)
@@ -292,7 +293,7 @@ def _add_reproduce(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME|FILE",
-        help="recipes in place of the table's own (classroomkd recipes lists those that come along)",
+        help="recipes in place of the table's own (classroomkd recipes lists what comes along)",
     )
     parser.add_argument(
         "--devices",

@@ -22,7 +22,7 @@ SCRIPT = f"""
     import torch.distributed as dist
     from torch import nn
     from test_training import colours
-    from classroomkd.loss.methods import create
+    from classroomkd.loss.methods import Method, create
     from classroomkd.data import Augmentation, ResidentLoader
     from classroomkd.training.config import TrainingConfig
     from classroomkd.training.distributed import Processes
@@ -55,8 +55,18 @@ SCRIPT = f"""
         rank=processes.rank,
         world_size=processes.world_size,
     )
-    mentors, method = None, create("alone")
-    if kind != "alone":
+    class Scaled(Method):
+        # Cross entropy of logits at a temperature that is learnt with the network.
+
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, student, mentors, targets):
+            return nn.functional.cross_entropy(student.logits / self.temperature, targets)
+
+    mentors, method = None, Scaled() if kind == "scaled" else create("alone")
+    if kind in ("sample", "batch"):
         mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
         group = dist.group.WORLD if processes.together else None
         method = create("classroom", ranking=kind, process_group=group)
@@ -65,8 +75,9 @@ SCRIPT = f"""
         mentors=mentors, method=method, processes=processes,
     )
     record = trainer.train_epoch()
+    network_weights = trainer.network.state_dict()
     if processes.is_main:
-        torch.save({{"weights": trainer.network.state_dict(), "record": record}}, path)
+        torch.save({{"weights": network_weights | method.state_dict(), "record": record}}, path)
 """
 
 
@@ -97,7 +108,7 @@ def launch(script, processes, *arguments, cwd=None):
     return [output for output, _ in outcomes]
 
 
-@pytest.mark.parametrize("kind", ["alone", "sample", "batch"])
+@pytest.mark.parametrize("kind", ["alone", "sample", "batch", "scaled"])
 def test_two_processes_train_as_one(tmp_path, kind):
     script = ["-c", textwrap.dedent(SCRIPT)]
     launch(script, 1, tmp_path / "one.pt", 16, kind)
@@ -109,6 +120,7 @@ def test_two_processes_train_as_one(tmp_path, kind):
     torch.manual_seed(0)
     start.reset_parameters()
     assert (one["weights"]["0.weight"] - start.weight).abs().max() > 0.01  # it did learn
+    assert kind != "scaled" or abs(one["weights"]["temperature"] - 2) > 0.01
 
 
 def test_a_whole_run_in_two_processes(tmp_path):

@@ -237,11 +237,13 @@ def report(arguments: argparse.Namespace) -> None:
 
 def recipes(_: argparse.Namespace) -> None:
     """Print the packaged recipes."""
-    table = Table("recipe", "student", "mentors", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    lines = [("recipe", "student", "mentors")]
     for name in recipe_names():
         recipe = load_recipe(find_recipe(name))
-        table.add_row(name, recipe.student, " ".join(mentor.source for mentor in recipe.mentors))
-    Console().print(table)
+        lines.append((name, recipe.student, " ".join(mentor.source for mentor in recipe.mentors)))
+    names_width, students_width, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for name, student, mentors in lines:  # too long for a table of 80 characters
+        print(f"{name:{names_width}}  {student:{students_width}}  {mentors}")
 
 
 def models(_: argparse.Namespace) -> None:
