@@ -1,4 +1,4 @@
-"""Ways to train a student: alone, in its classroom, and the methods that is compared with.
+"""Ways to train a student: alone, in a classroom, and by the methods compared with it.
 
 method = create("kd", temperature=4.0)
 loss, report = method.backward(Outputs(student_logits), [Outputs(teacher_logits)], targets)
