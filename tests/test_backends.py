@@ -10,6 +10,7 @@ from ffcv_required import requires_ffcv
 from rich.console import Console
 from test_loaders import MEAN, STD, random_set
 
+from classroomkd import files
 from classroomkd.data import Loaders, ResidentLoader, TorchLoader, backends, beton
 from classroomkd.errors import UserError
 from classroomkd.training.classroom import Classroom
@@ -110,7 +111,7 @@ def test_a_set_is_packed_by_one_at_a_time(cache, monkeypatch, locked):
 
     monkeypatch.setattr(beton, "pack", slow)
     if not locked:  # a system without such locks
-        monkeypatch.setattr(backends, "fcntl", None)
+        monkeypatch.setattr(files, "fcntl", None)
     sets = [random_set() for _ in range(1 + 3 * locked)]
     threads = [threading.Thread(target=backends.packed, args=[one]) for one in sets]
     for thread in threads:

@@ -109,12 +109,10 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     from classroomkd.data.beton import pack
 
     content, options = image_set.digest(), {}
-    names: list = image_set.classes
     if isinstance(image_set, ImageFiles):
         options = {"jpeg": True, "quality": QUALITY, "max_side": max_side}
-        names = [names, options]
-    names = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-    path = cache_folder() / f"{content[:16]}-{names[:8]}.beton"
+    others = hashlib.sha256(json.dumps([image_set.classes, options]).encode()).hexdigest()
+    path = cache_folder() / f"{content[:16]}-{others[:8]}.beton"
     digest = None if options else content  # of JPEGs it depends on what encoded them
     if not _is_whole(path, digest):
         path.parent.mkdir(parents=True, exist_ok=True)
