@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 from collections.abc import Iterable
 
 import torch
@@ -27,7 +28,7 @@ class Processes:
         self.device = device
         if self.together and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)  # or its threads abort the exit
+            atexit.register(_leave)
 
     @property
     def together(self) -> bool:
@@ -88,6 +89,16 @@ class Processes:
         """Wait for all others."""
         if self.together:
             dist.barrier()
+
+
+def _leave() -> None:
+    """Leave the group at the process's end.
+
+    Gloo's threads let go of the last exchange's tensors a moment after it is done, for which they
+    need Python; one that asks for it when Python is finalizing aborts the process.
+    """
+    time.sleep(0.1)
+    dist.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:

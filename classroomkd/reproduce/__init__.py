@@ -1,0 +1,1 @@
+"""`classroomkd reproduce`: tables of many runs, with the published numbers beside them."""

@@ -1,0 +1,121 @@
+"""The command `classroomkd reproduce`."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from classroomkd.errors import UserError
+from classroomkd.reproduce.page import result_cells, write_tables
+from classroomkd.reproduce.plan import Plan, make_plan, require_same_recipe
+from classroomkd.reproduce.results import write_results
+from classroomkd.reproduce.runner import Runner, check_devices
+from classroomkd.reproduce.status import duration, seconds_left, status, tasks_left
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Run what is left of a table and write it; 1 if a run failed, else 0."""
+    console = Console()
+    lists = ("methods", "classrooms", "devices")  # options that take what follows them
+    given = {name: list(getattr(arguments, name) or ()) for name in lists}
+    overrides = list(arguments.override)
+    for values in given.values():
+        overrides += [text for text in values if _is_override(text)]
+        values[:] = [text for text in values if not _is_override(text)]
+    devices = given["devices"] or ["cuda" if torch.cuda.is_available() else "cpu"]
+    check_devices(devices)
+    whole = make_plan(
+        arguments.table,
+        data=arguments.data,
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+        classrooms=given["classrooms"],
+        method_names=given["methods"],
+        overrides=overrides,
+    )
+    plan = whole.shard(*_shard(arguments.shard)) if arguments.shard else whole
+    out = arguments.out or Path("reproduce") / arguments.table
+    for task in plan.runs:
+        if (out / task.id / "config.yaml").exists():
+            require_same_recipe(task, out / task.id)
+    _print_plan(plan, out, len(devices), console)
+    if arguments.plan:
+        return 0
+    if missing := next((run for run in plan.runs if not run.recipe.data.source), None):
+        arguments.parser.error(f"--data is required: {missing.arguments[2]} does not name any")
+    out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(plan, out, devices, console)
+    order = [run.id for run in whole.runs]
+    try:
+        runner.run()
+    except KeyboardInterrupt as interrupt:
+        write_tables(write_results(arguments.table, out, order), out)
+        interrupt.args = (f"all runs are kept in {out}: the same command goes on",)
+        raise
+    results = write_results(arguments.table, out, order)
+    pages = write_tables(results, out)
+    _print_results(results, console)
+    for path in (out / "results.json", out / "results.csv", *pages):
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+    if runner.failed:
+        names = ", ".join(task.id for task in runner.failed)
+        console.print(f"failed: {names}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if runner.failed else 0
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--shard must be like 1/4, the first of four, not {text}")
+    return number, count
+
+
+def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("", "done", "begun", "left"):
+        table.add_column(column, justify="right" if column else "left")
+    states = {task.id: status(task, out) for task in (*plan.mentors, *plan.runs)}
+    lines: dict[str, Counter[str]] = {}
+    for task in (*plan.mentors, *plan.runs):
+        state = states[task.id]
+        is_run = task.id.startswith("runs/")
+        name = task.id.removeprefix("runs/").rpartition("/")[0] if is_run else "mentors"
+        kind = "done" if state.finished else "begun" if state.epochs else "left"
+        lines.setdefault(name, Counter())[kind] += 1
+    for name, counts in lines.items():
+        table.add_row(name, *(str(counts[kind] or "–") for kind in ("done", "begun", "left")))
+    console.print(table)
+    left = tasks_left(plan, out)
+    mentors = sum(task in plan.mentors for task in left)
+    time = duration(seconds_left(plan, out, at_once))
+    console.print(
+        f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
+        f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_results(results: Mapping[str, Any], console: Console) -> None:
+    columns, rows = result_cells(results)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    kept = [columns.index(name) for name in ("classroom", "variant", "seeds", "last", "best")]
+    for place in kept:
+        table.add_column(columns[place], justify="left" if place < 2 else "right")
+    for row in rows:
+        table.add_row(*(row[place] for place in kept))
+    console.print(table)

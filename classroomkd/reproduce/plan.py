@@ -1,0 +1,293 @@
+"""What has to be run for a table: students, the mentors before them, and how much work it is."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from classroomkd import models, recipes
+from classroomkd.errors import UserError
+from classroomkd.loss import methods
+from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
+from classroomkd.training.config import MentorConfig, Recipe, load_recipe
+from classroomkd.training.mentors import is_checkpoint, is_external, wherever
+
+# All seeds share the mentors and the images that are held out.
+_SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
+_OURS = {"seed": "--seeds", "method": "--methods", "alone": "--methods", "device": "--devices"}
+
+# What another machine may have otherwise without its numbers meaning something else.
+_ANYHOW = ("device", "threads", "store", "tensorboard")
+_ANYHOW_OF_DATA = ("source", "loader")
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """One subprocess: the training of a student, or of mentors for the store.
+
+    ``id`` is its run folder within the table's. ``arguments`` are those of ``classroomkd``, from
+    which ``recipe`` follows. ``epochs`` are all that it trains, ``work`` the floating-point
+    operations of that for each training image, and ``needs`` the ids of tasks to be done before.
+    """
+
+    id: str
+    arguments: tuple[str, ...]
+    recipe: Recipe
+    epochs: int
+    work: float
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The runs of a table, those of the first seed first, and the mentors that they need."""
+
+    runs: list[Task]
+    mentors: list[Task]
+
+    def shard(self, number: int, count: int) -> Plan:
+        """The ``number``-th, from 1, of ``count`` parts of about as much work, with its mentors.
+
+        A shard has few classrooms rather than few of each one's runs, so that few mentors are
+        needed by more than one shard. It depends on the plan alone, not on what has been done.
+        """
+        together = sorted(self.runs, key=lambda run: run.id)
+        ends = list(accumulate(run.work for run in together))
+        # A run belongs where its middle lies.
+        places = {
+            run.id: int(count * (end - run.work / 2) / ends[-1])
+            for run, end in zip(together, ends, strict=True)
+        }
+        runs = [run for run in self.runs if places[run.id] == number - 1]
+        needed = {need for run in runs for need in run.needs}
+        return Plan(runs, [task for task in self.mentors if task.id in needed])
+
+
+def make_plan(
+    table: str,
+    *,
+    data: Path | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    epochs: int | None = None,
+    classrooms: Sequence[str] = (),
+    method_names: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Everything that ``table`` takes.
+
+    Args:
+        table: one of `TABLES`.
+        data: as recipes take it in ``data.source``; the recipes' own where not given.
+        seeds: of the students.
+        epochs: of the students; the mentors' are scaled with them.
+        classrooms: recipes, by name or file, in place of the table's rows.
+        method_names: variants of the table, or methods, in place of all its variants.
+        overrides: of every recipe.
+
+    Raises UserError if something is not known, twice there, or for the plan to decide.
+    """
+    for item in overrides:
+        if (key := item.partition("=")[0]) in _OURS:
+            raise UserError(f"leave out the override {item!r}: it is {_OURS[key]} that decides it")
+    for option, values in (("--seeds", seeds), ("--classrooms", classrooms)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{option} has one value twice: {' '.join(map(str, values))}")
+    shared = list(_SHARED)
+    if data is not None:
+        shared.append(f"data.source={json.dumps(str(data))}")
+    spec, rows, known = TABLES[table], {}, {}
+    for classroom in classrooms or spec.rows:
+        file = recipes.find(classroom)
+        row = classroom if classroom in recipes.names() else file.stem
+        if row in rows:
+            raise UserError(f"two classrooms are called {row}: rename one of the files")
+        common = [*shared, *_epochs(load_recipe(file), epochs), *overrides]
+        recipe = load_recipe(file, common)
+        if not recipe.student or not recipe.mentors:
+            raise UserError(f"{file} is no classroom: it needs a student and mentors")
+        variants = {variant.name: variant for variant in spec.variants(row)(recipe)}
+        rows[row] = (classroom, common, variants)
+        known |= variants
+    chosen = _chosen(method_names, known)
+    first = []  # those of the first seed
+    for row, (classroom, common, variants) in rows.items():
+        for variant in chosen or variants.values():
+            if variant.name in variants or variant.name not in known:  # else another row's
+                variant = variants.get(variant.name, variant)
+                first.append((f"runs/{row}/{variant.name}", *_settled(classroom, common, variant)))
+    mentors: dict[str, list[tuple[Task, list[MentorConfig]]]] = {}
+    runs = []
+    for seed in seeds:
+        for name, arguments, recipe in first:
+            recipe = replace(recipe, seed=seed)
+            groups = _groups(recipe)
+            run = Task(
+                f"{name}/seed{seed}",
+                (*arguments, f"seed={seed}"),
+                recipe,
+                recipe.training.epochs,
+                _work(recipe),
+                tuple(groups),
+            )
+            runs.append(run)
+            for group, wanted in groups.items():
+                mentors.setdefault(group, []).append((run, wanted))
+    tasks = [_mentor_task(group, wanted) for group, wanted in mentors.items()]
+    return Plan(runs, sorted(tasks, key=lambda task: (-task.work, task.id)))
+
+
+def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
+    """The variants of these names, and the methods of those that are none."""
+    for name in wanted:
+        if name not in known and name not in methods.names():
+            every = [*known, *methods.names()]
+            nearest = ", ".join(difflib.get_close_matches(name, every, cutoff=0.0))
+            raise UserError(f"the table has no method {name!r}; the nearest names are {nearest}")
+    return [known.get(name) or Variant(name, name) for name in dict.fromkeys(wanted)]
+
+
+def _epochs(recipe: Recipe, epochs: int | None) -> list[str]:
+    """The overrides that stretch or shrink every schedule of a recipe alike."""
+    if epochs is None:
+        return []
+    factor = epochs / recipe.training.epochs
+
+    def scaled(number: int | None) -> int | None:
+        return None if number is None else max(round(number * factor), 1)
+
+    mentors = [
+        replace(mentor, epochs=scaled(mentor.epochs), at=scaled(mentor.at))
+        for mentor in recipe.mentors
+    ]
+    result = [
+        f"training.epochs={epochs}",
+        f"training.warmup_epochs={recipe.training.warmup_epochs * factor}",
+        f"mentor_training.epochs={scaled(recipe.mentor_training.epochs)}",
+        f"mentor_training.warmup_epochs={recipe.mentor_training.warmup_epochs * factor}",
+    ]
+    return result + ([mentors_override(mentors)] if mentors != recipe.mentors else [])
+
+
+def _settled(classroom: str, common: list[str], variant: Variant) -> tuple[tuple[str, ...], Recipe]:
+    """The arguments that make a variant of a classroom, all but the seed, and its recipe."""
+    overrides = [*common, *variant.overrides, f"method={variant.method}"]
+    recipe = load_recipe(recipes.find(classroom), overrides)
+    return ("train", "--recipe", classroom, *overrides), recipe
+
+
+def _work(recipe: Recipe) -> float:
+    size = recipe.data.image_size
+    step = 3 * forward_flops(recipe.student, size)  # backward takes twice as many
+    step += sum(forward_flops(mentor.source, size) for mentor in _teaching(recipe))
+    return step * recipe.training.epochs
+
+
+def _teaching(recipe: Recipe) -> list[MentorConfig]:
+    if recipe.method == "alone":
+        return []
+    single = methods.create(recipe.method, **recipe.method_options).single_mentor
+    return recipe.mentors[:1] if single else recipe.mentors
+
+
+def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
+    """The mentors that a run needs trained, those together that one task trains, by its id."""
+    groups: dict[str, list[MentorConfig]] = {}
+    for mentor in _teaching(recipe):
+        given = is_external(mentor.source) and mentor.epochs is None
+        if given or is_checkpoint(mentor.source):
+            continue
+        deciding = asdict(recipe)
+        deciding["data"] = {k: v for k, v in deciding["data"].items() if k != "loader"}
+        keys = ("data", "mentor_training", "precision", "compile", "threads")
+        seed = recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
+        values = [mentor.source, mentor.epochs, seed, *(deciding[key] for key in keys)]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        name = mentor.source.replace(":", "-")
+        groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)
+    return groups
+
+
+def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> Task:
+    """The task that trains all that any run wants of one network: its twins, and its epochs."""
+    most: Counter[tuple[str, int | None, int | None]] = Counter()
+    for _, mentors in wanted:
+        most |= Counter((mentor.source, mentor.epochs, mentor.at) for mentor in mentors)
+    mentors = [MentorConfig(*values) for values in most.elements()]
+    run = wanted[0][0]
+    rest = [item for item in run.arguments[1:] if not item.startswith("mentors=")]
+    recipe = replace(run.recipe, mentors=mentors, student="", method="classroom")
+    size, usual = recipe.data.image_size, recipe.mentor_training.epochs
+    # Twins are trained each; epochs of one network come from one training.
+    lasts: dict[int, int] = {}
+    for (_, own, at), count in most.items():
+        for number in range(count):
+            lasts[number] = max(lasts.get(number, 0), at or own or usual)
+    epochs = sum(lasts.values())
+    return Task(
+        group,
+        ("mentors", *rest, mentors_override(mentors)),
+        recipe,
+        epochs,
+        3 * epochs * forward_flops(mentors[0].source, size),
+    )
+
+
+@cache
+def forward_flops(network: str, image_size: int) -> float:
+    """Floating-point operations of a forward pass of one image; 0 for a checkpoint's file."""
+    if is_checkpoint(network):
+        return 0.0
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        models.create(network).eval()(torch.empty(1, 3, image_size, image_size))
+    return float(counter.get_total_flops())
+
+
+def require_same_recipe(task: Task, folder: Path) -> None:
+    """Raise UserError if the run in ``folder`` was begun with other values than ``task`` has."""
+    differing = difference(_values(load_recipe(folder / "config.yaml")), _values(task.recipe))
+    if differing:
+        raise UserError(
+            f"{folder} was begun with {differing} now: take the same options and recipe, or give "
+            "--out a new folder"
+        )
+
+
+def difference(begun: dict, now: dict) -> str:
+    """Of two recipes' `_values`, the first that differs, in words; empty if none does."""
+    for key, value in begun.items():
+        if isinstance(value, dict):
+            if inner := difference(value, now[key]):
+                return f"{key}.{inner}"
+        elif value != now[key]:
+            return f"{key} {_text(value)}, which is {_text(now[key])}"
+    return ""
+
+
+def _text(value: object) -> str:
+    return json.dumps(value)
+
+
+def run_values(folder: Path) -> dict:
+    """What decides the numbers of the run in ``folder``, its seed apart."""
+    return {k: v for k, v in _values(load_recipe(folder / "config.yaml")).items() if k != "seed"}
+
+
+def _values(recipe: Recipe) -> dict:
+    recipe = replace(recipe, mentors=[wherever(mentor) for mentor in recipe.mentors])
+    values = {
+        key: value
+        for key, value in asdict(recipe).items()
+        if key not in _ANYHOW and not key.startswith("checkpoint_")
+    }
+    values["data"] = {k: v for k, v in values["data"].items() if k not in _ANYHOW_OF_DATA}
+    return values

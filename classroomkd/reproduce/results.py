@@ -1,0 +1,157 @@
+"""The results of every finished run of a table, and what they say together."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
+from classroomkd.reproduce.plan import difference, run_values
+from classroomkd.reproduce.status import own_records
+
+_MEASURES = ("last", "best", "chosen", "seconds")
+_BASELINES = ("alone", "kd")
+
+
+def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """A row for each finished run in the folder ``out`` of ``table``, whoever ran it.
+
+    Runs come as in ``order``, of their ids, and those that are not in it after them.
+
+    Top-1 are shares of the test images: ``last`` after the last epoch, ``best`` the highest of any
+    epoch, ``chosen`` that of the epoch that does best on the validation images, None without any.
+
+    Raises UserError if runs that should differ in their seed only differ in more.
+    """
+    rows, first = [], {}
+    for path in sorted((out / "runs").rglob("seed*/summary.json")):
+        folder = path.parent
+        *row, variant, _ = folder.relative_to(out / "runs").parts
+        row = "/".join(row)
+        summary, values = _read(path), run_values(folder)
+        other, expected = first.setdefault((row, variant), (folder, values))
+        if differing := difference(expected, values):
+            raise UserError(
+                f"{other} has {differing} in {folder}: such runs cannot stand in one row; move one "
+                "of them away"
+            )
+        rows.append(_row(table, row, variant, folder, summary, values))
+    places = {"/".join(run.split("/")[1:-1]): place for place, run in enumerate(reversed(order))}
+
+    def place(row: Mapping[str, Any]) -> tuple[int, str, int]:
+        name = f"{row['classroom']}/{row['variant']}"
+        return -places.get(name, -1), name, row["seed"]
+
+    return sorted(rows, key=place)
+
+
+def _row(
+    table: str,
+    classroom: str,
+    variant: str,
+    folder: Path,
+    summary: Mapping[str, Any],
+    values: Mapping[str, Any],
+) -> dict[str, Any]:
+    mentors = [result for result in summary["results"] if result["phase"] == "mentor"]
+    students = {r["phase"]: r for r in summary["results"] if r["phase"] != "mentor"}
+    student = students.get("classroom") or students["alone"]
+    data = summary["data"]
+    return {
+        "table": table,
+        "classroom": classroom,
+        "variant": variant,
+        "method": summary["method"],
+        "student": student["name"],
+        "mentors": " ".join(mentor["source"] for mentor in values["mentors"]),
+        "seed": summary["seed"],
+        "epochs": student["epochs"],
+        "mentor_epochs": values["mentor_training"]["epochs"],
+        "data": data["name"],
+        "cifar100": _is_cifar100(data),
+        "classes": data["classes"],
+        "train_images": data["train_images"],
+        "validation_images": data.get("validation_images", 0),
+        "test_images": data["test_images"],
+        "test_digest": _read(folder / "inputs.json").get("the test images"),
+        "last": student["top1"],
+        "best": student["best_test_top1"],
+        "chosen": student.get("chosen_top1"),
+        "teacher_last": mentors[0]["top1"] if mentors else None,
+        "mentors_last": " ".join(f"{mentor['name']}={mentor['top1']:.4f}" for mentor in mentors),
+        "seconds": sum(line["seconds"] for line in own_records(folder, mentors=False)),
+        "device": summary["device"],
+        **summary["versions"],
+    }
+
+
+def _is_cifar100(data: Mapping[str, Any]) -> bool:
+    """Whether that is the whole of CIFAR-100, by its classes and counts."""
+    counts = (data["train_images"] + data.get("validation_images", 0), data["test_images"])
+    names = {name.replace(" ", "_") for name in data["class_names"]}
+    known = {"aquarium_fish", "lawn_mower", "willow_tree", "worm"}
+    return len(names) == 100 and known <= names and counts == (50_000, 10_000)
+
+
+def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A group for each classroom and variant, over its seeds.
+
+    Each measure is ``[mean, sample standard deviation]``, the latter None for one seed, or None if
+    a run lacks it. ``over_alone`` and ``over_kd`` are the differences of ``last`` from the run of
+    that variant with the same seed, over the seeds that both have.
+    """
+    runs: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["classroom"], row["variant"]), {})[row["seed"]] = row
+    groups = []
+    for (classroom, variant), by_seed in runs.items():
+        own = list(by_seed.values())
+        group = {key: own[0][key] for key in ("classroom", "variant", "method", "student")}
+        group |= {
+            "mentors": own[0]["mentors"].split(),
+            "seeds": sorted(by_seed),
+            "teacher_last": own[0]["teacher_last"],
+        }
+        group |= {key: _spread([row[key] for row in own]) for key in _MEASURES}
+        for baseline in _BASELINES:
+            others = runs.get((classroom, baseline), {})
+            group[f"over_{baseline}"] = _spread(
+                [by_seed[seed]["last"] - others[seed]["last"] for seed in by_seed if seed in others]
+                if variant != baseline
+                else []
+            )
+        groups.append(group)
+    return groups
+
+
+def _spread(values: Sequence[float | None]) -> list[float | None] | None:
+    if not values or None in values:
+        return None
+    return [mean(values), stdev(values) if len(values) > 1 else None]
+
+
+def write_results(table: str, out: Path, order: Sequence[str] = ()) -> dict[str, Any]:
+    """Write results.json and results.csv of the finished runs in ``out``; what the first holds."""
+    rows = collect(table, out, order)
+    results = {"table": table, "groups": aggregate(rows), "runs": rows}
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    atomic_write(out / "results.csv", text.getvalue())
+    atomic_write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    return results
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}: remove its folder and run again") from None

@@ -1,0 +1,206 @@
+"""Running a plan's tasks as processes, several at once, until all are done."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from classroomkd.errors import UserError
+from classroomkd.files import lock
+from classroomkd.reproduce.plan import Plan, Task
+from classroomkd.reproduce.status import duration, is_finished, seconds_left, status, tasks_left
+from classroomkd.training.interrupts import Interrupted, Interrupts
+
+_LOOK_EVERY = 0.5  # seconds
+_TAIL = 15  # lines of a failed run's output
+
+
+@dataclass
+class _Running:
+    task: Task
+    slot: int
+    process: subprocess.Popen
+    log: Path
+    begun_at: int  # in the log
+    shown: TaskID
+
+
+class Runner:
+    """Runs what is left of a plan in the folder ``out``, a process a task.
+
+    Args:
+        plan: the runs come in its order, each after the mentors that it needs.
+        out: gets the run folders, and the processes' outputs under logs/.
+        devices: as torch names them, one process at a time on each; one named twice has two.
+        console: for progress, and what went wrong.
+
+    """
+
+    def __init__(self, plan: Plan, out: Path, devices: Sequence[str], console: Console) -> None:
+        self.out, self.devices, self.console = out, devices, console
+        self.failed: list[Task] = []
+        self.elsewhere: list[Task] = []
+        """Tasks that other processes are at."""
+        self._plan = plan
+        self._waiting = tasks_left(plan, out)
+        self._running: list[_Running] = []
+        self._told_at = 0.0
+
+    def run(self) -> None:
+        """Run everything that can be run.
+
+        Raises KeyboardInterrupt, at SIGINT and SIGTERM, once the processes have saved their states
+        and ended.
+        """
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[what]}"),
+            console=self.console,
+            expand=True,
+            transient=True,
+        )
+        with Interrupts() as interrupts, self._progress:
+            total = self._progress.add_task("all", total=len(self._waiting), what="")
+            try:
+                while self._running or self._waiting:
+                    self._reap()
+                    if interrupts.received is not None:
+                        break
+                    self._start_all()
+                    self._show(total)
+                    if not self._running:
+                        break
+                    time.sleep(_LOOK_EVERY)
+                for running in self._running:
+                    running.process.send_signal(interrupts.received)
+                for running in self._running:
+                    running.process.wait()
+            finally:  # at a second signal they have no more time
+                for running in self._running:
+                    running.process.kill()
+                    running.process.wait()
+        if interrupts.received is not None:
+            raise Interrupted(interrupts.received)
+
+    def _start_all(self) -> None:
+        """Give every free device a task that can be begun, as long as there is one."""
+        for slot in range(len(self.devices)):
+            if any(running.slot == slot for running in self._running):
+                continue
+            unmet = {task.id for task in self._waiting} | {r.task.id for r in self._running}
+            broken = {task.id for task in self.failed}
+            for task in list(self._waiting):
+                if missing := broken.intersection(task.needs):
+                    self._waiting.remove(task)
+                    self.failed.append(task)
+                    self._print(f"left out: {task.id}, for want of {', '.join(sorted(missing))}")
+                elif not unmet.intersection(task.needs):
+                    self._waiting.remove(task)
+                    if _is_locked(self.out / task.id):
+                        self.elsewhere.append(task)
+                        self._print(f"another process is at {task.id}")
+                        continue
+                    self._start(task, slot)
+                    break
+
+    def _start(self, task: Task, slot: int) -> None:
+        folder, environment = self.out / task.id, os.environ.copy()
+        kind, _, number = self.devices[slot].partition(":")
+        if (folder / "config.yaml").exists():
+            arguments = ["train", "--resume", str(folder)]
+        else:
+            if folder.exists():  # begun, but not as far as its first file
+                shutil.rmtree(folder)
+            arguments = [*task.arguments, f"device={kind}", "--out", str(folder)]
+        if kind == "cuda" and number:
+            # Hidden from the run, its number does not matter when it is taken up elsewhere.
+            visible = environment.get("CUDA_VISIBLE_DEVICES")
+            number = visible.split(",")[int(number)] if visible else number
+            environment["CUDA_VISIBLE_DEVICES"] = number
+        log = self.out / "logs" / f"{task.id}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            begun_at = output.tell()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "classroomkd", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,  # so that Ctrl-C reaches it through us alone
+            )
+        shown = self._progress.add_task(escape(task.id), total=task.epochs, what="epochs")
+        self._running.append(_Running(task, slot, process, log, begun_at, shown))
+
+    def _reap(self) -> None:
+        """Take note of the processes that have ended."""
+        for running in list(self._running):
+            code = running.process.poll()
+            if code is None:
+                continue
+            self._running.remove(running)
+            self._progress.remove_task(running.shown)
+            task = running.task
+            if code == 0 and is_finished(task, self.out):
+                self._print(f"done: {task.id}, {duration(status(task, self.out).seconds)}")
+                continue
+            self.failed.append(task)
+            with running.log.open("rb") as log:
+                log.seek(running.begun_at)
+                lines = log.read().decode(errors="replace").splitlines()
+            self._print(f"failed: {task.id}, status {code}; the end of {running.log}:")
+            for line in lines[-_TAIL:]:
+                self._print(f"  {line}")
+
+    def _show(self, total: TaskID) -> None:
+        for running in self._running:
+            epochs = status(running.task, self.out).epochs
+            self._progress.update(running.shown, completed=epochs)
+        if time.monotonic() - self._told_at > 10:  # it reads every record
+            self._told_at = time.monotonic()
+            left = duration(seconds_left(self._plan, self.out, len(self.devices)))
+            self._progress.update(total, what=f"runs; left: {left}")
+        ended = self._progress.tasks[0].total - len(self._waiting) - len(self._running)
+        self._progress.update(total, completed=ended)
+
+    def _print(self, line: str) -> None:
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def check_devices(devices: Sequence[str]) -> None:
+    """Raise UserError for a device that there is not, or for devices of two kinds.
+
+    The numbers of a CPU and of a GPU differ, in what they round, and so do their mentors.
+    """
+    import torch
+
+    for name in devices:
+        kind, colon, number = name.partition(":")
+        count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+        if not count or (colon and not (number.isdecimal() and int(number) < count)):
+            raise UserError(f"there is no device {name!r}: choose others of --devices")
+    if len({name.partition(":")[0] for name in devices}) > 1:
+        raise UserError(
+            f"--devices {' '.join(devices)} are of two kinds, which round differently: choose one"
+        )
+
+
+def _is_locked(run: Path) -> bool:
+    with suppress(FileNotFoundError), (run / "config.yaml").open() as file:
+        try:
+            lock(file, 0)
+        except BlockingIOError:
+            return True
+    return False

@@ -1,0 +1,78 @@
+"""How far the tasks of a plan are, and how long the rest will take."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from classroomkd.reproduce.plan import Plan, Task
+
+
+@dataclass(frozen=True)
+class Status:
+    """Of a task: whether it is finished, and of its networks the epochs and seconds until now."""
+
+    finished: bool
+    epochs: int
+    seconds: float
+
+
+def status(task: Task, out: Path) -> Status:
+    """How far ``task`` is in the table's folder ``out``."""
+    folder = out / task.id
+    lines = own_records(folder, mentors=task.id.startswith("mentors/"))
+    seconds = sum(line.get("seconds") or 0.0 for line in lines)
+    return Status(is_finished(task, out), len(lines), seconds)
+
+
+def is_finished(task: Task, out: Path) -> bool:
+    """Whether all of ``task`` is done."""
+    return (out / task.id / "summary.json").exists()
+
+
+def own_records(run: Path, mentors: bool) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are of the mentors, or those that are of the student."""
+    records = []
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError):  # the last one may be half written
+                if ((record := json.loads(line))["phase"] == "mentor") is mentors:
+                    records.append(record)
+    return records
+
+
+def tasks_left(plan: Plan, out: Path) -> list[Task]:
+    """What is still to be done: mentors that runs left over need, then those runs."""
+    runs = [run for run in plan.runs if not is_finished(run, out)]
+    needed = {need for run in runs for need in run.needs}
+    mentors = [task for task in plan.mentors if task.id in needed and not is_finished(task, out)]
+    return mentors + runs
+
+
+def seconds_left(plan: Plan, out: Path, at_once: int) -> float | None:
+    """The time that what is left takes if ``at_once`` tasks run side by side, each as until now.
+
+    It follows from the seconds that the epochs until now took and the operations of the networks;
+    None before the first epoch.
+    """
+    states = {task: status(task, out) for task in (*plan.mentors, *plan.runs)}
+    done = {task: min(now.epochs / task.epochs, 1.0) for task, now in states.items()}
+    left = sum((1 - done[task]) * task.work for task in tasks_left(plan, out))
+    if not left:
+        return 0.0
+    work = sum(share * task.work for task, share in done.items())
+    return sum(now.seconds for now in states.values()) / work * left / at_once if work else None
+
+
+def duration(seconds: float | None) -> str:
+    """In words, to be read at a glance."""
+    if seconds is None:
+        return "unknown until a first epoch is done"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,184 @@
+"""The tables: which classrooms they compare, and in which variants; and what others published."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from classroomkd.training.config import MentorConfig, Recipe
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What is changed in a classroom's recipe: ``overrides`` are as the command line takes them."""
+
+    name: str
+    method: str = "classroom"
+    overrides: tuple[str, ...] = ()
+
+
+Variants = Callable[[Recipe], Sequence[Variant]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table's rows: packaged recipes, each with its variants.
+
+    Other classrooms, of the user's choice, get the variants of the first row.
+    """
+
+    title: str
+    rows: dict[str, Variants]
+
+    def variants(self, classroom: str) -> Variants:
+        """The variants of a row, or of a classroom that is none."""
+        return self.rows.get(classroom) or next(iter(self.rows.values()))
+
+
+class Published(NamedTuple):
+    """Top-1 in percent."""
+
+    teacher: float
+    alone: float
+    kd: float
+    best: float
+
+
+# Teacher, student alone and KD from the tables of RepDistiller (Tian, Krishnan, Isola: Contrastive
+# Representation Distillation, ICLR 2020, and its repository); the best from NTCE-KD.
+PUBLISHED = {
+    ("resnet56", "resnet20"): Published(72.34, 69.06, 70.66, 73.46),
+    ("resnet110", "resnet32"): Published(74.31, 71.14, 73.08, 75.71),
+    ("resnet32x4", "resnet8x4"): Published(79.42, 72.50, 73.33, 78.66),
+    ("wrn_40_2", "wrn_16_2"): Published(75.61, 73.26, 74.92, 77.65),
+    ("wrn_40_2", "wrn_40_1"): Published(75.61, 71.98, 73.54, 76.44),
+    ("vgg13", "vgg8"): Published(74.64, 70.36, 72.98, 76.33),
+    ("resnet50", "mobilenetv2"): Published(79.34, 64.60, 67.35, 72.85),
+    ("vgg13", "mobilenetv2"): Published(74.64, 64.60, 67.37, 72.06),
+    ("resnet32x4", "shufflenetv1"): Published(79.42, 70.50, 74.07, 78.43),
+    ("resnet32x4", "shufflenetv2"): Published(79.42, 71.82, 74.45, 79.43),
+    ("wrn_40_2", "shufflenetv1"): Published(75.61, 70.50, 74.83, 78.66),
+}
+PUBLISHED_FROM = (
+    "Published: top-1 on CIFAR-100's test images after 240 epochs; teacher, alone and KD from "
+    "RepDistiller's tables; best is NTCE-KD's, which augments more strongly."
+)
+PUBLISHED_EPOCHS = 240
+
+# Of 240 epochs, before and after the rate's falls from 150 on.
+_PEERS_OF_ONE = {
+    "weak": (2, 5, 10, 20, 40),
+    "mixed": (2, 10, 40, 190, 230),
+    "strong": (170, 190, 210, 220, 230),
+}
+_TEACHERS = ("resnet50", "vgg13", "wrn_40_2")
+
+
+def mentors_override(mentors: Sequence[MentorConfig]) -> str:
+    """The override that makes ``mentors`` a recipe's."""
+    values = [
+        {key: value for key, value in asdict(mentor).items() if value is not None}
+        for mentor in mentors
+    ]
+    return f"mentors={json.dumps(values)}"
+
+
+def _methods(recipe: Recipe) -> list[Variant]:
+    return [Variant(name, name) for name in ("alone", "kd", "classroom")]
+
+
+def _all_methods(recipe: Recipe) -> list[Variant]:
+    from classroomkd.loss.methods import names
+
+    return [
+        *(Variant(name, name) for name in names()),
+        Variant("classroom-batch", "classroom", ("loss.ranking=batch",)),
+        Variant("classroom-standardised", "classroom", ("loss.standardise=true",)),
+        Variant("kd-standardised", "kd", ("method_options.standardise=true",)),
+    ]
+
+
+def _ablation(recipe: Recipe) -> list[Variant]:
+    changes = {
+        "full": "",
+        "filter-off": "knowledge_filter=none",
+        "filter-correct": "knowledge_filter=correct",
+        "mentoring-none": "mentoring=none",
+        "mentoring-fixed": "mentoring=fixed temperature=4",
+        "mentoring-dtkd": "mentoring=dtkd temperature=4",
+        "weights-uniform": "weighting=uniform",
+        "task-weight-1": "task_weight=1.0",
+        "ranking-batch": "ranking=batch",
+        "released": "ranking=batch rank_decimals=2",
+        "released-neither": "ranking=batch knowledge_filter=none weighting=uniform mentoring=none "
+        "task_weight=1.0",
+    }
+    return [
+        Variant("alone", "alone"),
+        *(
+            Variant(name, overrides=tuple(f"loss.{change}" for change in text.split()))
+            for name, text in changes.items()
+        ),
+    ]
+
+
+def _temperatures(recipe: Recipe) -> list[Variant]:
+    return [Variant(f"T{t}", overrides=(f"loss.temperature={t}",)) for t in (4, 8, 12, 20)]
+
+
+def _peers_of_one(recipe: Recipe) -> list[Variant]:
+    """The teacher with five earlier epochs of its own training as peers."""
+    teacher = recipe.mentors[0]
+    epochs = teacher.epochs or recipe.mentor_training.epochs
+    variants = [Variant("alone", "alone")]
+    for name, of_240 in _PEERS_OF_ONE.items():
+        peers = [
+            MentorConfig(teacher.source, teacher.epochs, max(round(epochs * at / 240), 1))
+            for at in of_240
+        ]
+        variants.append(Variant(name, overrides=(mentors_override([teacher, *peers]),)))
+    return variants
+
+
+def _grid(recipe: Recipe) -> list[Variant]:
+    """0 to 3 teachers, the recipe's own before others, by 0 to 5 peers."""
+    own, *peers = recipe.mentors
+    teachers = [own, *(MentorConfig(name) for name in _TEACHERS if name != own.source)][:3]
+    variants = [Variant("alone", "alone")]
+    for t in range(len(teachers) + 1):
+        for p in range(len(peers) + 1):
+            if t + p:
+                mentors = mentors_override([*teachers[:t], *peers[:p]])
+                variants.append(Variant(f"teachers{t}-peers{p}", overrides=(mentors,)))
+    return variants
+
+
+_MAIN = (
+    "resnet50-mobilenetv2 vgg13-mobilenetv2 resnet56-resnet20 resnet110-resnet20 "
+    "resnet110-resnet32 wrn_40_2-wrn_16_2 wrn_40_2-wrn_40_1 vgg13-vgg8 resnet32x4-shufflenetv1 "
+    "wrn_40_2-shufflenetv1 resnet32x4-shufflenetv2 resnet32x4-resnet8x4"
+)
+_OTHER_PEERS = (
+    "wrn_40_2-wrn_16_2-strong-peers wrn_40_2-shufflenetv1-strong-peers "
+    "wrn_40_2-wrn_16_8-strong-peers wrn_40_2-resnet34-strong-peers wrn_40_2-resnet50-strong-peers "
+    "resnet56-resnet20-six-equal vgg13-vgg8-six-equal wrn_40_2-wrn_16_2-six-equal"
+)
+
+
+def _rows(names: str, variants: Variants) -> dict[str, Variants]:
+    return {f"cifar100/{name}": variants for name in names.split()}
+
+
+TABLES = {
+    "main": Table("Every classroom", _rows(_MAIN, _methods)),
+    "ablation": Table("The parts of the loss", _rows("resnet50-mobilenetv2", _ablation)),
+    "methods": Table("Methods", _rows("resnet56-resnet20", _all_methods)),
+    "temperature": Table("Temperatures", _rows("resnet56-resnet20", _temperatures)),
+    "peers": Table(
+        "Weak, strong and equal peers",
+        _rows("resnet56-resnet20", _peers_of_one) | _rows(_OTHER_PEERS, _methods),
+    ),
+    "multi-teacher": Table("Teachers and peers", _rows("resnet50-mobilenetv2", _grid)),
+}
