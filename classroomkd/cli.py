@@ -103,9 +103,22 @@ def _parser() -> Parser:
         help="go on with the run in this folder, whatever stopped it; takes no other option",
     )
 
-    mentors = command("mentors", "train only the mentors of a recipe that are not in the store yet")
+    mentors = _command(
+        commands,
+        "classroomkd.reproduce.commands",
+        "mentors",
+        "train only the mentors of a recipe that are not in the store yet",
+    )
     _add_recipe_options(mentors)
     _add_run_options(mentors, "mentors")
+    mentors.add_argument(
+        "--at-once",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="train so many side by side on the device, a process each, which serves GPUs that one "
+        "of them does not fill; the same command with --out goes on where it ended (default: 1)",
+    )
 
     evaluate = command("evaluate", "measure a trained student on held-out images")
     evaluate.add_argument(
@@ -161,6 +174,7 @@ def _parser() -> Parser:
 def _add_recipe_options(parser: Parser) -> None:
     """What makes a recipe. None has a default, for those are the recipe's."""
     parser.lists_zoo = True
+    parser.intermixed = True
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",

@@ -1,4 +1,4 @@
-"""The recipes for CIFAR-100 and the small one: they say what was published, and every one can be trained."""
+"""The recipes for CIFAR-100, and the small one: what was published, and each can be trained."""
 
 from functools import cache
 

@@ -489,3 +489,19 @@ def test_a_plan_runs_nothing(tiny, tmp_path, capsys):
     assert "36 of 36 runs left, before them 2 of 2 trainings of mentors" in text
     assert "tiny/mentoring-dtkd" in text
     assert not (tmp_path / "out").exists()
+
+
+def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys):
+    """Each network in a process of its own, found afterwards by a run that wants them all."""
+    wanted = "mentors=[resnet14,resnet8@2,resnet8,{source: resnet8, epochs: 3}]"
+    options = ["--recipe", str(tiny), "--data", str(data), "--loader", "resident", wanted]
+    side = [*options, "--at-once", "2", "--out", str(tmp_path / "side")]
+    assert cli.main(["mentors", *side]) == 0, capsys.readouterr()
+    assert len(list(store.glob("*.safetensors"))) == 4
+    assert cli.main(["mentors", *options, "--out", str(tmp_path / "again")]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("taken from") == 4
+    # Done again there is nothing left to do; with another recipe it is another's folder.
+    assert cli.main(["mentors", *side]) == 0
+    assert cli.main(["mentors", *side, "seed=3"]) == 2
+    assert "side was begun with another recipe" in capsys.readouterr().err

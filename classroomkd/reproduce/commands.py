@@ -1,4 +1,4 @@
-"""The command `classroomkd reproduce`."""
+"""The commands that run many trainings, several at once: `reproduce` and `mentors`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
 from classroomkd.reproduce.page import result_cells, write_tables
-from classroomkd.reproduce.plan import Plan, make_plan, require_same_recipe
+from classroomkd.reproduce.plan import Plan, make_plan, mentors_plan, require_same_recipe
 from classroomkd.reproduce.results import write_results
 from classroomkd.reproduce.runner import Runner, check_devices
 from classroomkd.reproduce.status import duration, seconds_left, status, tasks_left
+from classroomkd.training.commands import mentors as one_by_one
+from classroomkd.training.commands import mentors_recipe
+from classroomkd.training.config import load_recipe, to_dict
+from classroomkd.training.run import choose_folder
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
@@ -69,6 +75,32 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if runner.failed:
         names = ", ".join(task.id for task in runner.failed)
         console.print(f"failed: {names}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if runner.failed else 0
+
+
+def mentors(arguments: argparse.Namespace) -> int:
+    """Train the mentors of a recipe, several at once if asked; 1 if a training failed, else 0."""
+    if arguments.at_once == 1:
+        one_by_one(arguments)
+        return 0
+    recipe, console = mentors_recipe(arguments), Console()
+    if getattr(arguments, "download", None):
+        raise UserError("--download and --at-once do not go together: fetch the images first")
+    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_devices([device])
+    out = arguments.out or choose_folder(None, "mentors")
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "recipe.yaml"
+    if file.exists() and load_recipe(file) != recipe:
+        raise UserError(f"{out} was begun with another recipe: give --out a new folder")
+    atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    plan = mentors_plan(recipe, file)
+    runner = Runner(plan, out, [device] * arguments.at_once, console)
+    try:
+        runner.run()
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (f"all runs are kept in {out}: the same command with --out goes on",)
+        raise
     return 1 if runner.failed else 0
 
 

@@ -146,6 +146,13 @@ def make_plan(
     return Plan(runs, sorted(tasks, key=lambda task: (-task.work, task.id)))
 
 
+def mentors_plan(recipe: Recipe, file: Path) -> Plan:
+    """A task for each network among the mentors of ``recipe``, which ``file`` holds."""
+    run = Task("", ("mentors", "--recipe", str(file)), recipe, 0, 0.0)
+    tasks = [_mentor_task(group, [(run, wanted)]) for group, wanted in _groups(recipe).items()]
+    return Plan([], sorted(tasks, key=lambda task: (-task.work, task.id)))
+
+
 def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
     """The variants of these names, and the methods of those that are none."""
     for name in wanted:
@@ -210,7 +217,7 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
         deciding["data"] = {k: v for k, v in deciding["data"].items() if k != "loader"}
         keys = ("data", "mentor_training", "precision", "compile", "threads")
         seed = recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
-        values = [mentor.source, mentor.epochs, seed, *(deciding[key] for key in keys)]
+        values = [mentor.source, seed, *(deciding[key] for key in keys)]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         name = mentor.source.replace(":", "-")
         groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)

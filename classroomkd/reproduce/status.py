@@ -45,9 +45,14 @@ def own_records(run: Path, mentors: bool) -> list[dict[str, Any]]:
 
 
 def tasks_left(plan: Plan, out: Path) -> list[Task]:
-    """What is still to be done: mentors that runs left over need, then those runs."""
+    """What is still to be done: mentors that runs left over need, then those runs.
+
+    Of a plan without runs, all mentors.
+    """
     runs = [run for run in plan.runs if not is_finished(run, out)]
     needed = {need for run in runs for need in run.needs}
+    if not plan.runs:
+        needed = {task.id for task in plan.mentors}
     mentors = [task for task in plan.mentors if task.id in needed and not is_finished(task, out)]
     return mentors + runs
 

@@ -106,13 +106,19 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def mentors(arguments: argparse.Namespace) -> None:
-    """Train the mentors of a recipe, so that runs find them in the store."""
+    """Train the mentors of a recipe one after another, so that runs find them in the store."""
+    download = _given(arguments).get("download")
+    _hold(mentors_recipe(arguments), arguments.out, "mentors", download=download)
+
+
+def mentors_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that file, options and overrides make, without its student."""
     recipe = _recipe(arguments)
+    if not recipe.mentors:
+        _lacks(arguments, "--mentors")
     if not recipe.store:
         raise UserError("mentors are trained for the store: leave out store=false")
-    recipe.student = ""
-    download = _given(arguments).get("download")
-    _hold(recipe, arguments.out, "mentors", download=download)
+    return replace(recipe, student="")
 
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
