@@ -7,8 +7,10 @@
 # the next; the exit status is 0 if all passed. Needs no network, and of packages torch with its
 # triton, numpy, numba, pillow, pytest, pytest-benchmark, hypothesis and rich. With liger-kernel,
 # torchvision, or FFCV and opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the
-# environment installs FFCV first, from what scripts/build_ffcv_wheel.sh built. Without a GPU it
-# takes small sizes on the CPU, which shows only that the scripts work.
+# environment installs FFCV first, from what scripts/build_ffcv_wheel.sh built. With DATA=FOLDER,
+# class folders, students are compared on them at the end, over EPOCHS (24), which also needs
+# omegaconf, plotly, pyyaml and safetensors. Without a GPU it takes small sizes on the CPU, which
+# shows only that the scripts work.
 set -uo pipefail
 
 # Name and command of each part; a later benchmark is one more line.
@@ -19,6 +21,11 @@ parts() {
     part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
     part loaders "$python" "$repo/benchmarks/loaders.py" --out "$out" --minutes $((limit / 60))
     part step "$python" "$repo/benchmarks/step.py" --out "$out" --minutes $((limit / 60))
+    if [[ $data ]]; then # goes on in the same OUT where the time ended
+        part reproduction "$python" -m classroomkd reproduce methods --data "$data" \
+            --methods alone kd aver classroom classroom-batch --epochs "${EPOCHS:-24}" \
+            --devices cuda cuda --out "$out/reproduction"
+    fi
 }
 
 part() {
@@ -43,7 +50,7 @@ fi
 limit=$((60 * ${3:-8}))
 python=${PYTHON:-python3}
 repo=$(cd "$(dirname "$0")/.." && pwd)
-wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")}
+wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")} data=${DATA:+$(realpath "$DATA")}
 mkdir -p "$1" && out=$(cd "$1" && pwd) && scratch=$(mktemp -d) || exit 2
 trap 'rm -rf "$scratch"' EXIT
 cd "$out" # away from the repository, whose classroomkd/ lacks the kernels beside it
@@ -62,7 +69,7 @@ fi
 if [[ $wheel ]]; then
     part ffcv "$python" -m pip install --no-index --no-deps "$wheel"
 fi
-tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders,mentor_bank,training}.py)
+tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders,mentor_bank,methods,training}.py)
 where="on a GPU"
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"
