@@ -30,7 +30,8 @@ from classroomkd.kernels.launch import (
     sum_blocks,
     tile_blocks,
 )
-from classroomkd.kernels.tiled import tiled_classroom_kernel, tiled_confidence_kernel
+from classroomkd.kernels.tiled import tiled_classroom_kernel
+from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
 KERNELS = {
     "classroom": classroom_kernel,

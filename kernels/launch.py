@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
-from classroomkd.kernels.tiled import tiled_classroom_kernel, tiled_confidence_kernel
+from classroomkd.kernels.tiled import tiled_classroom_kernel
+from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
