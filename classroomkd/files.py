@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -46,7 +46,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def lock(file: IO, patience: float = math.inf) -> None:
-    """Lock an open file until it is closed, where the system has such locks.
+    """Lock a file that is open for writing until `unlock`, where its system has such locks.
 
     Raises BlockingIOError if another process still has it locked after ``patience`` seconds.
     """
@@ -60,7 +60,17 @@ def lock(file: IO, patience: float = math.inf) -> None:
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise
+        except OSError:  # some network file systems have none
+            return
         time.sleep(0.1)
+
+
+def unlock(file: IO) -> None:
+    """Unlock a file and close it; closing alone would leave it to processes forked meanwhile."""
+    if fcntl is not None:
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)
+    file.close()
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -141,3 +141,13 @@ def test_on_the_command_line(file, tmp_path, capsys):
     assert "--mentors is required, here or in a --recipe" in capsys.readouterr().err
     assert cli.main([*train, "data.source=nowhere", "device=cpu", "mentors=[resnet8]"]) == 2
     assert "no such folder" in capsys.readouterr().err
+
+
+def test_numbers_of_method_options_in_a_file(tmp_path):
+    """YAML 1.1 takes 1e-1 for a text."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text("student: resnet8\nmethod: kd\nmethod_options: {kd_weight: 1e-1}\n")
+    assert load_recipe(path).method_options == {"kd_weight": 0.1}
+    path.write_text("student: resnet8\nmethod: kd\nmethod_options: {kd_weight: -1}\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: method kd: kd_weight must be"):
+        load_recipe(path)

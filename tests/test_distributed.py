@@ -136,3 +136,23 @@ def test_a_whole_run_in_two_processes(tmp_path):
         hits = 599 * result["top1"]
         assert hits == pytest.approx(round(hits), abs=1e-6)
     assert summary["data"]["test_images"] == 599
+
+
+STORE = f"""
+    import os, sys
+    from pathlib import Path
+    os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache" + os.environ.get("RANK", "0")
+    sys.path.insert(0, {str(TESTS)!r})
+    from test_store import hold
+    for run in ("first", "second"):
+        _, text = hold(Path(sys.argv[1]) / run, "alone=false", "training.batch_size=8")
+        print(run, "taken from" in text)
+"""
+
+
+def test_the_main_processs_store_serves_all(tmp_path):
+    """Each machine may have a cache of its own: a mentor is in one of them, and taken by all."""
+    main, _ = launch(["-c", textwrap.dedent(STORE)], 2, tmp_path)
+    assert main.split() == ["first", "False", "second", "True"]
+    assert len(list((tmp_path / "cache0" / "mentors").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "cache1" / "mentors").exists()

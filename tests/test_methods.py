@@ -597,19 +597,27 @@ def pairs_of(student: Outputs, teacher: Outputs, row: int) -> list[tuple[np.ndar
 def test_fitnet_is_its_formula(stage: int | None, beta: float, ce_weight: float) -> None:
     student, mentors, targets = batch()
     method = make("fitnet", stage=stage, beta=beta, ce_weight=ce_weight)
-    weight = method.regressor.weight.detach().numpy()[:, :, 0, 0]
-    bias = method.regressor.bias.detach().numpy()
-    rows = []
-    for b, y in enumerate(targets.tolist()):
-        if y == -100:
-            continue
+    for parameter in (method.regressor.scale, method.regressor.shift):
+        torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    weight = method.regressor.conv.weight.detach().numpy()[:, :, 0, 0]
+    scale, shift = (
+        parameter.detach().numpy()[:, None]
+        for parameter in (method.regressor.scale, method.regressor.shift)
+    )
+    counting = [b for b, y in enumerate(targets.tolist()) if y != -100]
+    guesses, hints = {}, {}
+    for b in counting:
         f, g = pairs_of(student, mentors[0], b)[(stage or 2) - 1]
-        errors = [
-            (weight @ f[:, i, j] + bias - g[:, i, j]) ** 2
-            for i in range(f.shape[1])
-            for j in range(f.shape[2])
-        ]
-        rows.append(ce_weight * ce(numpy_logits(student)[b], y) + beta * np.mean(errors))
+        places = [(i, j) for i in range(f.shape[1]) for j in range(f.shape[2])]
+        guesses[b] = np.stack([weight @ f[:, i, j] for i, j in places], 1)
+        hints[b] = np.stack([g[:, i, j] for i, j in places], 1)
+    everywhere = np.concatenate(list(guesses.values()), 1)
+    middle, deviation = everywhere.mean(1), np.sqrt(everywhere.var(1) + 1e-5)
+    rows = []
+    for b in counting:
+        normal = (guesses[b] - middle[:, None]) / deviation[:, None] * scale + shift
+        own = ce(numpy_logits(student)[b], targets[b].item())
+        rows.append(ce_weight * own + beta * np.mean((normal - hints[b]) ** 2))
     loss = method(student, mentors, targets)
     assert loss.item() == pytest.approx(sum(rows) / len(rows), rel=1e-10)
 
@@ -662,8 +670,8 @@ def test_a_constant_map_has_a_gradient() -> None:
 
 def test_only_fitnet_has_parameters_and_they_fit_the_teacher() -> None:
     for name in names():
-        shapes = [tuple(p.shape) for p in make(name).parameters()]
-        assert shapes == ([(4, 3, 1, 1), (4,)] if name == "fitnet" else [])
+        shapes = sorted(tuple(p.shape) for p in make(name).parameters())
+        assert shapes == ([(4,), (4,), (4, 3, 1, 1)] if name == "fitnet" else [])
 
 
 def test_which_methods_need_what() -> None:

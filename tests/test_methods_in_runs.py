@@ -1,8 +1,10 @@
 """Runs by other methods, with mentors of earlier epochs, with a best epoch kept."""
 
+import errno
 import io
 import json
 import multiprocessing
+import os
 import time
 from pathlib import Path
 
@@ -67,6 +69,11 @@ def test_only_the_mentors_that_a_method_asks_for_are_trained(
         assert "mentors" not in records(tmp_path / "run")[-1]
 
 
+def test_who_is_not_heard_is_told(tmp_path):
+    _, text = hold(tmp_path / "run", "mentors=[resnet8,resnet14]", "method=kd", "training.epochs=1")
+    assert "method kd hears resnet8 only: the others are left out" in text
+
+
 def test_without_the_student_alone(tmp_path, trained):
     both, _ = hold(tmp_path / "both")
     only, _ = hold(tmp_path / "only", "alone=false")
@@ -107,6 +114,18 @@ def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch):
     )
     classroom.run(colours(28, 0), colours(13, 1), tmp_path / "whole", resume=True)
     assert weights(tmp_path / "whole", "student.safetensors") == student
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=fitnet", "method_options.stage=9"], "stage"),
+        (["method=at", "mentors=[{source: 'tv:resnet18', epochs: 1}]"], "zoo only"),
+    ],
+)
+def test_features_that_there_are_not_are_missed_before_anything_is_trained(overrides, message):
+    with pytest.raises(UserError, match=message):
+        Classroom(recipe(*overrides), Console(file=io.StringIO()))
 
 
 def test_features_and_compile_do_not_go_together():
@@ -203,8 +222,6 @@ def test_runs_of_several_seeds_may_share_mentors_and_images(tmp_path, trained):
 
 
 def _train_mentors(folder: Path, queue) -> None:
-    import os
-
     os.environ["CLASSROOMKD_CACHE"] = str(folder / "cache")
     torch.set_num_threads(1)
     _, text = hold(folder / str(os.getpid()), 'student=""', "mentor_training.epochs=20")
@@ -238,6 +255,52 @@ def test_waiting_for_another_process_can_be_interrupted(tmp_path):
     with there.claim(deciding, told.append, interrupts):  # free again
         pass
     assert len(told) == 1
+
+
+def test_a_training_is_claimed_whichever_epoch_it_is_wanted_from(tmp_path):
+    here, there = MentorStore(tmp_path), MentorStore(tmp_path)
+    stopped = Interrupts()
+    stopped.received = 2
+    early, late = ({"architecture": "resnet8", "epoch": epoch} for epoch in (3, 240))
+    with here.claim(early, print, stopped), pytest.raises(Interrupted):
+        there.claim(late, print, stopped).__enter__()
+
+
+def test_a_claim_ends_though_a_forked_process_lives_on(tmp_path):
+    """Workers of a loader that were forked within it have its file open."""
+    store, nobody = MentorStore(tmp_path), Interrupts()
+    with store.claim({"architecture": "resnet8"}, print, nobody):
+        worker = os.fork()
+        if worker == 0:
+            time.sleep(60)
+            os._exit(0)
+    told = []
+    with store.claim({"architecture": "resnet8"}, told.append, nobody):
+        pass
+    os.kill(worker, 9)
+    os.waitpid(worker, 0)
+    assert told == []
+
+
+def test_where_files_cannot_be_locked(tmp_path, monkeypatch):
+    """Some network file systems refuse."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    summary, _ = hold(tmp_path / "run")
+    assert len(summary["results"]) == 3
+
+
+def test_a_mentor_is_in_the_store_before_its_run_counts_it_as_done(tmp_path, store, monkeypatch):
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(Run, "finish_network", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        hold(tmp_path / "run")
+    assert len(list(store.glob("*.json"))) == 1
 
 
 def test_a_run_is_one_processs(tmp_path, monkeypatch):
@@ -313,7 +376,10 @@ def test_methods_on_the_command_line(tmp_path, capsys):
     assert cli.main([*run, "--out", str(tmp_path / "run"), "method=alone", *fast]) == 0
     printed = capsys.readouterr().out
     assert "resnet8 alone" in printed
-    assert "classroom" not in printed.split("Measured")[0]
+    assert "classroom" not in printed
+    evaluate = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path)]
+    assert cli.main(evaluate) == 2  # no images there, but a network
+    assert "student" not in capsys.readouterr().err
     for overrides, message in (
         (["method=kb"], "no method is called 'kb'"),
         (["method=kd", "method_options.heat=3"], "method kd has no option 'heat'; its options are"),

@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,12 +32,3 @@ def test_the_quickstart_table_is_the_record():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
-
-
-def test_tables_in_documents_are_the_records():
-    """As benchmarks/tables.py prints them."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    from tables import markdown
-
-    record = json.loads((ROOT / "benchmarks/results/cpu/loaders.json").read_text())
-    assert markdown(record) in (ROOT / "docs/loaders.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
 from classroomkd.errors import UserError
-from classroomkd.files import lock, remove_leftovers
+from classroomkd.files import lock, remove_leftovers, unlock
 
 BACKENDS = ("auto", "ffcv", "resident", "torch")
 
@@ -137,6 +137,9 @@ def _is_whole(path: Path, digest: str | None) -> bool:
 @contextmanager
 def _packing_alone(folder: Path) -> Iterator[None]:
     """Within it no other process packs into ``folder``."""
-    with (folder / ".lock").open("w") as file:
+    file = (folder / ".lock").open("w")
+    try:
         lock(file)
         yield
+    finally:
+        unlock(file)

@@ -45,12 +45,25 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
     atomic_write(path, safetensors.torch.save(state, metadata))
 
 
+def student_file(run: Path) -> Path:
+    """The weights of a run's student: as it was taught, or alone if that is all that was trained.
+
+    Raises UserError if there are none.
+    """
+    taught, alone = run / "student.safetensors", run / "student_alone.safetensors"
+    if taught.is_file():
+        return taught
+    if alone.is_file() and (run / "summary.json").is_file():
+        return alone
+    raise UserError(f"{run} holds no student.safetensors: it is not a finished run")
+
+
 def load_network(
     path: Path, num_classes: int | None = None
 ) -> tuple[nn.Module, NetworkInfo | None, str]:
     """Load a network: (model in eval mode on the CPU, its info, its architecture).
 
-    ``path`` is a .safetensors file, a run folder (then its student.safetensors), or anything that
+    ``path`` is a .safetensors file, a run folder (then its `student_file`), or anything that
     ``torch.load`` reads with ``weights_only=True``: a state dict, bare or under ``model``,
     ``state_dict`` or ``net``, from a wrapped network or not. The info is None unless this project
     wrote the file; foreign files are of networks of the zoo. Floating-point weights of any
@@ -61,9 +74,7 @@ def load_network(
     """
     path = Path(path)
     if path.is_dir():
-        folder, path = path, path / "student.safetensors"
-        if not path.is_file():
-            raise UserError(f"{folder} holds no student.safetensors: it is not a finished run")
+        path = student_file(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
 from .mobilenetv2 import MobileNetV2
+from .registry import build
 from .resnet import ResNet
 from .resnet_four_stage import ResNetFourStage
 from .shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -58,9 +60,8 @@ class StageOutputs:
     def __init__(self, network: nn.Module) -> None:
         modules = stages(network)
         self._features: list[Tensor | None] = [None] * len(modules)
-        self._handles = [
-            module.register_forward_hook(self._keep(i)) for i, module in enumerate(modules)
-        ]
+        for i, module in enumerate(modules):
+            module.register_forward_hook(self._keep(i))
 
     def _keep(self, i: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -78,7 +79,15 @@ class StageOutputs:
             raise RuntimeError("the network was not called since its features were last taken")
         return tuple(features)
 
-    def remove(self) -> None:
-        """Unhook from the network."""
-        for handle in self._handles:
-            handle.remove()
+
+@torch.no_grad()
+def feature_shapes(name: str, image_size: int) -> list[tuple[int, int, int]]:
+    """The shapes (C, H, W) of the features of a network for square images. Nothing is computed.
+
+    Raises UserError as `stages` does.
+    """
+    with torch.device("meta"):
+        network = build(name, 2).eval()
+        features = StageOutputs(network)
+        network(torch.empty(1, 3, image_size, image_size))
+    return [tuple(feature.shape[1:]) for feature in features.take()]

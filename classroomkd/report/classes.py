@@ -57,7 +57,7 @@ def taught_plot(run: Run) -> Plot | None:
 
 
 def gain_plot(runs: Sequence[Run]) -> Plot | None:
-    """Per class, top-1 in the classroom less that alone, in points; the mean over ``runs``."""
+    """Per class, top-1 taught by mentors less that alone, in points; the mean over ``runs``."""
     gains = [_gains(run) for run in runs]
     bars = []
     for name, *values in zip(_names(runs[0]), *gains, strict=False):
@@ -80,7 +80,7 @@ def gain_plot(runs: Sequence[Run]) -> Plot | None:
     data = runs[0].summary["data"]
     images = data["test_images"] / data["classes"]
     note = (
-        "For each class, top-1 of the student in the classroom less that of the student alone, "
+        "For each class, top-1 of the student taught by mentors less that of the student alone, "
         f"after the last epoch of each. A class has about {images:,.0f} held-out images: "
         f"one of them is {100 / images:.2g} points."
     )

@@ -92,10 +92,10 @@ def comparison(runs: Sequence[Run]) -> tuple[str, str]:
     rows = "".join(_rows(group) for group in groups)
     body = f"""{_warnings(entries)}
 {table("runs", COLUMNS, rows)}
-<p class="note">top-1 is that of the student in the classroom after its last epoch, best the highest
-of any epoch on these same held-out images, alone that of the student trained alone, and gain the
-first less that, in percentage points; – is not known yet. A mean ± sample standard deviation goes
-over the finished runs whose configurations differ in the seed only.</p>
+<p class="note">top-1 is that of the student, taught by the method, after its last epoch, best the
+highest of any epoch on these same held-out images, alone that of the student trained alone, and
+gain the first less that, in percentage points; – is not known yet. A mean ± sample standard
+deviation goes over the finished runs whose configurations differ in the seed only.</p>
 {sections(_plots(entries, groups))}"""
     return f"Comparison of {len(runs)} runs", body
 
@@ -153,7 +153,7 @@ def _seeds(group: Sequence[_Entry]) -> list[_Entry]:
     """The finished runs of a group, one for each seed."""
     seeds: dict[str, _Entry] = {}
     for entry in group:
-        if None not in entry.numbers():
+        if entry.run.summary is not None:
             seeds.setdefault(str(entry.run.fact("seed")), entry)
     return list(seeds.values())
 
@@ -191,11 +191,16 @@ def _rows(group: Sequence[_Entry]) -> str:
         columns = list(zip(*(entry.numbers() for entry in seeds), strict=True))
         cells = [f"mean ± deviation, n = {len(seeds)}", *_facts(seeds[0]), ""]
         cells[6] = ", ".join(str(entry.run.fact("seed")) for entry in seeds)
-        spread = [f"± {100 * stdev(column):.2f}" for column in columns]
-        cells += [f"{100 * mean(c):.2f} {s}%" for c, s in zip(columns[:3], spread, strict=False)]
-        cells.append(f"{100 * mean(columns[3]):+.2f} {spread[3]}")
+        cells += [_spread(column, ".2f", "%") for column in columns[:3]]
+        cells.append(_spread(columns[3], "+.2f"))
         rows += _cells("mean", "", cells)
     return rows
+
+
+def _spread(values: Sequence[float | None], form: str, unit: str = "") -> str:
+    if None in values:
+        return "–"
+    return f"{100 * mean(values):{form}} ± {100 * stdev(values):.2f}{unit}"
 
 
 def _row(entry: _Entry) -> str:
@@ -209,7 +214,7 @@ def _row(entry: _Entry) -> str:
 
 def _facts(entry: _Entry) -> list[str]:
     run = entry.run
-    *_, last = run.classroom or [{}]
+    *_, last = run.classroom or run.student_curve("alone") or [{}]
     epochs = f"{last['epoch']}" if last else "–"
     if last and last["epoch"] != last.get("epochs"):
         epochs += f" of {last.get('epochs')}"
@@ -252,8 +257,8 @@ def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> lis
             Plot(
                 "accuracy",
                 "Held-out accuracy of the students",
-                "Share of the held-out images whose most probable class is the true one: in the "
-                "classroom solid, alone dashed.",
+                "Share of the held-out images whose most probable class is the true one: taught by "
+                "mentors solid, alone dashed.",
                 over_epochs(traces, {"title": "held-out top-1 (%)", "tickformat": ".2~%"}),
                 wide=True,
             )

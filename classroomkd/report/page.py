@@ -70,9 +70,10 @@ def _page(run: Run) -> str:
 
 def _title(run: Run) -> tuple[str, str]:
     """What was trained on what, and how."""
-    heading = "Classroom"
-    if run.student:
-        heading += f" of {run.student}"
+    heading = "Classroom" if run.student is None else f"Classroom of {run.student}"
+    if run.student and run.method != "classroom":
+        phase = "alone" if run.method == "alone" else "classroom"
+        heading = label(phase, run.student, run.method)
     if run.data:
         heading += f" on {run.data}"
     epochs = [records[-1].get("epochs") for records in run.curves.values()]

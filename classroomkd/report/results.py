@@ -11,7 +11,6 @@ from rich.table import Table
 from classroomkd.report.records import label
 
 COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
-_WHERE = {"alone": "alone", "classroom": "in the classroom"}
 
 
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
@@ -38,6 +37,8 @@ def result_rows(summary: dict) -> list[tuple[str, ...]]:
 def evidence(summary: dict) -> str:
     """How much the results can tell: the images behind them and what chance alone would move."""
     data, images = summary["data"], summary["data"]["test_images"]
+    students = [result for result in summary["results"] if result["phase"] != "mentor"]
+    method = summary.get("method", "classroom")
     text = (
         f"Measured on {images:,} held-out images of {data['name']}: "
         f"one image is {100 / images:.2g} percentage points"
@@ -56,13 +57,13 @@ def evidence(summary: dict) -> str:
             "which is what papers print."
         )
     calibration = [
-        f"{result['calibration_error']:.4f} {_WHERE[result['phase']]}"
-        for result in summary["results"]
-        if result["phase"] in _WHERE and result.get("calibration_error") is not None
+        f"{result['calibration_error']:.4f}{label(result['phase'], '', method)}"
+        for result in students
+        if result.get("calibration_error") is not None
     ]
     if calibration:
         text += f" The student's expected calibration error is {' and '.join(calibration)}."
-    chosen = summary["results"][-1] if summary["results"] else {}
+    chosen = students[-1] if students else {}
     if chosen.get("chosen_epoch") is not None:
         text += (
             f" By the {data['validation_images']:,} validation images the student of epoch "

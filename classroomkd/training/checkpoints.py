@@ -7,7 +7,8 @@ import io
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from itertools import zip_longest
 from pathlib import Path
@@ -52,10 +53,11 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         save_network(self.best(epoch), network, info)
 
-    def forget_bests_but(self, epoch: int) -> None:
+    def forget_bests_but(self, epochs: Collection[int]) -> None:
         """Remove the weights of other epochs."""
+        kept = set(map(self.best, epochs))
         for path in self.folder.glob(self.best("*").name):
-            if path != self.best(epoch):
+            if path not in kept:
                 path.unlink(missing_ok=True)
 
     def best(self, epoch: int | str) -> Path:
@@ -104,6 +106,7 @@ class Saver:
         self.checkpoints, self.trainer, self.info = checkpoints, trainer, info
         self.interrupts, self.epochs, self.seconds = interrupts, epochs, 60 * minutes
         self.keeps_best = keeps_best
+        self._bests: deque[int | None] = deque(maxlen=checkpoints.keep)
         self.records: list[dict[str, Any]] = []
         self._saved = time.monotonic()
 
@@ -149,9 +152,10 @@ class Saver:
         if trainer.processes.is_main:
             step = (trainer.epoch - 1) * len(trainer.loader) + trainer.batch
             self.checkpoints.save(state, step)
-            if self.keeps_best and (epoch := self.best_epoch()):
-                # Only now does nobody go back to where another epoch was the best.
-                self.checkpoints.forget_bests_but(epoch)
+            self._bests.append(self.best_epoch())
+            if self.keeps_best and len(self._bests) == self.checkpoints.keep:
+                # Nobody goes back further, to where another epoch was the best.
+                self.checkpoints.forget_bests_but([epoch for epoch in self._bests if epoch])
         self._saved = time.monotonic()
 
     def last_good(self) -> str:

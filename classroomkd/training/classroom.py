@@ -18,7 +18,8 @@ from torch import nn
 from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
-from classroomkd.models import NetworkInfo
+from classroomkd.models import NetworkInfo, student_file
+from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.training.config import MentorConfig, Recipe, split_seed, to_dict
 from classroomkd.training.distributed import Processes, local_device
@@ -73,20 +74,31 @@ class Classroom:
         ):
             share = self.processes.share(training.batch_size)
             check_trainable(name, recipe.data.image_size, share)
+        if recipe.student and self._method().uses_features:
+            self._check_features()
 
     def _teaching(self) -> list[MentorConfig]:
         """The mentors that the method asks for: all, the first one, or none."""
         recipe = self.recipe
-        if recipe.student and recipe.method == "alone":
+        if not recipe.student:
+            return recipe.mentors
+        if recipe.method == "alone":
             return []
-        method = self._method()
-        if method.uses_features and recipe.compile:
+        return recipe.mentors[:1] if self._method().single_mentor else recipe.mentors
+
+    def _check_features(self) -> None:
+        """Raise UserError if the method cannot have the features that it asks for."""
+        recipe, method = self.recipe, self._method()
+        if recipe.compile:
             raise UserError(
                 f"method {recipe.method} reads features, which torch.compile hides: leave out "
                 "compile=true"
             )
-        only_first = recipe.student and method.single_mentor
-        return recipe.mentors[:1] if only_first else recipe.mentors
+        student, *mentors = (
+            feature_shapes(name, recipe.data.image_size)
+            for name in (recipe.student, *(mentor.architecture for mentor in self.mentors))
+        )
+        method.prepare(student, mentors)
 
     def run(
         self,
@@ -105,6 +117,9 @@ class Classroom:
         KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
         recipe, data = self.recipe, self.recipe.data
+        if len(self.mentors) < len(recipe.mentors):
+            heard = self.mentors[0].name if self.mentors else "no mentor"
+            self._print(f"method {recipe.method} hears {heard} only: the others are left out")
         mean, std = (data.mean, data.std) if data.mean else channel_statistics(train_set)
         self._info = NetworkInfo(
             recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size
@@ -239,7 +254,7 @@ class Classroom:
                 bank = self._bank(networks, method)
             # Number 0 alone too: the same first weights, the same batches.
             ((student, results[part.phase]),) = trainer.train([part], method, bank)
-            if bank:
+            if bank and method.reports:
                 self._taught = taught(student, networks, self._held_out["test"], self.processes)
         return [results[key] for key in (*networks, *phases)]
 
@@ -317,5 +332,5 @@ def _phases(recipe: Recipe) -> list[str]:
 def sha256_of(source: str) -> str:
     """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
     path = Path(source)
-    with (path / "student.safetensors" if path.is_dir() else path).open("rb") as file:
+    with (student_file(path) if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -144,6 +144,11 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         short = {key: value for key, value in short.items() if "mentor_training" not in key}
     file = find_recipe(given["recipe"]) if "recipe" in given else None
     recipe = load_recipe(file, overrides, nested(short))
+    for option in ("temperature", "ranking"):
+        if option in given and recipe.method != "classroom":
+            arguments.parser.error(
+                f"--{option} is the classroom's: method {recipe.method} takes method_options"
+            )
     if not recipe.data.source:
         _lacks(arguments, "--data")
     if not recipe.mentors and recipe.method != "alone":

@@ -173,9 +173,7 @@ def load_recipe(
             if not equals:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
-                # As OmegaConf reads values, in which 1e-4 is a number.
-                parsed = OmegaConf.from_dotlist([item.replace(key, "_", 1)])
-                value = OmegaConf.to_container(parsed)["_"]
+                value = _value(item.removeprefix(f"{key}="))
                 value = _layer({key: value})[key] if key == "mentors" else value
                 OmegaConf.update(merged, key, value)
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
@@ -184,6 +182,11 @@ def load_recipe(
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
         recipe = OmegaConf.to_object(merged)
+        # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
+        recipe.method_options = {
+            key: _value(value) if isinstance(value, str) else value
+            for key, value in recipe.method_options.items()
+        }
     except UserError:
         raise
     except (OmegaConfBaseException, TypeError) as error:
@@ -221,6 +224,11 @@ def yaml_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no recipe, but a {type(content).__name__}")
     return content
+
+
+def _value(text: str) -> Any:
+    """As OmegaConf reads values, in which 1e-4 is a number."""
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
 
 
 def _layer(values: Mapping[str, Any]) -> Any:
@@ -334,4 +342,7 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}method_options: the classroom's options are under loss, not {names}"
         )
     if recipe.method != "classroom":
-        create(recipe.method, **recipe.method_options)
+        try:
+            create(recipe.method, **recipe.method_options)
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None

@@ -6,6 +6,7 @@ import atexit
 import os
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,15 @@ class Processes:
         if self.together:
             dist.all_reduce(values)
         return values
+
+    def from_main(self, value: Any) -> Any:
+        """What the main process passed; the others may pass anything. The host waits."""
+        if not self.together:
+            return value
+        box = [value if self.is_main else None]
+        device = self.device if self.device.type == "cuda" else None
+        dist.broadcast_object_list(box, src=0, device=device)
+        return box[0]
 
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is set in any of them. The host waits."""

@@ -173,21 +173,23 @@ class NetworkTrainer:
         records = [record | own for record in records]
         result = part.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        self.run.finish_network(part.phase, part.name, network, info, done)
         deciding = self._deciding(part)
-        if deciding and self.processes.is_main:
+        if deciding and self.processes.is_main:  # before this run counts it as done
             try:
                 self.store.add(deciding, network, info, done)
             except OSError as error:
                 self.notify(f"{label(part.phase, part.name)} is not kept in the store: {error}")
+        self.run.finish_network(part.phase, part.name, network, info, done)
         return result
 
     def _finished(self, part: Part) -> Trained | None:
         """The network as an earlier process of this run has trained it, if it has."""
-        done = self.run.finished(part.phase, part.name)
+        done = network = None
+        if self.processes.is_main and (done := self.run.finished(part.phase, part.name)):
+            network, _, _ = models.load_network(self.run.network_path(part.phase, part.name))
+        done, network = self.processes.from_main((done, network))
         if done is None:
             return None
-        network, _, _ = models.load_network(self.run.network_path(part.phase, part.name))
         self.run.take_up(done["records"])
         return network.to(self.device, memory_format=torch.channels_last), done["result"]
 
@@ -201,7 +203,10 @@ class NetworkTrainer:
     def _from_store(self, part: Part) -> Trained | None:
         """The mentor as it was trained before, measured anew on this run's images, if it was."""
         deciding = self._deciding(part)
-        found = self.store.find(deciding, self.notify) if deciding else None
+        found = None
+        if deciding and self.processes.is_main:  # others may have a cache of their own
+            found = self.store.find(deciding, self.notify)
+        found = self.processes.from_main(found)
         if found is None:
             return None
         network, info, kept = found

@@ -16,7 +16,8 @@ class Part:
     """What a network is in the run.
 
     ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
-    epoch that it is taken from if not the last. It is the ``number``-th of its architecture.
+    epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
+    ``at``.
     """
 
     phase: str

@@ -15,7 +15,7 @@ import yaml
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, lock, remove_leftovers
+from classroomkd.files import atomic_write, lock, remove_leftovers, unlock
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.report.tensorboard import TensorBoardWriter
 from classroomkd.training.checkpoints import Checkpoints
@@ -159,8 +159,8 @@ class Run:
 
     def keep_best(self, phase: str, name: str, weights: Path) -> None:
         """Keep the file of a network's best epoch beside the one of its last."""
-        if self.writes:
-            path = self.network_path(phase, name)
+        path = self.network_path(phase, name)
+        if self.writes and weights.exists():  # unless damaged states made it go back further
             atomic_write(path.with_stem(f"{path.stem}_best"), weights.read_bytes())
 
     def finish_network(
@@ -187,7 +187,8 @@ class Run:
     def close(self) -> None:
         """Let go of the folder."""
         if self._claim:
-            self._claim.close()
+            unlock(self._claim)
+            self._claim = None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Write summary.json."""
@@ -201,7 +202,7 @@ class Run:
 
 def _claimed(run: Path) -> TextIO:
     """A file that is locked until this process ends; raises UserError if another one has it."""
-    file = (run / "config.yaml").open()
+    file = (run / "config.yaml").open("r+")
     try:
         lock(file, _PATIENCE)
     except BlockingIOError:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from classroomkd.data import cache_folder
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, lock
+from classroomkd.files import atomic_write, lock, unlock
 from classroomkd.models import NetworkInfo, load_network, save_network
 from classroomkd.training.interrupts import Interrupted, Interrupts
 from classroomkd.training.machine import versions
@@ -59,30 +59,20 @@ class MentorStore:
     def claim(
         self, deciding: Mapping[str, Any], notify: Callable[[str], None], interrupts: Interrupts
     ) -> Iterator[None]:
-        """Within it no other process claims the same network; waits for one that does.
+        """Within it no other process claims the same training, of whichever epoch; waits for it.
 
         Raises Interrupted if a signal asks to stop meanwhile. A folder that cannot be written to
         is no hindrance: then nothing is kept anyway.
         """
-        weights, beside = self._paths(deciding)
+        weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
         with ExitStack() as held:
             with suppress(OSError):
                 self.folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(path.open("w"))
-                for attempt in count():
-                    try:
-                        lock(file, _PAUSE if attempt else 0)
-                        break
-                    except BlockingIOError:
-                        if not attempt:
-                            what = deciding["architecture"]
-                            notify(f"waiting for {what}, which another process trains")
-                        if interrupts.received is not None:
-                            raise Interrupted(interrupts.received) from None
+                _wait_for(path, deciding["architecture"], held, notify, interrupts)
             yield
-            if beside.exists():  # whoever waits will find it
-                path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()
 
     def add(
         self,
@@ -109,3 +99,30 @@ class MentorStore:
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
         weights = self.folder / f"{deciding['architecture']}-{digest[:24]}.safetensors"
         return weights, weights.with_suffix(".json")
+
+
+def _wait_for(
+    path: Path,
+    what: str,
+    held: ExitStack,
+    notify: Callable[[str], None],
+    interrupts: Interrupts,
+) -> None:
+    """Lock the file at ``path`` until ``held`` is left."""
+    told = False
+    while True:
+        file = path.open("w")
+        held.callback(unlock, file)
+        while True:
+            try:
+                lock(file, _PAUSE)
+                break
+            except BlockingIOError:
+                if not told:
+                    notify(f"waiting for {what}, which another process trains")
+                told = True
+                if interrupts.received is not None:
+                    raise Interrupted(interrupts.received) from None
+        # The one before may have removed it, and others may have locked the one after it.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return

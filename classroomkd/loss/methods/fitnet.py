@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
@@ -23,16 +24,18 @@ from classroomkd.loss.methods.base import (
 )
 from classroomkd.loss.methods.features import paired, paired_features
 
+_EPS = 1e-5  # as nn.BatchNorm2d has it
+
 
 class FitNet(Method):
     """ce_weight · CE(z_s, y) + beta · mean of (r(f_s) − f_t)².
 
     f_s and f_t [B, C, H, W] are one stage's features, the larger map average-pooled to the
     smaller's size, and the mean is over rows, channels and positions. The regressor r is a 1×1
-    convolution with biases, from the student's channels to the teacher's, trained along; not
-    followed by a batch norm, through which rows that do not count would. Both terms are trained
-    together from the start, as the comparisons of the literature do it; the paper trains on the
-    hint alone first.
+    convolution from the student's channels to the teacher's and a batch norm, without which
+    training diverges at usual rates; its statistics are those of the rows that count. It is
+    trained along. Both terms are trained together from the start, as the comparisons of the
+    literature do it; the paper trains on the hint alone first.
 
     Args:
         stage: which pair of stages, from 1. Stages are paired from the last backwards, so there are
@@ -56,7 +59,7 @@ class FitNet(Method):
         self.stage = stage
         self.beta = beta
         self.ce_weight = ce_weight
-        self.regressor: nn.Conv2d | None = None
+        self.regressor: _Regressor | None = None
 
     def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:
         """Make the regressor."""
@@ -69,12 +72,34 @@ class FitNet(Method):
             )
         self._index = stage - 1
         (student_channels, *_), (teacher_channels, *_) = pairs[self._index]
-        self.regressor = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.regressor = _Regressor(student_channels, teacher_channels)
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""
         valid = targets != IGNORED
         guess, hint = paired_features(student, mentors[0], valid)[self._index]
-        distance = (self.regressor(guess) - hint).square().mean((1, 2, 3))
+        distance = (self.regressor(guess, valid) - hint).square().mean((1, 2, 3))
         task = cross_entropy(select_rows(student.logits, valid), targets)
         return mean_of_rows(self.ce_weight * task + self.beta * distance, valid)
+
+
+class _Regressor(nn.Module):
+    """A 1×1 convolution and a batch norm over some of the rows; never evaluated, only trained."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.scale = nn.Parameter(torch.ones(out_channels))
+        self.shift = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, features: Tensor, valid: Tensor) -> Tensor:
+        guess = self.conv(features)
+        rows = valid.view(-1, 1, 1, 1)
+        count = valid.sum().clamp(min=1) * guess[0, 0].numel()
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(rows, values, 0).sum((0, 2, 3), keepdim=True) / count
+
+        centred = guess - mean(guess)
+        normalised = centred * (mean(centred.square()) + _EPS).rsqrt()
+        return normalised * self.scale[:, None, None] + self.shift[:, None, None]
