@@ -32,7 +32,10 @@ setup(
     ],
     extras_require={
         "test": [
+            "accelerate>=1.1",
             "hypothesis>=6.100",
+            "lightning>=2.4",
+            "matplotlib>=3.8",
             "psutil>=5.9",
             "pytest>=8",
             "pytest-benchmark>=5",
@@ -41,8 +44,10 @@ setup(
             "selenium>=4.20",
             "tensorboard>=2.17",
             "timm>=1.0",
+            "transformers>=5.23",
         ],
-        "bench": ["pytest-benchmark>=5"],
+        "bench": ["matplotlib>=3.8", "pytest-benchmark>=5"],
+        "examples": ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"],
         "liger": ["liger-kernel>=0.5"],
         "timm": ["timm>=1.0"],
         "tensorboard": ["tensorboard>=2.17"],

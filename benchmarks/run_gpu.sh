@@ -20,7 +20,7 @@ parts() {
     # It begins no further row near its end, so that the tables are still printed.
     part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
     part loaders "$python" "$repo/benchmarks/loaders.py" --out "$out" --minutes $((limit / 60))
-    part step "$python" "$repo/benchmarks/step.py" --out "$out" --minutes $((limit / 60))
+    part step "$python" "$repo/benchmarks/step.py" --out "$out" --minutes $((limit / 60)) --whole 5
     if [[ $data ]]; then # goes on in the same OUT where the time ended
         part reproduction "$python" -m classroomkd reproduce methods --data "$data" \
             --methods alone kd aver classroom classroom-batch --epochs "${EPOCHS:-24}" \
@@ -70,13 +70,14 @@ if [[ $wheel ]]; then
     part ffcv "$python" -m pip install --no-index --no-deps "$wheel"
 fi
 tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders,mentor_bank,methods,training}.py)
-where="on a GPU"
+where="on a GPU" page="To put them into docs/benchmarks.md: $python $repo/benchmarks/document.py $out"
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out"
+    where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out" page=
     tests=("${tests[0]}")
 fi
 parts
 
 echo "=== $where; JSON and logs in $out"
 printf '%s\n' "${results[@]}"
+[[ -z $page ]] || echo "$page"
 exit "$status"

@@ -2,13 +2,14 @@
 
     python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md
 
-or loaders.json or step.json.
+or any other of the folder that a benchmark wrote; `document.py` puts all of them on one page.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,12 @@ from rich.table import Table
 
 Row = dict[str, Any]
 
+MACHINE = {  # key of an environment, and how its value is said
+    "multiprocessors": "{} multiprocessors",
+    "memory_gib": "{} GiB",
+    "l2_mib": "{} MiB of L2 cache",
+    "cpu_threads": "torch's CPU threads: {}",
+}
 COLUMNS = (  # heading, key, format
     ("device µs", "device_time_us", ".2f"),
     ("timed by", "device_time_by", ""),
@@ -196,7 +203,7 @@ def _whole_cells(row: Row) -> list[str]:
 
 def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and body of each table of a benchmark's record."""
-    by_name = {"loaders": _loader_tables, "step": _step_tables}
+    by_name = {"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []}
     return by_name.get(record.get("benchmark"), _loss_tables)(record)
 
 
@@ -243,13 +250,26 @@ def terminal(record: Row) -> list[Table]:
 
 def markdown(record: Row) -> str:
     """For a document."""
-    about = record["environment"]
-    where = f"{about['device']}, torch {about['torch']}, triton {about['triton']}, {about['date']}."
-    lines = [f"{where} {_limits(record)}"]
+    lines = [f"{_machine(record['environment'])} {_limits(record)}".strip()]
     for title, headings, body in tables(record):
-        lines += ["", f"**{title}**", ""]
-        lines += [f"| {' | '.join(line)} |" for line in (headings, ["---"] * len(headings), *body)]
+        lines += ["", f"**{title}**", "", markdown_table(headings, body)]
     return "\n".join(lines) + "\n"
+
+
+def markdown_table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown, whatever the cells hold."""
+    lines = [headings, ["---"] * len(headings), *body]
+    cleaned = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cleaned)
+
+
+def _machine(about: Row) -> str:
+    """What it was measured on, with which versions, and when."""
+    parts = [about["device"]]
+    parts += [said.format(about[key]) for key, said in MACHINE.items() if key in about]
+    named = {"device", "date", *MACHINE}
+    parts += [f"{key} {value}" for key, value in about.items() if value and key not in named]
+    return f"{', '.join(parts)}; {about['date']}."
 
 
 def _limits(record: Row) -> str:
@@ -259,10 +279,11 @@ def _limits(record: Row) -> str:
     if record.get("benchmark") == "step":
         return STEP_LEGEND
     ceilings = record["roofline"]
-    return (
+    measured = (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "
-        f"{ceilings['gigaexponentials_per_second']:.0f} Gexp/s. {LEGEND}"
+        f"{ceilings['gigaexponentials_per_second']:.0f} Gexp/s."
     )
+    return f"{measured} {LEGEND}" if "rows" in record else measured
 
 
 def floor_lines(record: Row) -> str:

@@ -1,0 +1,252 @@
+"""All that was measured, on one page: docs/benchmarks.md and its figures.
+
+    python benchmarks/document.py [OUT]
+
+writes them from benchmarks/results/. OUT is a folder that the benchmarks wrote, as run_gpu.sh does:
+its records are first copied to the folder of their device, in the place of older ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bars import BARS, on_gpu
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
+from classroomkd.report.results import COLUMNS, evidence, result_rows
+from classroomkd.reproduce import page
+from classroomkd.reproduce.tables import TABLES
+from figures import drawings
+from tables import markdown, markdown_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
+LINK = "../benchmarks/results"  # of the page
+
+Record = Mapping[str, Any]
+# Of each device: its records by their files' names.
+Records = dict[str, dict[str, Record]]
+
+SECTIONS = {  # record: its heading, and what measures it
+    "roofline": ("Roofline", "python benchmarks/roofline.py --out OUT"),
+    "loss": ("Loss", "python benchmarks/loss.py --out OUT"),
+    "loaders": ("Loaders", "python benchmarks/loaders.py --images 50000 --out OUT"),
+    "step": ("Training step", "python benchmarks/step.py --whole 5 --out OUT"),
+    "quickstart": ("Quickstart", "classroomkd quickstart --out RUN"),
+}
+REPRODUCTIONS = {
+    f"reproduction-{name}": (
+        f"Reproduction: {table.title}",
+        f"classroomkd reproduce {name} --data cifar-100-python/ --out OUT/{name}",
+    )
+    for name, table in TABLES.items()
+}
+ON_A_GPU = "benchmarks/run_gpu.sh OUT"
+
+
+def read(results: Path) -> Records:
+    """All devices' records; those of GPUs come first."""
+    found = {
+        folder.name: {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
+        for folder in sorted(results.iterdir())
+        if folder.is_dir()
+    }
+    return dict(sorted(found.items(), key=lambda device: not _is_gpu(device[1])))
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _is_gpu(records: Mapping[str, Record]) -> bool:
+    return any(map(on_gpu, records.values()))
+
+
+def document(devices: Records, compiled: Record) -> str:
+    """The page."""
+    blocks = [_HEAD, "## What is wanted, and what was measured", _judgements(devices)]
+    blocks.append(_NOT_YET if not any(map(_is_gpu, devices.values())) else _JUDGED)
+    for device, records in devices.items():
+        blocks += [f"## {device}", *_of_device(device, records)]
+    blocks += ["## Compiled kernels", *_of_compiled(compiled)]
+    blocks += ["## Not measured", *_missing(devices)]
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
+_HEAD = f"""# Benchmarks
+
+`python benchmarks/document.py` writes this page and its figures from the records in
+[`benchmarks/results/`]({LINK}), and nothing in it is typed. On a machine with a GPU
+
+```sh
+{ON_A_GPU}
+python benchmarks/document.py OUT
+```
+
+measures everything that needs one, and takes it in."""
+_NOT_YET = "**Nothing has been measured on a GPU yet.**"
+_JUDGED = (
+    "Of several values, the worst and the best; a bar is met if all keep it. How each was taken is "
+    "said with its device's tables."
+)
+
+
+def _judgements(devices: Records) -> str:
+    """Each bar with what every device's records say of it."""
+    lines = []
+    for bar in BARS:
+        found = []
+        for device, records in devices.items():
+            if bar.record in records:
+                measured, verdict = bar.judge(records[bar.record])
+                if measured or verdict != "not measured":
+                    found.append([device, measured, verdict])
+        for place in found or [["–", f"`{SECTIONS[bar.record][1]}`", "not measured"]]:
+            lines.append([bar.what, bar.text, *place])
+    return markdown_table(("what", "bar (stretch)", "device", "measured", "verdict"), lines)
+
+
+def _of_device(device: str, records: Mapping[str, Record]) -> Iterator[str]:
+    for name, (heading, command) in (SECTIONS | REPRODUCTIONS).items():
+        if name not in records:
+            continue
+        source = f"[{name}.json]({LINK}/{device}/{name}.json), by `{command}`"
+        if name in REPRODUCTIONS:
+            yield f"#{page.markdown(records[name])}"
+            yield f"{source}."
+            continue
+        yield f"### {heading}"
+        yield f"{source}:"
+        yield _quickstart(records[name]) if name == "quickstart" else markdown(records[name])
+        for figure, drawing in drawings(device, name, records[name]).items():
+            yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
+
+
+def _quickstart(summary: Record) -> str:
+    versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
+    table = markdown_table(COLUMNS, result_rows(summary))
+    return f"{summary['device']}, {versions}. {evidence(summary)}\n\n{table}"
+
+
+def _of_compiled(compiled: Record) -> Iterator[str]:
+    """For each target and number of mentors the most registers, and which kernels spill."""
+    kernels = compiled["kernels"]
+    yield (
+        f"What triton {compiled['triton']} makes of the loss for GPUs that need not be there: "
+        f"{len(kernels)} kernels of {len({k['n_classes'] for k in kernels})} numbers of classes in "
+        f"{len({k['mode'] for k in kernels})} modes "
+        f"([compiled.json]({LINK}/compiled.json), by `python benchmarks/compiled.py --out FILE`). "
+        "The most registers that a thread of any takes:"
+    )
+    mentors = sorted({kernel["n_mentors"] for kernel in kernels})
+    most: dict[str, dict[int, int]] = {}
+    for kernel in kernels:
+        of_target = most.setdefault(kernel["target"], dict.fromkeys(mentors, 0))
+        m = kernel["n_mentors"]
+        of_target[m] = max(of_target[m], kernel["registers"])
+    yield markdown_table(
+        ["target", *(f"M = {m}" for m in mentors)],
+        [[target, *map(str, by_mentors.values())] for target, by_mentors in most.items()],
+    )
+    spilling = [kernel for kernel in kernels if kernel["spilled_bytes"]]
+    if not spilling:
+        yield "None spills any to memory."
+        return
+    yield f"{len(kernels) - len(spilling)} spill none to memory; these do:"
+    keys = ("target", "mode", "n_classes", "n_mentors", "dtype", "spilled_bytes")
+    yield markdown_table(
+        ("target", "mode", "C", "M", "dtype", "bytes a thread"),
+        [[str(kernel[key]) for key in keys] for kernel in spilling],
+    )
+
+
+def _missing(devices: Records) -> Iterator[str]:
+    """What has no record, and what would measure it."""
+    lines = []
+    if not any(map(_is_gpu, devices.values())):
+        lines.append(["a GPU", "everything that needs one", ON_A_GPU])
+    for device, records in devices.items():
+        lines += [
+            [device, heading, command]
+            for name, (heading, command) in SECTIONS.items()
+            if name not in records and name != "quickstart"
+        ]
+    somewhere = {name for records in devices.values() for name in records}
+    lines += [
+        ["any", heading, command]
+        for name, (heading, command) in (SECTIONS | REPRODUCTIONS).items()
+        if (name in REPRODUCTIONS or name == "quickstart") and name not in somewhere
+    ]
+    if not lines:
+        yield "Every benchmark has a record of every device above."
+        return
+    yield markdown_table(
+        ("device", "what", "by"), [[device, what, f"`{by}`"] for device, what, by in lines]
+    )
+
+
+def take(out: Path, results: Path) -> Path:
+    """Copy the records that benchmarks wrote to ``out`` into their device's folder, which is told.
+
+    Raises UserError if there are none, or of more than one device.
+    """
+    found = {path.name: path for path in sorted(out.glob("*.json")) if "benchmark" in _json(path)}
+    names = {_folder_name(_json(path)) for path in found.values()}
+    if len(names) != 1:
+        what = f"of several devices ({', '.join(sorted(names))})" if names else "no"
+        raise UserError(
+            f"{out} holds {what} records; give a folder that benchmarks/run_gpu.sh wrote"
+        )
+    for path in sorted(out.glob("*/results.json")):
+        found[f"reproduction-{_json(path)['table']}.json"] = path
+    folder = results / names.pop()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, path in found.items():
+        atomic_write(folder / name, path.read_bytes())
+    return folder
+
+
+def _folder_name(record: Record) -> str:
+    if not on_gpu(record):
+        return "cpu"
+    return re.sub(r"[^a-z0-9]+", "-", record["environment"]["device"].lower()).strip("-")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write page and figures; 1 if the figures need what is not installed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "out", type=Path, nargs="?", help="a folder of new records, copied to benchmarks/results"
+    )
+    out = parser.parse_args(arguments).out
+    if out:
+        try:
+            print(take(out, RESULTS))
+        except UserError as error:
+            parser.error(str(error))
+    devices = read(RESULTS)
+    atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json")))
+    print(PAGE)
+    for device, records in devices.items():
+        for name, record in records.items():
+            for file, drawing in drawings(device, name, record).items():
+                path = PAGE.parent / "figures" / file
+                try:
+                    svg = drawing.svg()
+                except ModuleNotFoundError as error:
+                    print(f"no figures: pip install {error.name}", file=sys.stderr)
+                    return 1
+                path.parent.mkdir(exist_ok=True)
+                atomic_write(path, svg)
+                print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

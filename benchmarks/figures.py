@@ -1,0 +1,254 @@
+"""Figures of the records where they say more than the tables; matplotlib is imported on use.
+
+The same record gives the same SVG, byte by byte, as long as matplotlib is the same. Each stands on
+a white ground of its own, so that it is read on light and on dark pages alike.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from bars import on_gpu, roofline_bar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Record = Mapping[str, Any]
+Rows = Sequence[Record]
+
+STYLE = {
+    "svg.hashsalt": "classroomkd",
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "figure.facecolor": "white",
+    "savefig.facecolor": "white",
+}
+OWN, OTHER = "#0072b2", "#999999"
+BY_MENTORS = ("#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7")
+# The networks' parts are blue, as they are what nobody can save.
+PARTS = {
+    "mentors": "#0b3c5d",
+    "student forward": "#3f7fb0",
+    "student backward": "#9cc4e4",
+    "loss": "#d55e00",
+    "optimizer": "#009e73",
+    "rest of the step": "#999999",
+    "loader and between": "#f0c419",
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn."""
+
+    caption: str
+    draw: Callable[[], Figure]
+
+    def svg(self) -> bytes:
+        """The figure, drawn.
+
+        Raises ModuleNotFoundError without matplotlib.
+        """
+        import matplotlib
+
+        file = io.BytesIO()
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(STYLE)
+            self.draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+        return file.getvalue()
+
+
+def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
+    """By the names of their files, what can be drawn of a device's record ``name``."""
+    found = {}
+    rows = [row for row in record.get("rows", []) if row["status"] == "ok"]
+    if name == "loss" and on_gpu(record):
+        grid = [row for row in rows if not row["case"]]
+        named = [row for row in rows if row["case"]]
+        if len(_sizes(grid)) > 1:
+            found["loss"] = Drawing(
+                f"This project's loss and gradient on {device}: device time and share of the "
+                "roofline, over sizes, numbers of mentors and rankings.",
+                lambda: _loss(grid),
+            )
+        if len({row["implementation"] for row in named}) > 1:
+            found["implementations"] = Drawing(
+                f"Loss and gradient by everything that computes them, on {device}: device time.",
+                lambda: _implementations(named),
+            )
+    if name == "loaders" and len(rows) > 1:
+        found["loaders"] = Drawing(
+            f"Loaders on {device}: images a second, median and range of the rounds. Blue: this "
+            "project's; orange: others'; grey: the bare copies that bound them.",
+            lambda: _loaders(rows),
+        )
+    timed = [row for row in rows if "parts_ms" in row]
+    if name == "step" and timed:
+        found["step"] = Drawing(
+            f"A training step on {device}: where its time goes, and how long it takes. Blue: the "
+            "networks themselves.",
+            lambda: _step(timed),
+        )
+    return {f"{device}-{figure}.svg": drawing for figure, drawing in found.items()}
+
+
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+    """A figure of inches, and its axes [rows, columns]."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _sizes(rows: Iterable[Record]) -> list[tuple[int, int]]:
+    return list(dict.fromkeys((row["rows"], row["classes"]) for row in rows))
+
+
+def _loss(rows: Rows) -> Figure:
+    """A column of panels for each dtype: time above, share of the roofline below."""
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    sizes = _sizes(rows)
+    figure, panels = _figure(5.2 * len(dtypes), 6.4, 2, len(dtypes))
+    for column, dtype in enumerate(dtypes):
+        time, share = panels[:, column]
+        of_dtype = [row for row in rows if row["dtype"] == dtype]
+        kinds = dict.fromkeys((row["mentors"], row["ranking"]) for row in of_dtype)
+        mentors = sorted({m for m, _ in kinds})
+        for m, ranking in kinds:
+            line = [row for row in of_dtype if (row["mentors"], row["ranking"]) == (m, ranking)]
+            places = [sizes.index((row["rows"], row["classes"])) for row in line]
+            batch = ranking == "batch"
+            colour = BY_MENTORS[mentors.index(m) % len(BY_MENTORS)]
+            style = {
+                "color": colour,
+                "linestyle": "--" if batch else "-",
+                "marker": "o",
+                "markersize": 4,
+                "markerfacecolor": "white" if batch else colour,
+                "linewidth": 1.2,
+                "label": f"M = {m}{', ranked by batch' if batch else ''}",
+            }
+            time.plot(places, [row["device_time_us"] for row in line], **style)
+            share.plot(places, [row["roofline_percent"] for row in line], **style)
+        wanted = {
+            (row["rows"], row["classes"]): bar[0]
+            for row in of_dtype
+            if (bar := roofline_bar(row)) is not None
+        }
+        for number, (place, percent) in enumerate(wanted.items()):
+            x, label = sizes.index(place), None if number else "wanted, ranked by row"
+            share.plot([x - 0.4, x + 0.4], [percent] * 2, color="black", linewidth=2, label=label)
+        time.set_yscale("log")
+        time.set_title(f"{dtype}: device time")
+        time.set_ylabel("device time of one call, µs")
+        share.set_title(f"{dtype}: share of the measured roofline")
+        share.set_ylabel("share of the roofline, %")
+        share.set_ylim(bottom=0)
+        for axes in (time, share):
+            labels = [f"{b:,} × {c:,}" if axes is share else "" for b, c in sizes]
+            axes.set_xticks(range(len(sizes)), labels, rotation=40, ha="right")
+            axes.set_xlim(-0.6, len(sizes) - 0.4)
+        share.set_xlabel("rows × classes")
+    handles, labels = panels[1, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def _implementations(rows: Rows) -> Figure:
+    """A panel for each named case, a bar for each implementation that ran there."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, panels = _figure(5.4 * columns, lines * (1.1 + 0.24 * len(names)), lines, columns)
+    for number, axes in enumerate(panels.flat):
+        if number >= len(cases):
+            axes.set_visible(False)
+            continue
+        own = {row["implementation"]: row for row in rows if row["case"] == cases[number]}
+        row = next(iter(own.values()))
+        kind = "B {rows:,}, C {classes:,}, M {mentors}, {dtype}".format(**row)
+        kind += ", ranked by batch" if row["ranking"] == "batch" else ""
+        axes.set_title(f"{cases[number]}\n{kind}")
+        times = [own[name]["device_time_us"] if name in own else 0 for name in names]
+        colours = [OWN if name.startswith("fused_") else OTHER for name in names]
+        drawn = axes.barh(range(len(names)), times, color=colours, height=0.7)
+        labels = [format(time, ",.0f" if time >= 100 else ".1f") if time else "–" for time in times]
+        axes.bar_label(drawn, labels, padding=3)
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("device time of one call, µs")
+    return figure
+
+
+def _loaders(rows: Rows) -> Figure:
+    figure, panels = _figure(7.2, 0.9 + 0.3 * len(rows))
+    axes: Axes = panels[0, 0]
+    for place, row in enumerate(rows):
+        floor = row["floor"] is None
+        own = row["loader"] in ("resident", "ffcv", "torch")
+        colour = OWN if own else "#bbbbbb" if floor else "#d55e00"
+        axes.plot([min(row["rounds"]), max(row["rounds"])], [place] * 2, color=colour, linewidth=3)
+        axes.plot(row["images_per_second"], place, "o", color=colour, markersize=6)
+        text = f"{row['images_per_second']:,.0f}"
+        at = (row["images_per_second"], place)
+        axes.annotate(text, at, (0, 6), textcoords="offset points", ha="center", fontsize=7.5)
+    names = [f"{row['loader']}{', {workers}'.format(**row) * bool(row['workers'])}" for row in rows]
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.8)
+    axes.set_xscale("log")
+    axes.set_xlabel("images/s, on a logarithmic scale (after the name: workers)")
+    return figure
+
+
+def _step(rows: Rows) -> Figure:
+    """A panel for each classroom and batch, a bar for each implementation."""
+    classrooms = list(dict.fromkeys(row["classroom"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    height = len(batches) * (0.85 + 0.27 * len(names)) + 0.5
+    figure, panels = _figure(5.4 * len(classrooms), height, len(batches), len(classrooms))
+    shown = {}
+    for line, batch in enumerate(batches):
+        for column, classroom in enumerate(classrooms):
+            axes = panels[line, column]
+            own = {
+                row["implementation"]: row["parts_ms"]
+                for row in rows
+                if (row["classroom"], row["batch"]) == (classroom, batch)
+            }
+            left = [0.0] * len(names)
+            for part, colour in PARTS.items():
+                widths = [
+                    100 * own[name][part] / sum(own[name].values()) if name in own else 0.0
+                    for name in names
+                ]
+                shown[part] = axes.barh(range(len(names)), widths, left=left, color=colour)
+                left = [start + width for start, width in zip(left, widths, strict=True)]
+            for place, name in enumerate(names):
+                text = f"{sum(own[name].values()):,.2f} ms" if name in own else "–"
+                axes.text(left[place] + 1, place, text, va="center", fontsize=8)
+            axes.set_title(f"{classroom.partition(' ')[0]} in its classroom, batch {batch}")
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis()
+            axes.set_xlim(0, 118)
+            axes.set_xticks(range(0, 101, 20))
+            axes.grid(visible=False, axis="y")
+            axes.set_xlabel("share of the time from one step to the next, %")
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+    return figure

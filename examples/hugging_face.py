@@ -1,0 +1,77 @@
+"""ClassroomKD in a subclass of Hugging Face's Trainer, on sentences made up here.
+
+    pip install -e . transformers accelerate
+    python examples/hugging_face.py
+
+trains two small BERTs and, in their classroom, a smaller one; nothing is downloaded. Half of a
+sentence's words belong to its class, which is to be told, and the others to any.
+"""
+
+import argparse
+import tempfile
+
+import torch
+import transformers
+from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+from classroomkd import ClassroomLoss
+
+CLASSES, WORDS, LENGTH = 4, 64, 16
+
+
+class ClassroomTrainer(Trainer):
+    """A Trainer whose model learns from ``mentors``, which read the same inputs."""
+
+    loss_is_scaled_for_ga = False  # a mean over the batch, which gradient accumulation divides
+
+    def __init__(self, *args, mentors, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mentors = [mentor.to(self.args.device).eval() for mentor in mentors]
+        self.classroom_loss = ClassroomLoss(temperature=12.0)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        loss = outputs.loss  # the model's own, for evaluation
+        if model.training:
+            with torch.no_grad():
+                lessons = [mentor(**inputs).logits for mentor in self.mentors]
+            loss = self.classroom_loss(outputs.logits, lessons, inputs["labels"])
+        return (loss, outputs) if return_outputs else loss
+
+
+def sentences(count):
+    labels = torch.randint(CLASSES, (count, 1))
+    words = torch.randint(WORDS, (count, LENGTH))
+    of_class = words - words % CLASSES + labels
+    words = torch.where(torch.rand(count, LENGTH) < 0.5, of_class, words)
+    return [{"input_ids": w, "labels": y} for w, y in zip(words, labels[:, 0], strict=True)]
+
+
+def bert(size, layers):
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": layers}
+    config = BertConfig(vocab_size=WORDS, num_labels=CLASSES, num_attention_heads=2, **sizes)
+    return BertForSequenceClassification(config)
+
+
+def accuracy(result):
+    return {"accuracy": float((result.predictions.argmax(-1) == result.label_ids).mean())}
+
+
+def fit(trainer):
+    trainer.train()
+    return trainer.evaluate()["eval_accuracy"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=3)
+    settings = {"num_train_epochs": parser.parse_args().epochs, "learning_rate": 3e-3}
+    settings |= {"disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
+    transformers.set_seed(0)
+    options = {"train_dataset": sentences(1024), "eval_dataset": sentences(1024)}
+    with tempfile.TemporaryDirectory() as folder:
+        options |= {"args": TrainingArguments(folder, **settings), "compute_metrics": accuracy}
+        mentors = [bert(64, layers=2), bert(48, layers=1)]
+        teacher, peer = (fit(Trainer(mentor, **options)) for mentor in mentors)
+        student = fit(ClassroomTrainer(bert(32, layers=1), mentors=mentors, **options))
+    print(f"held-out accuracy: mentors {teacher:.4f}, {peer:.4f}, student {student:.4f}")

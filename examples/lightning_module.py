@@ -1,0 +1,79 @@
+"""ClassroomKD in a LightningModule, on scikit-learn's handwritten digits.
+
+    pip install -e . lightning
+    python examples/lightning_module.py
+
+trains two perceptrons and, in their classroom, a smaller one.
+"""
+
+import argparse
+
+import lightning
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+from classroomkd import ClassroomLoss
+
+
+class Classroom(lightning.LightningModule):
+    """A student that learns from ``mentors``, or alone if there are none."""
+
+    def __init__(self, student, mentors=()):
+        super().__init__()
+        self.student = student
+        # A tuple and no ModuleList, so that mentors are neither trained nor saved in checkpoints.
+        self.mentors = tuple(mentor.eval() for mentor in mentors)
+        self.classroom_loss = ClassroomLoss(temperature=12.0)
+
+    def on_fit_start(self):
+        for mentor in self.mentors:
+            mentor.to(self.device)
+
+    def training_step(self, batch, batch_idx):
+        images, targets = batch
+        logits = self.student(images)
+        if not self.mentors:
+            return F.cross_entropy(logits, targets)
+        with torch.no_grad():
+            lessons = [mentor(images) for mentor in self.mentors]
+        loss, report = self.classroom_loss(logits, lessons, targets, return_report=True)
+        active = {f"active/{m}": share for m, share in enumerate(report.active_share)}
+        self.log_dict(active, on_step=False, on_epoch=True)  # read from the device once an epoch
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        images, targets = batch
+        self.log("accuracy", (self.student(images).argmax(1) == targets).float().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=3e-3)
+
+
+def perceptron(width):
+    return nn.Sequential(nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 10))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=20)
+    options = {"max_epochs": parser.parse_args().epochs, "enable_progress_bar": False}
+    options |= {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    lightning.seed_everything(0)
+    pixels, targets = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(pixels / 16).float(), torch.tensor(targets))
+    train_set, test_set = random_split(data, [2 / 3, 1 / 3])
+    loaders = DataLoader(train_set, batch_size=64, shuffle=True), DataLoader(test_set, 200)
+
+    def fit(module):
+        trainer = lightning.Trainer(**options)
+        trainer.fit(module, *loaders)
+        return trainer.callback_metrics
+
+    mentors = [perceptron(256), perceptron(32)]
+    teacher, peer = (fit(Classroom(mentor))["accuracy"] for mentor in mentors)
+    taught = fit(Classroom(perceptron(16), mentors))
+    print(f"held-out accuracy: mentors {teacher:.4f}, {peer:.4f}, student {taught['accuracy']:.4f}")
+    print(f"share of the rows taught: {taught['active/0']:.2f}, {taught['active/1']:.2f}")

@@ -1,0 +1,70 @@
+"""ClassroomKD in a plain PyTorch loop, on scikit-learn's handwritten digits.
+
+    pip install -e .
+    python examples/plain.py
+
+trains a teacher, a peer, and one student twice, alone and in their classroom, on the GPU if there
+is one. The networks come from the library's zoo and the batches from its loader, but neither has
+to: the loss asks for nothing but logits.
+"""
+
+import argparse
+
+import torch
+import torch.nn.functional as F
+
+from classroomkd import fused_classroom_loss_and_grad
+from classroomkd.data import Augmentation, ResidentLoader, channel_statistics, digits
+from classroomkd.models import create
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def train(name, mentors, images, epochs):
+    """Train a network of the zoo: in the classroom of ``mentors``, or alone if there are none."""
+    torch.manual_seed(0)
+    student = create(name, num_classes=10).to(DEVICE)
+    optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(images))
+    for epoch in range(epochs):
+        images.set_epoch(epoch)
+        for batch, targets, _ in images:
+            logits = student(batch)
+            if mentors:
+                with torch.no_grad():
+                    lessons = [mentor(batch) for mentor in mentors]
+                _, gradient = fused_classroom_loss_and_grad(logits, lessons, targets)
+                logits.backward(gradient)
+            else:
+                F.cross_entropy(logits, targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    return student.eval()
+
+
+@torch.no_grad()
+def accuracy(network, images):
+    right = sum((network(batch).argmax(1) == targets).sum() for batch, targets, _ in images)
+    return int(right) / images.count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int, default=5)
+    epochs = parser.parse_args().epochs
+    train_set, test_set = digits()
+    mean, std = channel_statistics(train_set)
+    options = {"mean": mean, "std": std, "device": DEVICE, "drop_last": False}
+    crop = Augmentation(padding=2, flip=False)
+    images = ResidentLoader(train_set, 64, augmentation=crop, shuffle=True, **options)
+    held_out = ResidentLoader(test_set, 200, augmentation=None, shuffle=False, **options)
+
+    teacher = train("resnet14", [], images, epochs)
+    peer = train("resnet8", [], images, (epochs + 1) // 2)  # a weak one: half the training
+    alone = train("resnet8", [], images, epochs)
+    taught = train("resnet8", [teacher, peer], images, epochs)
+    shares = [f"{accuracy(network, held_out):.4f}" for network in (teacher, peer, alone, taught)]
+    print(
+        "held-out accuracy: mentors {}, {}, student alone {}, in the classroom {}".format(*shares)
+    )
