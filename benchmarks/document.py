@@ -2,7 +2,7 @@
 
     python benchmarks/document.py [OUT]
 
-writes them from benchmarks/results/. OUT is a folder that the benchmarks wrote, as run_gpu.sh does:
+writes them, and the tables of docs/reproduction.md, from benchmarks/results/. OUT is a folder that the benchmarks wrote, as run_gpu.sh does:
 its records are first copied to the folder of their device, in the place of older ones.
 """
 
@@ -27,6 +27,7 @@ from tables import markdown, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
+REPRODUCTION = ROOT / "docs/reproduction.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
@@ -47,6 +48,7 @@ REPRODUCTIONS = {
     )
     for name, table in TABLES.items()
 }
+MARK = "<!-- benchmarks/document.py writes what follows -->"
 ON_A_GPU = "benchmarks/run_gpu.sh OUT"
 
 
@@ -117,15 +119,25 @@ def _of_device(device: str, records: Mapping[str, Record]) -> Iterator[str]:
         if name not in records:
             continue
         source = f"[{name}.json]({LINK}/{device}/{name}.json), by `{command}`"
-        if name in REPRODUCTIONS:
-            yield f"#{page.markdown(records[name])}"
-            yield f"{source}."
-            continue
         yield f"### {heading}"
+        if name in REPRODUCTIONS:
+            yield f"[reproduction.md]({REPRODUCTION.name}) has the table. {source}."
+            continue
         yield f"{source}:"
         yield _quickstart(records[name]) if name == "quickstart" else markdown(records[name])
         for figure, drawing in drawings(device, name, records[name]).items():
             yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
+
+
+def reproduction(text: str, devices: Records) -> str:
+    """The page on reproductions, whose ``text`` stays up to the mark, with all tables after it."""
+    head, mark, _ = text.partition(MARK)
+    blocks = [head + mark]
+    for device, records in devices.items():
+        for name in filter(records.__contains__, REPRODUCTIONS):
+            blocks.append(page.markdown(records[name]))
+            blocks.append(f"From [{name}.json]({LINK}/{device}/{name}.json).")
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
 def _quickstart(summary: Record) -> str:
@@ -232,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(str(error))
     devices = read(RESULTS)
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json")))
-    print(PAGE)
+    atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
+    print(PAGE, REPRODUCTION, sep="\n")
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

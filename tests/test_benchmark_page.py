@@ -35,6 +35,12 @@ def test_the_page_is_what_the_command_gives():
     )
 
 
+def test_the_tables_of_reproductions_are_what_the_command_gives():
+    text = document.REPRODUCTION.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.reproduction(text, document.read(document.RESULTS)) == text
+
+
 def test_links_and_figures_are_there():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
     assert any(target.startswith("figures/") for target in targets)
@@ -217,7 +223,10 @@ def test_a_gpus_records_fill_their_places(gpu_records):
     assert "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79.1 GiB, 50.0 MiB of L2 cache" in text
     assert "2900 GB/s copied, 3600 Gexp/s." in text
     assert text.index("## h100") < text.index("## cpu")
-    assert "\n### Methods\n" in text
+    assert "\n### Reproduction: Methods\n" in text
+    page = document.reproduction(f"# Title\n\n{document.MARK}\nold", {"h100": gpu_records})
+    assert page.startswith(f"# Title\n\n{document.MARK}\n\n## Methods\n")
+    assert "h100/reproduction-methods.json" in page
     missing = text.split("## Not measured")[1]
     assert "reproduce methods" not in missing
     assert "reproduce main" in missing
@@ -286,6 +295,8 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     (results / "compiled.json").write_text(json.dumps(COMPILED))
     monkeypatch.setattr(document, "RESULTS", results)
     monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
+    document.REPRODUCTION.write_text(document.MARK)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert document.main([str(out)]) == 1  # the page is whole without matplotlib
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
