@@ -543,7 +543,7 @@ def test_parts_of_a_captured_step(step_setting, monkeypatch):
     trainer._step_on = Captured(trainer._step)
     slowed(step_rows.MentorBank, "__call__", 1)
     slowed(trainer, "_forward", 2)
-    slowed(trainer.loss, "loss_and_grad", 4)
+    slowed(trainer.method.loss, "loss_and_grad", 4)
     slowed(torch.Tensor, "backward", 8)
     slowed(trainer.optimizer, "step", 16)
     slowed(trainer.optimizer, "zero_grad", 32)

@@ -1,5 +1,6 @@
 """Recipes: what a file, options and overrides make, and what they may not hold."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_file_and_what_it_leaves_out(file, monkeypatch):
     assert (recipe.data.source, recipe.data.image_size, recipe.data.padding) == ("/photos", 64, 8)
     assert (recipe.training.epochs, recipe.training.learning_rate) == (60, 0.1)
     assert (recipe.loss.task_weight, recipe.loss.temperature) == (0.5, 12.0)
-    assert recipe.mentor_training == Recipe().mentor_training
+    assert recipe.mentor_training == replace(Recipe().mentor_training, epochs=60)
 
 
 def test_overrides_win_over_options_and_those_over_the_file(file):
@@ -151,3 +152,13 @@ def test_numbers_of_method_options_in_a_file(tmp_path):
     path.write_text("student: resnet8\nmethod: kd\nmethod_options: {kd_weight: -1}\n")
     with pytest.raises(UserError, match=r"recipe\.yaml: method kd: kd_weight must be"):
         load_recipe(path)
+
+
+def test_mentors_are_trained_for_as_long_as_the_student_unless_said_otherwise(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("student: resnet8\nmentors: [resnet20]\ntraining: {epochs: 30}\n")
+    assert load_recipe(path).mentor_training.epochs == 30
+    assert load_recipe(path, ["training.epochs=7"]).mentor_training.epochs == 7
+    assert load_recipe(path, ["mentor_training.epochs=9"]).mentor_training.epochs == 9
+    path.write_text(path.read_text() + "mentor_training: {epochs: 50}\n")
+    assert load_recipe(path, ["training.epochs=7"]).mentor_training.epochs == 50

@@ -390,3 +390,10 @@ def test_methods_on_the_command_line(tmp_path, capsys):
     ):
         assert cli.main([*run, "--mentors", "resnet8", "--out", "x", *overrides]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_line_now_and_then_without_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr("classroomkd.training.progress._QUIET", 0.0)
+    _, text = hold(tmp_path / "run", "mentor_training.epochs=3", 'student=""')
+    told = [line for line in text.splitlines() if line.startswith("resnet8 (mentor), epoch ")]
+    assert [line.split(":")[0].split()[-1] for line in told] == ["1/3", "2/3", "3/3", "3"]

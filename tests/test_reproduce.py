@@ -505,3 +505,12 @@ def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys):
     assert cli.main(["mentors", *side]) == 0
     assert cli.main(["mentors", *side, "seed=3"]) == 2
     assert "side was begun with another recipe" in capsys.readouterr().err
+
+
+def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--classrooms", str(tiny), "--out", str(out)]
+    assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "nosuch")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no folder at" in line
+    assert not out.exists()

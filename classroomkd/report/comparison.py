@@ -58,14 +58,15 @@ class _Entry:
 
         None what is not known before the end of a training.
         """
-        last, alone = (self._last(phase) for phase in ("classroom", "alone"))
-        best = self.run.result("classroom").get("best_test_top1")
+        taught = "alone" if self.run.method == "alone" else "classroom"
+        last, alone = (self._last(phase) for phase in (taught, "alone"))
+        best = self.run.result(taught).get("best_test_top1")
         if best is None and last is not None:
-            best = max(
-                (r["test_top1"] for r in self.run.classroom if r.get("test_top1") is not None),
-                default=None,
-            )
-        return last, best, alone, None if last is None or alone is None else last - alone
+            curve = self.run.student_curve(taught)
+            known = (r["test_top1"] for r in curve if r.get("test_top1") is not None)
+            best = max(known, default=None)
+        gain = None if taught == "alone" or None in (last, alone) else last - alone
+        return last, best, alone, gain
 
     def _last(self, phase: str) -> float | None:
         if result := self.run.result(phase):
@@ -94,7 +95,7 @@ def comparison(runs: Sequence[Run]) -> tuple[str, str]:
 {table("runs", COLUMNS, rows)}
 <p class="note">top-1 is that of the student, taught by the method, after its last epoch, best the
 highest of any epoch on these same held-out images, alone that of the student trained alone, and
-gain the first less that, in percentage points; – is not known yet. A mean ± sample standard
+gain the first less that, in percentage points; – is not known, or not yet. A mean ± sample standard
 deviation goes over the finished runs whose configurations differ in the seed only.</p>
 {sections(_plots(entries, groups))}"""
     return f"Comparison of {len(runs)} runs", body

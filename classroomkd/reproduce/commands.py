@@ -53,11 +53,15 @@ def reproduce(arguments: argparse.Namespace) -> int:
     for task in plan.runs:
         if (out / task.id / "config.yaml").exists():
             require_same_recipe(task, out / task.id)
+    for run in plan.runs:
+        source = run.recipe.data.source
+        if not source and not arguments.plan:
+            arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
+        if source not in ("", "digits") and not Path(source).is_dir():
+            raise UserError(f"no folder at {source}: give --data one with the images")
     _print_plan(plan, out, len(devices), console)
     if arguments.plan:
         return 0
-    if missing := next((run for run in plan.runs if not run.recipe.data.source), None):
-        arguments.parser.error(f"--data is required: {missing.arguments[2]} does not name any")
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
     order = [run.id for run in whole.runs]

@@ -157,7 +157,7 @@ def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
     """The variants of these names, and the methods of those that are none."""
     for name in wanted:
         if name not in known and name not in methods.names():
-            every = [*known, *methods.names()]
+            every = list(dict.fromkeys([*known, *methods.names()]))
             nearest = ", ".join(difflib.get_close_matches(name, every, cutoff=0.0))
             raise UserError(f"the table has no method {name!r}; the nearest names are {nearest}")
     return [known.get(name) or Variant(name, name) for name in dict.fromkeys(wanted)]

@@ -5,7 +5,8 @@
     data: {source: photos/}
     training: {epochs: 60}
 
-What a file leaves out has the defaults below, which are the published CIFAR recipe. A mentor is a
+What a file leaves out has the defaults below, which are the published CIFAR recipe; mentors are
+trained for as many epochs as the student if it does not say otherwise. A mentor is a
 name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
 ``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``.
 """
@@ -181,6 +182,8 @@ def load_recipe(
             except (TypeError, ValueError, yaml.YAMLError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
+        if not _says_mentor_epochs(layers, overrides):
+            merged.mentor_training.epochs = merged.training.epochs
         recipe = OmegaConf.to_object(merged)
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
@@ -224,6 +227,14 @@ def yaml_mapping(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{file} holds no recipe, but a {type(content).__name__}")
     return content
+
+
+def _says_mentor_epochs(layers: Sequence[Any], overrides: Sequence[str]) -> bool:
+    """Whether a file, values or overrides say for how long mentors are trained."""
+    keys = ("mentor_training.epochs=", "mentor_training=")
+    return any(item.startswith(keys) for item in overrides) or any(
+        OmegaConf.select(layer, "mentor_training.epochs") is not None for layer in layers[1:]
+    )
 
 
 def _value(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import os
 import time
 from collections.abc import Iterable
@@ -14,6 +15,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from classroomkd.errors import UserError
+
+# Batch norm's statistics stay each process's own; newer torch has another word for it.
+_SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class Processes:
@@ -61,7 +69,7 @@ class Processes:
         if not self.together:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(network, device_ids=ids, **{_SYNC_BUFFERS: False})
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """The same for parameters that no `wrap` looks after."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+_QUIET = 60.0  # seconds between two lines about epochs where there is no terminal for a bar
 
 
 class TrainingProgress:
@@ -25,6 +28,7 @@ class TrainingProgress:
             transient=True,
         )
         self._task = self._progress.add_task("", total=None, latest="")
+        self._called, self._told = "", time.monotonic()
 
     def __enter__(self) -> TrainingProgress:
         self._progress.start()
@@ -39,6 +43,7 @@ class TrainingProgress:
 
     def begin(self, called: str, epoch: int, epochs: int) -> None:
         """Name the network and the epoch that it begins, counted from 1."""
+        self._called = called
         self._progress.update(self._task, description=escape(f"{called} {epoch}/{epochs}"))
         if epoch == 1:
             self._progress.update(self._task, latest="")
@@ -56,11 +61,18 @@ class TrainingProgress:
         """Show the numbers of a finished epoch."""
         self._progress.update(self._task, latest=_numbers(record))
         self._progress.lessons = _lessons(record) if record.get("mentors") else None
+        if not self._progress.console.is_terminal and time.monotonic() - self._told >= _QUIET:
+            self._tell(f"epoch {record['epoch']}/{record['epochs']}: {_numbers(record)}")
 
     def done(self, called: str, record: Mapping[str, Any]) -> None:
         """Leave a line about a network's last epoch."""
-        line = f"{called}, epoch {record['epoch']}: {_numbers(record)} held out"
-        self._progress.console.print(escape(line), highlight=False, soft_wrap=True)
+        self._called = called
+        self._tell(f"epoch {record['epoch']}: {_numbers(record)} held out")
+
+    def _tell(self, line: str) -> None:
+        self._told = time.monotonic()
+        line = escape(f"{self._called}, {line}")
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 class _Display(Progress):
