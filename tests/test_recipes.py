@@ -103,7 +103,7 @@ def test_the_large_batch_takes_an_eighth_of_the_steps():
     assert (large.mentors, large.data, large.loss) == (small.mentors, small.data, small.loss)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "small"])
+@pytest.mark.parametrize("name", [*NAMES, "small", "small-large-batch"])
 def test_two_steps_of_a_recipe(name):
     recipe = load_recipe(recipes.find(name))
     found = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
