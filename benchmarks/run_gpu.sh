@@ -49,6 +49,9 @@ if [[ $# -ne 1 && ! ($# -eq 3 && $2 == --minutes && $3 =~ ^[1-9][0-9]*$) ]]; the
 fi
 limit=$((60 * ${3:-8}))
 python=${PYTHON:-python3}
+if [[ $python == */* ]]; then # found from OUT too; not through its links, or it were no environment's
+    python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") || exit 2
+fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
 wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")} data=${DATA:+$(realpath "$DATA")}
 mkdir -p "$1" && out=$(cd "$1" && pwd) && scratch=$(mktemp -d) || exit 2

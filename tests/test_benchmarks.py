@@ -669,3 +669,24 @@ def test_markdown_of_the_steps():
     widths = {line.count("|") for line in text.split("**")[2].strip().splitlines()}
     assert len(widths) == 1
     assert len(tables.terminal(record)) == 3
+
+
+def test_run_gpu_takes_the_readmes_python(tmp_path):
+    """A path from where it is called, though the parts run elsewhere; each of them is begun."""
+    called = tmp_path / "called"
+    python = tmp_path / "venv" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\necho "$@" >>{called}\n')
+    python.chmod(0o755)
+    result = subprocess.run(
+        ["bash", str(BENCHMARKS / "run_gpu.sh"), "out", "--minutes", "1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHON": "venv/python", "FFCV_WHEEL": "", "DATA": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert result.returncode == 0, result.stdout
+    lines = called.read_text()
+    for part in ("pytest", "roofline.py", "loss.py", "loaders.py", "step.py", "reproduce methods"):
+        assert part in lines, part
