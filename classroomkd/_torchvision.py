@@ -12,12 +12,13 @@ import importlib
 from types import ModuleType
 
 import torch
+from torch import library
 
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_libraries: list[torch.library.Library] = []  # a Library unregisters its schemas when collected
+_fragments: list[library.Library] = []  # each unregisters its schemas when collected
 
 
 def import_torchvision(submodule: str | None = None) -> ModuleType:
@@ -33,7 +34,7 @@ def import_torchvision(submodule: str | None = None) -> ModuleType:
             raise
     for operator, schema in _SCHEMAS.items():
         if not hasattr(torch.ops.torchvision, operator):
-            library = torch.library.Library("torchvision", "FRAGMENT")
-            library.define(schema)
-            _libraries.append(library)
+            fragment = library.Library("torchvision", "FRAGMENT")
+            fragment.define(schema)
+            _fragments.append(fragment)
     return importlib.import_module(name)

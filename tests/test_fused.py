@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 
 from classroomkd import (
     ClassroomLoss,
@@ -452,14 +453,14 @@ def test_operator_contract(device):
     options = (12.0, "better", "adaptive", "rank", None, None, 0.0, -100)
     operators = torch.ops.classroomkd
     sums = operators.confidence_sums(student, list(mentors), targets, 0.0, -100)
-    torch.library.opcheck(operators.confidence_sums, (student, list(mentors), targets, 0.0, -100))
+    library.opcheck(operators.confidence_sums, (student, list(mentors), targets, 0.0, -100))
     for reduction, with_report in (("mean", True), ("sum", False), ("none", True)):
         inputs = (student.clone().requires_grad_(), list(mentors), targets, weight, sums)
-        torch.library.opcheck(operators.loss, (*inputs, *options, reduction, True, with_report))
+        library.opcheck(operators.loss, (*inputs, *options, reduction, True, with_report))
     inputs = (student, list(mentors), targets, None, None)
     scale = torch.tensor(2.0, device=device)
-    torch.library.opcheck(operators.loss_and_grad, (*inputs, *options, "mean", scale, True))
-    torch.library.opcheck(operators.scale_rows, (student, scale, scale))
+    library.opcheck(operators.loss_and_grad, (*inputs, *options, "mean", scale, True))
+    library.opcheck(operators.scale_rows, (student, scale, scale))
 
 
 def test_module(device):

@@ -4,8 +4,8 @@ torch.compile, export and fake tensors see each as one opaque node. ``loss`` com
 of each row's loss beside the loss, and its backward only multiplies it by what arrives from above;
 ``loss_and_grad`` is the same pass with the gradient finished, and no autograd.
 
-They are registered through `torch.library.Library`; `torch.library.custom_op` says the same in
-fewer words and costs several times the host time a call, more than the launch itself.
+They are registered through PyTorch's `Library`; its `custom_op` says the same in fewer words and
+costs several times the host time a call, more than the launch itself.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import functools
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from classroomkd.loss.derivative import final
 
-_library = torch.library.Library("classroomkd", "DEF")
+_library = library.Library("classroomkd", "DEF")
 
 
 def _register(
     name: str, function: Callable[..., object], fake: Callable[..., object]
 ) -> Callable[..., object]:
     """Define an operator with the signature of ``function``, which runs it on CPU and GPU."""
-    _library.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _library.define(name + library.infer_schema(function, mutates_args=()))
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
-    torch.library.register_fake(f"classroomkd::{name}", fake, lib=_library)
+    library.register_fake(f"classroomkd::{name}", fake, lib=_library)
     return getattr(torch.ops.classroomkd, name).default
 
 
