@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from classroomkd._torchvision import import_torchvision
 from classroomkd.data import ImageSet
 from classroomkd.data._ffcv import import_ffcv
+from classroomkd.torchvision import import_torchvision
 
 Statistics = tuple[float, float, float]
 

@@ -11,10 +11,19 @@ import argparse
 import tempfile
 
 import torch
-import transformers
-from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 from classroomkd import ClassroomLoss
+from classroomkd.torchvision import import_torchvision
+
+import_torchvision()  # transformers does, and fails if it was built for another torch
+
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    BertConfig,
+    BertForSequenceClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 CLASSES, WORDS, LENGTH = 4, 64, 16
 

@@ -8,7 +8,6 @@ trains two perceptrons and, in their classroom, a smaller one.
 
 import argparse
 
-import lightning
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -16,6 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from classroomkd import ClassroomLoss
+from classroomkd.torchvision import import_torchvision
+
+import_torchvision()  # Lightning does, and fails if it was built for another torch
+
+import lightning  # noqa: E402
 
 
 class Classroom(lightning.LightningModule):

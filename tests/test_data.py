@@ -504,7 +504,7 @@ def torchvision_stub(monkeypatch):
         return make
 
     stub.CIFAR10, stub.CIFAR100 = data_set("CIFAR10"), data_set("CIFAR100")
-    monkeypatch.setattr("classroomkd._torchvision.import_torchvision", lambda name: stub)
+    monkeypatch.setattr("classroomkd.torchvision.import_torchvision", lambda name: stub)
     return stub
 
 

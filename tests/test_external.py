@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from classroomkd._torchvision import import_torchvision
 from classroomkd.errors import UserError
 from classroomkd.models import (
     NetworkInfo,
@@ -23,6 +22,7 @@ from classroomkd.models import (
     names,
     save_network,
 )
+from classroomkd.torchvision import import_torchvision
 from zoo_weights import fill
 
 with_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classroomkd._torchvision import import_torchvision
 from classroomkd.models import NetworkInfo, create, names
+from classroomkd.torchvision import import_torchvision
 from classroomkd.training.fold import fold_batch_norms, foldable
 from classroomkd.training.mentors import Renormalised
 from zoo_weights import fill, probe

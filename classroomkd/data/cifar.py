@@ -84,7 +84,7 @@ def download(path: Path, kind: str) -> None:
     if found and all((found[1] / file).is_file() for file in layout.files):
         return
     try:
-        from classroomkd._torchvision import import_torchvision
+        from classroomkd.torchvision import import_torchvision
 
         getattr(import_torchvision("datasets"), layout.torchvision)(
             root=str(path), train=False, download=True

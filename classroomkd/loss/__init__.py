@@ -1,4 +1,11 @@
-"""The loss: its definition in PyTorch, the fused operator, the module, their options and report."""
+"""The loss of logits: what it is, how it is called, and the methods that it is compared with.
+
+``definition`` is the loss in plain PyTorch, which everything else is tested against. A call of
+``fused`` has its arguments checked by ``options`` and goes through ``operators``, PyTorch's face of
+the kernels, to ``classroomkd.kernels``; ``module`` is the same as a module, and what a batch was
+taught is a ``report``. ``methods`` has this and other ways to train a student behind one interface.
+Networks, images and schedules are no concern of this folder.
+"""
 
 from classroomkd.loss.definition import classroom_loss
 from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad

@@ -1,13 +1,19 @@
-"""The CIFAR model zoo, networks of torchvision and timm, and checkpoints of all of them."""
+"""Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
 
-from .checkpoint import load_network, save_network, student_file
-from .external import load_pretrained
-from .info import NetworkInfo
-from .registry import create, names
+A file a family; ``registry`` knows them by name, ``external`` asks the other libraries, ``stages``
+says where features are taken, ``checkpoint`` writes and recognises weights. How a network is
+trained, or in what role, is not known here.
+"""
+
+from classroomkd.models.checkpoint import load_network, save_network, student_file
+from classroomkd.models.external import is_external, load_pretrained
+from classroomkd.models.info import NetworkInfo
+from classroomkd.models.registry import create, names
 
 __all__ = [
     "NetworkInfo",
     "create",
+    "is_external",
     "load_network",
     "load_pretrained",
     "names",

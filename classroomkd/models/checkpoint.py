@@ -19,11 +19,11 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..files import atomic_write
-from . import external
-from .info import NetworkInfo
-from .registry import CLASSIFIER_BIASES, ZOO, build
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
+from classroomkd.models import external
+from classroomkd.models.info import NetworkInfo
+from classroomkd.models.registry import CLASSIFIER_BIASES, ZOO, build
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from .._torchvision import import_torchvision
-from ..errors import UserError
-from .info import NetworkInfo
+from classroomkd.errors import UserError
+from classroomkd.models.info import NetworkInfo
+from classroomkd.torchvision import import_torchvision
 
 # Two networks of torchvision have auxiliary heads, useless here, and take images normalised
 # otherwise than their weights' transforms do, unless told to convert them.

@@ -8,14 +8,14 @@ from functools import partial
 
 from torch import nn
 
-from ..errors import UserError
-from . import external
-from .mobilenetv2 import MobileNetV2
-from .resnet import ResNet
-from .resnet_four_stage import BasicBlock, Bottleneck, ResNetFourStage
-from .shufflenet import ShuffleNetV1, ShuffleNetV2
-from .vgg import VGG
-from .wrn import WideResNet
+from classroomkd.errors import UserError
+from classroomkd.models import external
+from classroomkd.models.mobilenetv2 import MobileNetV2
+from classroomkd.models.resnet import ResNet
+from classroomkd.models.resnet_four_stage import BasicBlock, Bottleneck, ResNetFourStage
+from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classroomkd.models.vgg import VGG
+from classroomkd.models.wrn import WideResNet
 
 _WIDE = (32, 64, 128, 256)
 

@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..errors import UserError
-from .mobilenetv2 import MobileNetV2
-from .registry import build
-from .resnet import ResNet
-from .resnet_four_stage import ResNetFourStage
-from .shufflenet import ShuffleNetV1, ShuffleNetV2
-from .vgg import VGG
-from .wrn import WideResNet
+from classroomkd.errors import UserError
+from classroomkd.models.mobilenetv2 import MobileNetV2
+from classroomkd.models.registry import build
+from classroomkd.models.resnet import ResNet
+from classroomkd.models.resnet_four_stage import ResNetFourStage
+from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
+from classroomkd.models.vgg import VGG
+from classroomkd.models.wrn import WideResNet
 
 # As the literature on distillation counts them: the first block of a VGG, and the first of a
 # MobileNetV2, belong to the stem; of the latter's others those before a change of resolution count,

@@ -20,7 +20,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
 from classroomkd.training.config import MentorConfig, Recipe, load_recipe
-from classroomkd.training.mentors import is_checkpoint, is_external, wherever
+from classroomkd.training.mentors import is_checkpoint, wherever
 
 # All seeds share the mentors and the images that are held out.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
@@ -210,7 +210,7 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
     """The mentors that a run needs trained, those together that one task trains, by its id."""
     groups: dict[str, list[MentorConfig]] = {}
     for mentor in _teaching(recipe):
-        given = is_external(mentor.source) and mentor.epochs is None
+        given = models.is_external(mentor.source) and mentor.epochs is None
         if given or is_checkpoint(mentor.source):
             continue
         deciding = asdict(recipe)

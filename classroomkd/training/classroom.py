@@ -18,7 +18,7 @@ from torch import nn
 from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
-from classroomkd.models import NetworkInfo, student_file
+from classroomkd.models import NetworkInfo, is_external, student_file
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.training.config import MentorConfig, Recipe, split_seed, to_dict
@@ -34,12 +34,11 @@ from classroomkd.training.mentors import (
     find_mentors,
     fit_to_data,
     is_checkpoint,
-    is_external,
     wherever,
 )
 from classroomkd.training.networks import NetworkTrainer
 from classroomkd.training.progress import TrainingProgress
-from classroomkd.training.results import Part
+from classroomkd.training.results import Role
 from classroomkd.training.run import Run
 from classroomkd.training.store import MentorStore
 
@@ -238,29 +237,29 @@ class Classroom:
         trainings = self._trainings()
         phases = _phases(recipe)
         students = [
-            Part(phase, recipe.student, recipe.student, recipe.training.epochs) for phase in phases
+            Role(phase, recipe.student, recipe.student, recipe.training.epochs) for phase in phases
         ]
         steps = sum(map(trainer.steps, trainings.values()))
         progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
         networks = {mentor.name: mentor.network for mentor in self.mentors}
-        for parts in trainings.values():
-            for part, (network, result) in zip(
-                parts, trainer.train(parts, create("alone")), strict=True
+        for roles in trainings.values():
+            for role, (network, result) in zip(
+                roles, trainer.train(roles, create("alone")), strict=True
             ):
-                networks[part.name], results[part.name] = network, result
+                networks[role.name], results[role.name] = network, result
         self._taught: dict[str, list[float | None]] = {}
-        for part in students:
+        for role in students:
             method, bank = create("alone"), None
-            if part.phase == "classroom":
+            if role.phase == "classroom":
                 method = self._method()
                 bank = self._bank(networks, method)
             # Number 0 alone too: the same first weights, the same batches.
-            ((student, results[part.phase]),) = trainer.train([part], method, bank)
+            ((student, results[role.phase]),) = trainer.train([role], method, bank)
             if bank and method.reports:
                 self._taught = taught(student, networks, self._held_out["test"], self.processes)
         return [results[key] for key in (*networks, *phases)]
 
-    def _trainings(self) -> dict[tuple[str, int, int], list[Part]]:
+    def _trainings(self) -> dict[tuple[str, int, int], list[Role]]:
         """The mentors to train, those of the same training, but for its last epoch, together."""
         counts, trainings = Counter(), {}
         for mentor in self.mentors:
@@ -269,7 +268,7 @@ class Classroom:
                 counts[kind] += 1
                 number = counts[kind]
                 trainings.setdefault((mentor.architecture, mentor.epochs, number), []).append(
-                    Part(
+                    Role(
                         "mentor",
                         mentor.name,
                         mentor.architecture,
@@ -316,7 +315,7 @@ class Classroom:
         mentor.network.to(self.device, memory_format=torch.channels_last)
         measured = trainer.evaluate(mentor.network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
-        return Part("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
+        return Role("mentor", mentor.name, mentor.architecture).result(mentor.network, measured)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -33,16 +33,11 @@ class Mentor:
     info: NetworkInfo | None
 
 
-def is_external(source: str) -> bool:
-    """Whether ``source`` means a network of torchvision or timm."""
-    return source.startswith(("tv:", "timm:"))
-
-
 def is_checkpoint(source: str) -> bool:
     """Whether ``source`` means a file or run folder rather than a name of the zoo."""
     path = Path(source)
     return (
-        not is_external(source)
+        not models.is_external(source)
         and source not in models.names()
         and (path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"})
     )
@@ -72,7 +67,7 @@ def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:
                 raise UserError(f"mentor {source} is trained already: give it no epochs")
             network, info, architecture = models.load_network(Path(source))
             length = None
-        elif is_external(source) and config.epochs is None and config.at is None:
+        elif models.is_external(source) and config.epochs is None and config.at is None:
             network, info = models.load_pretrained(source)
             length = None
         called = architecture if config.at is None else f"{architecture}@{config.at}"

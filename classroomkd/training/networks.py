@@ -28,7 +28,7 @@ from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import versions
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.progress import TrainingProgress
-from classroomkd.training.results import Part, best
+from classroomkd.training.results import Role, best
 from classroomkd.training.run import Run
 from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.store import MentorStore
@@ -61,38 +61,38 @@ class NetworkTrainer:
     notify: Callable[[str], None]
 
     def train(
-        self, parts: Sequence[Part], method: Method, mentors: MentorBank | None = None
+        self, roles: Sequence[Role], method: Method, mentors: MentorBank | None = None
     ) -> list[Trained]:
-        """The networks of one training, in the order of ``parts``, with their results.
+        """The networks of one training, in the order of ``roles``, with their results.
 
-        ``parts`` differ in the epoch that they are taken from only. What an earlier process has
+        ``roles`` differ in the epoch that they are taken from only. What an earlier process has
         done of it is not done again, nor is a mentor trained that was trained so before, or that
         another process trains meanwhile.
         """
-        done = {part.name: self._finished(part) for part in parts}
-        missing = sorted((p for p in parts if not done[p.name]), key=lambda part: part.last)
+        done = {role.name: self._finished(role) for role in roles}
+        missing = sorted((p for p in roles if not done[p.name]), key=lambda role: role.last)
         if missing:
-            with self._alone(missing[-1]):
-                for part in list(missing):
-                    done[part.name] = self._from_store(part)
-                    if done[part.name]:
-                        missing.remove(part)
-                self._skip(parts, missing)
+            with self._claimed(missing[-1]):
+                for role in list(missing):
+                    done[role.name] = self._from_store(role)
+                    if done[role.name]:
+                        missing.remove(role)
+                self._skip(roles, missing)
                 if missing:
                     done |= self._train(missing, method, mentors)
         else:
-            self._skip(parts, missing)
-        return [done[part.name] for part in parts]
+            self._skip(roles, missing)
+        return [done[role.name] for role in roles]
 
-    def steps(self, parts: Sequence[Part]) -> int:
-        """Of a training that has been planned for ``parts``; 0 of none."""
-        if not parts:
+    def steps(self, roles: Sequence[Role]) -> int:
+        """Of a training that has been planned for ``roles``; 0 of none."""
+        if not roles:
             return 0
-        of_an_epoch = max(len(self.train_set) // self._training(parts[0]).batch_size, 1)
-        return max(part.last for part in parts) * of_an_epoch
+        of_an_epoch = max(len(self.train_set) // self._training(roles[0]).batch_size, 1)
+        return max(role.last for role in roles) * of_an_epoch
 
-    def _skip(self, parts: Sequence[Part], missing: Sequence[Part]) -> None:
-        self.progress.skip(self.steps(parts) - self.steps(missing))
+    def _skip(self, roles: Sequence[Role], missing: Sequence[Role]) -> None:
+        self.progress.skip(self.steps(roles) - self.steps(missing))
 
     def evaluate(self, network: nn.Module, part: str) -> Evaluation:
         """Measure ``network`` on a held-out part."""
@@ -100,23 +100,23 @@ class NetworkTrainer:
         return evaluate(network, self.held_out[part], self.processes)
 
     def _train(
-        self, parts: Sequence[Part], method: Method, mentors: MentorBank | None
+        self, roles: Sequence[Role], method: Method, mentors: MentorBank | None
     ) -> dict[str, Trained]:
-        """Train up to the last of ``parts``, keeping the others on the way."""
-        part, done = parts[-1], {}
-        key, called = (part.phase, part.name), label(part.phase, part.name, self.recipe.method)
-        seed = self._seed(part)
+        """Train up to the last of ``roles``, keeping the others on the way."""
+        role, done = roles[-1], {}
+        key, called = (role.phase, role.name), label(role.phase, role.name, self.recipe.method)
+        seed = self._seed(role)
         torch.manual_seed(seed)
-        network = models.create(part.architecture, len(self.info.classes))
+        network = models.create(role.architecture, len(self.info.classes))
         network.to(self.device, memory_format=torch.channels_last)
-        info, training = replace(self.info, architecture=part.architecture), self._training(part)
+        info, training = replace(self.info, architecture=role.architecture), self._training(role)
         with self._training_loader(training.batch_size, seed) as loader:
             trainer = Trainer(
                 network,
                 loader,
                 training,
                 name=called,
-                peak=peak_learning_rate(training, part.architecture),
+                peak=peak_learning_rate(training, role.architecture),
                 method=method,
                 mentors=mentors,
                 image_size=info.image_size,
@@ -132,20 +132,20 @@ class NetworkTrainer:
                 self.interrupts,
                 epochs=self.recipe.checkpoint_epochs,
                 minutes=self.recipe.checkpoint_minutes,
-                keeps_best=part.phase != "mentor",
+                keeps_best=role.phase != "mentor",
             )
             saver.restore(self.notify)
             self.run.take_up(saver.records)
             self.progress.skip((trainer.epoch - 1) * len(loader) + trainer.batch)
             measured = None
-            while trainer.epoch <= part.last:
-                self.progress.begin(called, trainer.epoch, part.last)
+            while trainer.epoch <= role.last:
+                self.progress.begin(called, trainer.epoch, role.last)
                 record, measured = self._train_epoch(trainer, saver)
                 saver.records.append(
-                    {"phase": part.phase, "name": part.name} | record | {"epochs": part.last}
+                    {"phase": role.phase, "name": role.name} | record | {"epochs": role.last}
                 )
                 self.run.record(saver.records[-1])
-                for earlier in parts[:-1]:
+                for earlier in roles[:-1]:
                     if record["epoch"] == earlier.last:
                         self._finish(earlier, network, info, measured, saver.records)
                 saver.after_epoch()
@@ -154,55 +154,55 @@ class NetworkTrainer:
                 measured = self.evaluate(network, "test")
         if saver.keeps_best and (epoch := saver.best_epoch()):
             self.run.keep_best(*key, saver.checkpoints.best(epoch))
-        result = self._finish(part, network, info, measured, saver.records)
+        result = self._finish(role, network, info, measured, saver.records)
         self.progress.done(called, saver.records[-1])
-        for earlier in parts[:-1]:
+        for earlier in roles[:-1]:
             done[earlier.name] = self._finished(earlier)
-        return done | {part.name: (network, result)}
+        return done | {role.name: (network, result)}
 
     def _finish(
         self,
-        part: Part,
+        role: Role,
         network: nn.Module,
         info: NetworkInfo,
         measured: Evaluation,
         records: Sequence[Mapping[str, Any]],
     ) -> dict[str, Any]:
-        """Write what a part's network has become, into the store too, and return its result."""
-        own = {"name": part.name, "epochs": part.last}
+        """Write what a role's network has become, into the store too, and return its result."""
+        own = {"name": role.name, "epochs": role.last}
         records = [record | own for record in records]
-        result = part.result(network, measured) | best(records)
+        result = role.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        deciding = self._deciding(part)
+        deciding = self._deciding(role)
         if deciding and self.processes.is_main:  # before this run counts it as done
             try:
                 self.store.add(deciding, network, info, done)
             except OSError as error:
-                self.notify(f"{label(part.phase, part.name)} is not kept in the store: {error}")
-        self.run.finish_network(part.phase, part.name, network, info, done)
+                self.notify(f"{label(role.phase, role.name)} is not kept in the store: {error}")
+        self.run.finish_network(role.phase, role.name, network, info, done)
         return result
 
-    def _finished(self, part: Part) -> Trained | None:
+    def _finished(self, role: Role) -> Trained | None:
         """The network as an earlier process of this run has trained it, if it has."""
         done = network = None
-        if self.processes.is_main and (done := self.run.finished(part.phase, part.name)):
-            network, _, _ = models.load_network(self.run.network_path(part.phase, part.name))
+        if self.processes.is_main and (done := self.run.finished(role.phase, role.name)):
+            network, _, _ = models.load_network(self.run.network_path(role.phase, role.name))
         done, network = self.processes.from_main((done, network))
         if done is None:
             return None
         self.run.take_up(done["records"])
         return network.to(self.device, memory_format=torch.channels_last), done["result"]
 
-    def _alone(self, part: Part) -> Any:
+    def _claimed(self, role: Role) -> Any:
         """Within it no other process trains the same mentor for the store."""
-        deciding = self._deciding(part)
+        deciding = self._deciding(role)
         if deciding is None or self.processes.together:  # those must not wait for one another
             return nullcontext()
         return self.store.claim(deciding, self.notify, self.interrupts)
 
-    def _from_store(self, part: Part) -> Trained | None:
+    def _from_store(self, role: Role) -> Trained | None:
         """The mentor as it was trained before, measured anew on this run's images, if it was."""
-        deciding = self._deciding(part)
+        deciding = self._deciding(role)
         found = None
         if deciding and self.processes.is_main:  # others may have a cache of their own
             found = self.store.find(deciding, self.notify)
@@ -211,23 +211,23 @@ class NetworkTrainer:
             return None
         network, info, kept = found
         network.to(self.device, memory_format=torch.channels_last)
-        measured = part.result(network, self.evaluate(network, "test"))
+        measured = role.result(network, self.evaluate(network, "test"))
         kept["result"] = kept["result"] | measured | {"reused": True}
-        kept["records"] = [record | {"name": part.name} for record in kept["records"]]
+        kept["records"] = [record | {"name": role.name} for record in kept["records"]]
         self.run.take_up(kept["records"])
-        self.run.finish_network(part.phase, part.name, network, info, kept)
-        self.notify(f"{label(part.phase, part.name)}: taken from {self.store.folder}")
+        self.run.finish_network(role.phase, role.name, network, info, kept)
+        self.notify(f"{label(role.phase, role.name)}: taken from {self.store.folder}")
         return network, kept["result"]
 
-    def _deciding(self, part: Part) -> dict[str, Any] | None:
+    def _deciding(self, role: Role) -> dict[str, Any] | None:
         """All that decides a mentor's training, or None where the store is not asked."""
-        if part.phase != "mentor" or not self.recipe.store:
+        if role.phase != "mentor" or not self.recipe.store:
             return None
         data = self.recipe.data
         return {
-            "architecture": part.architecture,
-            "training": asdict(self._training(part)),
-            "epoch": part.last,
+            "architecture": role.architecture,
+            "training": asdict(self._training(role)),
+            "epoch": role.last,
             "images": dict(self.digests),
             "classes": self.info.classes,
             "image_size": data.image_size,
@@ -236,7 +236,7 @@ class NetworkTrainer:
             "loader": self.loaders.backend if data.crop == "resize" else None,
             "mean": self.info.mean,
             "std": self.info.std,
-            "seed": self._seed(part),
+            "seed": self._seed(role),
             "precision": str(self.dtype),
             "compile": self.recipe.compile,
             "processes": self.processes.world_size,
@@ -284,17 +284,17 @@ class NetworkTrainer:
             dtype=self.dtype,
         )
 
-    def _training(self, part: Part) -> TrainingConfig:
+    def _training(self, role: Role) -> TrainingConfig:
         """How a network is trained."""
-        if part.phase == "mentor":
-            return replace(self.recipe.mentor_training, epochs=part.epochs)
+        if role.phase == "mentor":
+            return replace(self.recipe.mentor_training, epochs=role.epochs)
         return self.recipe.training
 
-    def _seed(self, part: Part) -> int:
+    def _seed(self, role: Role) -> int:
         seed = self.recipe.seed
-        if part.phase == "mentor" and self.recipe.mentor_seed is not None:
+        if role.phase == "mentor" and self.recipe.mentor_seed is not None:
             seed = self.recipe.mentor_seed
-        return network_seed(seed, part.number, part.architecture)
+        return network_seed(seed, role.number, role.architecture)
 
     @property
     def device(self) -> torch.device:

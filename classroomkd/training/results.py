@@ -12,7 +12,7 @@ from classroomkd.training.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
-class Part:
+class Role:
     """What a network is in the run.
 
     ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from classroomkd.data import Loader
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import Method, Outputs
+from classroomkd.loss.methods import IGNORED, Method, Outputs
 from classroomkd.models.stages import StageOutputs
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.distributed import Processes
@@ -20,8 +20,6 @@ from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate
 
 READ_EVERY = 50  # steps between two looks at the sums on the device
-
-_IGNORED = -100  # the target of a row that counts nowhere
 
 
 class Trainer:
@@ -189,7 +187,7 @@ class Trainer:
 
         The gradients of R processes are averaged: n · R / N, of n valid rows here and N in all.
         """
-        n = (targets != _IGNORED).sum().float()
+        n = (targets != IGNORED).sum().float()
         return n * self.processes.world_size / self.processes.sum(n.clone()).clamp(min=1)
 
     def _everyones_sums(self) -> Tensor:

@@ -1,9 +1,11 @@
 """The one door to torchvision, which the library needs only for data sets and models.
 
+    import_torchvision()  # before lightning, transformers, timm or whatever else imports it
+
 torchvision's wheel carries compiled operators for one build of torch. Beside another build (a
 CPU-only torch, say) they fail to load, and the import then dies with ``operator torchvision::nms
-does not exist`` because Python code refers to schemas that nobody defined. Neither operator is
-used here, so defining the two schemas first is enough for the import to succeed.
+does not exist`` because Python code refers to schemas that nobody defined. Who calls neither
+operator, as here, needs no more than the two schemas for the import to succeed.
 """
 
 from __future__ import annotations
