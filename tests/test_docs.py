@@ -1,18 +1,28 @@
 """What the pages under docs/ show must run, each block by itself, and their links lead somewhere.
 
-A block that begins with ```python fragment is code to read only.
+So must the README's and the pages' commands of ``classroomkd``, one after another as printed, with
+less work. What is in the repository besides has tests of its own.
 """
 
+import importlib.util
+import os
 import re
+import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
+from test_data import make_cifar
 
+from classroomkd.cli import main
+from classroomkd.parsers import make_parser
 from classroomkd.training.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+LESS = {"train": ["--epochs", "1", "--mentor-epochs", "1"], "reproduce": ["--plan"]}
 
 
 def blocks(language: str) -> list:
@@ -42,3 +52,60 @@ def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
         assert (page.parent / target).exists(), target
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the commands are given: with small sets of images under the names that they use."""
+    folder = tmp_path_factory.mktemp("commands")
+    rng = np.random.default_rng(0)
+    for name in ("photos", "tinyimagenet20", "imagenet"):
+        for part, count in (("train", 6), ("test", 2)):
+            for label in ("cat", "dog"):
+                (folder / name / part / label).mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 256, (240, 260, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / name / part / label / f"{i}.jpg")
+    make_cifar(folder / "cifar", "cifar100")
+    return folder
+
+
+def commands() -> list:
+    """The commands of all pages, without the folder of the virtual environment."""
+    found = []
+    for page in (ROOT / "README.md", *PAGES):
+        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M):
+            for line in block.splitlines():
+                words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
+                found.append(pytest.param(words, id=f"{page.name}: {' '.join(words)}"))
+    return found
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_run(words, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    if words[0] == "torchrun":  # which tests/test_distributed.py starts
+        assert make_parser().parse_args(words[words.index("classroomkd") + 1 :]).data
+        return
+    if words[0] != "classroomkd":
+        scripts = [word for word in words if "/" in word and not word.startswith((".", "PYTHON="))]
+        assert all((ROOT / script).is_file() for script in scripts)
+        assert all(os.access(ROOT / s, os.X_OK) for s in scripts if s.endswith(".sh"))
+        return
+    if words[1] == "data" and importlib.util.find_spec("ffcv") is None:
+        pytest.skip("FFCV is not installed")
+
+    def no_network(url: str, *_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    status = main([*words[1:], *LESS.get(words[1], [])])
+    error = capsys.readouterr().err
+    if "imagenet/resnet34-resnet18" in words:  # whose teacher is torchvision's
+        assert status == 2
+        assert "cannot download the weights of tv:resnet34 (no network)" in error
+    elif "cuda:0" in words:
+        assert status == 0 or "no device 'cuda:" in error
+    else:
+        assert status == 0, error
