@@ -20,11 +20,12 @@ from typing import Any
 from bars import BARS, on_gpu
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
+from classroomkd.report.document import markdown_table
 from classroomkd.report.results import COLUMNS, evidence, result_rows
 from classroomkd.reproduce import page
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
-from tables import markdown, markdown_table
+from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"

@@ -50,7 +50,12 @@ fi
 limit=$((60 * ${3:-8}))
 python=${PYTHON:-python3}
 if [[ $python == */* ]]; then # found from OUT too; not through its links, or it were no environment's
-    python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") || exit 2
+    python=$(realpath -sm "$python")
+fi
+needed="torch, numpy, numba, PIL, pytest, pytest_benchmark, hypothesis, rich"
+if ! reason=$("$python" -c "import $needed${DATA:+, omegaconf, plotly, yaml, safetensors}" 2>&1); then
+    echo "$0: $python lacks what is needed: ${reason##*$'\n'}: set PYTHON to one that has it" >&2
+    exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
 wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")} data=${DATA:+$(realpath "$DATA")}

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+
+from classroomkd.report.document import markdown_table
 
 Row = dict[str, Any]
 
@@ -254,13 +255,6 @@ def markdown(record: Row) -> str:
     for title, headings, body in tables(record):
         lines += ["", f"**{title}**", "", markdown_table(headings, body)]
     return "\n".join(lines) + "\n"
-
-
-def markdown_table(headings: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown, whatever the cells hold."""
-    lines = [headings, ["---"] * len(headings), *body]
-    cleaned = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cleaned)
 
 
 def _machine(about: Row) -> str:

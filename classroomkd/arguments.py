@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,26 +18,29 @@ DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, as every other mistake of the user's."""
 
-    lists_zoo = False
     intermixed = False  # positional arguments that come in several places, before and after options
+    names: Callable[[], str] | None = None  # the end of the help, which takes longer to make
+    _parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if not self.intermixed:
+        if self._parsing:  # intermixed arguments, which come back here
             return super().parse_known_args(args, namespace)
-        self.intermixed = False  # which comes back here
+        self._parsing = True
+        parse = self.parse_known_intermixed_args if self.intermixed else super().parse_known_args
         try:
-            return self.parse_known_intermixed_args(args, namespace)
+            namespace, unknown = parse(args, namespace)
         finally:
-            self.intermixed = True
+            self._parsing = False
+        if unknown:  # told here, where it is known which command's they are
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def format_help(self) -> str:
-        if self.lists_zoo:
-            from classroomkd.models import names
-
-            self.epilog = f"networks of the zoo: {', '.join(names())}"
+        if self.names:
+            self.epilog = self.names()
         return super().format_help()
 
 
@@ -83,3 +87,44 @@ def not_empty(text: str) -> str:
 def path_option(text: str) -> Path:
     """A path as an option gives it."""
     return Path(not_empty(text))
+
+
+def command_of(commands: Any, module: str, name: str, what: str) -> Parser:
+    """Add the command that the function ``name`` of ``module`` is, imported when it runs."""
+
+    def run(arguments: argparse.Namespace) -> int | None:
+        return getattr(import_module(module), name)(arguments)
+
+    added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
+    added.set_defaults(run=run, parser=added)
+    return added
+
+
+def add_run_options(parser: Parser, name: str) -> None:
+    """Seed, loader and folder; where the parser's options have no default, nor have the first."""
+    none = parser.argument_default
+    parser.add_argument(
+        "--seed",
+        type=NATURAL,
+        default=none or DEFAULT_SEED,
+        metavar="N",
+        help=f"(default: {DEFAULT_SEED})",
+    )
+    parser.add_argument(
+        "--loader",
+        choices=("auto", "ffcv", "resident", "torch"),
+        default=none or "auto",
+        help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
+        "installed, else resident where they fit in memory, else torch)",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_option,
+        default=None,
+        metavar="DIR",
+        help=f"run folder (default: runs/{name}, or -2, -3, …)",
+    )
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="(default: cuda if there is one, or cpu)")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
+import textwrap
 from typing import Any
 
 from classroomkd import __version__
@@ -21,6 +21,9 @@ from classroomkd.arguments import (
     SHARE,
     TEMPERATURE,
     Parser,
+    add_device,
+    add_run_options,
+    command_of,
     not_empty,
     path_option,
 )
@@ -37,7 +40,7 @@ def make_parser() -> Parser:
     commands = parser.add_subparsers(metavar="command", required=True)
 
     def command(name: str, what: str) -> Parser:
-        return _command(commands, "classroomkd.training.commands", name, what)
+        return command_of(commands, "classroomkd.training.commands", name, what)
 
     quickstart = command(
         "quickstart",
@@ -50,11 +53,11 @@ def make_parser() -> Parser:
         metavar="N",
         help="of student and teacher (default: %(default)s); the peers get a third and a fifth",
     )
-    _add_run_options(quickstart, "quickstart")
+    add_run_options(quickstart, "quickstart")
 
     train = command("train", "train mentors and a student on your own images")
     _add_recipe_options(train)
-    _add_run_options(train, "train")
+    add_run_options(train, "train")
     train.add_argument(
         "--resume",
         type=path_option,
@@ -63,14 +66,14 @@ def make_parser() -> Parser:
         help="go on with the run in this folder, whatever stopped it; takes no other option",
     )
 
-    mentors = _command(
+    mentors = command_of(
         commands,
         "classroomkd.reproduce.commands",
         "mentors",
         "train only the mentors of a recipe that are not in the store yet",
     )
     _add_recipe_options(mentors)
-    _add_run_options(mentors, "mentors")
+    add_run_options(mentors, "mentors")
     mentors.add_argument(
         "--at-once",
         type=COUNT,
@@ -109,7 +112,7 @@ def make_parser() -> Parser:
     evaluate.add_argument(
         "--all", action="store_true", help="measure every image, those of the training part too"
     )
-    _add_device(evaluate)
+    add_device(evaluate)
 
     report = command("report", "write the page of a run, or one that compares several")
     report.add_argument(
@@ -133,7 +136,7 @@ def make_parser() -> Parser:
 
 def _add_recipe_options(parser: Parser) -> None:
     """What makes a recipe. None has a default, for those are the recipe's."""
-    parser.lists_zoo = True
+    parser.names = _zoo
     parser.intermixed = True
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
@@ -209,24 +212,15 @@ def _add_recipe_options(parser: Parser) -> None:
         action="store_false",
         help="do not mirror training images (digits, letters, signs)",
     )
-    _add_device(parser)
-
-
-def _command(commands: Any, module: str, name: str, what: str) -> Parser:
-    """Add the command that the function ``name`` of ``module`` is, imported when it runs."""
-
-    def run(arguments: argparse.Namespace) -> int | None:
-        return getattr(import_module(module), name)(arguments)
-
-    added = commands.add_parser(name, help=what, description=what, allow_abbrev=False)
-    added.set_defaults(run=run, parser=added)
-    return added
+    add_device(parser)
 
 
 def _add_reproduce(commands: Any) -> None:
     what = "run the students of a table, and write it with the published numbers beside"
-    parser = _command(commands, "classroomkd.reproduce.commands", "reproduce", what)
+    parser = command_of(commands, "classroomkd.reproduce.commands", "reproduce", what)
     parser.intermixed = True
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
+    parser.names = _variants
     parser.add_argument(
         "table",
         metavar="TABLE",
@@ -236,6 +230,7 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument(
         "override",
         nargs="*",
+        default=[],
         metavar="KEY=VALUE",
         help="for every run, a value of its recipe, by its dotted name; on a CPU that has several "
         "runs at once threads=1",
@@ -260,7 +255,7 @@ def _add_reproduce(commands: Any) -> None:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="variants of the table, or other methods, in place of all its variants",
+        help="variants of the table, see below, or other methods, in place of all its variants",
     )
     parser.add_argument(
         "--classrooms",
@@ -289,9 +284,27 @@ def _add_reproduce(commands: Any) -> None:
     )
 
 
+def _zoo() -> str:
+    from classroomkd.models import names
+
+    return f"networks of the zoo: {', '.join(names())}"
+
+
+def _variants() -> str:
+    """The names of every table's variants."""
+    from classroomkd.loss.methods import names
+    from classroomkd.reproduce.tables import TABLES, variant_names
+
+    lines = [f"methods: {', '.join(names())}"]
+    lines += [f"variants of {table}: {', '.join(variant_names(table))}" for table in TABLES]
+    return "\n".join(
+        textwrap.fill(line, 79, subsequent_indent="  ", break_on_hyphens=False) for line in lines
+    )
+
+
 def _add_data_commands(commands: Any) -> None:
     def command(name: str, what: str) -> Parser:
-        return _command(commands, "classroomkd.data.commands", name, what)
+        return command_of(commands, "classroomkd.data.commands", name, what)
 
     def add_loading(parser: Parser) -> None:
         parser.add_argument(
@@ -372,33 +385,3 @@ _DATA_HELP = (
     "or CIFAR's python files"
 )
 _SOURCE_HELP = f"{_DATA_HELP}, or the word digits"
-
-
-def _add_run_options(parser: Parser, name: str) -> None:
-    """Seed, loader and folder; where the parser's options have no default, nor have the first."""
-    none = parser.argument_default
-    parser.add_argument(
-        "--seed",
-        type=NATURAL,
-        default=none or DEFAULT_SEED,
-        metavar="N",
-        help=f"(default: {DEFAULT_SEED})",
-    )
-    parser.add_argument(
-        "--loader",
-        choices=("auto", "ffcv", "resident", "torch"),
-        default=none or "auto",
-        help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
-        "installed, else resident where they fit in memory, else torch)",
-    )
-    parser.add_argument(
-        "--out",
-        type=path_option,
-        default=None,
-        metavar="DIR",
-        help=f"run folder (default: runs/{name}, or -2, -3, …)",
-    )
-
-
-def _add_device(parser: Parser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="(default: cuda if there is one, or cpu)")

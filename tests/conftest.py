@@ -105,3 +105,11 @@ def trained(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(networks, "Trainer", Spy)
     return names
+
+
+@pytest.fixture
+def states_kept(monkeypatch) -> None:
+    """Finished networks keep their training states, as if killed just before they go."""
+    from classroomkd.training.checkpoints import Checkpoints
+
+    monkeypatch.setattr(Checkpoints, "clear", lambda _: None)

@@ -176,7 +176,7 @@ def test_markdown_tables():
     rows = [row, row | {"case": "CIFAR"}, large]
     record = {"environment": about, "roofline": CEILINGS, "rows": rows}
     text = tables.markdown(record)
-    assert "| B | C | M | float32, sample |\n| --- | --- | --- | --- |" in text
+    assert "| B | C | M | float32, sample |\n| ---: | ---: | ---: | --- |" in text
     assert "| 64 | 100 | 6 | 3.46 µs, 42 % |" in text
     assert "**CIFAR: B = 64, C = 100, M = 6, float32, sample**" in text
     assert "loss_and_grad | 3.46 | graph | 31 | 1234 | 67.8 | 42 | – | 1e-07 | 2e-07 |" in text
@@ -690,3 +690,28 @@ def test_run_gpu_takes_the_readmes_python(tmp_path):
     lines = called.read_text()
     for part in ("pytest", "roofline.py", "loss.py", "loaders.py", "step.py", "reproduce methods"):
         assert part in lines, part
+
+
+def test_run_gpu_stops_at_once_without_what_it_needs(tmp_path):
+    """In one line, and before it writes anything."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho Traceback\necho \"No module named 'torch'\"\nexit 1\n")
+    python.chmod(0o755)
+    for path, reason in (
+        (python, "No module named 'torch'"),
+        (tmp_path / "absent", "No such file"),
+    ):
+        result = subprocess.run(
+            ["bash", str(BENCHMARKS / "run_gpu.sh"), "out"],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHON": str(path), "FFCV_WHEEL": "", "DATA": ""},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert (result.returncode, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert f"{path} lacks what is needed: " in line
+        assert reason in line
+        assert line.endswith("set PYTHON to one that has it")
+    assert not (tmp_path / "out").exists()

@@ -129,7 +129,7 @@ def checkpoint_of(out: Path) -> Path:
     return Checkpoints(out / "checkpoints" / "classroom-resnet8").newest()
 
 
-def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
+def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys, states_kept):
     out = tmp_path / "run"
     assert train(split, out, "--mentor-epochs", "2", mentors=("resnet8", "mobilenetv2")) == 0
     summary = json.loads((out / "summary.json").read_text())
@@ -154,7 +154,9 @@ def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys):
         assert numbers["loss"] == pytest.approx(student["loss"], abs=6e-5)
 
 
-def test_evaluate_measures_on_the_split_of_the_run(one_folder: Path, tmp_path: Path, capsys):
+def test_evaluate_measures_on_the_split_of_the_run(
+    one_folder: Path, tmp_path: Path, capsys, states_kept
+):
     out = tmp_path / "run"
     assert train(one_folder, out, "--seed", "5", "--test-share", "0.3") == 0
     loss = json.loads((out / "summary.json").read_text())["results"][-1]["loss"]
@@ -393,6 +395,43 @@ def test_folder_that_is_in_use(split: Path, tmp_path: Path, capsys):
 def test_values_that_cannot_be(split: Path, tmp_path: Path, capsys, options, part):
     assert part in error_of(capsys, train(split, tmp_path / "run", *options))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["quickstart", "train", "mentors", "recipes", "data info x", "reproduce main"]
+)
+def test_an_unknown_option_points_to_its_command(capsys, command):
+    message = error_of(capsys, cli.main([*command.split(), "--nonsense"]))
+    name = command.removesuffix(" x").removesuffix(" main")
+    assert message == f"unrecognized arguments: --nonsense (see classroomkd {name} --help)"
+
+
+def test_a_table_is_all_that_reproduce_wants(capsys):
+    assert "required: TABLE (see" in error_of(capsys, cli.main(["reproduce"]))
+
+
+def test_resuming_a_finished_run_writes_its_page_if_that_is_missing(split, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train(split, out, "alone=false") == 0
+    assert "is finished" in error_of(capsys, cli.main(["train", "--resume", str(out)]))
+    page = (out / "report.html").read_bytes()
+    (out / "report.html").unlink()
+    assert cli.main(["train", "--resume", str(out)]) == 0
+    assert (out / "report.html").read_bytes() == page
+    assert f"report: {out / 'report.html'}" in capsys.readouterr().out
+
+
+def test_what_cannot_be_resumed(split, tmp_path, capsys):
+    out = tmp_path / "run"
+    resume = ["train", "--resume", str(out)]
+    message = error_of(capsys, cli.main([*resume, "seed=3", "--epochs", "2"]))
+    assert "leave out --epochs, KEY=VALUE" in message
+    assert f"no run to go on with in {out}" in error_of(capsys, cli.main(resume))
+    assert train(split, out, "alone=false") == 0
+    (out / "summary.json").unlink()
+    for damaged in ("checkpoints/classroom-resnet8/done.json", "inputs.json"):
+        (out / damaged).write_text("{")
+        assert f"{out / damaged} is damaged" in error_of(capsys, cli.main(resume))
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["evaluate"]])

@@ -53,6 +53,8 @@ def test_overrides_win_over_options_and_those_over_the_file(file):
     assert recipe.mentors == [MentorConfig("resnet8"), MentorConfig("a/b.pt")]
     assert (recipe.data.mean, recipe.loss.rank_decimals) == ([0.5, 0.5, 0.5], 2)
     assert load_recipe(file, ["mentors.1.epochs=3"]).mentors[1].epochs == 3
+    assert load_recipe(file, ["mentors.1.source=vgg8@9"]).mentors[1] == MentorConfig("vgg8", 40, 9)
+    assert load_recipe(file, ["mentors.1=vgg8@9"]).mentors[1] == MentorConfig("vgg8", None, 9)
 
 
 def test_what_is_saved_is_what_was_loaded(file, tmp_path):
@@ -92,9 +94,11 @@ def test_defaults_are_the_published_recipe():
         ("data.std=[1,1,0]", r"data\.std must be three positive numbers"),
         ("data.std=[1,1,1]", r"data\.std must be given with data\.mean"),
         ("mentors.0.epochs=0", r"mentors\.0\.epochs must be at least 1, not 0"),
-        ("mentors=resnet8", "mentors: "),
-        ("data=photos", "photos"),
-        ("mentors.7.epochs=1", "mentors"),
+        ("mentors=resnet8", r"mentors: must be a list, like \[a,b\]"),
+        ("data=photos", "data must be like {name: value}, not photos"),
+        ("mentors.7.epochs=1", "there are 2 mentors, counted from 0"),
+        ("threads=0", "threads must be 1 to 1024, not 0"),
+        ("threads=99999999999", "threads must be 1 to 1024, not 99999999999"),
         ("mentors.x=3", r"cannot take the override 'mentors\.x=3'"),
         ("student=[", r"cannot take the override 'student=\['"),
         ("training.weight_decay=inf", r"training\.weight_decay must be ≥ 0, not inf"),
@@ -114,6 +118,7 @@ def test_values_that_cannot_be(file, override, message):
         ("- resnet8", "holds no recipe, but a list"),
         ("", "holds no recipe, but a NoneType"),
         ("student: [1, 2]", "student: "),
+        ("data: digits", "data must be like {name: value}, not digits"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, message):

@@ -146,9 +146,13 @@ def test_missing_folder_and_file(tmp_path):
 
 
 def test_folders_without_classes_or_images(tmp_path):
-    assert error_of(tmp_path) == f"no class folders in {tmp_path}"
+    message = (
+        f"no class folders in {tmp_path}: put the images of each class in a folder of its own, in "
+        f"{tmp_path.name}/cat/ and {tmp_path.name}/dog/ for two"
+    )
+    assert error_of(tmp_path) == message
     write(tmp_path / "0.jpeg", pixels(0))
-    assert "put the images of each class in a folder of its own" in error_of(tmp_path)
+    assert error_of(tmp_path) == message
     make_tree(tmp_path, parts=["all"])
     (tmp_path / "all" / "empty").mkdir()
     assert f"images in the class folder {tmp_path / 'all' / 'empty'}" in error_of(tmp_path / "all")

@@ -82,7 +82,7 @@ def test_without_the_student_alone(tmp_path, trained):
     assert len(only["results"]) == 2
 
 
-def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch):
+def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch, states_kept):
     """Its regressor's weights are trained, saved and taken up again."""
     trainers = []
 
@@ -315,7 +315,7 @@ def test_a_run_is_one_processs(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- what is kept
 
 
-def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch):
+def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch, states_kept):
     """Best on the validation images; until the run's end beside the states, then by name."""
     after = {}
     train_epoch = Trainer.train_epoch
@@ -344,7 +344,7 @@ def test_no_epoch_is_chosen_on_the_test_images(tmp_path):
     assert not list((tmp_path / "run").rglob("*best*"))
 
 
-def test_as_many_states_are_kept_as_asked_for(tmp_path):
+def test_as_many_states_are_kept_as_asked_for(tmp_path, states_kept):
     hold(tmp_path / "run", "training.epochs=4", "checkpoint_keep=3")
     folder = tmp_path / "run" / "checkpoints" / "classroom-resnet8"
     assert len(list(folder.glob("step-*.pt"))) == 3

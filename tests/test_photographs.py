@@ -303,7 +303,7 @@ def test_train_then_evaluate_agree(photos, tmp_path, capsys, monkeypatch, backen
     assert measured(capsys.readouterr().out)[0] == 42
 
 
-def test_both_halves_of_an_interrupted_run_are_the_whole(photos, tmp_path, capsys):
+def test_both_halves_of_an_interrupted_run_are_the_whole(photos, tmp_path, capsys, states_kept):
     """The student's first epoch is done when the run ends; the second is the same either way."""
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     options = ["--data", str(photos), *TRAIN, "alone=false", "threads=1", "--loader", "torch"]

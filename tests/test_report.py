@@ -18,6 +18,8 @@ from selenium import webdriver
 
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
+from classroomkd.report.document import Row, table
+from classroomkd.report.numbers import percent, spread
 from classroomkd.report.results import result_rows
 
 MENTORS = ("resnet110", "resnet56", "resnet32", "resnet20", "resnet20-2", "resnet8-2")
@@ -264,6 +266,7 @@ def test_unfinished_run(browser, tmp_path):
     assert_drawn(plots, expected_plots(kept))
     text = browser.find_element("tag name", "body").text
     assert "Unfinished" in text
+    assert f"mentors {', '.join(MENTORS)} · 30 epochs" in text
     assert f"line {len(kept) + 1} of metrics.jsonl" in text
     assert "resnet8 in the classroom: epoch 3 of 30" in text
     assert "resnet8 on digits" in text
@@ -278,6 +281,32 @@ def test_run_that_has_not_reached_the_classroom(browser, tmp_path):
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:40]))
     plots = open_page(browser, write_report(run))
     assert_drawn(plots, {k: v for k, v in expected_plots(records[:40]).items() if k not in LESSONS})
+
+
+@pytest.mark.parametrize(
+    ("config", "heading", "facts"),
+    [
+        (
+            {"student": "resnet14", "method": "kd", "training": {"epochs": 1}},
+            "resnet14 by kd on photos",
+            "mentors so far: resnet56, resnet32 · 1 epoch · seed 3",
+        ),
+        (
+            {"student": "", "mentor_training": {"epochs": 9}},
+            "Mentors on photos",
+            "mentors so far: resnet56, resnet32 · 9 epochs · seed 3",
+        ),
+    ],
+)
+def test_a_run_under_way_tells_what_its_configuration_says(tmp_path, config, heading, facts):
+    run = tmp_path / "run"
+    records, _ = make_run(run)
+    (run / "summary.json").unlink()
+    (run / "config.yaml").write_text(yaml.safe_dump(config | {"data": "/sets/photos", "seed": 3}))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records[:40]))
+    page = write_report(run).read_text()
+    assert f"<h1>{heading}</h1>" in page
+    assert f"<p>{facts}</p>" in page
 
 
 def test_run_without_an_epoch(browser, tmp_path):
@@ -547,6 +576,106 @@ def test_comparison_of_seeds(browser, tmp_path, width):
         )
         <= 0
     ), "the table scrolls sideways"
+
+
+def separate(folder: Path) -> list[Path]:
+    """Runs of make_seeds taken apart: in one the student alone, in another taught by KD."""
+    make_seeds(folder)
+    runs = []
+    for seed in range(3):
+        whole = folder / f"seed-{seed}"
+        settings = yaml.safe_load((whole / "config.yaml").read_text())
+        summary = json.loads((whole / "summary.json").read_text())
+        records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
+        for method, phase, change in (
+            ("alone", "alone", {"mentors": []}),
+            ("kd", "classroom", {"mentors": ["resnet20"], "loss": {"temperature": 4.0}}),
+        ):
+            run = folder / f"{method}-{seed}"
+            run.mkdir()
+            changed = settings | change | {"method": method, "alone": False}
+            (run / "config.yaml").write_text(yaml.safe_dump(changed))
+            lines = [json.dumps(r) + "\n" for r in records if r["phase"] == phase]
+            (run / "metrics.jsonl").write_text("".join(lines))
+            results = [result for result in summary["results"] if result["phase"] == phase]
+            finished = summary | {"method": method, "results": results}
+            (run / "summary.json").write_text(json.dumps(finished))
+            runs.append(run)
+    return runs
+
+
+def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path):
+    runs = separate(tmp_path)
+    write_report(runs, tmp_path / "page.html")
+    plots = open_page(browser, tmp_path / "page.html")
+    rows = {row[0]: row for row in table_rows(browser)}
+    alone, kd = rows["alone-1"], rows["kd-1"]
+    assert kd[-2:] == ["92.50%", "+3.50"]
+    assert alone[-2:] == ["–", "–"]
+    # 0.95 - 0.93, 0.96 - 0.925, 0.97 - 0.91
+    gains = [2.0, 3.5, 6.0]
+    mean_of_kd = table_rows(browser)[-1]
+    assert mean_of_kd[-1] == f"{mean(gains):+.2f} ± {stdev(gains):.2f}"
+    assert [name for name in plots if name.startswith("gain")] == ["gain-2"]
+    values = list(zip(*(gains_of(tmp_path, seed) for seed in range(3)), strict=True))
+    order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
+    ((_, _, drawn),) = plots["gain-2"]["traces"]
+    assert drawn == pytest.approx([mean(values[c]) for c in order])
+    assert plots["accuracy"]["legend"] == [run.name for run in runs]
+    colours = plots["accuracy"]["colours"]
+    assert len({colours[f"kd-{seed}"] for seed in range(3)}) == 1
+    assert colours["kd-0"] != colours["alone-0"]
+
+    # Another seed's, another schedule's or other images' is not the same student.
+    settings = yaml.safe_load((runs[0] / "config.yaml").read_text())
+    others = settings | {"training": {"epochs": 31}}
+    (runs[0] / "config.yaml").write_text(yaml.safe_dump(others))
+    (runs[2] / "inputs.json").write_text('{"the test images": "others"}')
+    write_report(runs, tmp_path / "page.html")
+    open_page(browser, tmp_path / "page.html")
+    rows = table_rows(browser)
+    assert [row[0] for row in rows[1:4]] == ["kd-0", "kd-1", "kd-2"]
+    assert [row[-2:] for row in rows[1:4]] == [["–", "–"], ["–", "–"], ["91.00%", "+6.00"]]
+    assert rows[4][-2:] == ["–", "+6.00"]
+
+
+def gains_of(folder: Path, seed: int) -> list[float | None]:
+    return gains(json.loads((folder / f"seed-{seed}" / "summary.json").read_text()))
+
+
+@pytest.mark.parametrize("width", [1200, 700, 390])
+def test_columns_of_the_comparison(browser, tmp_path, width):
+    make_seeds(tmp_path)
+    runs = [tmp_path / f"seed-{seed}" for seed in range(3)]
+    open_page(browser, write_report(runs, tmp_path / "page.html"), width)
+    lines, sides, hidden = browser.execute_script("""
+        const words = [...document.querySelectorAll('td:nth-child(2), td:nth-child(3), th')];
+        const range = document.createRange();
+        const lines = words.filter(word => word.offsetParent).map(word => {
+            range.selectNodeContents(word);
+            return [...range.getClientRects()].length;
+        });
+        const cells = [...document.querySelectorAll('tbody tr')[1].cells];
+        const box = document.querySelector('.wide');
+        return [lines, cells.map(cell => getComputedStyle(cell).textAlign),
+                box.scrollWidth - box.clientWidth];
+    """)
+    assert set(lines) == {1}, "a word is broken"
+    assert sides == ["left"] * 5 + (["right"] if width == 1200 else ["left"]) * 6
+    assert hidden <= 0
+
+
+def test_columns_without_a_value_are_left_out():
+    html = table(("a", "b", "c"), [Row(("x", "–", "1")), Row(("y", "", "–"))])
+    assert ">b<" not in html
+    assert '<td class="text" title="a">x</td><td title="c">1</td>' in html
+
+
+def test_numbers_have_one_minus_and_no_negative_nothing():
+    assert percent(spread([-0.02, -0.04]), signed=True) == "−3.00 ± 1.41"
+    assert percent(spread([-1e-9]), signed=True) == "+0.00"
+    assert percent(spread([0.5]), unit="%") == "50.00%"
+    assert percent(spread([0.5, None])) == percent(spread([])) == "–"
 
 
 def test_only_runs_that_differ_in_the_seed_are_averaged(browser, tmp_path):

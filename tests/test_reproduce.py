@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,8 @@ from classroomkd.reproduce import runner
 from classroomkd.reproduce.page import markdown
 from classroomkd.reproduce.plan import forward_flops, make_plan
 from classroomkd.reproduce.results import aggregate
-from classroomkd.reproduce.status import seconds_left
-from classroomkd.reproduce.tables import PUBLISHED, TABLES
+from classroomkd.reproduce.status import add_seconds_waited, seconds_left
+from classroomkd.reproduce.tables import PUBLISHED, TABLES, variant_names
 from classroomkd.training.config import load_recipe
 
 TINY = {
@@ -159,7 +160,10 @@ def test_peers_that_are_epochs_of_one_network(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method_names": ["kdd"]}, "the table has no method 'kdd'; the nearest names are kd"),
+        (
+            {"method_names": ["kdd"]},
+            "no variant or method is called 'kdd'; the table's variants are alone, kd, cl",
+        ),
         ({"classrooms": ["cifar100/nothing"]}, "cifar100/nothing is neither a file nor"),
         ({"overrides": ["seed=3"]}, "leave out the override 'seed=3': it is --seeds"),
         ({"seeds": [1, 1]}, "--seeds has one value twice: 1 1"),
@@ -231,27 +235,28 @@ def test_the_markdown():
 EXPECTED = """\
 ## Every classroom
 
-Data: photos (100 classes; 50,000 training, 0 validation and 5,000 test images). Training: 30 \
-epochs (mentors 30). Recipes: cifar100/resnet56-resnet20 (resnet20 ← resnet56 resnet8). Seeds: 0, \
-1, 2; they share the mentors. 6 runs on NVIDIA X, with classroomkd 0.1.0 and torch 2.13.0, 1.0 h \
-without the mentors' training.
+Data: photos (100 classes, 50,000 training and 5,000 held-out images). Training: 30 epochs \
+(mentors 30). Classrooms (student ← mentors): cifar100/resnet56-resnet20 (resnet20 ← resnet56 \
+resnet8). Seeds: 0, 1, 2; they share the mentors. 6 runs on NVIDIA X, with classroomkd 0.1.0 and \
+torch 2.13.0, 1.0 h without the mentors' training.
 
 **Not to be compared with published numbers: the data is photos, not CIFAR-100, and the epochs are \
 30, not 240.**
 
-Top-1 in percent on the test images, mean ± sample standard deviation over the seeds. last is \
-after the last epoch; best is the highest of any epoch, chosen on the test images, as papers print \
-it; chosen is the epoch that does best on the validation images. over alone and over kd are \
-differences of last, in percentage points, between runs of the same seed.
+Top-1 in percent on the held-out images (the data set's test part, or split off where it has \
+none), mean ± sample standard deviation over the seeds: teacher is the first mentor, after its \
+last epoch; last is after the last epoch; best is the highest of any epoch, chosen on these same \
+images, as papers print it; over alone is last less that of alone with the same seed, in \
+percentage points; over kd is last less that of kd with the same seed, in percentage points; time \
+of a run is the mean, without the mentors' training.
 
-| classroom | variant | seeds | teacher | last | best | chosen | over alone | over kd | time of a \
-run |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
-| cifar100/resnet56-resnet20 | alone | 3 | – | 53.00 ± 3.61 | 54.00 ± 3.61 | – | – | -1.00 ± \
-0.00 | 10 min |
-| cifar100/resnet56-resnet20 | kd | 2 | 60.00 | 52.00 ± 1.41 | 53.00 ± 1.41 | – | +1.00 ± 0.00 \
-| – | 10 min |
-| cifar100/resnet56-resnet20 | classroom | 1 | 60.00 | 60.00 | 61.00 | – | +3.00 | – | 10 min |
+| classroom | variant | seeds | teacher | last | best | over alone | over kd | time of a run |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
+| cifar100/resnet56-resnet20 | alone | 3 | – | 53.00 ± 3.61 | 54.00 ± 3.61 | – | −1.00 ± 0.00 | \
+10 min |
+| cifar100/resnet56-resnet20 | kd | 2 | 60.00 | 52.00 ± 1.41 | 53.00 ± 1.41 | +1.00 ± 0.00 | – | \
+10 min |
+| cifar100/resnet56-resnet20 | classroom | 1 | 60.00 | 60.00 | 61.00 | +3.00 | – | 10 min |
 
 | published teacher | published alone | published kd | published best |
 | ---: | ---: | ---: | ---: |
@@ -266,9 +271,15 @@ def test_on_cifar100_there_is_no_warning():
     rows = [row("alone", 0, 0.69, cifar100=True, epochs=240, data="cifar-100-python")]
     text = markdown({"table": "main", "groups": aggregate(rows), "runs": rows})
     assert "Not to be compared" not in text
-    rows.append(row("alone", 1, 0.69, cifar100=True, epochs=240, test_digest="b"))
+    assert "Seed: 0. 1 run on" in text
+    others = {"epochs": 1, "test_digest": "b", "validation_images": 900, "chosen": 0.6}
+    rows = [row("alone", 1, 0.69, **others), *(run | {"chosen": 0.5} for run in rows)]
     text = markdown({"table": "main", "groups": aggregate(rows), "runs": rows})
-    assert "**Not all runs were measured on the same test images.**" in text
+    assert "**Not all runs were measured on the same held-out images.**" in text
+    assert "Training: 1 epoch (mentors 30), 240 epochs" in text
+    assert "50,000 training, 900 validation and 5,000 held-out images" in text
+    assert "; chosen is the epoch that does best on the validation images" in text
+    assert "| chosen |" in text
 
 
 def test_several_classrooms_stand_in_lines_of_one_table():
@@ -280,14 +291,32 @@ def test_several_classrooms_stand_in_lines_of_one_table():
     lines = markdown({"table": "main", "groups": aggregate(rows), "runs": rows}).splitlines()
     (head,) = [number for number, line in enumerate(lines) if "| teacher | alone | kd" in line]
     assert [cell.strip() for cell in lines[head].strip("|").split("|")] == [
-        *("classroom", "teacher", "alone", "kd", "classroom", "fancy", "published teacher"),
+        *("", "teacher", "alone", "kd", "classroom", "fancy", "published teacher"),
         *("published alone", "published kd", "published best"),
     ]
+    assert lines[head + 1] == "| --- |" + " ---: |" * 9
     assert lines[head + 2] == (
         "| cifar100/resnet56-resnet20 | 60.00 | 53.00 ± 3.61 | 52.00 ± 1.41 | 60.00 | – "
         "| 72.34 | 69.06 | 70.66 | 73.46 |"
     )
     assert lines[head + 3] == "| own | 70.00 | – | 40.00 | – | 45.00 | – | – | – | – |"
+
+
+def test_more_variants_than_a_page_is_wide_are_lines():
+    variants = ["alone", "classroom", *(f"T{number}" for number in range(8))]
+    rows = [
+        row(variant, 0, 0.5 + 0.01 * place, classroom=classroom, student="resnet8")
+        for classroom in ("one", "two")
+        for place, variant in enumerate(variants)
+    ]
+    text = markdown({"table": "temperature", "groups": aggregate(rows), "runs": rows})
+    lines = text[text.index("|  | one | two |") :].splitlines()
+    assert lines[1:4] == [
+        "| --- | ---: | ---: |",
+        "| teacher | 60.00 | 60.00 |",
+        "| alone | 50.00 | 50.00 |",
+    ]
+    assert lines[12] == "| T7 | 59.00 | 59.00 |"
 
 
 def test_published_numbers_are_those_of_recipes():
@@ -314,6 +343,11 @@ def test_the_estimate(tmp_path, tiny):
     (folder / "summary.json").touch()
     left = 10 * (kd.work + mentor.work) / (alone.work / 4)
     assert seconds_left(plan, tmp_path, 1) == pytest.approx(left)
+    # Processes that have ended count as long as they took, with their starts.
+    (tmp_path / "logs" / alone.id).parent.mkdir(parents=True)
+    for seconds in (20.0, 60.0):
+        add_seconds_waited(alone, tmp_path, seconds)
+    assert seconds_left(plan, tmp_path, 1) == pytest.approx(2 * left)
 
 
 # Running
@@ -427,7 +461,8 @@ def test_a_run_that_fails(tiny, data, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "is not finite" in text or "its loss on the test images is" in text
     assert "left out: runs/tiny/kd/seed0, for want of mentors/resnet14-" in text
-    assert "done: runs/tiny/alone/seed0" in text
+    (seconds,) = re.findall("done: runs/tiny/alone/seed0, ([0-9]+) s", text)
+    assert int(seconds) > 0  # a start alone takes that long
     results = json.loads((tmp_path / "results.json").read_bytes())
     assert [run["variant"] for run in results["runs"]] == ["alone"]
 
@@ -491,18 +526,31 @@ def test_a_plan_runs_nothing(tiny, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys):
+def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys, monkeypatch):
     """Each network in a process of its own, found afterwards by a run that wants them all."""
     wanted = "mentors=[resnet14,resnet8@2,resnet8,{source: resnet8, epochs: 3}]"
     options = ["--recipe", str(tiny), "--data", str(data), "--loader", "resident", wanted]
     side = [*options, "--at-once", "2", "--out", str(tmp_path / "side")]
     assert cli.main(["mentors", *side]) == 0, capsys.readouterr()
+    done, *others, last = capsys.readouterr().out.splitlines()
+    assert re.match("done: mentors/resnet(8|14)-", done)
+    assert (len(others), last) == (1, f"the mentors are in {store}")
     assert len(list(store.glob("*.safetensors"))) == 4
+    # Where no folder was asked for, none is left; what was in the store is not called done.
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["mentors", *options, "--at-once", "2"]) == 0
+    assert not (tmp_path / "runs").exists()
+    first, second, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("from the store: mentors/resnet")
+    assert second.startswith("from the store: mentors/resnet")
     assert cli.main(["mentors", *options, "--out", str(tmp_path / "again")]) == 0
     printed = capsys.readouterr().out
     assert printed.count("taken from") == 4
     # Done again there is nothing left to do; with another recipe it is another's folder.
     assert cli.main(["mentors", *side]) == 0
+    next(store.glob("*.json")).unlink()
+    assert cli.main(["mentors", *side]) == 0
+    assert f"not all mentors are in the store: see {tmp_path / 'side'}" in capsys.readouterr().out
     assert cli.main(["mentors", *side, "seed=3"]) == 2
     assert "side was begun with another recipe" in capsys.readouterr().err
 
@@ -513,4 +561,18 @@ def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_p
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "nosuch")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no folder at" in line
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "empty")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no class folders in {tmp_path / 'empty'}" in line
     assert not out.exists()
+
+
+def test_the_help_names_every_variant(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for table in TABLES:
+        variants = dict.fromkeys(run.id.split("/")[-2] for run in make_plan(table).runs)
+        assert variant_names(table) == list(variants)
+        assert f"variants of {table}: {', '.join(variants)}" in text

@@ -17,6 +17,7 @@ from test_training import colours, recipe
 from classroomkd.errors import UserError
 from classroomkd.training.checkpoints import Checkpoints, Saver
 from classroomkd.training.classroom import Classroom
+from classroomkd.training.run import Run
 
 TESTS = Path(__file__).parent
 FILES = ("student.safetensors", "student_alone.safetensors", "mentors/resnet8.safetensors")
@@ -258,3 +259,36 @@ def test_epochs_recorded_before_the_first_state_come_once(tmp_path, monkeypatch)
     assert [(line["phase"], line["epoch"]) for line in lines] == [
         (phase, epoch) for phase in ("mentor", "alone", "classroom") for epoch in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("key", ["method", "records", "optimizer"])
+def test_a_state_of_another_version_is_named(tmp_path, monkeypatch, key):
+    out, short = tmp_path / "run", recipe("mentors=[]", "method=alone")
+
+    def hold(resume):
+        with open(os.devnull, "w") as nothing:
+            sets = colours(28), colours(13, seed=1)
+            return Classroom(short, Console(file=nothing)).run(*sets, out, resume=resume)
+
+    def die(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "finish_network", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            hold(resume=False)
+    checkpoints = Checkpoints(out / "checkpoints" / "alone-resnet8")
+    state = checkpoints.load(print)
+    del state[key]
+    other = checkpoints.save(state, 1000)
+    with pytest.raises(UserError, match="is no training state of this version") as caught:
+        hold(resume=True)
+    assert str(other) in str(caught.value)
+    assert key in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_keeps_no_training_states(undisturbed):
+    """Only what tells that its networks are done."""
+    kept = {path.name for path in (undisturbed / "checkpoints").rglob("*") if path.is_file()}
+    assert kept == {"done.json"}

@@ -558,7 +558,7 @@ def hold(out: Path, *overrides: str, resume: bool = False) -> dict:
     return classroom.run(colours(28), colours(13, seed=1), out, resume=resume)
 
 
-def test_classroom_leaves_the_records_and_networks(tmp_path: Path):
+def test_classroom_leaves_the_records_and_networks(tmp_path: Path, states_kept):
     out = tmp_path / "run"
     summary = hold(out)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -822,3 +822,14 @@ def test_only_a_run_of_ours_tells_the_split(tmp_path: Path, text, split):
         assert recorded_split(network) == split
     (inner / "config.yaml").write_text("theirs: 1")  # nearer, but not ours
     assert recorded_split(inner / "b.safetensors") == split
+
+
+def test_a_batch_larger_than_the_training_set_is_told(tmp_path: Path, states_kept):
+    """It is one batch of all images, a step an epoch."""
+    text = io.StringIO()
+    large = recipe("mentors=[]", "method=alone", "training.batch_size=29", "training.epochs=1")
+    console = Console(file=text, width=200)
+    Classroom(large, console).run(colours(28), colours(13, seed=1), tmp_path / "run")
+    assert "resnet8 alone: a batch of 29 takes in all 28 images" in text.getvalue()
+    (state,) = (tmp_path / "run" / "checkpoints" / "alone-resnet8").glob("step-*.pt")
+    assert state.name.startswith("step-000000001-")

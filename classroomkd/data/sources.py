@@ -179,9 +179,10 @@ def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
     """The image files below ``path`` with their classes, and the other files."""
     classes = _subfolders(path)
     if not classes:
-        images, _ = _file_names(path)
-        hint = ": put the images of each class in a folder of its own" if images else ""
-        raise UserError(f"no class folders in {path}{hint}")
+        raise UserError(
+            f"no class folders in {path}: put the images of each class in a folder of its own, in "
+            f"{path.name}/cat/ and {path.name}/dog/ for two"
+        )
     files, targets, others = [], [], []
     for target, name in enumerate(classes):
         names, other_names = _file_names(path / name)

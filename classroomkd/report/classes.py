@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from statistics import mean, stdev
+from statistics import mean
 
 import plotly.graph_objects as go
 
 from classroomkd.report.figures import COLOURS, MANY_CLASSES, Plot, over_classes
+from classroomkd.report.numbers import spread
 from classroomkd.report.records import Run
 
 
@@ -44,53 +45,56 @@ def taught_plot(run: Run) -> Plot | None:
             "outlinewidth": 0,
         },
     )
-    axis = {"autorange": "reversed", "showgrid": False}
+    axis = {"autorange": "reversed", "showgrid": False, "title": "mentor"}
+    figure = over_classes(trace, axis, height=190 + 26 * len(mentors))
+    figure.update_layout(margin={"t": 72})  # the buttons, and below them the scale
     return Plot(
         "taught",
         "What each mentor taught",
         "Share of a class's held-out images on which the mentor gives the true class at least the "
-        "probability that the student in the classroom gives it after its last epoch. Classes from "
-        "left to right by the mean over the mentors.",
-        over_classes(trace, axis, height=230 + 26 * len(mentors)),
+        "probability that the student gives it after its last epoch. Classes from left to right by "
+        "the mean over the mentors.",
+        figure,
         wide=len(classes) > MANY_CLASSES,
     )
 
 
-def gain_plot(runs: Sequence[Run]) -> Plot | None:
-    """Per class, top-1 taught by mentors less that alone, in points; the mean over ``runs``."""
-    gains = [_gains(run) for run in runs]
+def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
+    """Per class, top-1 taught by mentors less that alone, in points; the mean over ``pairs``.
+
+    The second of a pair is the run, maybe the same, in which the student was trained alone.
+    """
+    gains = list(filter(None, (_gains(*pair) for pair in pairs)))
+    names = _names(pairs[0][0])
     bars = []
-    for name, *values in zip(_names(runs[0]), *gains, strict=False):
-        known = [100 * value for value in values if value is not None]
-        if known:
-            deviation = stdev(known) if len(known) > 1 else None
-            bars.append((escape(name), mean(known), deviation))
+    for name, *values in zip(names, *gains, strict=False):
+        if known := spread([100 * value for value in values if value is not None]):
+            bars.append((escape(name), *known))
     if not bars:
         return None
     bars.sort(key=lambda bar: -bar[1])
     names, heights, deviations = zip(*bars, strict=True)
-    several = len(runs) > 1
     trace = go.Bar(
         x=names,
         y=heights,
-        error_y={"array": deviations, "thickness": 1, "width": 2} if several else None,
+        error_y={"array": deviations, "thickness": 1, "width": 2} if len(gains) > 1 else None,
         marker={"color": [COLOURS[0] if height >= 0 else COLOURS[1] for height in heights]},
         hovertemplate="%{x}: %{y:+.2f} points<extra></extra>",
     )
-    data = runs[0].summary["data"]
+    data = pairs[0][0].summary["data"]
     images = data["test_images"] / data["classes"]
     note = (
         "For each class, top-1 of the student taught by mentors less that of the student alone, "
         f"after the last epoch of each. A class has about {images:,.0f} held-out images: "
         f"one of them is {100 / images:.2g} points."
     )
-    if several:
-        note += f" Mean and standard deviation over {len(runs)} seeds."
+    if len(gains) > 1:
+        note += f" Mean and sample standard deviation over {len(gains)} seeds."
     return Plot(
         "gain",
         "Gain per class",
         note,
-        over_classes(trace, {"title": "gain (percentage points)", "zeroline": True}, height=360),
+        over_classes(trace, {"title": "gain (percentage points)", "zeroline": True}, height=340),
         wide=len(bars) > MANY_CLASSES,
     )
 
@@ -100,9 +104,10 @@ def _names(run: Run) -> list[str]:
     return data.get("class_names") or [str(number) for number in range(data.get("classes", 0))]
 
 
-def _gains(run: Run) -> list[float | None]:
+def _gains(run: Run, alone_in: Run) -> list[float | None]:
     classroom, alone = (
-        run.result(phase).get("per_class") or [] for phase in ("classroom", "alone")
+        of.result(phase).get("per_class") or []
+        for of, phase in ((run, "classroom"), (alone_in, "alone"))
     )
     return [
         None if mine is None or others is None else mine - others

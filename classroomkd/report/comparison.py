@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
-from statistics import mean, stdev
 
 from classroomkd.report.classes import gain_plot
-from classroomkd.report.document import sections, swatch, table, warning
+from classroomkd.report.document import Row, sections, table, warning
 from classroomkd.report.figures import COLOURS, MARKERS, Plot, curve, over_epochs
+from classroomkd.report.numbers import UNKNOWN, counted, differences, percent, spread
 from classroomkd.report.plots import lessons
-from classroomkd.report.records import Run
+from classroomkd.report.records import Run, incomplete
 
 COLUMNS = (
     "run",
@@ -40,63 +39,85 @@ _NOT_RECIPE = (
     "checkpoint_epochs",
     "checkpoint_minutes",
     "checkpoint_keep",
+    "tensorboard",
+)
+# Nor those of the student trained alone.
+_TEACHING = (
+    "alone",
+    "method",
+    "method_options",
+    "mentors",
+    "mentor_training",
+    "mentor_seed",
+    "loss",
+    "ranking_across_processes",
 )
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A run in the comparison; ``data`` is the name of its data set, unique among those."""
+    """A run in the comparison.
+
+    ``data`` is the name of its data set, unique among those. The student was trained ``alone`` in
+    this run or, if not, in another one of the same seed and recipe, the teaching apart. ``group``
+    is equal in runs that differ in their seed only.
+    """
 
     run: Run
     name: str
     data: str
+    alone: Run
+    group: str
     colour: str
     marker: str
 
-    def numbers(self) -> tuple[float | None, ...]:
-        """Top-1 of the last epoch, of the best, of the student alone, and the gain over it.
+    def numbers(self) -> tuple[float | None, float | None, float | None]:
+        """Top-1 of the last epoch, of the best, and of the student alone after its last.
 
-        None what is not known before the end of a training.
+        None what is not known before the end of a training; the last also where it is the first.
         """
         taught = "alone" if self.run.method == "alone" else "classroom"
-        last, alone = (self._last(phase) for phase in (taught, "alone"))
+        last, alone = _last(self.run, taught), _last(self.alone, "alone")
         best = self.run.result(taught).get("best_test_top1")
         if best is None and last is not None:
             curve = self.run.student_curve(taught)
             known = (r["test_top1"] for r in curve if r.get("test_top1") is not None)
             best = max(known, default=None)
-        gain = None if taught == "alone" or None in (last, alone) else last - alone
-        return last, best, alone, gain
+        return last, best, None if taught == "alone" else alone
 
-    def _last(self, phase: str) -> float | None:
-        if result := self.run.result(phase):
-            return result.get("top1")
-        *_, last = self.run.student_curve(phase) or [{}]
-        return last.get("test_top1") if last and last["epoch"] == last.get("epochs") else None
 
-    def recipe(self) -> str | None:
-        """Equal in runs that differ in their seed only; None if the configuration is not known."""
-        settings = self.run.settings
-        if not settings:
-            return None
-        rest = {key: value for key, value in settings.items() if key not in _NOT_RECIPE}
-        if isinstance(settings.get("data"), dict):
-            rest["data"] = settings["data"] | {"source": None, "loader": None}
-        kind = str(settings.get("device")).split(":")[0]  # cuda:0 and cuda:1 do the same
-        return json.dumps([self.data, kind, rest], sort_keys=True, default=str)
+def _last(run: Run, phase: str) -> float | None:
+    if result := run.result(phase):
+        return result.get("top1")
+    *_, last = run.student_curve(phase) or [{}]
+    return last.get("test_top1") if last and last["epoch"] == last.get("epochs") else None
+
+
+def _recipe(run: Run, data: str, without: Sequence[str] = ()) -> str | None:
+    """Equal in runs that differ in their seed only; None if the configuration is not known."""
+    settings = run.settings
+    if not settings:
+        return None
+    left_out = {*_NOT_RECIPE, *without}
+    rest = {key: value for key, value in settings.items() if key not in left_out}
+    if isinstance(settings.get("data"), dict):
+        rest["data"] = settings["data"] | {"source": None, "loader": None}
+    kind = str(settings.get("device")).split(":")[0]  # cuda:0 and cuda:1 do the same
+    return json.dumps([data, kind, rest], sort_keys=True, default=str)
 
 
 def comparison(runs: Sequence[Run]) -> tuple[str, str]:
     """The title and the HTML body of the page that compares ``runs``."""
     entries = _entries(runs)
     groups = _groups(entries)
-    rows = "".join(_rows(group) for group in groups)
     body = f"""{_warnings(entries)}
-{table("runs", COLUMNS, rows)}
-<p class="note">top-1 is that of the student, taught by the method, after its last epoch, best the
-highest of any epoch on these same held-out images, alone that of the student trained alone, and
-gain the first less that, in percentage points; – is not known, or not yet. A mean ± sample standard
-deviation goes over the finished runs whose configurations differ in the seed only.</p>
+{table(COLUMNS, [row for group in groups for row in _rows(group)])}
+<p class="note">top-1 is that of the student, taught by the method, after its last epoch; best is
+the highest of any epoch on these same held-out images; alone is that of the student trained alone
+after its last epoch, in the same run or in another one here with the same seed, images, student and
+training; gain is top-1 less alone, in percentage points; – is where there is none, or not yet. A
+mean ± sample standard deviation goes over the finished runs whose configurations differ in the seed
+only, that of the gain over those that have one.</p>
 {sections(_plots(entries, groups))}"""
     return f"Comparison of {len(runs)} runs", body
 
@@ -125,16 +146,32 @@ def _entries(runs: Sequence[Run]) -> list[_Entry]:
         place = _absolute(run.source or run.data or "unknown")
         places.append(seen.setdefault(run.test_digest or str(place), place))
     distinct = list(dict.fromkeys(places))
-    data = dict(zip(distinct, unique_names(distinct), strict=True))
+    called = dict(zip(distinct, unique_names(distinct), strict=True))
+    data = [called[place] for place in places]
+    recipes = [_recipe(*of) or name for *of, name in zip(runs, data, names, strict=True)]
+    kinds = list(dict.fromkeys(recipes))
+
+    # As the tables of `classroomkd reproduce` do, a run is compared with that of its own seed.
+    students = [
+        (_recipe(run, name, _TEACHING), run.test_digest, str(run.fact("seed")))
+        for run, name in zip(runs, data, strict=True)
+    ]
+    alone = {
+        student: run
+        for student, run in reversed(list(zip(students, runs, strict=True)))
+        if student[0] and _last(run, "alone") is not None
+    }
     return [
         _Entry(
             run,
-            name,
-            data[place],
-            COLOURS[number % len(COLOURS)],
+            names[number],
+            data[number],
+            run if run.student_curve("alone") else alone.get(students[number], run),
+            recipes[number],
+            COLOURS[(kinds.index(recipes[number]) if len(kinds) > 1 else number) % len(COLOURS)],
             MARKERS[number % len(MARKERS)],
         )
-        for number, (run, name, place) in enumerate(zip(runs, names, places, strict=True))
+        for number, run in enumerate(runs)
     ]
 
 
@@ -146,7 +183,7 @@ def _groups(entries: Sequence[_Entry]) -> list[list[_Entry]]:
     """The runs of one recipe together, in the order of the first ones."""
     groups: dict[str, list[_Entry]] = {}
     for entry in entries:
-        groups.setdefault(entry.recipe() or entry.name, []).append(entry)
+        groups.setdefault(entry.group, []).append(entry)
     return list(groups.values())
 
 
@@ -178,57 +215,35 @@ def _warnings(entries: Sequence[_Entry]) -> str:
         if entry.run.summary is None:
             lines.append(f"{entry.name} is unfinished: here is what it has recorded so far.")
         if entry.run.unreadable:
-            numbers = ", ".join(map(str, entry.run.unreadable))
-            lines.append(
-                f"Incomplete and left out: line {numbers} of metrics.jsonl in {entry.name}."
-            )
+            lines.append(f"{incomplete(entry.run)} in {entry.name}.")
     return "".join(map(warning, lines))
 
 
-def _rows(group: Sequence[_Entry]) -> str:
-    rows = "".join(_row(entry) for entry in group)
+def _rows(group: Sequence[_Entry]) -> list[Row]:
+    rows = [_row("run", [entry], entry.name, entry.colour) for entry in group]
     seeds = _seeds(group)
     if len(seeds) > 1:
-        columns = list(zip(*(entry.numbers() for entry in seeds), strict=True))
-        cells = [f"mean ± deviation, n = {len(seeds)}", *_facts(seeds[0]), ""]
-        cells[6] = ", ".join(str(entry.run.fact("seed")) for entry in seeds)
-        cells += [_spread(column, ".2f", "%") for column in columns[:3]]
-        cells.append(_spread(columns[3], "+.2f"))
-        rows += _cells("mean", "", cells)
+        rows.append(_row("mean", seeds, f"mean ± deviation, n = {len(seeds)}"))
     return rows
 
 
-def _spread(values: Sequence[float | None], form: str, unit: str = "") -> str:
-    if None in values:
-        return "–"
-    return f"{100 * mean(values):{form}} ± {100 * stdev(values):.2f}{unit}"
-
-
-def _row(entry: _Entry) -> str:
-    *shares, gain = entry.numbers()
-    seed = entry.run.fact("seed")
-    cells = [entry.name, *_facts(entry), "–" if seed is None else str(seed)]
-    cells += ["–" if share is None else f"{share:.2%}" for share in shares]
-    cells.append("–" if gain is None else f"{100 * gain:+.2f}")
-    return _cells("run", swatch(entry.colour), cells)
+def _row(kind: str, entries: Sequence[_Entry], name: str, colour: str = "") -> Row:
+    """A line of one run, or of those of one recipe with different seeds."""
+    seeds = [str(entry.run.fact("seed")) for entry in entries]
+    last, best, alone = zip(*(entry.numbers() for entry in entries), strict=True)
+    gains = differences(*(dict(zip(seeds, shares, strict=True)) for shares in (last, alone)))
+    cells = [name, *_facts(entries[0]), ", ".join(seeds).replace("None", UNKNOWN)]
+    cells += [percent(spread(shares), unit="%") for shares in (last, best, alone)]
+    return Row([*cells, percent(spread(gains), signed=True)], kind, colour)
 
 
 def _facts(entry: _Entry) -> list[str]:
     run = entry.run
     *_, last = run.classroom or run.student_curve("alone") or [{}]
-    epochs = f"{last['epoch']}" if last else "–"
-    if last and last["epoch"] != last.get("epochs"):
-        epochs += f" of {last.get('epochs')}"
-    mentors = ", ".join(run.mentors) or "–"
-    return [entry.data, run.student or "–", mentors, run.method, epochs]
-
-
-def _cells(kind: str, before: str, cells: Iterable[str]) -> str:
-    tagged = "".join(
-        f'<td title="{column}">{before if column == "run" else ""}{escape(cell)}</td>'
-        for column, cell in zip(COLUMNS, cells, strict=True)
-    )
-    return f'<tr class="{kind}">{tagged}</tr>'
+    done, of = last.get("epoch", 0), last.get("epochs") or run.epochs
+    epochs = str(done) if done == of else f"{done} of {of}"
+    mentors = ", ".join(run.mentors) or UNKNOWN
+    return [entry.data, run.student or UNKNOWN, mentors, run.method, epochs]
 
 
 def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> list[Plot]:
@@ -242,7 +257,7 @@ def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> lis
         curve(
             records,
             lambda record: record.get("test_top1"),
-            called(entry, ending),
+            called(entry, ending * (entry.run.method != "alone")),
             {"color": entry.colour, "width": width, "dash": dash},
             entry.marker,
         )
@@ -253,13 +268,18 @@ def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> lis
         )
         if (records := entry.run.student_curve(phase))
     ]
+    note = (
+        "Share of the held-out images whose most probable class is the true one: taught by "
+        "mentors solid, alone dashed."
+    )
+    if 1 < len(groups) <= len(COLOURS):
+        note += " Runs in one colour differ in the seed only."
     if traces:
         drawn.append(
             Plot(
                 "accuracy",
                 "Held-out accuracy of the students",
-                "Share of the held-out images whose most probable class is the true one: taught by "
-                "mentors solid, alone dashed.",
+                note,
                 over_epochs(traces, {"title": "held-out top-1 (%)", "tickformat": ".2~%"}),
                 wide=True,
             )
@@ -271,8 +291,8 @@ def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> lis
             drawn.append(replace(plot, id=f"{plot.id}-{number}", heading=heading))
     for number, group in enumerate(groups, start=1):
         seeds = _seeds(group) or group[:1]
-        if plot := gain_plot([entry.run for entry in seeds]):
-            others = f" and {len(seeds) - 1} other seeds" if len(seeds) > 1 else ""
+        if plot := gain_plot([(entry.run, entry.alone) for entry in seeds]):
+            others = f" and {counted(len(seeds) - 1, 'other seed')}" if len(seeds) > 1 else ""
             heading = f"{plot.heading}: {called(seeds[0])}{others}"
             drawn.append(replace(plot, id=f"{plot.id}-{number}", heading=heading))
     return drawn

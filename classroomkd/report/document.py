@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
+from typing import NamedTuple
 
 import plotly.io
 
 from classroomkd.report.figures import Plot
+from classroomkd.report.numbers import are_numbers, filled
 
 GENERATOR = '<meta name="generator" content="classroomkd">'  # tells our pages from other files
 
@@ -22,37 +24,39 @@ p { margin: .25rem 0 1rem; }
 .note { color: #595959; font-size: .875rem; max-width: 48rem; }
 .warning { padding: .5rem .75rem; background: #fff6e0; border-left: 4px solid #e69f00; }
 .wide { overflow-x: auto; }
-table { margin-top: 1rem; border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.wide + .wide { margin-top: 1rem; }
+table { margin-top: 1rem; border-collapse: collapse; font-size: .875rem;
+        font-variant-numeric: tabular-nums; overflow-wrap: break-word; }
 th, td { padding: .3rem .75rem .3rem 0; border-bottom: 1px solid #ddd; text-align: right;
          white-space: nowrap; }
-th { font-weight: 600; font-size: .875rem; color: #595959; }
-th:first-child, td:first-child { text-align: left; }
-td:first-child { white-space: normal; min-width: 9rem; }
+th { font-weight: 600; color: #595959; vertical-align: bottom; }
+.text { text-align: left; white-space: normal; }
+.text:first-child { min-width: 10rem; }
 .student td, .mean td { font-weight: 600; }
-.runs { font-size: .875rem; }
-.runs th:nth-child(-n+4), .runs td:nth-child(-n+4) { text-align: left; white-space: normal; }
 .mean td { border-bottom-color: #767676; }
 i { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border-radius: 50%; }
 .plots { display: grid; gap: 2rem; margin: 2rem 0;
          grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
-section { min-width: 0; }
+section { min-width: 0; display: flex; flex-direction: column; }
+section .note { flex: 1; }  /* so that plots side by side stand level */
 section.whole { grid-column: 1 / -1; }
 summary { cursor: pointer; font-weight: 600; }
 pre { padding: .75rem; background: #f6f6f6; overflow-x: auto; font-size: .8125rem; }
-@media (max-width: 40rem) {
-  table { width: 100%; font-size: .75rem; }
-  tr { display: grid; column-gap: .2rem; padding: .3rem 0; border-bottom: 1px solid #ddd; }
-  th, td { padding: 0; border: 0; }
-  td:first-child { grid-column: 1 / -1; font-size: .875rem; }
-  .results tr { grid-template-columns: 1.4fr .9fr 1fr 1.05fr 1.1fr 1fr; }
-  .results th:first-child, .runs thead { display: none; }
-  .runs tr { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .runs td { text-align: left; }
-  .runs td:nth-child(-n+4) { grid-column: 1 / -1; }
-  .runs td:not(:first-child)::before { content: attr(title) " "; color: #595959;
-                                       font-weight: 400; }
+"""
+# Where a table would not fit its lines become paragraphs, each number with its column's name.
+_NARROW = """@media (max-width: WIDTH) {
+  TABLE { width: 100%; overflow-wrap: anywhere; }
+  TABLE thead { display: none; }
+  TABLE tr { display: grid; column-gap: .5rem; padding: .3rem 0; border-bottom: 1px solid #ddd;
+             grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); }
+  TABLE td { padding: 0; border: 0; text-align: left; white-space: normal; }
+  TABLE .text:first-child { grid-column: 1 / -1; }
+  TABLE td:not(.text:first-child)::before { content: attr(title) " "; color: #595959;
+                                            font-weight: 400; }
 }
 """
+for _width, _table in ("40rem", "table"), ("72rem", "table.broad"):
+    _STYLE += _NARROW.replace("WIDTH", _width).replace("TABLE", _table)
 
 
 def document(title: str, body: str) -> str:
@@ -79,18 +83,44 @@ def warning(text: str) -> str:
     return f'<p class="warning">{escape(text)}</p>'
 
 
-def table(kind: str, columns: Sequence[str], rows: str) -> str:
-    """A table of the style ``kind`` around ``rows``, which are HTML."""
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+class Row(NamedTuple):
+    """A line of a table: its ``kind`` is its style, ``colour`` that of its curve."""
+
+    cells: Sequence[str]
+    kind: str = ""
+    colour: str = ""
+
+
+def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
+    """A table without the columns that say nothing; what its rows are called comes first."""
+    columns, cells = filled(columns, [row.cells for row in rows])
+    texts = [not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
+    styles = [' class="text"' * text for text in texts]
+    head = "".join(
+        f"<th{style}>{escape(column)}</th>" for column, style in zip(columns, styles, strict=True)
+    )
+    body = ""
+    for row, kept in zip(rows, cells, strict=True):
+        dots = [f'<i style="background:{row.colour}"></i>' * bool(row.colour)]
+        dots += [""] * (len(columns) - 1)
+        tagged = (
+            f'<td{style} title="{escape(column)}">{dot}{escape(text)}</td>'
+            for column, style, dot, text in zip(columns, styles, dots, kept, strict=True)
+        )
+        body += f'<tr class="{row.kind}">{"".join(tagged)}</tr>'
+    kind = ' class="broad"' * (len(columns) > 9)
     return (
-        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
+        f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div>"
     )
 
 
-def swatch(colour: str) -> str:
-    """A dot in a curve's colour."""
-    return f'<i style="background:{colour}"></i>'
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, whatever the cells hold."""
+    texts = [not are_numbers([row[n] for row in rows]) for n in range(len(columns))]
+    lines = [columns, ["---" if text else "---:" for text in texts], *rows]
+    cleaned = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cleaned)
 
 
 def sections(plots: Sequence[Plot]) -> str:

@@ -8,9 +8,13 @@ from html import escape
 
 import plotly.graph_objects as go
 
-# Okabe and Ito's palette for colour-blind readers, without the yellow that white swallows. Marker
-# shapes differ as well, and as 6 and 7 share no factor, 42 pass before a pair repeats.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+# Okabe and Ito's palette for colour-blind readers, without the yellow that white swallows, and two
+# dark ones of Tol's. Marker shapes differ as well, and as 8 and 7 share no factor, 56 pass before a
+# pair repeats.
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
+    *("#E69F00", "#56B4E9", "#882255", "#332288"),
+)
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down")
 
 MANY_CLASSES = 20  # with more a plot needs the page's whole width
@@ -78,8 +82,13 @@ def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
 
 
 def over_classes(trace: go.Bar | go.Heatmap, y_axis: dict, height: int) -> go.Figure:
-    """The figure of one trace whose x are class names; what does not fit shows on hovering."""
-    classes = {"type": "category", "showgrid": False}  # names may be numerals
+    """The figure of one trace whose x are class names; what does not fit shows on hovering.
+
+    ``height`` is without the names.
+    """
+    # Of the type that says that names are no numbers.
+    classes = {"type": "category", "showgrid": False, "title": {"text": "class", "standoff": 8}}
+    height += 7 * min(max(map(len, trace.x)), 40)  # they may stand upright
     if len(trace.x) > MANY_CLASSES:
         # So small, 100 names stand on a wide page; on a narrow one plotly thins them out.
         classes |= {"tickangle": -90, "tickfont": {"size": 9}}

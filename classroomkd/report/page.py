@@ -10,9 +10,10 @@ from pathlib import Path
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.comparison import comparison
-from classroomkd.report.document import GENERATOR, document, sections, swatch, table, warning
+from classroomkd.report.document import GENERATOR, Row, document, sections, table, warning
+from classroomkd.report.numbers import counted, image_counts
 from classroomkd.report.plots import colour, plots
-from classroomkd.report.records import Run, label, read_run
+from classroomkd.report.records import Run, incomplete, label, read_run
 from classroomkd.report.results import COLUMNS, evidence, result_rows
 
 
@@ -57,9 +58,8 @@ def _require_ours(out: Path) -> None:
 def _page(run: Run) -> str:
     heading, facts = _title(run)
     versions = (run.summary or {}).get("versions") or {}
-    left_out = ", ".join(map(str, run.unreadable))
     body = f"""<p>{escape(facts)}</p>
-{warning(f"Incomplete and left out: line {left_out} of metrics.jsonl.") if left_out else ""}
+{warning(incomplete(run) + ".") if run.unreadable else ""}
 {_results(run) if run.summary else _progress(run)}
 {sections(plots(run))}
 <details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>
@@ -70,27 +70,30 @@ def _page(run: Run) -> str:
 
 def _title(run: Run) -> tuple[str, str]:
     """What was trained on what, and how."""
-    heading = "Classroom" if run.student is None else f"Classroom of {run.student}"
+    heading = "Mentors" if run.student is None else f"Classroom of {run.student}"
     if run.student and run.method != "classroom":
         phase = "alone" if run.method == "alone" else "classroom"
         heading = label(phase, run.student, run.method)
     if run.data:
         heading += f" on {run.data}"
-    epochs = [records[-1].get("epochs") for records in run.curves.values()]
-    facts = [f"mentors {', '.join(run.mentors)}"] if run.mentors else []
-    facts += [f"{epochs[-1]} epochs"] if epochs else []
+    so_far = "" if run.summary or run.classroom else " so far:"
+    facts = [f"mentors{so_far} {', '.join(run.mentors)}"] if run.mentors else []
+    facts += [image_counts(run.summary["data"])] if run.summary else []
+    facts += [counted(run.epochs, "epoch")] if run.epochs else []
     facts += [f"{key} {run.fact(key)}" for key in ("seed", "device") if run.fact(key) is not None]
     return heading, " · ".join(facts)
 
 
 def _results(run: Run) -> str:
-    body = ""
-    for result, row in zip(run.summary["results"], result_rows(run.summary), strict=True):
-        kind = "mentor" if result["phase"] == "mentor" else "student"
-        dot = swatch(colour(run, result["phase"], result["name"]))
-        cells = "</td><td>".join(map(escape, row))
-        body += f'<tr class="{kind}"><td>{dot}{cells}</td></tr>'
-    return f'{table("results", COLUMNS, body)}<p class="note">{escape(evidence(run.summary))}</p>'
+    rows = [
+        Row(
+            cells,
+            "mentor" if result["phase"] == "mentor" else "student",
+            colour(run, result["phase"], result["name"]),
+        )
+        for result, cells in zip(run.summary["results"], result_rows(run.summary), strict=True)
+    ]
+    return f'{table(COLUMNS, rows)}<p class="note">{escape(evidence(run.summary))}</p>'
 
 
 def _progress(run: Run) -> str:

@@ -26,6 +26,10 @@ def plots(run: Run) -> list[Plot]:
             _networks(run, key) for key in ("test_top1", "validation_top1", "train_loss")
         )
         has_validation = is_filled(validation)
+        taught = (
+            " That of the student whom mentors teach also holds their lessons: compare its course "
+            "with the others, not its height."
+        )
         axis = {"tickformat": ".2~%"}
         if has_validation:  # the two stand side by side, to be compared
             axis["range"] = _span(accuracy + validation)
@@ -51,13 +55,12 @@ def plots(run: Run) -> list[Plot]:
             Plot(
                 "loss",
                 "Training loss",
-                "The classroom's loss also holds the mentors' lessons: compare its course with the "
-                "others, not its height.",
+                "Mean over the training samples of an epoch." + taught * bool(run.classroom),
                 over_epochs(loss, _loss_axis(loss)),
             )
         )
     drawn += lessons(run, run.mentors)
-    return drawn + list(filter(None, [taught_plot(run), gain_plot([run])]))
+    return drawn + list(filter(None, [taught_plot(run), gain_plot([(run, run)])]))
 
 
 def lessons(run: Run, mentors: Sequence[str], keys: Sequence[str] | None = None) -> list[Plot]:

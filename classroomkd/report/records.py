@@ -59,8 +59,16 @@ class Run:
         """What the student is called."""
         named = [name for phase, name in self.curves if phase != "mentor"]
         return self.result("classroom").get("name") or next(
-            iter(named), self.settings.get("student")
+            iter(named), self.settings.get("student") or None
         )
+
+    @property
+    def epochs(self) -> int | None:
+        """Of the student's schedule, or of the mentors' in a run without a student."""
+        training = self.settings.get("training" if self.student else "mentor_training")
+        known = [records[-1].get("epochs") for records in self.curves.values()]
+        own = training.get("epochs") if isinstance(training, dict) else None
+        return own or next(reversed(known), None)
 
     @property
     def method(self) -> str:
@@ -93,6 +101,13 @@ class Run:
         trained = [name for phase, name in self.curves if phase == "mentor"]
         teaching = [name for record in self.classroom for name in record.get("mentors") or {}]
         return list(dict.fromkeys([*listed, *teaching, *trained]))
+
+
+def incomplete(run: Run) -> str:
+    """Which lines of the run's metrics.jsonl are ``unreadable``, in words."""
+    lines = "line" if len(run.unreadable) == 1 else "lines"
+    numbers = ", ".join(map(str, run.unreadable))
+    return f"Incomplete and left out: {lines} {numbers} of metrics.jsonl"
 
 
 def label(phase: str, name: str, method: str = "classroom") -> str:

@@ -8,6 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from classroomkd.report.numbers import UNKNOWN, filled
 from classroomkd.report.records import label
 
 COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
@@ -16,8 +17,8 @@ COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
     """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS.
 
-    top-1 is the last epoch's; best is the highest of any epoch, chosen on the test images. Of five
-    classes or fewer the best five always hold the true one: their top-5 says nothing.
+    top-1 is the last epoch's; best is the highest of any epoch, chosen on the held-out images. Of
+    five classes or fewer the best five always hold the true one: their top-5 says nothing.
     """
     few_classes = summary["data"]["classes"] <= 5
     return [
@@ -82,12 +83,13 @@ def results_table(summary: dict) -> Table:
         pad_edge=False,
         padding=(0, 1, 0, 0),  # with more a terminal of 80 characters would break the lines
     )
-    for column in COLUMNS:
+    columns, rows = filled(COLUMNS, result_rows(summary))
+    for column in columns:
         table.add_column(column, justify="left" if column == "network" else "right")
-    for row in result_rows(summary):
+    for row in rows:
         table.add_row(*map(escape, row))
     return table
 
 
 def _number(value: float | None, form: str) -> str:
-    return "–" if value is None else format(value, form)
+    return UNKNOWN if value is None else format(value, form)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from classroomkd.data import cifar, list_source
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.reproduce.page import result_cells, write_tables
@@ -26,6 +29,7 @@ from classroomkd.training.commands import mentors as one_by_one
 from classroomkd.training.commands import mentors_recipe
 from classroomkd.training.config import load_recipe, to_dict
 from classroomkd.training.run import choose_folder
+from classroomkd.training.store import MentorStore
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
@@ -57,8 +61,11 @@ def reproduce(arguments: argparse.Namespace) -> int:
         source = run.recipe.data.source
         if not source and not arguments.plan:
             arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
-        if source not in ("", "digits") and not Path(source).is_dir():
+    for source in {run.recipe.data.source for run in plan.runs} - {"", "digits"}:
+        if not Path(source).is_dir():
             raise UserError(f"no folder at {source}: give --data one with the images")
+        if not cifar.find(Path(source)):
+            list_source(source)  # which says what is wrong with it
     _print_plan(plan, out, len(devices), console)
     if arguments.plan:
         return 0
@@ -103,9 +110,23 @@ def mentors(arguments: argparse.Namespace) -> int:
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (f"all runs are kept in {out}: the same command with --out goes on",)
+        interrupt.args = (f"all runs are kept in {out}: the same command with --out {out} goes on",)
         raise
-    return 1 if runner.failed else 0
+    if runner.failed:
+        return 1
+    store = MentorStore()
+    kept = store.holds_all(out.rglob("mentors/*.safetensors"))
+    where = (
+        f"the mentors are in {store.folder}"
+        if kept
+        else f"not all mentors are in the store: see {out}"
+    )
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+    if kept and arguments.out is None:
+        shutil.rmtree(out)
+        with suppress(OSError):  # unless there are other runs
+            out.parent.rmdir()
+    return 0
 
 
 def _is_override(text: str) -> bool:

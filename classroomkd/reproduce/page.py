@@ -10,8 +10,22 @@ from typing import Any
 import plotly.graph_objects as go
 
 from classroomkd.files import atomic_write
-from classroomkd.report.document import document, sections, table, warning
-from classroomkd.report.figures import COLOURS, MARKERS, Plot, framed
+from classroomkd.report.document import (
+    Row,
+    document,
+    markdown_table,
+    sections,
+    table,
+    warning,
+)
+from classroomkd.report.figures import COLOURS, Plot, framed
+from classroomkd.report.numbers import (
+    UNKNOWN,
+    counted,
+    filled,
+    image_counts,
+    percent,
+)
 from classroomkd.reproduce.status import duration
 from classroomkd.reproduce.tables import (
     PUBLISHED,
@@ -23,12 +37,15 @@ from classroomkd.reproduce.tables import (
 
 Rows = list[list[str]]
 
-_NOTES = (
-    "Top-1 in percent on the test images, mean ± sample standard deviation over the seeds. last is "
-    "after the last epoch; best is the highest of any epoch, chosen on the test images, as papers "
-    "print it; chosen is the epoch that does best on the validation images. over alone and over kd "
-    "are differences of last, in percentage points, between runs of the same seed."
-)
+_NOTES = {
+    "teacher": "teacher is the first mentor, after its last epoch",
+    "last": "last is after the last epoch",
+    "best": "best is the highest of any epoch, chosen on these same images, as papers print it",
+    "chosen": "chosen is the epoch that does best on the validation images",
+    "over alone": "over alone is last less that of alone with the same seed, in percentage points",
+    "over kd": "over kd is last less that of kd with the same seed, in percentage points",
+    "time of a run": "time of a run is the mean, without the mentors' training",
+}
 
 
 def write_tables(results: Mapping[str, Any], out: Path) -> list[Path]:
@@ -45,28 +62,30 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The table as Markdown, below a heading of the second level."""
     blocks = [f"## {TABLES[results['table']].title}", *_facts(results)]
     blocks += [f"**{line}**" for line in _warnings(results)]
-    blocks += [_NOTES, *(_markdown_table(*part) for part in _parts(results))]
+    blocks += [_note(results), *(markdown_table(*filled(*part)) for part in _parts(results))]
     if _published(results):
         blocks.append(PUBLISHED_FROM)
     return "\n\n".join(blocks) + "\n"
-
-
-def _markdown_table(columns: Sequence[str], rows: Rows) -> str:
-    left = {"classroom", "variant", "mentors"}
-    rule = ["---" if column in left else "---:" for column in columns]
-    lines = [columns, rule, *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)
 
 
 def _page(results: Mapping[str, Any]) -> str:
     body = "".join(f"<p>{escape(line)}</p>" for line in _facts(results))
     body += "".join(map(warning, _warnings(results)))
     for columns, rows in _parts(results):
-        cells = ("</td><td>".join(map(escape, row)) for row in rows)
-        body += table("groups", columns, "".join(f"<tr><td>{row}</td></tr>" for row in cells))
-    notes = [_NOTES, *([PUBLISHED_FROM] if _published(results) else [])]
+        body += table(columns, [Row(row) for row in rows])
+    notes = [_note(results), *([PUBLISHED_FROM] if _published(results) else [])]
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     return document(TABLES[results["table"]].title, body + sections(_plots(results)))
+
+
+def _note(results: Mapping[str, Any]) -> str:
+    """What the columns that are there mean."""
+    columns, _ = filled(*result_cells(results))
+    said = "; ".join(text for column, text in _NOTES.items() if column in columns)
+    return (
+        "Top-1 in percent on the held-out images (the data set's test part, or split off where it "
+        f"has none), mean ± sample standard deviation over the seeds: {said}."
+    )
 
 
 def _facts(results: Mapping[str, Any]) -> list[str]:
@@ -74,21 +93,19 @@ def _facts(results: Mapping[str, Any]) -> list[str]:
     runs = results["runs"]
     if not runs:
         return ["No run has finished yet."]
-    sets = {
-        f"{run['data']} ({run['classes']} classes; {run['train_images']:,} training, "
-        f"{run['validation_images']:,} validation and {run['test_images']:,} test images)"
-        for run in runs
-    }
-    epochs = {f"{run['epochs']} epochs (mentors {run['mentor_epochs']})" for run in runs}
+    sets = {f"{run['data']} ({image_counts(run)})" for run in runs}
+    epochs = {f"{counted(run['epochs'], 'epoch')} (mentors {run['mentor_epochs']})" for run in runs}
     seeds = sorted({run["seed"] for run in runs})
+    shared = f"Seeds: {_listed(map(str, seeds))}; they share the mentors."
     firsts = {group["classroom"]: group for group in reversed(results["groups"])}
-    recipes = {
+    classrooms = {
         f"{name} ({group['student']} ← {' '.join(group['mentors'])})"
         for name, group in firsts.items()
     }
     return [
-        f"Data: {_listed(sets)}. Training: {_listed(epochs)}. Recipes: {_listed(recipes)}. "
-        f"Seeds: {_listed(map(str, seeds))}; they share the mentors. {len(runs)} runs on "
+        f"Data: {_listed(sets)}. Training: {_listed(epochs)}. Classrooms (student ← "
+        f"mentors): {_listed(classrooms)}. "
+        f"{shared if len(seeds) > 1 else f'Seed: {seeds[0]}.'} {counted(len(runs), 'run')} on "
         f"{_listed({run['device'] for run in runs})}, with classroomkd "
         f"{_listed({run['classroomkd'] for run in runs})} and torch "
         f"{_listed({run['torch'] for run in runs})}, "
@@ -106,7 +123,7 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
     if why:
         lines.append(f"Not to be compared with published numbers: {', and '.join(why)}.")
     if len({run["test_digest"] for run in runs}) > 1:
-        lines.append("Not all runs were measured on the same test images.")
+        lines.append("Not all runs were measured on the same held-out images.")
     return lines
 
 
@@ -133,8 +150,8 @@ def result_cells(results: Mapping[str, Any]) -> tuple[list[str], Rows]:
             group["classroom"],
             group["variant"],
             str(len(group["seeds"])),
-            _percent(group["teacher_last"] and [group["teacher_last"], None]),
-            *(_percent(group[key], signed=key.startswith("over")) for key in keys),
+            percent(group["teacher_last"] and [group["teacher_last"], None]),
+            *(percent(group[key], signed=key.startswith("over")) for key in keys),
             duration(group["seconds"][0]),
         ]
         for group in results["groups"]
@@ -146,7 +163,8 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
     groups, published = results["groups"], _published(results)
     last = {(group["classroom"], group["variant"]): group["last"] for group in groups}
     variants = list(dict.fromkeys(group["variant"] for group in groups))
-    columns = ["classroom", "teacher", *variants]
+    # What the lines are stands above, and "classroom" would be a variant's name too.
+    columns = ["", "teacher", *variants]
     if published:
         columns += [f"published {field}" for field in Published._fields]
     rows = []
@@ -156,12 +174,14 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
             for group in groups
             if group["classroom"] == classroom and group["teacher_last"] is not None
         }
-        row = [classroom, _percent([max(teachers), None]) if len(teachers) == 1 else "–"]
-        row += [_percent(last.get((classroom, variant))) for variant in variants]
+        row = [classroom, percent([max(teachers), None]) if len(teachers) == 1 else UNKNOWN]
+        row += [percent(last.get((classroom, variant))) for variant in variants]
         if published:
             numbers = published.get(classroom) or [None] * len(Published._fields)
-            row += ["–" if number is None else f"{number:.2f}" for number in numbers]
+            row += [UNKNOWN if number is None else f"{number:.2f}" for number in numbers]
         rows.append(row)
+    if len(columns) > 10 and len(columns) > len(rows):  # wider than a page
+        columns, *rows = map(list, zip(columns, *rows, strict=True))
     return columns, rows
 
 
@@ -181,40 +201,38 @@ def _plots(results: Mapping[str, Any]) -> list[Plot]:
     for number, classroom in enumerate(dict.fromkeys(g["classroom"] for g in results["groups"])):
         groups = [group for group in results["groups"] if group["classroom"] == classroom]
         runs = [run for run in results["runs"] if run["classroom"] == classroom]
-        colour = COLOURS[number % len(COLOURS)]
         traces = [
             go.Scatter(
-                x=[group["variant"] for group in groups],
+                x=[escape(group["variant"]) for group in groups],
                 y=[group["last"][0] for group in groups],
-                error_y={"array": [group["last"][1] or 0.0 for group in groups]},
+                error_y={"array": [group["last"][1] for group in groups]},
                 mode="markers",
-                marker={"size": 11, "color": colour, "symbol": MARKERS[number % len(MARKERS)]},
+                marker={"size": 9, "color": COLOURS[0]},
                 name="mean ± deviation",
             ),
             go.Scatter(
-                x=[run["variant"] for run in runs],
+                x=[escape(run["variant"]) for run in runs],
                 y=[run["last"] for run in runs],
                 text=[f"seed {run['seed']}" for run in runs],
                 mode="markers",
-                marker={"size": 7, "color": "#777777", "symbol": "line-ew-open"},
+                marker={"size": 20, "color": "#222222", "symbol": "line-ew-open"},
                 name="a run",
             ),
         ]
         drawn = framed(
-            traces, {"type": "category", "title": None}, {"title": "top-1", "tickformat": ".1%"}
+            traces,
+            {"type": "category", "title": "variant", "range": [-0.5, len(groups) - 0.5]},
+            {"title": "held-out top-1 (%)", "tickformat": ".2~%"},
         )
         drawn.update_layout(height=380, showlegend=False)
-        note = "Test top-1 after the last epoch: every run, mean and sample standard deviation."
-        plots.append(Plot(f"plot-{number}", classroom, note, drawn, wide=len(groups) > 8))
+        note = (
+            "Top-1 after the last epoch: a line for every run, a dot for the mean, bars of one "
+            "sample standard deviation either way."
+        )
+        plots.append(
+            Plot(f"plot-{number}", f"Top-1 of {classroom}", note, drawn, wide=len(groups) > 8)
+        )
     return plots
-
-
-def _percent(spread: Sequence[float | None] | None, signed: bool = False) -> str:
-    if spread is None:
-        return "–"
-    middle, deviation = spread
-    text = format(100 * middle, "+.2f" if signed else ".2f")
-    return text if deviation is None else f"{text} ± {100 * deviation:.2f}"
 
 
 def _listed(words: Any) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -157,9 +156,10 @@ def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
     """The variants of these names, and the methods of those that are none."""
     for name in wanted:
         if name not in known and name not in methods.names():
-            every = list(dict.fromkeys([*known, *methods.names()]))
-            nearest = ", ".join(difflib.get_close_matches(name, every, cutoff=0.0))
-            raise UserError(f"the table has no method {name!r}; the nearest names are {nearest}")
+            raise UserError(
+                f"no variant or method is called {name!r}; the table's variants are "
+                f"{', '.join(known)}; the methods are {', '.join(methods.names())}"
+            )
     return [known.get(name) or Variant(name, name) for name in dict.fromkeys(wanted)]
 
 

@@ -7,11 +7,11 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
+from classroomkd.report.numbers import differences, spread
 from classroomkd.reproduce.plan import difference, run_values
 from classroomkd.reproduce.status import own_records
 
@@ -24,8 +24,9 @@ def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, 
 
     Runs come as in ``order``, of their ids, and those that are not in it after them.
 
-    Top-1 are shares of the test images: ``last`` after the last epoch, ``best`` the highest of any
-    epoch, ``chosen`` that of the epoch that does best on the validation images, None without any.
+    Top-1 are shares of the held-out images: ``last`` after the last epoch, ``best`` the highest of
+    any epoch, ``chosen`` that of the epoch that does best on the validation images, None without
+    any.
 
     Raises UserError if runs that should differ in their seed only differ in more.
     """
@@ -118,22 +119,13 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "seeds": sorted(by_seed),
             "teacher_last": own[0]["teacher_last"],
         }
-        group |= {key: _spread([row[key] for row in own]) for key in _MEASURES}
+        group |= {key: spread([row[key] for row in own]) for key in _MEASURES}
         for baseline in _BASELINES:
-            others = runs.get((classroom, baseline), {})
-            group[f"over_{baseline}"] = _spread(
-                [by_seed[seed]["last"] - others[seed]["last"] for seed in by_seed if seed in others]
-                if variant != baseline
-                else []
-            )
+            others = {} if variant == baseline else runs.get((classroom, baseline), {})
+            last = ({seed: row["last"] for seed, row in of.items()} for of in (by_seed, others))
+            group[f"over_{baseline}"] = spread(differences(*last))
         groups.append(group)
     return groups
-
-
-def _spread(values: Sequence[float | None]) -> list[float | None] | None:
-    if not values or None in values:
-        return None
-    return [mean(values), stdev(values) if len(values) > 1 else None]
 
 
 def write_results(table: str, out: Path, order: Sequence[str] = ()) -> dict[str, Any]:

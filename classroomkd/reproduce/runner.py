@@ -19,7 +19,16 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from classroomkd.errors import UserError
 from classroomkd.files import lock
 from classroomkd.reproduce.plan import Plan, Task
-from classroomkd.reproduce.status import duration, is_finished, seconds_left, status, tasks_left
+from classroomkd.reproduce.status import (
+    add_seconds_waited,
+    duration,
+    from_store,
+    is_finished,
+    seconds_left,
+    seconds_waited,
+    status,
+    tasks_left,
+)
 from classroomkd.training.interrupts import Interrupted, Interrupts
 
 _LOOK_EVERY = 0.5  # seconds
@@ -32,7 +41,8 @@ class _Running:
     slot: int
     process: subprocess.Popen
     log: Path
-    begun_at: int  # in the log
+    log_begin: int
+    begun_at: float
     shown: TaskID
 
 
@@ -70,6 +80,7 @@ class Runner:
             console=self.console,
             expand=True,
             transient=True,
+            disable=not self.console.is_terminal,  # or it leaves an empty line
         )
         with Interrupts() as interrupts, self._progress:
             total = self._progress.add_task("all", total=len(self._waiting), what="")
@@ -87,6 +98,7 @@ class Runner:
                     running.process.send_signal(interrupts.received)
                 for running in self._running:
                     running.process.wait()
+                    self._note_time(running)
             finally:  # at a second signal they have no more time
                 for running in self._running:
                     running.process.kill()
@@ -132,7 +144,7 @@ class Runner:
         log = self.out / "logs" / f"{task.id}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
-            begun_at = output.tell()
+            log_begin = output.tell()
             process = subprocess.Popen(
                 [sys.executable, "-m", "classroomkd", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -142,7 +154,8 @@ class Runner:
                 start_new_session=True,  # so that Ctrl-C reaches it through us alone
             )
         shown = self._progress.add_task(escape(task.id), total=task.epochs, what="epochs")
-        self._running.append(_Running(task, slot, process, log, begun_at, shown))
+        begun_at = time.monotonic()
+        self._running.append(_Running(task, slot, process, log, log_begin, begun_at, shown))
 
     def _reap(self) -> None:
         """Take note of the processes that have ended."""
@@ -152,17 +165,22 @@ class Runner:
                 continue
             self._running.remove(running)
             self._progress.remove_task(running.shown)
+            self._note_time(running)
             task = running.task
             if code == 0 and is_finished(task, self.out):
-                self._print(f"done: {task.id}, {duration(status(task, self.out).seconds)}")
+                done = "from the store" if from_store(task, self.out) else "done"
+                self._print(f"{done}: {task.id}, {duration(seconds_waited(task, self.out))}")
                 continue
             self.failed.append(task)
             with running.log.open("rb") as log:
-                log.seek(running.begun_at)
+                log.seek(running.log_begin)
                 lines = log.read().decode(errors="replace").splitlines()
             self._print(f"failed: {task.id}, status {code}; the end of {running.log}:")
             for line in lines[-_TAIL:]:
                 self._print(f"  {line}")
+
+    def _note_time(self, running: _Running) -> None:
+        add_seconds_waited(running.task, self.out, time.monotonic() - running.begun_at)
 
     def _show(self, total: TaskID) -> None:
         for running in self._running:

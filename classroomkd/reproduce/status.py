@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from classroomkd.files import atomic_write
 from classroomkd.reproduce.plan import Plan, Task
 
 
 @dataclass(frozen=True)
 class Status:
-    """Of a task: whether it is finished, and of its networks the epochs and seconds until now."""
+    """Of a task: whether it is finished, its networks' epochs, and the seconds that they took.
+
+    Those of processes that have ended count from their start to their end.
+    """
 
     finished: bool
     epochs: int
@@ -25,12 +29,36 @@ def status(task: Task, out: Path) -> Status:
     folder = out / task.id
     lines = own_records(folder, mentors=task.id.startswith("mentors/"))
     seconds = sum(line.get("seconds") or 0.0 for line in lines)
-    return Status(is_finished(task, out), len(lines), seconds)
+    return Status(is_finished(task, out), len(lines), max(seconds, seconds_waited(task, out)))
+
+
+def seconds_waited(task: Task, out: Path) -> float:
+    """How long the processes of ``task`` took that have ended here."""
+    with suppress(OSError, ValueError):
+        return float(_waited(task, out).read_bytes())
+    return 0.0
+
+
+def add_seconds_waited(task: Task, out: Path, seconds: float) -> None:
+    """Note that another process of ``task`` has ended, after ``seconds``."""
+    atomic_write(_waited(task, out), f"{seconds_waited(task, out) + seconds:.3f}\n")
+
+
+def _waited(task: Task, out: Path) -> Path:
+    return out / "logs" / f"{task.id}.seconds"
 
 
 def is_finished(task: Task, out: Path) -> bool:
     """Whether all of ``task`` is done."""
     return (out / task.id / "summary.json").exists()
+
+
+def from_store(task: Task, out: Path) -> bool:
+    """Whether nothing of the finished ``task`` had to be trained."""
+    with suppress(ValueError):
+        results = json.loads((out / task.id / "summary.json").read_bytes())["results"]
+        return all(result.get("reused") for result in results)
+    return False
 
 
 def own_records(run: Path, mentors: bool) -> list[dict[str, Any]]:
@@ -60,7 +88,7 @@ def tasks_left(plan: Plan, out: Path) -> list[Task]:
 def seconds_left(plan: Plan, out: Path, at_once: int) -> float | None:
     """The time that what is left takes if ``at_once`` tasks run side by side, each as until now.
 
-    It follows from the seconds that the epochs until now took and the operations of the networks;
+    It follows from the seconds that the tasks took until now and the operations of the networks;
     None before the first epoch.
     """
     states = {task: status(task, out) for task in (*plan.mentors, *plan.runs)}

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
-from classroomkd.training.config import MentorConfig, Recipe
+from classroomkd import recipes
+from classroomkd.training.config import MentorConfig, Recipe, load_recipe
 
 
 @dataclass(frozen=True)
@@ -182,3 +183,14 @@ TABLES = {
     ),
     "multi-teacher": Table("Teachers and peers", _rows("resnet50-mobilenetv2", _grid)),
 }
+
+
+def variant_names(table: str) -> list[str]:
+    """The names of the variants that a table's rows have, each once."""
+    rows = {variants: row for row, variants in TABLES[table].rows.items()}
+    names = [
+        variant.name
+        for variants, row in rows.items()
+        for variant in variants(load_recipe(recipes.find(row)))
+    ]
+    return list(dict.fromkeys(names))

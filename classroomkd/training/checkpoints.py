@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.training.interrupts import Interrupted, Interrupts
@@ -59,6 +60,12 @@ class Checkpoints:
         for path in self.folder.glob(self.best("*").name):
             if path not in kept:
                 path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all of it, once the training is done and nobody goes on from here any more."""
+        self.forget_bests_but([])
+        for path in self._files():
+            path.unlink(missing_ok=True)
 
     def best(self, epoch: int | str) -> Path:
         """Where the weights of an epoch are while it is the best."""
@@ -115,11 +122,23 @@ class Saver:
         return best(self.records).get("chosen_epoch") if self.records else None
 
     def restore(self, warn: Callable[[str], None]) -> None:
-        """Take up the last state there is; ``warn`` is told of damaged ones."""
+        """Take up the last state there is; ``warn`` is told of damaged ones.
+
+        Raises UserError for one of another version.
+        """
         state = self.checkpoints.load(warn)
-        if state is not None:
+        if state is None:
+            return
+        try:
             self.trainer.load_state_dict(state)
             self.records = state["records"]
+        except torch.OutOfMemoryError:
+            raise
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.checkpoints.newest()} is no training state of this version "
+                f"({type(error).__name__}: {error}): start a new run"
+            ) from None
 
     def between_steps(self) -> None:
         """Save if it is time; raises Interrupted after having saved, if asked to stop."""

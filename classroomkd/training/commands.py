@@ -94,6 +94,7 @@ def train(arguments: argparse.Namespace) -> None:
         others = sorted(_given(arguments).keys() - {"resume"})
         if others:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            options = options.replace("--override", "KEY=VALUE")
             arguments.parser.error(
                 f"--resume takes all other options from the run: leave out {options}"
             )
@@ -181,7 +182,10 @@ def _hold(
 
 
 def _resume(out: Path) -> None:
-    """Go on with the run in ``out``."""
+    """Go on with the run in ``out``; of a finished one there is its page, if that is missing."""
+    if (out / "summary.json").exists() and not (out / "report.html").exists():
+        print(f"the run in {out} is finished\nreport: {write_report([out])}")
+        return
     recipe = load_recipe(unfinished(out))
     classroom = Classroom(recipe, Console())
     _report(classroom, classroom.run(*_read_data(recipe), out, resume=True), out)

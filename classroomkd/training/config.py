@@ -14,6 +14,7 @@ name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resn
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ class Recipe:
     student: str = ""
     mentors: list[MentorConfig] = field(default_factory=list)
     method: str = "classroom"
-    """How the mentors teach: one of `classroomkd.loss.methods.names()`."""
+    """What the student is trained by: one of `classroomkd.loss.methods.names()`."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Of a method other than the classroom, whose options are ``loss``."""
     alone: bool = True
@@ -146,7 +147,7 @@ class Recipe:
     checkpoint_minutes: float = 5.0
     """A training's state is saved after so many epochs, and after so many minutes within one."""
     checkpoint_keep: int = 2
-    """How many of a training's last states are kept."""
+    """How many of a training's last states are kept until it is done."""
 
 
 def load_recipe(
@@ -174,9 +175,7 @@ def load_recipe(
             if not equals:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
-                value = _value(item.removeprefix(f"{key}="))
-                value = _layer({key: value})[key] if key == "mentors" else value
-                OmegaConf.update(merged, key, value)
+                _override(merged, key, _value(item.removeprefix(f"{key}=")))
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
@@ -194,7 +193,7 @@ def load_recipe(
         raise
     except (OmegaConfBaseException, TypeError) as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{key}{str(error).splitlines()[0]}") from None
+        raise UserError(f"{where}{key}{_reason(error)}") from None
     _check(recipe, where)
     data = recipe.data
     if data.padding is None:
@@ -242,6 +241,28 @@ def _value(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
 
 
+def _reason(error: Exception) -> str:
+    """What OmegaConf says of a value, in words of recipes where it speaks of its own classes."""
+    text = str(error).splitlines()[0]
+    if "is not a ListConfig" in text:
+        return "must be a list, like [a,b]"
+    wrong = re.search(r"is not a subclass of (\w+)Config\. value: (.*)", text)
+    return f"{wrong[1].lower()} must be like {{name: value}}, not {wrong[2]}" if wrong else text
+
+
+def _override(recipe: Any, key: str, value: Any) -> None:
+    """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
+    if key == "mentors":
+        value = _layer({key: value})[key]
+    one = re.match(r"(mentors\.(\d+))(?:\.(.*))?$", key)
+    if one and int(one[2]) >= len(recipe.mentors):
+        raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
+    if one and one[3] in (None, "source") and isinstance(value, str):
+        others = {} if one[3] else {"epochs": None, "at": None}
+        key, value = one[1], others | _mentor(value)
+    OmegaConf.update(recipe, key, value)
+
+
 def _layer(values: Mapping[str, Any]) -> Any:
     """Some of a recipe's values, where a mentor may be its name alone."""
     values = dict(values)
@@ -262,7 +283,7 @@ def _mentor(text: str) -> dict[str, Any]:
 
 def _check(recipe: Recipe, where: str) -> None:
     """Raise UserError for a value out of its range."""
-    data = recipe.data
+    data, threads = recipe.data, recipe.threads
     problems = [
         ("mentors", len(recipe.mentors), len(recipe.mentors) <= 16, "at most 16"),
         ("seed", recipe.seed, recipe.seed >= 0, "a whole number of at least 0"),
@@ -285,7 +306,7 @@ def _check(recipe: Recipe, where: str) -> None:
         ("checkpoint_keep", recipe.checkpoint_keep, recipe.checkpoint_keep >= 1, "at least 1"),
         ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
         ("checkpoint_minutes", recipe.checkpoint_minutes, recipe.checkpoint_minutes > 0, "above 0"),
-        ("threads", recipe.threads, recipe.threads is None or recipe.threads >= 1, "at least 1"),
+        ("threads", threads, threads is None or 1 <= threads <= 1024, "1 to 1024"),
     ]
     for index, mentor in enumerate(recipe.mentors):
         epochs = mentor.epochs or recipe.mentor_training.epochs

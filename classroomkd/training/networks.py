@@ -110,6 +110,8 @@ class NetworkTrainer:
         network = models.create(role.architecture, len(self.info.classes))
         network.to(self.device, memory_format=torch.channels_last)
         info, training = replace(self.info, architecture=role.architecture), self._training(role)
+        if training.batch_size > (count := len(self.train_set)):
+            self.notify(f"{called}: a batch of {training.batch_size} takes in all {count} images")
         with self._training_loader(training.batch_size, seed) as loader:
             trainer = Trainer(
                 network,

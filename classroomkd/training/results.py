@@ -52,9 +52,9 @@ class Role:
 def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What epochs that are chosen afterwards would have given, for the summary.
 
-    ``best_test_top1`` is the highest top-1 on the test images, which papers print and which is
-    chosen on them; ``chosen_epoch`` and ``chosen_top1``, the test top-1 of the epoch with the
-    highest on the validation images, where there are any.
+    ``best_test_top1`` is the highest top-1 on the held-out images, chosen on these, as papers print
+    it; ``chosen_top1``, where there are validation images, that of the ``chosen_epoch``, which has
+    the highest on them.
     """
     kept = {"best_test_top1": max(record["test_top1"] for record in records)}
     if "validation_top1" in records[0]:

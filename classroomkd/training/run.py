@@ -125,7 +125,7 @@ class Run:
         if not path.exists():
             atomic_write(path, json.dumps(dict(inputs), indent=2) + "\n")
             return
-        for name, digest in json.loads(path.read_bytes()).items():
+        for name, digest in _read(path).items():
             if inputs.get(name) != digest:
                 raise UserError(f"{name} changed since {self.path} was begun: start a new run")
 
@@ -171,18 +171,22 @@ class Run:
         info: NetworkInfo,
         done: Mapping[str, Any],
     ) -> None:
-        """Write a trained network's weights, then ``done``, which `finished` gives from now on."""
+        """Write a trained network's weights, then ``done``, which `finished` gives from now on.
+
+        Its training states go: there is nothing left to go on with.
+        """
         if not self.writes:
             return
         save_network(self.network_path(phase, name), network, info)
-        path = self.checkpoints(phase, name).folder / "done.json"
-        path.parent.mkdir(exist_ok=True)
-        atomic_write(path, json.dumps(done))
+        checkpoints = self.checkpoints(phase, name)
+        checkpoints.folder.mkdir(exist_ok=True)
+        atomic_write(checkpoints.folder / "done.json", json.dumps(done))
+        checkpoints.clear()
 
     def finished(self, phase: str, name: str) -> dict[str, Any] | None:
         """What `finish_network` was given, or None if that network has not been trained."""
         path = self.checkpoints(phase, name).folder / "done.json"
-        return json.loads(path.read_bytes()) if path.exists() else None
+        return _read(path) if path.exists() else None
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -198,6 +202,13 @@ class Run:
             self._board.close()
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): start a new run") from None
 
 
 def _claimed(run: Path) -> TextIO:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,11 @@ class MentorStore:
         }
         atomic_write(beside, json.dumps(kept, indent=1))
         return weights
+
+    def holds_all(self, files: Iterable[Path]) -> bool:
+        """Whether the very weights of all these files are kept."""
+        kept = {json.loads(beside.read_bytes())["sha256"] for beside in self.folder.glob("*.json")}
+        return kept.issuperset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
     def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,71 @@
+"""Numbers as all pages print them, and what the numbers of several seeds say together."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+UNKNOWN = "–"
+
+Spread = list[float | None]
+
+_NUMBER = re.compile(r"[+−\-\de.,±%×* –]*( of \d+| s| min| h)?")
+
+
+def spread(values: Sequence[float | None]) -> Spread | None:
+    """``[mean, sample standard deviation]``, the latter None of one value.
+
+    None without a value, or if one is None.
+    """
+    if not values or None in values:
+        return None
+    return [mean(values), stdev(values) if len(values) > 1 else None]
+
+
+def differences(
+    own: Mapping[Hashable, float | None], others: Mapping[Hashable, float | None]
+) -> list[float]:
+    """Each of ``own`` less that of ``others`` with the same key, which is a run's seed."""
+    pairs = ((value, others.get(seed)) for seed, value in own.items())
+    return [value - other for value, other in pairs if None not in (value, other)]
+
+
+def percent(values: Spread | None, signed: bool = False, unit: str = "") -> str:
+    """What `spread` gives of shares, or with a sign of their differences, times 100."""
+    if values is None:
+        return UNKNOWN
+    middle, deviation = values
+    text = format(100 * middle, "+z.2f" if signed else ".2f").replace("-", "−")
+    return text + ("" if deviation is None else f" ± {100 * deviation:.2f}") + unit
+
+
+def counted(number: int, noun: str) -> str:
+    """Like "1 epoch" and "2 epochs"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
+def image_counts(data: Mapping[str, Any]) -> str:
+    """How many classes and images a summary's ``data`` has."""
+    parts = {"training": "train_images", "validation": "validation_images"}
+    counts = [f"{data[key]:,} {part}" for part, key in parts.items() if data.get(key)]
+    images = f"{', '.join(counts)} and {data['test_images']:,} held-out images"
+    return f"{data['classes']:,} classes, {images}"
+
+
+def filled(
+    columns: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """The columns in which a row says something."""
+    kept = [
+        place
+        for place in range(len(columns))
+        if not rows or any(row[place] not in ("", UNKNOWN) for row in rows)
+    ]
+    return [columns[place] for place in kept], [[row[place] for place in kept] for row in rows]
+
+
+def are_numbers(cells: Sequence[str]) -> bool:
+    """Whether a column holds numbers, to be aligned on the right."""
+    return all(map(_NUMBER.fullmatch, cells))
