@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 import pytest
 
@@ -27,6 +28,17 @@ def test_the_quickstart_table_is_the_record():
     shown = re.findall(r"^\|.*\| (\d+\.\d\d) % \|$", README, re.MULTILINE)
     assert shown == [f"{100 * result['top1']:.2f}" for result in record["results"]]
     assert f"on {record['data']['test_images']} held-out digits" in README
+
+
+def test_the_table_over_seeds_is_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu/reproduction-methods.json").read_text())
+    runs = [run for run in record["runs"] if run["classroom"] == "small"]
+    assert {(run["epochs"], run["test_images"], run["classes"]) for run in runs} == {(30, 1000, 20)}
+    shown = re.findall(r"^\|.*\| (\d+\.\d\d) ± (\d+\.\d\d) \|$", README, re.MULTILINE)
+    for numbers, variant in zip(shown, ("alone", "kd", "classroom"), strict=True):
+        last = [100 * run["last"] for run in runs if run["variant"] == variant]
+        assert len(last) == 3
+        assert numbers == (f"{mean(last):.2f}", f"{stdev(last):.2f}")
 
 
 def test_links_lead_somewhere():
