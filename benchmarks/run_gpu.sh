@@ -5,12 +5,12 @@
 #
 # JSON and logs go to the folder OUT. Each part may take N minutes (8); one that fails does not stop
 # the next; the exit status is 0 if all passed. Needs no network, and of packages torch with its
-# triton, numpy, numba, pillow, pytest, pytest-benchmark, hypothesis and rich. With liger-kernel,
-# torchvision, or FFCV and opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the
-# environment installs FFCV first, from what scripts/build_ffcv_wheel.sh built. With DATA=FOLDER,
-# class folders, students are compared on them at the end, over EPOCHS (24), which also needs
-# omegaconf, plotly, pyyaml and safetensors. Without a GPU it takes small sizes on the CPU, which
-# shows only that the scripts work.
+# triton, numpy, numba, omegaconf, pillow, plotly, pyyaml, rich, safetensors, pytest,
+# pytest-benchmark and hypothesis. With liger-kernel, torchvision, or FFCV and
+# opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the environment installs FFCV
+# first, from what scripts/build_ffcv_wheel.sh built. With DATA=FOLDER, class folders, students are
+# compared on them at the end, over EPOCHS (24). Without a GPU it takes small sizes on the CPU,
+# which shows only that the scripts work.
 set -uo pipefail
 
 # Name and command of each part; a later benchmark is one more line.
@@ -52,8 +52,8 @@ python=${PYTHON:-python3}
 if [[ $python == */* ]]; then # found from OUT too; not through its links, or it were no environment's
     python=$(realpath -sm "$python")
 fi
-needed="torch, numpy, numba, PIL, pytest, pytest_benchmark, hypothesis, rich"
-if ! reason=$("$python" -c "import $needed${DATA:+, omegaconf, plotly, yaml, safetensors}" 2>&1); then
+needed="torch, numpy, numba, omegaconf, PIL, plotly, yaml, rich, safetensors"
+if ! reason=$("$python" -c "import $needed, pytest, pytest_benchmark, hypothesis" 2>&1); then
     echo "$0: $python lacks what is needed: ${reason##*$'\n'}: set PYTHON to one that has it" >&2
     exit 2
 fi

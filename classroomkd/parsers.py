@@ -80,7 +80,8 @@ def make_parser() -> Parser:
         default=1,
         metavar="N",
         help="train so many side by side on the device, a process each, which serves GPUs that one "
-        "of them does not fill; the same command with --out goes on where it ended (default: 1)",
+        "of them does not fill; with --out the same command goes on where it ended, without it the "
+        "folder goes when all are in the store (default: 1)",
     )
 
     evaluate = command("evaluate", "measure a trained student on held-out images")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -690,6 +691,46 @@ def test_run_gpu_takes_the_readmes_python(tmp_path):
     lines = called.read_text()
     for part in ("pytest", "roofline.py", "loss.py", "loaders.py", "step.py", "reproduce methods"):
         assert part in lines, part
+
+
+def test_run_gpu_needs_only_what_it_says(tmp_path):
+    """Each script imports, and each test file is collected, where nothing else is installed."""
+    script = (BENCHMARKS / "run_gpu.sh").read_text()
+    (needed,) = re.findall(r'^needed="(.+)"$', script, re.MULTILINE)
+    (tests,) = re.findall(r"tests/test_{(.+)}\.py", script)
+    others = {
+        "cv2",
+        "ffcv",
+        "lightning",
+        "matplotlib",
+        "selenium",
+        "sklearn",
+        "tensorboard",
+        "timm",
+    }
+    others |= {"torchvision", "transformers", "plotly", "omegaconf", "safetensors", "yaml"}
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {others - set(needed.split(", "))}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+""")
+    path = os.pathsep.join([str(tmp_path), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
+    files = [str(BENCHMARKS.parent / f"tests/test_{name}.py") for name in tests.split(",")]
+    for command in (
+        ["-c", "import roofline, loss, loaders, step"],
+        ["-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", *files],
+    ):
+        result = subprocess.run(
+            [sys.executable, *command],
+            env=os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_run_gpu_stops_at_once_without_what_it_needs(tmp_path):

@@ -1,7 +1,7 @@
 """What the pages under docs/ show must run, each block by itself, and their links lead somewhere.
 
 So must the README's and the pages' commands of ``classroomkd``, one after another as printed, with
-less work. What is in the repository besides has tests of its own.
+less work. Of other commands only the files are looked at here: each has a test of its own.
 """
 
 import importlib.util
@@ -54,10 +54,10 @@ def test_links_lead_somewhere(page):
         assert (page.parent / target).exists(), target
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+@pytest.fixture
+def folder(tmp_path) -> Path:
     """Where the commands are given: with small sets of images under the names that they use."""
-    folder = tmp_path_factory.mktemp("commands")
+    folder = tmp_path / "commands"
     rng = np.random.default_rng(0)
     for name in ("photos", "tinyimagenet20", "imagenet"):
         for part, count in (("train", 6), ("test", 2)):
@@ -70,42 +70,30 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def commands() -> list:
-    """The commands of all pages, without the folder of the virtual environment."""
-    found = []
-    for page in (ROOT / "README.md", *PAGES):
-        for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M):
-            for line in block.splitlines():
-                words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
-                found.append(pytest.param(words, id=f"{page.name}: {' '.join(words)}"))
-    return found
-
-
-@pytest.mark.parametrize("words", commands())
-def test_commands_run(words, folder, monkeypatch, capsys):
-    monkeypatch.chdir(folder)
-    if words[0] == "torchrun":  # which tests/test_distributed.py starts
-        assert make_parser().parse_args(words[words.index("classroomkd") + 1 :]).data
-        return
-    if words[0] != "classroomkd":
-        scripts = [word for word in words if "/" in word and not word.startswith((".", "PYTHON="))]
-        assert all((ROOT / script).is_file() for script in scripts)
-        assert all(os.access(ROOT / s, os.X_OK) for s in scripts if s.endswith(".sh"))
-        return
-    if words[1] == "data" and importlib.util.find_spec("ffcv") is None:
-        pytest.skip("FFCV is not installed")
-
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_commands_run(page, folder, monkeypatch, capsys):
     def no_network(url: str, *_: object) -> None:
         raise OSError("no network")
 
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
     monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
-    status = main([*words[1:], *LESS.get(words[1], [])])
-    error = capsys.readouterr().err
-    if "imagenet/resnet34-resnet18" in words:  # whose teacher is torchvision's
-        assert status == 2
-        assert "cannot download the weights of tv:resnet34 (no network)" in error
-    elif "cuda:0" in words:
-        assert status == 0 or "no device 'cuda:" in error
-    else:
-        assert status == 0, error
+    for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M):
+        for line in block.splitlines():
+            words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
+            if words[0] == "torchrun":  # tests/test_distributed.py starts processes
+                assert make_parser().parse_args(words[words.index("classroomkd") + 1 :]).data
+            elif words[0] != "classroomkd":  # .ci/run, or a test of what the script does, runs it
+                paths = [ROOT / word for word in words if re.match("(scripts|benchmarks)/", word)]
+                assert all(
+                    os.access(path, os.X_OK if path.suffix == ".sh" else 0) for path in paths
+                )
+            elif words[1] != "data" or importlib.util.find_spec("ffcv"):
+                status = main([*words[1:], *LESS.get(words[1], [])])
+                error = capsys.readouterr().err
+                if "imagenet/resnet34-resnet18" in words:  # whose teacher is torchvision's
+                    assert "cannot download the weights of tv:resnet34 (no network)" in error
+                elif "cuda:0" in words and status:
+                    assert "no device 'cuda:" in error
+                else:
+                    assert status == 0, f"{line}: {error}"

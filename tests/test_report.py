@@ -19,7 +19,7 @@ from selenium import webdriver
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
 from classroomkd.report.document import Row, table
-from classroomkd.report.numbers import percent, spread
+from classroomkd.report.numbers import are_numbers, percent, spread
 from classroomkd.report.results import result_rows
 
 MENTORS = ("resnet110", "resnet56", "resnet32", "resnet20", "resnet20-2", "resnet8-2")
@@ -630,9 +630,14 @@ def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path)
     settings = yaml.safe_load((runs[0] / "config.yaml").read_text())
     others = settings | {"training": {"epochs": 31}}
     (runs[0] / "config.yaml").write_text(yaml.safe_dump(others))
-    (runs[2] / "inputs.json").write_text('{"the test images": "others"}')
+    (runs[2] / "inputs.json").write_text('{"the train images": "others"}')
     write_report(runs, tmp_path / "page.html")
-    open_page(browser, tmp_path / "page.html")
+    plots = open_page(browser, tmp_path / "page.html")
+    headings = browser.execute_script(
+        "return [...document.querySelectorAll('h2')].map(h => h.innerText)"
+    )
+    assert [text for text in headings if text.startswith("Gain")] == ["Gain per class: kd-2"]
+    assert len([name for name in plots if name.startswith("gain")]) == 1
     rows = table_rows(browser)
     assert [row[0] for row in rows[1:4]] == ["kd-0", "kd-1", "kd-2"]
     assert [row[-2:] for row in rows[1:4]] == [["–", "–"], ["–", "–"], ["91.00%", "+6.00"]]
@@ -666,9 +671,18 @@ def test_columns_of_the_comparison(browser, tmp_path, width):
 
 
 def test_columns_without_a_value_are_left_out():
-    html = table(("a", "b", "c"), [Row(("x", "–", "1")), Row(("y", "", "–"))])
+    html = table(("a", "b", "c"), [Row(("2024-11-03", "–", "1")), Row(("1", "", "–"))])
     assert ">b<" not in html
-    assert '<td class="text" title="a">x</td><td title="c">1</td>' in html
+    assert '<td class="text" title="a">1</td><td title="c">–</td>' in html
+
+
+@pytest.mark.parametrize(
+    "cell", ["1", "−0.50", "+1.00 ± 0.20", "97.50%", "1e-07", "3 of 30", "2 h"]
+)
+def test_numbers_are_told_from_words(cell):
+    assert are_numbers([cell, "–"])
+    assert not are_numbers([cell, "e1"])
+    assert not are_numbers([cell, "end"])
 
 
 def test_numbers_have_one_minus_and_no_negative_nothing():

@@ -31,6 +31,7 @@ from classroomkd.reproduce.results import aggregate
 from classroomkd.reproduce.status import add_seconds_waited, seconds_left
 from classroomkd.reproduce.tables import PUBLISHED, TABLES, variant_names
 from classroomkd.training.config import load_recipe
+from classroomkd.training.store import MentorStore
 
 TINY = {
     "student": "resnet8",
@@ -348,6 +349,7 @@ def test_the_estimate(tmp_path, tiny):
     for seconds in (20.0, 60.0):
         add_seconds_waited(alone, tmp_path, seconds)
     assert seconds_left(plan, tmp_path, 1) == pytest.approx(2 * left)
+    add_seconds_waited(alone, tmp_path / "nosuch", 1.0)  # as on a full disk: not worth stopping
 
 
 # Running
@@ -456,6 +458,9 @@ def test_runs_of_other_processes_are_left_to_them(tiny, tmp_path, started):
 def test_a_run_that_fails(tiny, data, tmp_path, capsys):
     """Its output is shown, what needs it is left out, and the others are run."""
     options = ("--seeds", "0", "--epochs", "1", "--methods", "alone", "kd")
+    noted = tmp_path / "logs/runs/tiny/alone/seed0.seconds"  # of a run folder that is gone
+    noted.parent.mkdir(parents=True)
+    noted.write_text("9000")
     diverging = "mentor_training.learning_rate=1e30"
     assert cli.main(arguments(tiny, data, tmp_path, *options, diverging)) == 1
     text = capsys.readouterr().out
@@ -494,6 +499,9 @@ def test_an_interruption_and_its_continuation(tiny, data, tmp_path, number):
     before = [path.read_text().splitlines() for path in records]
     assert all(1 < len(lines) < 40 for lines in before)
     assert not list(tmp_path.rglob("summary.json"))
+    noted = [float(path.read_text()) for path in tmp_path.rglob("*.seconds")]
+    assert len(noted) == 2
+    assert min(noted) > 0
     assert cli.main(command) == 0
     for path, lines in zip(records, before, strict=True):
         assert path.read_text().splitlines()[: len(lines)] == lines  # with their seconds
@@ -548,9 +556,14 @@ def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys, monkeypatch):
     assert printed.count("taken from") == 4
     # Done again there is nothing left to do; with another recipe it is another's folder.
     assert cli.main(["mentors", *side]) == 0
-    next(store.glob("*.json")).unlink()
+    (store / "damaged.json").write_text("{")
+    next(store.glob("*.safetensors")).write_bytes(b"")
     assert cli.main(["mentors", *side]) == 0
     assert f"not all mentors are in the store: see {tmp_path / 'side'}" in capsys.readouterr().out
+    monkeypatch.setattr(MentorStore, "holds_all", lambda *_: False)
+    assert cli.main(["mentors", *options, "--at-once", "2"]) == 0
+    assert "not all mentors are in the store: see runs/mentors" in capsys.readouterr().out
+    assert list(Path("runs/mentors").rglob("*.safetensors"))
     assert cli.main(["mentors", *side, "seed=3"]) == 2
     assert "side was begun with another recipe" in capsys.readouterr().err
 

@@ -64,12 +64,12 @@ def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
 
     The second of a pair is the run, maybe the same, in which the student was trained alone.
     """
-    gains = list(filter(None, (_gains(*pair) for pair in pairs)))
+    known = list(filter(None, (gains(*pair) for pair in pairs)))
     names = _names(pairs[0][0])
     bars = []
-    for name, *values in zip(names, *gains, strict=False):
-        if known := spread([100 * value for value in values if value is not None]):
-            bars.append((escape(name), *known))
+    for name, *values in zip(names, *known, strict=False):
+        if middle := spread([100 * value for value in values if value is not None]):
+            bars.append((escape(name), *middle))
     if not bars:
         return None
     bars.sort(key=lambda bar: -bar[1])
@@ -77,7 +77,7 @@ def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
     trace = go.Bar(
         x=names,
         y=heights,
-        error_y={"array": deviations, "thickness": 1, "width": 2} if len(gains) > 1 else None,
+        error_y={"array": deviations, "thickness": 1, "width": 2} if len(known) > 1 else None,
         marker={"color": [COLOURS[0] if height >= 0 else COLOURS[1] for height in heights]},
         hovertemplate="%{x}: %{y:+.2f} points<extra></extra>",
     )
@@ -88,8 +88,8 @@ def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
         f"after the last epoch of each. A class has about {images:,.0f} held-out images: "
         f"one of them is {100 / images:.2g} points."
     )
-    if len(gains) > 1:
-        note += f" Mean and sample standard deviation over {len(gains)} seeds."
+    if len(known) > 1:
+        note += f" Mean and sample standard deviation over {len(known)} seeds."
     return Plot(
         "gain",
         "Gain per class",
@@ -104,7 +104,8 @@ def _names(run: Run) -> list[str]:
     return data.get("class_names") or [str(number) for number in range(data.get("classes", 0))]
 
 
-def _gains(run: Run, alone_in: Run) -> list[float | None]:
+def gains(run: Run, alone_in: Run) -> list[float | None]:
+    """Top-1 of each class's images, less that of the student alone; empty if one is not known."""
     classroom, alone = (
         of.result(phase).get("per_class") or []
         for of, phase in ((run, "classroom"), (alone_in, "alone"))

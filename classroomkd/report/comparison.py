@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from classroomkd.report.classes import gain_plot
+from classroomkd.report.classes import gain_plot, gains
 from classroomkd.report.document import Row, sections, table, warning
 from classroomkd.report.figures import COLOURS, MARKERS, Plot, curve, over_epochs
 from classroomkd.report.numbers import UNKNOWN, counted, differences, percent, spread
@@ -28,6 +28,8 @@ COLUMNS = (
     "alone",
     "gain",
 )
+
+_TEST = "the test images"  # in a run's digests
 
 # What a run's numbers do not depend on by design, or by more than its seed.
 _NOT_RECIPE = (
@@ -144,7 +146,7 @@ def _entries(runs: Sequence[Run]) -> list[_Entry]:
     places = []
     for run in runs:
         place = _absolute(run.source or run.data or "unknown")
-        places.append(seen.setdefault(run.test_digest or str(place), place))
+        places.append(seen.setdefault(run.digests.get(_TEST) or str(place), place))
     distinct = list(dict.fromkeys(places))
     called = dict(zip(distinct, unique_names(distinct), strict=True))
     data = [called[place] for place in places]
@@ -153,7 +155,7 @@ def _entries(runs: Sequence[Run]) -> list[_Entry]:
 
     # As the tables of `classroomkd reproduce` do, a run is compared with that of its own seed.
     students = [
-        (_recipe(run, name, _TEACHING), run.test_digest, str(run.fact("seed")))
+        (_recipe(run, name, _TEACHING), *sorted(run.digests.items()), str(run.fact("seed")))
         for run, name in zip(runs, data, strict=True)
     ]
     alone = {
@@ -205,7 +207,7 @@ def _warnings(entries: Sequence[_Entry]) -> str:
             "their accuracies do not compare."
         )
     for name in data:
-        digests = {entry.run.test_digest for entry in entries if entry.data == name}
+        digests = {entry.run.digests.get(_TEST) for entry in entries if entry.data == name}
         if len(digests - {None}) > 1:
             lines.append(
                 f"The runs on {name} held out different images, as a split by seed does: "
@@ -291,7 +293,8 @@ def _plots(entries: Sequence[_Entry], groups: Sequence[Sequence[_Entry]]) -> lis
             drawn.append(replace(plot, id=f"{plot.id}-{number}", heading=heading))
     for number, group in enumerate(groups, start=1):
         seeds = _seeds(group) or group[:1]
-        if plot := gain_plot([(entry.run, entry.alone) for entry in seeds]):
+        seeds = [entry for entry in seeds if gains(entry.run, entry.alone)]
+        if seeds and (plot := gain_plot([(entry.run, entry.alone) for entry in seeds])):
             others = f" and {counted(len(seeds) - 1, 'other seed')}" if len(seeds) > 1 else ""
             heading = f"{plot.heading}: {called(seeds[0])}{others}"
             drawn.append(replace(plot, id=f"{plot.id}-{number}", heading=heading))

@@ -94,7 +94,7 @@ class Row(NamedTuple):
 def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
     """A table without the columns that say nothing; what its rows are called comes first."""
     columns, cells = filled(columns, [row.cells for row in rows])
-    texts = [not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
+    texts = [n == 0 or not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
     styles = [' class="text"' * text for text in texts]
     head = "".join(
         f"<th{style}>{escape(column)}</th>" for column, style in zip(columns, styles, strict=True)

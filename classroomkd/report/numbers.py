@@ -11,7 +11,7 @@ UNKNOWN = "–"
 
 Spread = list[float | None]
 
-_NUMBER = re.compile(r"[+−\-\de.,±%×* –]*( of \d+| s| min| h)?")
+_NUMBER = re.compile(r"([+−\d.,±%×* –]|\de-?\d)*( of \d+| s| min| h)?")
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,16 +19,16 @@ from classroomkd.errors import UserError
 class Run:
     """The records of one run, from its ``folder``.
 
-    ``config`` is the text of config.yaml, empty without one; ``test_digest`` tells the held-out
-    images from others, and is None in runs that did not note it. ``curves`` maps (phase, name) to
-    that network's epochs in order, mentors first, then the student alone, then the student in the
-    classroom. ``summary`` is None until the run has finished. ``unreadable`` holds the numbers,
+    ``config`` is the text of config.yaml, empty without one; ``digests`` tell its images, part by
+    part, from others, and are empty in runs that did not note them. ``curves`` maps (phase, name)
+    to that network's epochs in order, mentors first, then the student alone, then the student in
+    the classroom. ``summary`` is None until the run has finished. ``unreadable`` holds the numbers,
     from 1, of the lines of metrics.jsonl that are not records.
     """
 
     folder: Path
     config: str
-    test_digest: str | None
+    digests: Mapping[str, str]
     summary: dict | None
     curves: dict[tuple[str, str], list[dict]]
     unreadable: list[int]
@@ -138,13 +139,14 @@ def read_run(folder: Path) -> Run:
         ) from None
     curves, unreadable = _read_metrics(metrics)
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return Run(folder, text, _test_digest(folder), finished, curves, unreadable)
+    return Run(folder, text, _digests(folder), finished, curves, unreadable)
 
 
-def _test_digest(folder: Path) -> str | None:
+def _digests(folder: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, AttributeError):
-        return json.loads((folder / "inputs.json").read_bytes()).get("the test images")
-    return None
+        inputs = json.loads((folder / "inputs.json").read_bytes())
+        return {name: digest for name, digest in inputs.items() if name.endswith(" images")}
+    return {}
 
 
 def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[int]]:

@@ -100,7 +100,7 @@ def mentors(arguments: argparse.Namespace) -> int:
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_devices([device])
     out = arguments.out or choose_folder(None, "mentors")
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=arguments.out is not None)  # what is chosen here goes again
     file = out / "recipe.yaml"
     if file.exists() and load_recipe(file) != recipe:
         raise UserError(f"{out} was begun with another recipe: give --out a new folder")

@@ -22,6 +22,7 @@ from classroomkd.reproduce.plan import Plan, Task
 from classroomkd.reproduce.status import (
     add_seconds_waited,
     duration,
+    forget_seconds_waited,
     from_store,
     is_finished,
     seconds_left,
@@ -135,6 +136,7 @@ class Runner:
         else:
             if folder.exists():  # begun, but not as far as its first file
                 shutil.rmtree(folder)
+            forget_seconds_waited(task, self.out)
             arguments = [*task.arguments, f"device={kind}", "--out", str(folder)]
         if kind == "cuda" and number:
             # Hidden from the run, its number does not matter when it is taken up elsewhere.

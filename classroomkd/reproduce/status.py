@@ -41,7 +41,13 @@ def seconds_waited(task: Task, out: Path) -> float:
 
 def add_seconds_waited(task: Task, out: Path, seconds: float) -> None:
     """Note that another process of ``task`` has ended, after ``seconds``."""
-    atomic_write(_waited(task, out), f"{seconds_waited(task, out) + seconds:.3f}\n")
+    with suppress(OSError):  # that it cannot be noted is no matter
+        atomic_write(_waited(task, out), f"{seconds_waited(task, out) + seconds:.3f}\n")
+
+
+def forget_seconds_waited(task: Task, out: Path) -> None:
+    """Begin to count anew."""
+    _waited(task, out).unlink(missing_ok=True)
 
 
 def _waited(task: Task, out: Path) -> Path:

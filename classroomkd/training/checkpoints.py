@@ -129,16 +129,13 @@ class Saver:
         state = self.checkpoints.load(warn)
         if state is None:
             return
-        try:
-            self.trainer.load_state_dict(state)
-            self.records = state["records"]
-        except torch.OutOfMemoryError:
-            raise
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if missing := {*self.trainer.state_dict(), "records"} - state.keys():
             raise UserError(
-                f"{self.checkpoints.newest()} is no training state of this version "
-                f"({type(error).__name__}: {error}): start a new run"
-            ) from None
+                f"the training states in {self.checkpoints.folder} are another version's, without "
+                f"{', '.join(sorted(missing))}: start a new run"
+            )
+        self.trainer.load_state_dict(state)
+        self.records = state["records"]
 
     def between_steps(self) -> None:
         """Save if it is time; raises Interrupted after having saved, if asked to stop."""

@@ -254,8 +254,8 @@ def _override(recipe: Any, key: str, value: Any) -> None:
     """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
     if key == "mentors":
         value = _layer({key: value})[key]
-    one = re.match(r"(mentors\.(\d+))(?:\.(.*))?$", key)
-    if one and int(one[2]) >= len(recipe.mentors):
+    one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
+    if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
     if one and one[3] in (None, "source") and isinstance(value, str):
         others = {} if one[3] else {"epochs": None, "at": None}

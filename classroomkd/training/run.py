@@ -105,6 +105,8 @@ class Run:
             self._claim = _claimed(path)
             for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
                 remove_leftovers(folder)
+            for done in (path / "checkpoints").glob("*/done.json"):
+                Checkpoints(done.parent).clear()
             return
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):

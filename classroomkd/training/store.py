@@ -47,7 +47,7 @@ class MentorStore:
             return None
         try:
             kept = json.loads(beside.read_bytes())
-            if hashlib.sha256(weights.read_bytes()).hexdigest() != kept["sha256"]:
+            if _sha256(weights) != kept["sha256"]:
                 raise UserError("its weights are others than were kept")
             network, info, _ = load_network(weights)
             return network, info, kept["done"]
@@ -87,7 +87,7 @@ class MentorStore:
         save_network(weights, network, info)
         kept = {
             "deciding": dict(deciding),
-            "sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+            "sha256": _sha256(weights),
             "versions": versions(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "done": dict(done),
@@ -97,13 +97,17 @@ class MentorStore:
 
     def holds_all(self, files: Iterable[Path]) -> bool:
         """Whether the very weights of all these files are kept."""
-        kept = {json.loads(beside.read_bytes())["sha256"] for beside in self.folder.glob("*.json")}
-        return kept.issuperset(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+        kept, wanted = (set(map(_sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
+        return wanted <= kept
 
     def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
         weights = self.folder / f"{deciding['architecture']}-{digest[:24]}.safetensors"
         return weights, weights.with_suffix(".json")
+
+
+def _sha256(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def _wait_for(
