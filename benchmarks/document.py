@@ -120,12 +120,13 @@ def _of_device(device: str, records: Mapping[str, Record]) -> Iterator[str]:
     for name, (heading, command) in (SECTIONS | REPRODUCTIONS).items():
         if name not in records:
             continue
-        source = f"[{name}.json]({LINK}/{device}/{name}.json), by `{command}`"
+        file = f"[{name}.json]({LINK}/{device}/{name}.json)"
         yield f"### {heading}"
         if name in REPRODUCTIONS:
-            yield f"[reproduction.md]({REPRODUCTION.name}) has the table. {source}."
+            data = ", ".join(sorted({run["data"] for run in records[name]["runs"]}))
+            yield f"[reproduction.md]({REPRODUCTION.name}) has the table of {file}, made on {data}."
             continue
-        yield f"{source}:"
+        yield f"{file}, by `{command}`:"
         yield _quickstart(records[name]) if name == "quickstart" else markdown(records[name])
         for figure, drawing in drawings(device, name, records[name]).items():
             yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"

@@ -250,5 +250,6 @@ def _step(rows: Rows) -> Figure:
             axes.set_xticks(range(0, 101, 20))
             axes.grid(visible=False, axis="y")
             axes.set_xlabel("share of the time from one step to the next, %")
-    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4)
+    columns = min(4, 3 * len(classrooms))  # as many as the figure is wide enough for
+    figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
     return figure

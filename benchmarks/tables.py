@@ -84,8 +84,9 @@ STEP_LEGEND = (
     "most until then, beyond what it was before; GPU memory, what torch took. Where the time goes "
     "is from further steps, in ms a step: each part until its last kernel is done, timed by events "
     "in the step's CUDA graph where there is one, on the CPU by the clock; “loader and between” is "
-    "all from the end of a step to the beginning of the next. The loop's convolutions are as "
-    "torch's defaults have them: on a GPU that has it, in TF32."
+    "all from the end of a step to the beginning of the next. The trainer's loss comes with its "
+    "gradient and its report; the loop's gradient of the loss is in its student backward. Its "
+    "convolutions are as torch's defaults have them: on a GPU that has it, in TF32."
 )
 
 

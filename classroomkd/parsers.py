@@ -351,7 +351,7 @@ def _add_data_commands(commands: Any) -> None:
 
     info = command("info", "show the classes, counts, sizes and statistics of a data set")
     info.add_argument(
-        "source", type=not_empty, metavar="SOURCE", help=f"{_SOURCE_HELP}, or a .beton file"
+        "source", type=not_empty, metavar="SOURCE", help=f"{_DATA_HELP}, or a .beton file"
     )
     add_loading(info)
     info.add_argument(
@@ -362,7 +362,7 @@ def _add_data_commands(commands: Any) -> None:
     )
 
     pack = command("pack", "write a part of a data set into a .beton file, the format of FFCV")
-    pack.add_argument("source", type=not_empty, metavar="SOURCE", help=_SOURCE_HELP)
+    pack.add_argument("source", type=not_empty, metavar="SOURCE", help=_DATA_HELP)
     pack.add_argument("out", type=path_option, metavar="OUT.beton")
     add_packing(pack)
     pack.add_argument("--overwrite", action="store_true", help="replace OUT.beton if it exists")
@@ -383,6 +383,5 @@ _DATA_COMMANDS = "look at data sets, pack them into .beton files, check those"
 _DEFAULT = "(default: %(default)s)"
 _DATA_HELP = (
     "class folders under train/ and test/ or val/, or in one folder to be split by seed, "
-    "or CIFAR's python files"
+    "or CIFAR's python files, or the word digits"
 )
-_SOURCE_HELP = f"{_DATA_HELP}, or the word digits"

@@ -1,6 +1,6 @@
 """ClassroomKD in a subclass of Hugging Face's Trainer, on sentences made up here.
 
-    pip install -e . transformers accelerate
+    pip install -c constraints.txt -e . transformers accelerate
     python examples/hugging_face.py
 
 trains two small BERTs and, in their classroom, a smaller one; nothing is downloaded. Half of a

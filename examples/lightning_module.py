@@ -1,6 +1,6 @@
 """ClassroomKD in a LightningModule, on scikit-learn's handwritten digits.
 
-    pip install -e . lightning
+    pip install -c constraints.txt -e . lightning
     python examples/lightning_module.py
 
 trains two perceptrons and, in their classroom, a smaller one.

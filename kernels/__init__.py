@@ -7,3 +7,17 @@ outputs; ``ahead_of_time`` compiles everything for GPUs that need not be there. 
 arguments or knows of defaults: tensors come checked from ``classroomkd.loss`` and
 ``classroomkd.data``.
 """
+
+from __future__ import annotations
+
+
+def obstacle(minor: int) -> str | None:
+    """What keeps kernels that need Triton 3.``minor`` from running here; None if nothing does."""
+    try:
+        import triton
+    except ImportError:
+        return "Triton is not installed"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, minor):
+        needed = f"3.{minor}, torch 2.{minor + 4}'s"
+        return f"Triton {triton.__version__} is too old (the kernels need {needed})"
+    return None

@@ -179,7 +179,7 @@ def tiled_classroom_kernel(
         parts_m = ()  # column by column, so that the loop needs no reduction
         parts_s = ()
         parts_cross = ()
-        for _ in tl.static_range(first, min(first + _GROUP, M)):
+        for _ in tl.static_range(first, M if first + _GROUP > M else first + _GROUP):
             parts_m = parts_m + (tl.zeros([1, BLOCK_C], tl.float32),)
             parts_s = parts_s + (tl.zeros([1, BLOCK_C], tl.float32),)
             parts_cross = parts_cross + (tl.zeros([1, BLOCK_C], tl.float32),)
@@ -191,7 +191,7 @@ def tiled_classroom_kernel(
             next_m = ()
             next_s = ()
             next_cross = ()
-            for m in tl.static_range(first, min(first + _GROUP, M)):
+            for m in tl.static_range(first, M if first + _GROUP > M else first + _GROUP):
                 part_m = parts_m[m - first]
                 part_s = parts_s[m - first]
                 part_cross = parts_cross[m - first]
@@ -209,7 +209,7 @@ def tiled_classroom_kernel(
             parts_m = next_m
             parts_s = next_s
             parts_cross = next_cross
-        for m in tl.static_range(first, min(first + _GROUP, M)):
+        for m in tl.static_range(first, M if first + _GROUP > M else first + _GROUP):
             sum_m = tl.sum(parts_m[m - first], 1)
             cross = tl.sum(parts_cross[m - first], 1)
             sum_s = tl.sum(parts_s[m - first], 1)

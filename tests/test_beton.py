@@ -586,7 +586,7 @@ def test_other_files(content, tmp_path):
 
 
 def test_no_file(tmp_path):
-    assert error_of(open_beton, tmp_path) == f"{tmp_path} is a folder"
+    assert error_of(open_beton, tmp_path) == f"{tmp_path} is a folder: give a .beton file"
     assert error_of(open_beton, tmp_path / "a") == f"no such file: {tmp_path / 'a'}"
 
 

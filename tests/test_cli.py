@@ -521,3 +521,14 @@ def test_network_whose_loss_is_not_finite(split: Path, tmp_path: Path, capsys, o
     arguments = ["evaluate", str(tmp_path / "sick.safetensors"), "--data", str(split), *options]
     message = error_of(capsys, cli.main(arguments))
     assert message.startswith(f"{tmp_path / 'sick.safetensors'}: its loss on the images is nan")
+
+
+def test_a_quickstart_can_be_evaluated(tmp_path: Path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["quickstart", "--epochs", "1", "--out", str(run)]) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(run), "--data", "digits"]) == 0
+    text = capsys.readouterr().out
+    assert "images  599 of 1797 (held out by seed 0" in text
+    assert f"top-1   {summary['results'][-1]['top1']:.2%}" in text

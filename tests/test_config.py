@@ -131,8 +131,10 @@ def test_files_that_are_no_recipe(tmp_path, text, message):
         load_recipe(tmp_path / "absent.yaml")
 
 
-def test_on_the_command_line(file, tmp_path, capsys):
-    """Everything is checked before data is looked for."""
+def test_on_the_command_line(file, tmp_path, capsys, monkeypatch):
+    """Everything is checked before data is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
     train = ["train", "--recipe", str(file)]
     assert cli.main([*train, "training.epochs=x"]) == 2
     assert "training.epochs: Value 'x'" in capsys.readouterr().err

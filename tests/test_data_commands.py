@@ -80,7 +80,7 @@ def test_info(source, capsys):
 
 def test_info_of_digits_and_many_classes(tmp_path, capsys):
     lines = printed(capsys, "info", "digits", "--test-share", 0.5).splitlines()
-    assert " ".join(lines[1].split()) == "images 8×8 pixels; brought to 16×16 pixels here"
+    assert " ".join(lines[1].split()) == "images 16×16 pixels"
     assert len(lines) == 6 + 10
     for k in range(25):
         (tmp_path / f"class{k:02}").mkdir()
@@ -127,7 +127,7 @@ def test_info_of_a_beton_file(source, tmp_path, capsys):
     lines = printed(capsys, "info", out, "--contact-sheet", other).splitlines()
     assert lines[0] == f"{out}: 3 classes"
     assert " ".join(lines[1].split()) == "images 8×8 pixels"
-    assert " ".join(lines[2].split()) == "all images 20 images, 3 to 12 of each class"
+    assert " ".join(lines[2].split()) == "images in it 20 images, 3 to 12 of each class"
     numbers = re.compile(r"\d\.\d{4}")
     assert [numbers.findall(line) for line in lines[3:5]] == [
         numbers.findall(line) for line in of_source[4:6]
@@ -253,7 +253,7 @@ def test_files_that_are_wrong(source, tmp_path, capsys):
     out.write_text("no beton, but long enough to be looked at")
     for command in ("info", "verify"):
         assert error(capsys, command, out).startswith(f"{out} is no .beton file")
-    assert error(capsys, "verify", tmp_path) == f"{tmp_path} is a folder"
+    assert error(capsys, "verify", tmp_path) == f"{tmp_path} is a folder: give a .beton file"
     run("pack", source, out, "--overwrite")
     capsys.readouterr()
     out.write_bytes(out.read_bytes()[:-100])

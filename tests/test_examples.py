@@ -27,8 +27,8 @@ def docstring_commands(example: Path) -> list[list[str]]:
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_learns(example):
     install, command = docstring_commands(example)
-    assert install[:4] == ["pip", "install", "-e", "."]
-    for package in install[4:]:
+    assert install[:6] == ["pip", "install", "-c", "constraints.txt", "-e", "."]
+    for package in install[6:]:
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
     epochs, at_least = LESS[example.stem]

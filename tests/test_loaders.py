@@ -503,6 +503,24 @@ def test_on_a_gpu(make, kind):
                 assert torch.equal(got.cpu(), expected)
 
 
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_without_a_fit_triton_the_host_makes_the_batches(make, monkeypatch, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    monkeypatch.setattr("classroomkd.data.resident.obstacle", lambda minor: f"no Triton 3.{minor}")
+    image_set = random_set()
+    with pytest.warns(UserWarning, match="no Triton 3.4; the resident loader makes its batches on"):
+        loader = make("resident", image_set, device=device)
+    batches = list(loader)
+    expected = list(make("resident", image_set))
+    assert len(batches) == len(expected) == 6
+    for ours, theirs in zip(batches, expected, strict=True):
+        for part, other in zip(ours, theirs, strict=True):
+            assert (part.device.type, part.shape, part.dtype) == (device, other.shape, other.dtype)
+            assert part.stride() == other.stride()
+            assert device == "meta" or torch.equal(part.cpu(), other)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU to compile for")
 @pytest.mark.parametrize("kind", ["resident", *FFCV])

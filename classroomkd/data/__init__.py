@@ -15,7 +15,14 @@ from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
 from classroomkd.data.loader import Loader, channel_statistics
 from classroomkd.data.resident import ResidentLoader
-from classroomkd.data.sources import digits, is_split_by_seed, list_source, load_source, split_off
+from classroomkd.data.sources import (
+    NAMED,
+    digits,
+    is_split_by_seed,
+    list_source,
+    load_source,
+    split_off,
+)
 from classroomkd.data.torch_loader import TorchLoader
 
 if TYPE_CHECKING:
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "NAMED",
     "Augmentation",
     "CentreCrop",
     "FFCVLoader",

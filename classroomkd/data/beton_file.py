@@ -132,7 +132,9 @@ def open_beton(path: Path | str) -> Beton:
     path = Path(path).expanduser()
     import_ffcv()
     if not path.is_file():
-        raise UserError(f"{path} is a folder" if path.is_dir() else f"no such file: {path}")
+        raise UserError(
+            f"{path} is a folder: give a .beton file" if path.is_dir() else f"no such file: {path}"
+        )
     while True:
         with path.open("rb") as file:
             opened = os.fstat(file.fileno())

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from classroomkd.data import (
+    NAMED,
     ImageFiles,
     ImageSet,
     channel_statistics,
     cifar,
-    digits,
     join,
     list_source,
     load_source,
@@ -27,6 +27,7 @@ from classroomkd.data.decode import read_size, resize, square
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 
+_PARTS = {"train": "the training part", "test": "the held-out part", "all": "both parts"}
 _IMAGE_SIZE = 32
 _LISTED = 20  # classes that are listed with their counts, and that a contact sheet shows
 _COLUMNS = 10  # images of a class on a contact sheet
@@ -39,9 +40,9 @@ def info(arguments: argparse.Namespace) -> None:
     if sheet is not None:
         check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
-    if arguments.source != "digits" and path.is_file():
+    if arguments.source not in NAMED and path.is_file():
         image_set, sizes = _load_beton(path, arguments.image_size)
-        parts = {"all images": image_set}
+        parts = {"images in it": image_set}
     else:
         train, test = _load(arguments)
         parts = {"training part": train, "held-out part": test}
@@ -64,7 +65,7 @@ def info(arguments: argparse.Namespace) -> None:
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         print(f"{name:<15}{of_class.sum():>9,} images, {each} of each class")
     mean, std = channel_statistics(first)
-    of = "all images" if len(parts) == 1 else "the training part"
+    of = "the images in it" if len(parts) == 1 else "the training part"
     print(f"{'mean':<15}{_three(mean)}  (red, green, blue of {of}, scaled to 0..1)")
     print(f"{'deviation':<15}{_three(std)}")
     for k, name in list(enumerate(first.classes))[:_LISTED]:
@@ -89,7 +90,7 @@ def pack(arguments: argparse.Namespace) -> None:
     beton = betons.pack(_part(arguments), out, overwrite=arguments.overwrite, jpeg=jpeg, **options)
     print(
         f"{out}: {len(beton):,} images of {len(beton.classes)} classes, "
-        f"{out.stat().st_size / 1e6:,.1f} MB"
+        f"{_PARTS[arguments.part]}, {out.stat().st_size / 1e6:,.1f} MB"
     )
 
 
@@ -129,19 +130,19 @@ def _part(arguments: argparse.Namespace) -> ImageSet | ImageFiles:
 
 
 def _list(arguments: argparse.Namespace) -> tuple[ImageFiles, ImageFiles]:
-    if arguments.source == "digits":
-        raise UserError("the digits are no photographs: leave out --photos")
+    if arguments.source in NAMED:
+        raise UserError(f"the {arguments.source} are no photographs: leave out --photos")
     return list_source(arguments.source, arguments.seed, arguments.test_share)
 
 
 def _load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     """Both parts of a data set, in memory."""
     size, split = arguments.image_size, (arguments.seed, arguments.test_share)
-    if arguments.source != "digits":
+    if arguments.source not in NAMED:
         return load_source(
             arguments.source, image_size=size or _IMAGE_SIZE, seed=split[0], test_share=split[1]
         )
-    parts = digits(*split)
+    parts = NAMED[arguments.source](*split)
     if size is None:
         return parts
     return tuple(ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts)
@@ -161,8 +162,9 @@ def _load_beton(path: Path, size: int | None) -> tuple[ImageSet, np.ndarray]:
 
 def _file_sizes(path: Path, arguments: argparse.Namespace) -> np.ndarray:
     """Height and width of the original images, [N, 2]."""
-    if arguments.source == "digits":
-        return np.array([[8, 8]])
+    if arguments.source in NAMED:
+        train, _ = NAMED[arguments.source](arguments.seed, arguments.test_share)
+        return np.array([train.images.shape[1:3]])
     if cifar.find(path):
         return np.array([[cifar.SIDE, cifar.SIDE]])
     files = join(*list_source(path, arguments.seed, arguments.test_share)).files

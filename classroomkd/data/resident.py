@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,25 +12,34 @@ from classroomkd.data.augment import AUGMENT, CUTOUT, Augmentation, stream_key
 from classroomkd.data.image_sets import ImageSet
 from classroomkd.data.loader import Batch, Loader
 from classroomkd.errors import UserError
+from classroomkd.kernels import obstacle
 
 
 class ResidentLoader(Loader):
     """Holds an ``ImageSet`` on ``device``; all else as for `Loader`.
 
     On a GPU one kernel launch gathers, augments, normalises and casts a batch; the host copies the
-    epoch's order and never waits. Raises UserError if asked to crop photographs.
+    epoch's order and never waits. Without Triton 3.4, which that kernel needs (3.3 fails to compile
+    its lookup), the set stays in the host's memory and batches are made there, as a warning says.
+    Raises UserError if asked to crop photographs.
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, **options) -> None:
         super().__init__(len(image_set), batch_size, **options)
         if self.crop:
             raise UserError("the resident loader cannot crop photographs: take ffcv or torch")
-        self._images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(self.device)
-        self._targets = torch.from_numpy(np.ascontiguousarray(image_set.targets)).to(self.device)
-        self._table = self._table.to(self.device)
+        home = self.device
+        if home.type != "cpu" and (reason := obstacle(4)):
+            warnings.warn(
+                f"{reason}; the resident loader makes its batches on the CPU", stacklevel=2
+            )
+            home = torch.device("cpu")
+        self._images = torch.from_numpy(np.ascontiguousarray(image_set.images)).to(home)
+        self._targets = torch.from_numpy(np.ascontiguousarray(image_set.targets)).to(home)
+        self._table = self._table.to(home)
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
-        make = self._on_cpu if self.device.type == "cpu" else self._on_gpu
+        make = self._on_cpu if self._images.device.type == "cpu" else self._on_gpu
         return make(batches, epoch)
 
     def _on_cpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
@@ -39,11 +49,13 @@ class ResidentLoader(Loader):
         pixels = self._images.view(-1).numpy()
         for indices in batches:
             shape = len(indices), *self._images.shape[1:]
-            out = torch.empty(shape, dtype=self.dtype, device="cpu")
+            pinned = self.device.type == "cuda"
+            out = torch.empty(shape, dtype=self.dtype, device="cpu", pin_memory=pinned)
             starts, augmentation = indices * size, self.augmentation
             augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self._table, out)
             samples = torch.from_numpy(indices)
-            yield out.permute(0, 3, 1, 2), self._targets[samples], samples
+            batch = out.permute(0, 3, 1, 2), self._targets[samples], samples
+            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
 
     def _on_gpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         from classroomkd.kernels.augment import gather_augment

@@ -65,7 +65,9 @@ def load_source(
 
 
 def is_split_by_seed(path: Path | str) -> bool:
-    """Whether `load_source` has to split the data set at ``path``, for it is one folder."""
+    """Whether the data set at ``path`` is split here, for it is one folder, or of `NAMED`."""
+    if str(path) in NAMED:
+        return True
     path = Path(path).expanduser()
     return cifar.find(path) is None and "train" not in _subfolders(path)
 
@@ -86,6 +88,10 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
     targets, classes = data.target.astype(np.int64), [str(name) for name in data.target_names]
     test = _held_out(targets, classes, seed, test_share, "the digits")
     return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
+
+
+NAMED = {"digits": digits}
+"""What the command line takes by a word instead of a path: functions of seed and held-out share."""
 
 
 def list_source(

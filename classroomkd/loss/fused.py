@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from classroomkd.kernels import obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_by_definition
 from classroomkd.loss.options import LossOptions, check_inputs
@@ -263,7 +264,7 @@ _obstacles: list[str | None] = []
 
 def _triton_serves() -> bool:
     if not _obstacles:
-        _obstacles.append(_find_obstacle())
+        _obstacles.append(obstacle(3))
     if _obstacles[0] is None:
         return True
     warnings.warn(
@@ -271,16 +272,6 @@ def _triton_serves() -> bool:
         stacklevel=4,
     )
     return False
-
-
-def _find_obstacle() -> str | None:
-    try:
-        import triton
-    except ImportError:
-        return "Triton is not installed"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        return f"Triton {triton.__version__} is too old (kernels need 3.3, torch 2.7's)"
-    return None
 
 
 def _check_kernel_limits(student_logits: Tensor, mentors: list[Tensor]) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
 from classroomkd.data import (
+    NAMED,
     channel_statistics,
     is_split_by_seed,
     join,
@@ -154,6 +155,9 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         _lacks(arguments, "--data")
     if not recipe.mentors and recipe.method != "alone":
         _lacks(arguments, "--mentors")
+    source = recipe.data.source  # before mentors are loaded, or even downloaded
+    if source not in NAMED and "download" not in given and not Path(source).exists():
+        raise UserError(f"no such folder: {source}")
     return recipe
 
 
