@@ -154,8 +154,8 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
     kernels = compiled["kernels"]
     yield (
         f"What triton {compiled['triton']} makes of the loss for GPUs that need not be there: "
-        f"{len(kernels)} kernels of {len({k['n_classes'] for k in kernels})} numbers of classes in "
-        f"{len({k['mode'] for k in kernels})} modes "
+        f"{len(kernels)} kernels, among them {len({k['n_classes'] for k in kernels})} numbers of "
+        f"classes and {len({k['mode'] for k in kernels})} modes "
         f"([compiled.json]({LINK}/compiled.json), by `python benchmarks/compiled.py --out FILE`). "
         "The most registers that a thread of any takes:"
     )
