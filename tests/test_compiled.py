@@ -1,8 +1,10 @@
 """The kernels as machine code, compiled ahead of time for GPUs that need not be there."""
 
+import ast
 import multiprocessing
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -118,3 +120,18 @@ def test_the_reader_sees_spills_and_narrow_loads():
         assert all(got.spilled_bytes > 0 for got in squeezed)
         # Rows of 99 floats: four bytes a load, four of them a thread; the targets beside.
         assert narrow.result().loads == {4: 12 + 3, 8: 1}
+
+
+def test_bounds_of_unrolled_loops_are_constants_to_triton_3_3():
+    """There ``min`` and ``max`` of two constants are tensors, which such loops refuse."""
+    kernels = Path(__file__).parent.parent / "kernels"
+    loops = [
+        node
+        for file in kernels.glob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.static_range"
+    ]
+    assert len(loops) > 10
+    for loop in loops:
+        called = {ast.unparse(n.func) for n in ast.walk(loop) if isinstance(n, ast.Call)}
+        assert called <= {"tl.static_range", "len"}, ast.unparse(loop)
