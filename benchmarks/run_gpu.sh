@@ -54,7 +54,7 @@ if [[ $python == */* ]]; then # found from OUT too; not through its links, or it
 fi
 needed="torch, numpy, numba, omegaconf, PIL, plotly, yaml, rich, safetensors"
 if ! reason=$("$python" -c "import $needed, pytest, pytest_benchmark, hypothesis" 2>&1); then
-    echo "$0: $python lacks what is needed: ${reason##*$'\n'}: set PYTHON to one that has it" >&2
+    echo "$0: $python lacks what is needed: ${reason##*$'\n'}: install it, or set PYTHON to one that has it" >&2
     exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)

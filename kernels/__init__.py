@@ -11,13 +11,12 @@ arguments or knows of defaults: tensors come checked from ``classroomkd.loss`` a
 from __future__ import annotations
 
 
-def obstacle(minor: int) -> str | None:
-    """What keeps kernels that need Triton 3.``minor`` from running here; None if nothing does."""
+def triton_obstacle(major: int, minor: int) -> str | None:
+    """What keeps kernels that need this Triton, or a newer one, from running; None if nothing."""
     try:
         import triton
     except ImportError:
         return "Triton is not installed"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, minor):
-        needed = f"3.{minor}, torch 2.{minor + 4}'s"
-        return f"Triton {triton.__version__} is too old (the kernels need {needed})"
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (major, minor):
+        return f"Triton {triton.__version__} is too old (the kernels need {major}.{minor})"
     return None

@@ -86,7 +86,7 @@ def test_commands_run(page, folder, monkeypatch, capsys):
             elif words[0] != "classroomkd":  # .ci/run, or a test of what the script does, runs it
                 paths = [ROOT / word for word in words if re.match("(scripts|benchmarks)/", word)]
                 assert all(
-                    os.access(path, os.X_OK if path.suffix == ".sh" else 0) for path in paths
+                    os.access(path, os.X_OK if path.suffix == ".sh" else os.F_OK) for path in paths
                 )
             elif words[1] != "data" or importlib.util.find_spec("ffcv"):
                 status = main([*words[1:], *LESS.get(words[1], [])])

@@ -507,7 +507,9 @@ def test_on_a_gpu(make, kind):
 def test_without_a_fit_triton_the_host_makes_the_batches(make, monkeypatch, device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
-    monkeypatch.setattr("classroomkd.data.resident.obstacle", lambda minor: f"no Triton 3.{minor}")
+    monkeypatch.setattr(
+        "classroomkd.data.resident.triton_obstacle", lambda *least: "no Triton {}.{}".format(*least)
+    )
     image_set = random_set()
     with pytest.warns(UserWarning, match="no Triton 3.4; the resident loader makes its batches on"):
         loader = make("resident", image_set, device=device)

@@ -16,7 +16,7 @@ from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
 from classroomkd.data.loader import Loader, channel_statistics
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.sources import (
-    NAMED,
+    NAMED_SOURCES,
     digits,
     is_split_by_seed,
     list_source,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
-    "NAMED",
+    "NAMED_SOURCES",
     "Augmentation",
     "CentreCrop",
     "FFCVLoader",

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from classroomkd.data import (
-    NAMED,
+    NAMED_SOURCES,
     ImageFiles,
     ImageSet,
     channel_statistics,
@@ -40,7 +40,7 @@ def info(arguments: argparse.Namespace) -> None:
     if sheet is not None:
         check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
-    if arguments.source not in NAMED and path.is_file():
+    if arguments.source not in NAMED_SOURCES and path.is_file():
         image_set, sizes = _load_beton(path, arguments.image_size)
         parts = {"images in it": image_set}
     else:
@@ -130,7 +130,7 @@ def _part(arguments: argparse.Namespace) -> ImageSet | ImageFiles:
 
 
 def _list(arguments: argparse.Namespace) -> tuple[ImageFiles, ImageFiles]:
-    if arguments.source in NAMED:
+    if arguments.source in NAMED_SOURCES:
         raise UserError(f"the {arguments.source} are no photographs: leave out --photos")
     return list_source(arguments.source, arguments.seed, arguments.test_share)
 
@@ -138,11 +138,11 @@ def _list(arguments: argparse.Namespace) -> tuple[ImageFiles, ImageFiles]:
 def _load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
     """Both parts of a data set, in memory."""
     size, split = arguments.image_size, (arguments.seed, arguments.test_share)
-    if arguments.source not in NAMED:
+    if arguments.source not in NAMED_SOURCES:
         return load_source(
             arguments.source, image_size=size or _IMAGE_SIZE, seed=split[0], test_share=split[1]
         )
-    parts = NAMED[arguments.source](*split)
+    parts = NAMED_SOURCES[arguments.source](*split)
     if size is None:
         return parts
     return tuple(ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts)
@@ -162,8 +162,8 @@ def _load_beton(path: Path, size: int | None) -> tuple[ImageSet, np.ndarray]:
 
 def _file_sizes(path: Path, arguments: argparse.Namespace) -> np.ndarray:
     """Height and width of the original images, [N, 2]."""
-    if arguments.source in NAMED:
-        train, _ = NAMED[arguments.source](arguments.seed, arguments.test_share)
+    if arguments.source in NAMED_SOURCES:
+        train, _ = NAMED_SOURCES[arguments.source](arguments.seed, arguments.test_share)
         return np.array([train.images.shape[1:3]])
     if cifar.find(path):
         return np.array([[cifar.SIDE, cifar.SIDE]])

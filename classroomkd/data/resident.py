@@ -12,7 +12,7 @@ from classroomkd.data.augment import AUGMENT, CUTOUT, Augmentation, stream_key
 from classroomkd.data.image_sets import ImageSet
 from classroomkd.data.loader import Batch, Loader
 from classroomkd.errors import UserError
-from classroomkd.kernels import obstacle
+from classroomkd.kernels import triton_obstacle
 
 
 class ResidentLoader(Loader):
@@ -29,7 +29,7 @@ class ResidentLoader(Loader):
         if self.crop:
             raise UserError("the resident loader cannot crop photographs: take ffcv or torch")
         home = self.device
-        if home.type != "cpu" and (reason := obstacle(4)):
+        if home.type != "cpu" and (reason := triton_obstacle(3, 4)):
             warnings.warn(
                 f"{reason}; the resident loader makes its batches on the CPU", stacklevel=2
             )

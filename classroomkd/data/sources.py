@@ -65,8 +65,8 @@ def load_source(
 
 
 def is_split_by_seed(path: Path | str) -> bool:
-    """Whether the data set at ``path`` is split here, for it is one folder, or of `NAMED`."""
-    if str(path) in NAMED:
+    """Whether the data set at ``path`` is split here: one folder, or one of `NAMED_SOURCES`."""
+    if str(path) in NAMED_SOURCES:
         return True
     path = Path(path).expanduser()
     return cifar.find(path) is None and "train" not in _subfolders(path)
@@ -90,7 +90,7 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
     return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
 
 
-NAMED = {"digits": digits}
+NAMED_SOURCES = {"digits": digits}
 """What the command line takes by a word instead of a path: functions of seed and held-out share."""
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from classroomkd.kernels import obstacle
+from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_by_definition
 from classroomkd.loss.options import LossOptions, check_inputs
@@ -264,7 +264,7 @@ _obstacles: list[str | None] = []
 
 def _triton_serves() -> bool:
     if not _obstacles:
-        _obstacles.append(obstacle(3))
+        _obstacles.append(triton_obstacle(3, 3))
     if _obstacles[0] is None:
         return True
     warnings.warn(

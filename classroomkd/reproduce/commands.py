@@ -17,7 +17,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from classroomkd.data import NAMED, cifar, list_source
+from classroomkd.data import NAMED_SOURCES, cifar, list_source
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.reproduce.page import result_cells, write_tables
@@ -61,7 +61,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         source = run.recipe.data.source
         if not source and not arguments.plan:
             arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
-    for source in {run.recipe.data.source for run in plan.runs} - {"", *NAMED}:
+    for source in {run.recipe.data.source for run in plan.runs} - {"", *NAMED_SOURCES}:
         if not Path(source).is_dir():
             raise UserError(f"no folder at {source}: give --data one with the images")
         if not cifar.find(Path(source)):

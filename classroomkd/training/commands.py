@@ -14,7 +14,7 @@ from rich.table import Table
 
 from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
 from classroomkd.data import (
-    NAMED,
+    NAMED_SOURCES,
     channel_statistics,
     is_split_by_seed,
     join,
@@ -156,7 +156,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
     if not recipe.mentors and recipe.method != "alone":
         _lacks(arguments, "--mentors")
     source = recipe.data.source  # before mentors are loaded, or even downloaded
-    if source not in NAMED and "download" not in given and not Path(source).exists():
+    if source not in NAMED_SOURCES and "download" not in given and not Path(source).exists():
         raise UserError(f"no such folder: {source}")
     return recipe
 

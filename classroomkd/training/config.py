@@ -24,7 +24,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from classroomkd.data import NAMED
+from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import create
 
@@ -34,7 +34,7 @@ class DataConfig:
     """The images and what becomes of them."""
 
     source: str = ""
-    """A folder as `classroomkd.data.load_source` takes it, or one of `classroomkd.data.NAMED`."""
+    """A folder as `classroomkd.data.load_source` takes it, or one of its `NAMED_SOURCES`."""
     image_size: int = 32
     """Height and width, in pixels."""
     test_share: float = 0.2
@@ -201,7 +201,7 @@ def load_recipe(
         data.padding = data.image_size // 8
     if data.crop == "resize" and data.mean is None:
         data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
-    if data.source not in ("", *NAMED):
+    if data.source not in ("", *NAMED_SOURCES):
         data.source = str(Path(data.source).expanduser().absolute())
     return recipe
 

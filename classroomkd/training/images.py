@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from classroomkd.data import (
-    NAMED,
+    NAMED_SOURCES,
     Augmentation,
     CentreCrop,
     ImageFiles,
@@ -30,12 +30,12 @@ def read_images(data: DataConfig, seed: int, download: str | None = None) -> Set
     UserError as `load_source` and `list_source` do, or if there are no files to crop.
     """
     if data.crop == "resize":
-        if data.source in NAMED or download is not None:
+        if data.source in NAMED_SOURCES or download is not None:
             source = download or f"the {data.source}"
             raise UserError(f"{source} are no photographs to crop and resize: take data.crop=pad")
         return list_source(data.source, seed, data.test_share)
-    if data.source in NAMED:
-        return NAMED[data.source](seed, data.test_share)
+    if data.source in NAMED_SOURCES:
+        return NAMED_SOURCES[data.source](seed, data.test_share)
     return load_source(
         data.source,
         image_size=data.image_size,
