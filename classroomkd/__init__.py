@@ -1,12 +1,17 @@
 """classroomkd: distil one student from many mentors through a fused Triton loss."""
 
-from classroomkd.loss import (
-    ClassroomLoss,
-    ClassroomReport,
-    classroom_loss,
-    fused_classroom_loss,
-    fused_classroom_loss_and_grad,
-)
+from typing import TYPE_CHECKING
+
+from classroomkd.lazy import exports
+
+if TYPE_CHECKING:
+    from classroomkd.loss import (
+        ClassroomLoss,
+        ClassroomReport,
+        classroom_loss,
+        fused_classroom_loss,
+        fused_classroom_loss_and_grad,
+    )
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,3 +21,4 @@ __all__ = [
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
 ]
+__getattr__, __dir__ = exports(__name__, {"loss": " ".join(__all__)})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
@@ -20,11 +22,13 @@ class Parser(argparse.ArgumentParser):
 
     intermixed = False  # positional arguments that come in several places, before and after options
     names: Callable[[], str] | None = None  # the end of the help, which takes longer to make
+    keys: Callable[[str], list[str]] | None = None  # of a recipe, that an unknown option may mean
     _parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._parsing:  # intermixed arguments, which come back here
             return super().parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else list(args)
         self._parsing = True
         parse = self.parse_known_intermixed_args if self.intermixed else super().parse_known_args
         try:
@@ -32,8 +36,23 @@ class Parser(argparse.ArgumentParser):
         finally:
             self._parsing = False
         if unknown:  # told here, where it is known which command's they are
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0], args)}")
         return namespace, unknown
+
+    def _hint(self, unknown: str, args: Sequence[str]) -> str:
+        """What an unknown option was probably meant to be."""
+        option, equals, value = unknown.partition("=")
+        if not option.startswith("--"):
+            return ""
+        known = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)
+        name = option.removeprefix("--").replace("-", "_")
+        keys = self.keys(name) if self.keys else []
+        if keys and (not known or any(key.rpartition(".")[2] == name for key in keys)):
+            if not equals:
+                following = args[args.index(unknown) + 1 :]
+                value = next((text for text in following[:1] if not text.startswith("-")), "VALUE")
+            return f": values of a recipe are given as {' or '.join(f'{k}={value}' for k in keys)}"
+        return f": did you mean {known[0]}?" if known else ""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 from classroomkd import __version__
@@ -92,7 +94,10 @@ def make_parser() -> Parser:
         help="a run folder, a .safetensors file or another checkpoint",
     )
     evaluate.add_argument(
-        "--data", type=path_option, required=True, metavar="PATH", help=_DATA_HELP
+        "--data",
+        type=path_option,
+        metavar="PATH",
+        help=f"{_DATA_HELP} (default: the images of the run folder STUDENT lies in)",
     )
     own = "(default: that of the run folder STUDENT lies in, else {})"
     evaluate.add_argument(
@@ -127,8 +132,19 @@ def make_parser() -> Parser:
     )
 
     _add_reproduce(commands)
-    command("recipes", "list the recipes that come along")
-    command("models", "list the networks of the zoo and how many parameters they have")
+
+    def listing(name: str, what: str) -> Parser:
+        return command_of(commands, "classroomkd.listings", name, what)
+
+    listing("recipes", "list the recipes that come along")
+    listing("models", "list the networks of the zoo and how many parameters they have")
+    listing("methods", "list the methods of distillation with their options")
+    listing("config", "list every key of a recipe with its value and meaning").add_argument(
+        "recipe",
+        nargs="?",
+        metavar="RECIPE",
+        help="a YAML file, or one that comes along, whose values to show in place of the defaults",
+    )
 
     data = commands.add_parser("data", help=_DATA_COMMANDS, description=_DATA_COMMANDS)
     _add_data_commands(data.add_subparsers(metavar="command", required=True))
@@ -137,15 +153,18 @@ def make_parser() -> Parser:
 
 def _add_recipe_options(parser: Parser) -> None:
     """What makes a recipe. None has a default, for those are the recipe's."""
-    parser.names = _zoo
+    parser.names = _networks
+    parser.keys = _keys
     parser.intermixed = True
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the networks' lines
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4",
+        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4 or "
+        "method=kd (classroomkd config lists them all, classroomkd methods the methods)",
     )
     parser.add_argument(
         "--recipe",
@@ -154,12 +173,12 @@ def _add_recipe_options(parser: Parser) -> None:
         help="to begin with: a YAML file, or one that comes along (classroomkd recipes lists them)",
     )
     parser.add_argument("--data", type=path_option, metavar="PATH", help=_DATA_HELP)
-    parser.add_argument("--student", metavar="NAME", help="a network of the zoo, see below")
+    parser.add_argument("--student", metavar="NAME", help="the network to train, see below")
     parser.add_argument(
         "--mentors",
         nargs="+",
         metavar="NAME|FILE",
-        help="networks of the zoo, which are trained first, or checkpoints and run folders",
+        help="networks to train first, pretrained ones, or checkpoints, see below",
     )
     parser.add_argument(
         "--epochs",
@@ -219,6 +238,7 @@ def _add_recipe_options(parser: Parser) -> None:
 def _add_reproduce(commands: Any) -> None:
     what = "run the students of a table, and write it with the published numbers beside"
     parser = command_of(commands, "classroomkd.reproduce.commands", "reproduce", what)
+    parser.keys = _keys_of_tables
     parser.intermixed = True
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
     parser.names = _variants
@@ -285,10 +305,43 @@ def _add_reproduce(commands: Any) -> None:
     )
 
 
-def _zoo() -> str:
+def _networks() -> str:
+    """How networks are named."""
     from classroomkd.models import names
 
-    return f"networks of the zoo: {', '.join(names())}"
+    return _wrapped(
+        [
+            "networks:",
+            "  NAME          of the zoo: " + ", ".join(names()),
+            "  tv:NAME       of torchvision, like tv:resnet34; a mentor comes with its pretrained "
+            "weights, a student is trained from new ones",
+            "  timm:NAME     of timm, likewise",
+            "  NAME@60       a mentor: what the network was after epoch 60 of its training",
+            "  PATH          a mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
+            "dict), or the folder of a run, for its student",
+        ],
+        indent=16,
+    )
+
+
+def _keys(name: str) -> list[str]:
+    from classroomkd.training.keys import suggestions
+
+    return suggestions(name)
+
+
+def _keys_of_tables(name: str) -> list[str]:
+    from classroomkd.reproduce.plan import DECIDED
+
+    return [key for key in _keys(name) if key not in DECIDED]
+
+
+def _wrapped(lines: Iterable[str], indent: int = 2) -> str:
+    width = min(shutil.get_terminal_size().columns, 100) - 2
+    return "\n".join(
+        textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+        for line in lines
+    )
 
 
 def _variants() -> str:
@@ -298,9 +351,7 @@ def _variants() -> str:
 
     lines = [f"methods: {', '.join(names())}"]
     lines += [f"variants of {table}: {', '.join(variant_names(table))}" for table in TABLES]
-    return "\n".join(
-        textwrap.fill(line, 79, subsequent_indent="  ", break_on_hyphens=False) for line in lines
-    )
+    return _wrapped(lines)
 
 
 def _add_data_commands(commands: Any) -> None:

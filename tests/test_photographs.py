@@ -32,13 +32,13 @@ from classroomkd.data.decode import read_files
 from classroomkd.errors import UserError
 from classroomkd.models import create, load_network
 from classroomkd.training.config import DataConfig, load_recipe
+from classroomkd.training.folders import recorded_split
 from classroomkd.training.images import (
     evaluation_crop,
     open_loaders,
     read_images,
     training_augmentation,
 )
-from classroomkd.training.run import recorded_split
 
 CLASSES = ["blue", "green", "red"]
 BACKENDS = [pytest.param("ffcv", marks=requires_ffcv), "torch"]

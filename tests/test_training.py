@@ -36,9 +36,10 @@ from classroomkd.training.checkpoints import Checkpoints
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.config import Recipe, TrainingConfig, load_recipe
 from classroomkd.training.evaluation import evaluate, evaluation_loader
+from classroomkd.training.folders import choose_folder, recorded_split
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentors import Renormalised, fit_to_data
-from classroomkd.training.run import Run, choose_folder, recorded_split
+from classroomkd.training.run import Run
 from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
 

@@ -7,14 +7,12 @@ for every loader, as a function of (seed, epoch, sample index). Networks and tra
 of files, and this folder knows nothing of them.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from classroomkd.data.augment import Augmentation
-from classroomkd.data.backends import BACKENDS, Loaders, cache_folder
+from classroomkd.data.cache import cache_folder
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
-from classroomkd.data.loader import Loader, channel_statistics
-from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.sources import (
     NAMED_SOURCES,
     digits,
@@ -23,10 +21,14 @@ from classroomkd.data.sources import (
     load_source,
     split_off,
 )
-from classroomkd.data.torch_loader import TorchLoader
+from classroomkd.lazy import exports
 
 if TYPE_CHECKING:
+    from classroomkd.data.backends import BACKENDS, Loaders
     from classroomkd.data.ffcv_loader import FFCVLoader
+    from classroomkd.data.loader import Loader, channel_statistics
+    from classroomkd.data.resident import ResidentLoader
+    from classroomkd.data.torch_loader import TorchLoader
 
 __all__ = [
     "BACKENDS",
@@ -51,11 +53,13 @@ __all__ = [
     "load_source",
     "split_off",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "FFCVLoader":  # which asks for FFCV, and takes a while to import
-        from classroomkd.data.ffcv_loader import FFCVLoader
-
-        return FFCVLoader
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__, __dir__ = exports(  # what takes torch, or asks for FFCV
+    __name__,
+    {
+        "backends": "BACKENDS Loaders",
+        "ffcv_loader": "FFCVLoader",
+        "loader": "Loader channel_statistics",
+        "resident": "ResidentLoader",
+        "torch_loader": "TorchLoader",
+    },
+)

@@ -1,16 +1,21 @@
 """The loss of logits: what it is, how it is called, and the methods that it is compared with.
 
 ``definition`` is the loss in plain PyTorch, which everything else is tested against. A call of
-``fused`` has its arguments checked by ``options`` and goes through ``operators``, PyTorch's face of
-the kernels, to ``classroomkd.kernels``; ``module`` is the same as a module, and what a batch was
-taught is a ``report``. ``methods`` has this and other ways to train a student behind one interface.
-Networks, images and schedules are no concern of this folder.
+``fused`` has its options checked by ``options`` and its tensors by ``inputs``, and goes through
+``operators``, PyTorch's face of the kernels, to ``classroomkd.kernels``; ``module`` is the same as
+a module, and what a batch was taught is a ``report``. ``methods`` has this and other ways to train
+a student behind one interface. Networks, images and schedules are no concern of this folder.
 """
 
-from classroomkd.loss.definition import classroom_loss
-from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
-from classroomkd.loss.module import ClassroomLoss
-from classroomkd.loss.report import ClassroomReport
+from typing import TYPE_CHECKING
+
+from classroomkd.lazy import exports
+
+if TYPE_CHECKING:
+    from classroomkd.loss.definition import classroom_loss
+    from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
+    from classroomkd.loss.module import ClassroomLoss
+    from classroomkd.loss.report import ClassroomReport
 
 __all__ = [
     "ClassroomLoss",
@@ -19,3 +24,12 @@ __all__ = [
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
 ]
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "definition": "classroom_loss",
+        "fused": "fused_classroom_loss fused_classroom_loss_and_grad",
+        "module": "ClassroomLoss",
+        "report": "ClassroomReport",
+    },
+)

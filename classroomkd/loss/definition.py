@@ -28,7 +28,8 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from classroomkd.loss.derivative import OnceDifferentiable
-from classroomkd.loss.options import LossOptions, check_inputs
+from classroomkd.loss.inputs import check_inputs
+from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from torch import Tensor
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_by_definition
-from classroomkd.loss.options import LossOptions, check_inputs
+from classroomkd.loss.inputs import check_inputs
+from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:

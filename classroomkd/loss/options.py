@@ -1,13 +1,9 @@
-"""The loss's options and the checks on its arguments, shared by the definition and the kernels."""
+"""The loss's options and the checks on them, shared by the definition and the kernels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 RANKINGS = ("sample", "batch")
 KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
@@ -83,111 +79,3 @@ def _number(name: str, value: object) -> float:
 def _integer(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-
-
-def check_inputs(
-    student_logits: Tensor,
-    mentor_logits: Tensor | Sequence[Tensor],
-    targets: Tensor,
-    mentor_weight: Tensor | None,
-) -> list[Tensor]:
-    """Check shapes, dtypes and devices, without looking at any value, and list the mentors.
-
-    Returns:
-        The M mentors' logits, each [B, C]; views where one tensor [M, B, C] was given.
-
-    Raises:
-        ValueError: shapes or devices do not agree, or there is no mentor.
-        TypeError: something is not a tensor, or not of a dtype that makes sense for it.
-
-    """
-    _logits("student_logits", student_logits)
-    if student_logits.dim() != 2:
-        raise ValueError(f"student_logits must have shape [B, C], got {list(student_logits.shape)}")
-    if student_logits.shape[1] == 0:
-        raise ValueError(
-            f"student_logits must have at least one class, got shape {list(student_logits.shape)}"
-        )
-    if isinstance(mentor_logits, Tensor):
-        if mentor_logits.dim() != 3:
-            raise ValueError(
-                "mentor_logits must have shape [M, B, C] or be a sequence of [B, C] tensors, "
-                f"got shape {list(mentor_logits.shape)}"
-            )
-        mentors = list(mentor_logits.unbind(0))
-    elif isinstance(mentor_logits, Sequence):
-        mentors = list(mentor_logits)
-    else:
-        raise TypeError(
-            "mentor_logits must be a tensor or a sequence of tensors, "
-            f"got {type(mentor_logits).__name__}"
-        )
-    if not mentors:
-        raise ValueError("mentor_logits must hold at least one mentor, got M = 0")
-    for index, mentor in enumerate(mentors):
-        _logits("mentor_logits", mentor, index)
-        if mentor.shape != student_logits.shape:
-            raise ValueError(
-                f"mentor_logits[{index}] must have the student's shape "
-                f"{list(student_logits.shape)}, got {list(mentor.shape)}"
-            )
-        _same_device(f"mentor_logits[{index}]", mentor, student_logits)
-    _check_targets(targets, student_logits)
-    if mentor_weight is not None:
-        if not isinstance(mentor_weight, Tensor):
-            raise TypeError(
-                "mentor_weight must be a tensor on the logits' device (a list would have to be "
-                f"copied there at every call), got {type(mentor_weight).__name__}"
-            )
-        if not mentor_weight.is_floating_point():
-            raise TypeError(f"mentor_weight must be floating point, got {mentor_weight.dtype}")
-        if mentor_weight.shape != (len(mentors),):
-            raise ValueError(
-                f"mentor_weight must have shape [{len(mentors)}], one weight a mentor, "
-                f"got {list(mentor_weight.shape)}"
-            )
-        _same_device("mentor_weight", mentor_weight, student_logits)
-    return mentors
-
-
-def _logits(name: str, value: object, index: int | None = None) -> None:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return
-    name = name if index is None else f"{name}[{index}]"
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    raise TypeError(f"{name} must be floating point, got {value.dtype}")
-
-
-def _same_device(name: str, value: Tensor, student_logits: Tensor) -> None:
-    if value.device != student_logits.device:
-        raise ValueError(
-            f"{name} must be on the student's device {student_logits.device}, got {value.device}"
-        )
-
-
-def _check_targets(targets: Tensor, student_logits: Tensor) -> None:
-    rows, classes = student_logits.shape
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-    if targets.dim() == 1:
-        if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
-            raise TypeError(
-                f"targets of shape [B] are class indices and must be integers, got {targets.dtype}"
-            )
-        if targets.shape[0] != rows:
-            raise ValueError(f"targets must have shape [{rows}], got {list(targets.shape)}")
-    elif targets.dim() == 2:
-        if not targets.is_floating_point():
-            raise TypeError(
-                "targets of shape [B, C] are class probabilities and must be floating point, "
-                f"got {targets.dtype}"
-            )
-        if targets.shape != student_logits.shape:
-            raise ValueError(
-                f"targets must have shape [{rows}] (class indices) or [{rows}, {classes}] "
-                f"(class probabilities), got {list(targets.shape)}"
-            )
-    else:
-        raise ValueError(f"targets must have shape [B] or [B, C], got {list(targets.shape)}")
-    _same_device("targets", targets, student_logits)

@@ -1,14 +1,20 @@
 """Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
 
-A file a family; ``registry`` knows them by name, ``external`` asks the other libraries, ``stages``
-says where features are taken, ``checkpoint`` writes and recognises weights. How a network is
-trained, or in what role, is not known here.
+A file a family; ``registry`` builds them by name, ``catalogue`` says without torch which there are,
+``external`` asks the other libraries, ``stages`` says where features are taken, ``checkpoint``
+writes and recognises weights. How a network is trained, or in what role, is not known here.
 """
 
-from classroomkd.models.checkpoint import load_network, save_network, student_file
-from classroomkd.models.external import is_external, load_pretrained
+from typing import TYPE_CHECKING
+
+from classroomkd.lazy import exports
+from classroomkd.models.catalogue import is_external, names
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.registry import create, names
+
+if TYPE_CHECKING:
+    from classroomkd.models.checkpoint import load_network, save_network, student_file
+    from classroomkd.models.external import load_pretrained
+    from classroomkd.models.registry import create
 
 __all__ = [
     "NetworkInfo",
@@ -20,3 +26,11 @@ __all__ = [
     "save_network",
     "student_file",
 ]
+__getattr__, __dir__ = exports(
+    __name__,
+    {
+        "checkpoint": "load_network save_network student_file",
+        "external": "load_pretrained",
+        "registry": "create",
+    },
+)

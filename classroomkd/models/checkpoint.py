@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.models import external
+from classroomkd.models.catalogue import is_external
 from classroomkd.models.info import NetworkInfo
 from classroomkd.models.registry import CLASSIFIER_BIASES, ZOO, build
 
@@ -91,7 +91,7 @@ def load_network(
         claim = f"{path} fits no network of the zoo; the nearest, {architecture}, differs"
     else:
         architecture, classes = info.architecture, len(info.classes)
-        if architecture not in ZOO and not external.is_external(architecture):
+        if architecture not in ZOO and not is_external(architecture):
             raise UserError(f"{path} is of an unknown network, {architecture!r}")
         claim = f"{path} claims to be {architecture} with {classes} classes but differs"
     try:
@@ -201,7 +201,7 @@ def _meta(architecture: str, num_classes: int) -> nn.Module:
 
 def _blank(architecture: str, num_classes: int) -> nn.Module:
     """The network on the CPU with any weights; draws nothing from the random number generator."""
-    if not external.is_external(architecture):
+    if not is_external(architecture):
         return _meta(architecture, num_classes).to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):  # buffers may hold values that no checkpoint has
         return build(architecture, num_classes)

@@ -23,11 +23,6 @@ _TORCHVISION_OPTIONS = {
 }
 
 
-def is_external(name: str) -> bool:
-    """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
-    return name.startswith(("tv:", "timm:"))
-
-
 def build(name: str, num_classes: int) -> nn.Module:
     """The network with the weights its library starts from, mapping images to [B, num_classes].
 

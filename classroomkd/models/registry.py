@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 
@@ -10,6 +9,7 @@ from torch import nn
 
 from classroomkd.errors import UserError
 from classroomkd.models import external
+from classroomkd.models.catalogue import is_external, require_known
 from classroomkd.models.mobilenetv2 import MobileNetV2
 from classroomkd.models.resnet import ResNet
 from classroomkd.models.resnet_four_stage import BasicBlock, Bottleneck, ResNetFourStage
@@ -42,21 +42,14 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def names() -> list[str]:
-    """The names of the zoo's networks."""
-    return list(ZOO)
-
-
 def build(name: str, num_classes: int) -> nn.Module:
     """The network as its layers or its library initialise it; for loading weights into.
 
     Raises UserError if there is no network of this name.
     """
-    if external.is_external(name):
+    if is_external(name):
         return external.build(name, num_classes)
-    if name not in ZOO:
-        nearest = ", ".join(difflib.get_close_matches(name.lower(), ZOO, cutoff=0.0))
-        raise UserError(f"no network is called {name!r}; the nearest names are {nearest}")
+    require_known(name)
     return ZOO[name](num_classes=num_classes)
 
 
@@ -74,7 +67,7 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
     if pretrained:
         return _create_pretrained(name, num_classes)
     model = build(name, num_classes)
-    if external.is_external(name):
+    if is_external(name):
         return model
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -85,7 +78,7 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
 
 
 def _create_pretrained(name: str, num_classes: int) -> nn.Module:
-    if not external.is_external(name):
+    if not is_external(name):
         raise UserError(f"{name} has no pretrained weights: train it, or give a checkpoint")
     model, info = external.load_pretrained(name)
     if len(info.classes) != num_classes:

@@ -7,8 +7,16 @@ and ``comparison`` (several) put them together, ``numbers`` says how a number is
 goes on. Nothing here trains or measures: what a page says stands in the run's folder.
 """
 
-from classroomkd.report.page import write_report
-from classroomkd.report.records import label
-from classroomkd.report.results import results_table
+from typing import TYPE_CHECKING
+
+from classroomkd.lazy import exports
+
+if TYPE_CHECKING:
+    from classroomkd.report.page import write_report
+    from classroomkd.report.records import label
+    from classroomkd.report.results import results_table
 
 __all__ = ["label", "results_table", "write_report"]
+__getattr__, __dir__ = exports(
+    __name__, {"page": "write_report", "records": "label", "results": "results_table"}
+)

@@ -1,4 +1,7 @@
-"""The commands that run many trainings, several at once: `reproduce` and `mentors`."""
+"""The commands that run many trainings, several at once: `reproduce` and `mentors`.
+
+A plan takes no torch: what does is imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -20,16 +22,14 @@ from rich.table import Table
 from classroomkd.data import NAMED_SOURCES, cifar, list_source
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.reproduce.page import result_cells, write_tables
 from classroomkd.reproduce.plan import Plan, make_plan, mentors_plan, require_same_recipe
 from classroomkd.reproduce.results import write_results
 from classroomkd.reproduce.runner import Runner, check_devices
 from classroomkd.reproduce.status import duration, seconds_left, status, tasks_left
 from classroomkd.training.commands import mentors as one_by_one
-from classroomkd.training.commands import mentors_recipe
+from classroomkd.training.commands import mentors_recipe, require_networks
 from classroomkd.training.config import load_recipe, to_dict
-from classroomkd.training.run import choose_folder
-from classroomkd.training.store import MentorStore
+from classroomkd.training.folders import choose_folder
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
@@ -41,8 +41,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     for values in given.values():
         overrides += [text for text in values if _is_override(text)]
         values[:] = [text for text in values if not _is_override(text)]
-    devices = given["devices"] or ["cuda" if torch.cuda.is_available() else "cpu"]
-    check_devices(devices)
+    check_devices(given["devices"])
+    shard = _shard(arguments.shard) if arguments.shard else (1, 1)
+    if arguments.data is not None:
+        _require_folder(str(arguments.data))
     whole = make_plan(
         arguments.table,
         data=arguments.data,
@@ -52,23 +54,26 @@ def reproduce(arguments: argparse.Namespace) -> int:
         method_names=given["methods"],
         overrides=overrides,
     )
-    plan = whole.shard(*_shard(arguments.shard)) if arguments.shard else whole
+    plan = whole.shard(*shard) if arguments.shard else whole
     out = arguments.out or Path("reproduce") / arguments.table
     for task in plan.runs:
+        require_networks(task.recipe)
         if (out / task.id / "config.yaml").exists():
             require_same_recipe(task, out / task.id)
     for run in plan.runs:
         source = run.recipe.data.source
         if not source and not arguments.plan:
             arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
-    for source in {run.recipe.data.source for run in plan.runs} - {"", *NAMED_SOURCES}:
-        if not Path(source).is_dir():
-            raise UserError(f"no folder at {source}: give --data one with the images")
-        if not cifar.find(Path(source)):
+    for source in {run.recipe.data.source for run in plan.runs} - {""}:
+        _require_folder(source)
+        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
             list_source(source)  # which says what is wrong with it
-    _print_plan(plan, out, len(devices), console)
+    _print_plan(plan, out, len(given["devices"]) or 1, console)
     if arguments.plan:
         return 0
+    from classroomkd.reproduce.page import write_tables
+
+    devices = given["devices"] or [_default_device()]
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
     order = [run.id for run in whole.runs]
@@ -97,7 +102,7 @@ def mentors(arguments: argparse.Namespace) -> int:
     recipe, console = mentors_recipe(arguments), Console()
     if getattr(arguments, "download", None):
         raise UserError("--download and --at-once do not go together: fetch the images first")
-    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = recipe.device or _default_device()
     check_devices([device])
     out = arguments.out or choose_folder(None, "mentors")
     out.mkdir(parents=True, exist_ok=arguments.out is not None)  # what is chosen here goes again
@@ -114,6 +119,8 @@ def mentors(arguments: argparse.Namespace) -> int:
         raise
     if runner.failed:
         return 1
+    from classroomkd.training.store import MentorStore
+
     store = MentorStore()
     kept = store.holds_all(out.rglob("mentors/*.safetensors"))
     where = (
@@ -131,6 +138,20 @@ def mentors(arguments: argparse.Namespace) -> int:
 
 def _is_override(text: str) -> bool:
     return "=" in text and not Path(text).exists()
+
+
+def _require_folder(source: str) -> None:
+    """Raise UserError if there is no folder of images at ``source``."""
+    if source not in NAMED_SOURCES and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"no folder at {Path(source).expanduser().absolute()}: give --data one with the images"
+        )
+
+
+def _default_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -168,6 +189,8 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
 
 
 def _print_results(results: Mapping[str, Any], console: Console) -> None:
+    from classroomkd.reproduce.page import result_cells
+
     columns, rows = result_cells(results)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     kept = [columns.index(name) for name in ("classroom", "variant", "seeds", "last", "best")]

@@ -11,19 +11,16 @@ from functools import cache
 from itertools import accumulate
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-from classroomkd import models, recipes
+from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
+from classroomkd.models.catalogue import SIZES, is_checkpoint, is_external
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
-from classroomkd.training.config import MentorConfig, Recipe, load_recipe
-from classroomkd.training.mentors import is_checkpoint, wherever
+from classroomkd.training.config import MentorConfig, Recipe, load_recipe, teaching, wherever
 
 # All seeds share the mentors and the images that are held out.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
-_OURS = {"seed": "--seeds", "method": "--methods", "alone": "--methods", "device": "--devices"}
+DECIDED = {"seed": "--seeds", "method": "--methods", "alone": "--methods", "device": "--devices"}
 
 # What another machine may have otherwise without its numbers meaning something else.
 _ANYHOW = ("device", "threads", "store", "tensorboard")
@@ -96,8 +93,10 @@ def make_plan(
     Raises UserError if something is not known, twice there, or for the plan to decide.
     """
     for item in overrides:
-        if (key := item.partition("=")[0]) in _OURS:
-            raise UserError(f"leave out the override {item!r}: it is {_OURS[key]} that decides it")
+        if (key := item.partition("=")[0]) in DECIDED:
+            raise UserError(
+                f"leave out the override {item!r}: it is {DECIDED[key]} that decides it"
+            )
     for option, values in (("--seeds", seeds), ("--classrooms", classrooms)):
         if len(set(values)) < len(values):
             raise UserError(f"{option} has one value twice: {' '.join(map(str, values))}")
@@ -195,22 +194,15 @@ def _settled(classroom: str, common: list[str], variant: Variant) -> tuple[tuple
 def _work(recipe: Recipe) -> float:
     size = recipe.data.image_size
     step = 3 * forward_flops(recipe.student, size)  # backward takes twice as many
-    step += sum(forward_flops(mentor.source, size) for mentor in _teaching(recipe))
+    step += sum(forward_flops(mentor.source, size) for mentor in teaching(recipe))
     return step * recipe.training.epochs
-
-
-def _teaching(recipe: Recipe) -> list[MentorConfig]:
-    if recipe.method == "alone":
-        return []
-    single = methods.create(recipe.method, **recipe.method_options).single_mentor
-    return recipe.mentors[:1] if single else recipe.mentors
 
 
 def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
     """The mentors that a run needs trained, those together that one task trains, by its id."""
     groups: dict[str, list[MentorConfig]] = {}
-    for mentor in _teaching(recipe):
-        given = models.is_external(mentor.source) and mentor.epochs is None
+    for mentor in teaching(recipe):
+        given = is_external(mentor.source) and mentor.epochs is None
         if given or is_checkpoint(mentor.source):
             continue
         deciding = asdict(recipe)
@@ -251,11 +243,22 @@ def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> T
 
 @cache
 def forward_flops(network: str, image_size: int) -> float:
-    """Floating-point operations of a forward pass of one image; 0 for a checkpoint's file."""
+    """Floating-point operations of a forward pass of one image; 0 for a checkpoint's file.
+
+    Those of the zoo are taken to grow with the image's area from 32×32 pixels, which saves building
+    the network; strides and classifiers make it a little less or more.
+    """
+    if network in SIZES:
+        return SIZES[network].flops * (image_size / 32) ** 2
     if is_checkpoint(network):
         return 0.0
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from classroomkd.models import create
+
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        models.create(network).eval()(torch.empty(1, 3, image_size, image_size))
+        create(network).eval()(torch.empty(1, 3, image_size, image_size))
     return float(counter.get_total_flops())
 
 

@@ -204,11 +204,13 @@ def check_devices(devices: Sequence[str]) -> None:
 
     The numbers of a CPU and of a GPU differ, in what they round, and so do their mentors.
     """
-    import torch
-
     for name in devices:
         kind, colon, number = name.partition(":")
-        count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(kind, 0)
+        count = int(kind == "cpu")
+        if kind == "cuda":
+            import torch
+
+            count = torch.cuda.device_count()
         if not count or (colon and not (number.isdecimal() and int(number) < count)):
             raise UserError(f"there is no device {name!r}: choose others of --devices")
     if len({name.partition(":")[0] for name in devices}) > 1:

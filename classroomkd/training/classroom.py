@@ -19,9 +19,10 @@ from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo, is_external, student_file
+from classroomkd.models.catalogue import is_checkpoint
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
-from classroomkd.training.config import MentorConfig, Recipe, split_seed, to_dict
+from classroomkd.training.config import Recipe, split_seed, teaching, to_dict, wherever
 from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import evaluation_loader, require_finite, taught
 from classroomkd.training.images import open_loaders
@@ -33,8 +34,6 @@ from classroomkd.training.mentors import (
     check_trainable,
     find_mentors,
     fit_to_data,
-    is_checkpoint,
-    wherever,
 )
 from classroomkd.training.networks import NetworkTrainer
 from classroomkd.training.progress import TrainingProgress
@@ -65,7 +64,7 @@ class Classroom:
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
         self._store = MentorStore()
-        self.mentors = find_mentors(self._teaching(), recipe.mentor_training.epochs)
+        self.mentors = find_mentors(teaching(recipe), recipe.mentor_training.epochs)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
             *([(recipe.student, recipe.training)] if recipe.student else []),
@@ -75,15 +74,6 @@ class Classroom:
             check_trainable(name, recipe.data.image_size, share)
         if recipe.student and self._method().uses_features:
             self._check_features()
-
-    def _teaching(self) -> list[MentorConfig]:
-        """The mentors that the method asks for: all, the first one, or none."""
-        recipe = self.recipe
-        if not recipe.student:
-            return recipe.mentors
-        if recipe.method == "alone":
-            return []
-        return recipe.mentors[:1] if self._method().single_mentor else recipe.mentors
 
     def _check_features(self) -> None:
         """Raise UserError if the method cannot have the features that it asks for."""

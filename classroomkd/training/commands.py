@@ -1,37 +1,31 @@
-"""What the commands do that train networks and measure them."""
+"""What the commands do that train networks and measure them.
+
+What takes torch is imported where it is used, after all that can be wrong without it was checked.
+"""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
-from classroomkd.data import (
-    NAMED_SOURCES,
-    channel_statistics,
-    is_split_by_seed,
-    join,
-)
+from classroomkd.data import NAMED_SOURCES, is_split_by_seed, join
 from classroomkd.errors import UserError
-from classroomkd.models import NetworkInfo, create, load_network, names
+from classroomkd.models.catalogue import is_checkpoint, is_external, require_known
 from classroomkd.recipes import find as find_recipe
-from classroomkd.recipes import names as recipe_names
-from classroomkd.report import results_table, write_report
-from classroomkd.training.classroom import Classroom
-from classroomkd.training.config import DataConfig, Recipe, load_recipe, split_seed
-from classroomkd.training.evaluation import evaluate as measure
-from classroomkd.training.evaluation import evaluation_loader, require_finite
-from classroomkd.training.images import Sets, open_loaders, read_images
-from classroomkd.training.machine import find_device
-from classroomkd.training.mentors import fit_to_data
-from classroomkd.training.run import choose_folder, recorded_split, unfinished
+from classroomkd.training.config import DataConfig, Recipe, load_recipe, split_seed, teaching
+from classroomkd.training.folders import (
+    choose_folder,
+    recorded_source,
+    recorded_split,
+    unfinished,
+)
+
+if TYPE_CHECKING:
+    from classroomkd.training.classroom import Classroom
+    from classroomkd.training.images import Sets
 
 
 def quickstart(arguments: argparse.Namespace) -> None:
@@ -155,10 +149,31 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
         _lacks(arguments, "--data")
     if not recipe.mentors and recipe.method != "alone":
         _lacks(arguments, "--mentors")
-    source = recipe.data.source  # before mentors are loaded, or even downloaded
-    if source not in NAMED_SOURCES and "download" not in given and not Path(source).exists():
-        raise UserError(f"no such folder: {source}")
+    if "download" not in given:
+        _require_images(recipe.data.source)
+    require_networks(recipe)
     return recipe
+
+
+def require_networks(recipe: Recipe) -> None:
+    """Raise UserError for a student or mentor that is neither a name of the zoo nor there."""
+    for name in (recipe.student, *(mentor.source for mentor in teaching(recipe))):
+        if is_checkpoint(name):
+            _require_checkpoint(name)
+        elif name and not is_external(name):
+            require_known(name)
+
+
+def _require_images(source: str) -> None:
+    """Raise UserError if there is no data set at ``source``."""
+    if source not in NAMED_SOURCES and not Path(source).expanduser().exists():
+        raise UserError(f"no such folder: {source}")
+
+
+def _require_checkpoint(source: str) -> None:
+    """Raise UserError if there is no file or folder at ``source``."""
+    if not Path(source).expanduser().exists():
+        raise UserError(f"there is no checkpoint {source}")
 
 
 def _is_override(text: str) -> bool:
@@ -177,29 +192,44 @@ def _hold(
     download: str | None = None,
 ) -> None:
     """Train and report; the folder is looked at before the data, which may take long to read."""
-    classroom = Classroom(recipe, Console())
+    folder = choose_folder(out, default_out)
+    classroom = _classroom(recipe)
     if out is None and classroom.processes.together:
         raise UserError("several processes need to be told where to write: give --out")
-    out = choose_folder(out, default_out)
-    classroom.processes.wait()
-    _report(classroom, classroom.run(*_read_data(recipe, download), out), out)
+    classroom.processes.wait()  # until each has looked at the folder
+    _report(classroom, classroom.run(*_read_data(recipe, download), folder), folder)
 
 
 def _resume(out: Path) -> None:
     """Go on with the run in ``out``; of a finished one there is its page, if that is missing."""
     if (out / "summary.json").exists() and not (out / "report.html").exists():
+        from classroomkd.report import write_report
+
         print(f"the run in {out} is finished\nreport: {write_report([out])}")
         return
     recipe = load_recipe(unfinished(out))
-    classroom = Classroom(recipe, Console())
+    _require_images(recipe.data.source)
+    classroom = _classroom(recipe)
     _report(classroom, classroom.run(*_read_data(recipe), out, resume=True), out)
 
 
+def _classroom(recipe: Recipe) -> Classroom:
+    from rich.console import Console
+
+    from classroomkd.training.classroom import Classroom
+
+    return Classroom(recipe, Console())
+
+
 def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
+    from classroomkd.training.images import read_images
+
     return read_images(recipe.data, split_seed(recipe), download)
 
 
 def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
+    from classroomkd.report import results_table
+
     classroom.console.print(results_table(summary))
     classroom.console.print(
         f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
@@ -208,9 +238,26 @@ def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print how well a network does on held-out images."""
+    _require_checkpoint(str(arguments.student))
+    source = _source(arguments)
+
+    import torch
+
+    from classroomkd.data import channel_statistics
+    from classroomkd.models import NetworkInfo, load_network
+    from classroomkd.training.evaluation import evaluate as measure
+    from classroomkd.training.evaluation import evaluation_loader, require_finite
+    from classroomkd.training.images import open_loaders, read_images
+    from classroomkd.training.machine import find_device
+    from classroomkd.training.mentors import fit_to_data
+
     device = find_device(arguments.device)
     network, info, architecture = load_network(arguments.student)
     image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
+    if info is None and arguments.data is None:
+        raise UserError(
+            f"{arguments.student} is of no run, though it lies in the folder of one: give --data"
+        )
     split = _split(arguments, ours=info is not None)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
     if photos and info is None:
@@ -218,7 +265,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"{arguments.student} does not say how its images were prepared: only images that are "
             "decoded at one size can tell, without --crop resize"
         )
-    data = DataConfig(str(arguments.data), image_size, test_share=split["test_share"])
+    data = DataConfig(source, image_size, test_share=split["test_share"])
     data.crop = "resize" if photos else "pad"
     train_set, test_set = read_images(data, split["seed"])
     if info is None:
@@ -227,7 +274,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
         print(
             f"{arguments.student} does not say how its images were prepared: taking the mean and "
-            f"deviation of {arguments.data}'s training part, {image_size}×{image_size} pixels"
+            f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
         )
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
     network.to(device, memory_format=torch.channels_last)
@@ -236,10 +283,11 @@ def evaluate(arguments: argparse.Namespace) -> None:
     with evaluation_loader(loaders, images, info) as batches:
         result = measure(network, batches)
     require_finite(result, str(arguments.student))
+    own = ", as in its run" if arguments.data is None else ""
     part = "all images" if arguments.all else "the held-out part"
-    print(f"{architecture} of {arguments.student} on {part} of {arguments.data}:")
+    print(f"{architecture} of {arguments.student} on {part} of {source}{own}:")
     chosen = ""
-    if not arguments.all and is_split_by_seed(arguments.data):
+    if not arguments.all and is_split_by_seed(source):
         total = len(train_set) + len(test_set)
         chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
     print(f"images  {result.images}{chosen}")
@@ -251,30 +299,24 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page of a run, or one that compares several."""
+    from classroomkd.report import write_report
+
     print(f"report: {write_report(arguments.runs, arguments.out)}")
 
 
-def recipes(_: argparse.Namespace) -> None:
-    """Print the packaged recipes."""
-    lines = [("recipe", "student", "mentors")]
-    for name in recipe_names():
-        recipe = load_recipe(find_recipe(name))
-        lines.append((name, recipe.student, " ".join(mentor.source for mentor in recipe.mentors)))
-    names_width, students_width, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, student, mentors in lines:  # too long for a table of 80 characters
-        print(f"{name:{names_width}}  {student:{students_width}}  {mentors}")
-
-
-def models(_: argparse.Namespace) -> None:
-    """Print the zoo."""
-    table = Table("network", box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    table.add_column("parameters with 100 classes", justify="right")
-    with torch.device("meta"):
-        for name in names():
-            parameters = sum(parameter.numel() for parameter in create(name).parameters())
-            table.add_row(name, f"{parameters:,}")
-    Console().print(table)
-    print("\nand tv:NAME of torchvision and timm:NAME of timm, pretrained as mentors")
+def _source(arguments: argparse.Namespace) -> str:
+    """The images that are given, or those of the run that the network comes from."""
+    if arguments.data is not None:
+        _require_images(str(arguments.data))
+        return str(arguments.data)
+    source = recorded_source(arguments.student)
+    if not source:
+        arguments.parser.error(
+            f"--data is required: {arguments.student} lies in no run folder that names its images"
+        )
+    if source not in NAMED_SOURCES and not Path(source).exists():
+        raise UserError(f"the images of the run are no longer at {source}: give --data")
+    return source
 
 
 def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:

@@ -8,25 +8,32 @@
 What a file leaves out has the defaults below, which are the published CIFAR recipe; mentors are
 trained for as many epochs as the student if it does not say otherwise. A mentor is a
 name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
-``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``.
+``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``. The meaning
+of a key is the docstring below its field, which ``classroomkd config`` prints (see ``keys``).
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import create
+from classroomkd.loss.methods import catalogue
+from classroomkd.loss.options import LossOptions
+from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.training import layers
+
+_MENTOR_EPOCHS = "mentor_training.epochs"
 
 
 @dataclass
@@ -34,7 +41,7 @@ class DataConfig:
     """The images and what becomes of them."""
 
     source: str = ""
-    """A folder as `classroomkd.data.load_source` takes it, or one of its `NAMED_SOURCES`."""
+    """The folder of the images, or the word digits; ``--data``."""
     image_size: int = 32
     """Height and width, in pixels."""
     test_share: float = 0.2
@@ -50,13 +57,17 @@ class DataConfig:
     padding: int | None = None
     """Of the crop "pad", in pixels; an eighth of the image size where it is not given."""
     flip: bool = True
+    """Whether every other training image is mirrored, at random."""
     cutout: int = 0
     """Side of the erased square in pixels; 0 is none."""
     mean: list[float] | None = None
     """Per RGB channel, of values scaled to 0..1; where not given the training images' own, or with
     the crop "resize" ImageNet's."""
     std: list[float] | None = None
+    """The standard deviations, likewise; given together with ``mean``."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
+    in memory, else "torch"."""
 
 
 @dataclass
@@ -64,22 +75,31 @@ class TrainingConfig:
     """How a network is trained: by stochastic gradient descent on a schedule (see ``schedule``)."""
 
     epochs: int = 240
+    """Of the mentors as many as of the student, where only those are given."""
     batch_size: int = 64
+    """Images a step, over all processes together."""
     learning_rate: float | None = 0.05
-    """The schedule's peak; None is the usual one of the architecture."""
+    """The schedule's peak; null is the usual one of the architecture."""
     schedule: Literal["classroom", "steps", "cosine"] = "classroom"
+    """How the rate falls: "steps" at the milestones only, "classroom" also linearly to a fifth over
+    the first half, "cosine" as half a cosine to 0."""
     milestones: list[float] = field(default_factory=lambda: [5 / 8, 6 / 8, 7 / 8])
     """Shares of the training after which "classroom" and "steps" divide the rate by ten."""
     warmup_epochs: float = 0.0
+    """Over which the rate rises from 0."""
     momentum: float = 0.9
+    """Of stochastic gradient descent."""
     nesterov: bool = False
+    """Whether that is Nesterov's momentum."""
     weight_decay: float = 5e-4
+    """The factor of the L2 penalty, whose gradient is added to that of the loss."""
     decay_norms_and_biases: bool = True
+    """Whether batch norms and biases decay too."""
 
 
 @dataclass
 class LossConfig:
-    """The options of the method "classroom", those of `classroomkd.ClassroomLoss` first."""
+    """The options of the method "classroom"; what they mean stands in `classroom_loss`."""
 
     temperature: float = 12.0
     ranking: Literal["sample", "batch"] = "sample"
@@ -90,7 +110,6 @@ class LossConfig:
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
     standardise: bool = False
-    """Whether lessons compare logits that were standardised, row by row."""
 
 
 @dataclass
@@ -98,6 +117,7 @@ class MentorConfig:
     """A mentor: a name or a checkpoint, and how long it is trained if not as usual."""
 
     source: str = MISSING
+    """A network of the zoo, tv:NAME, timm:NAME, a checkpoint or a run folder."""
     epochs: int | None = None
     """That its schedule is made for; ``mentor_training.epochs`` where it is not given."""
     at: int | None = None
@@ -112,9 +132,11 @@ class Recipe:
     """
 
     student: str = ""
+    """A network of the zoo, or tv:NAME or timm:NAME with weights to be trained; ``--student``."""
     mentors: list[MentorConfig] = field(default_factory=list)
+    """Of which the first is the teacher for methods with one; ``--mentors``."""
     method: str = "classroom"
-    """What the student is trained by: one of `classroomkd.loss.methods.names()`."""
+    """What the student is trained by; ``classroomkd methods`` lists the methods."""
     method_options: dict[str, Any] = field(default_factory=dict)
     """Of a method other than the classroom, whose options are ``loss``."""
     alone: bool = True
@@ -126,6 +148,7 @@ class Recipe:
     )
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
+    """Of first weights, batches, augmentation and splits."""
     mentor_seed: int | None = None
     """Of the mentors' weights and batches; the ``seed`` where it is not given."""
     device: str | None = None
@@ -145,8 +168,9 @@ class Recipe:
     threads: int | None = None
     """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
     checkpoint_epochs: int = 1
+    """After how many epochs a training's state is saved."""
     checkpoint_minutes: float = 5.0
-    """A training's state is saved after so many epochs, and after so many minutes within one."""
+    """After how many minutes within an epoch it is saved too."""
     checkpoint_keep: int = 2
     """How many of a training's last states are kept until it is done."""
 
@@ -164,37 +188,47 @@ def load_recipe(
     be.
     """
     where = f"{file}: " if file else ""
+    method, item = "", ""
     try:
-        layers = [OmegaConf.structured(Recipe)]
-        if file is not None:
-            layers.append(_layer(yaml_mapping(file)))
+        begun, says_mentor_epochs = _begun(file, None if file is None else layers.read(file))
+        merged = deepcopy(begun)
         if values is not None:
-            layers.append(_layer(values))
-        merged = OmegaConf.merge(*layers)
+            given = layers.layer(values)
+            merged = OmegaConf.merge(merged, given)
+            says_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
+        method = chosen[-1] if chosen else merged.method
         for item in overrides:
             key, equals, _ = item.partition("=")
             if not equals:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
-                _override(merged, key, _value(item.removeprefix(f"{key}=")))
+                layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
-        if not _says_mentor_epochs(layers, overrides):
+        says_mentor_epochs |= any(
+            item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
+        )
+        if not says_mentor_epochs:
             merged.mentor_training.epochs = merged.training.epochs
         recipe = OmegaConf.to_object(merged)
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
-            key: _value(value) if isinstance(value, str) else value
+            key: layers.value_of(value) if isinstance(value, str) else value
             for key, value in recipe.method_options.items()
         }
     except UserError:
         raise
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        from classroomkd.training.keys import unknown_key  # which reads this module
+
+        raise UserError(f"{where}{unknown_key(error.full_key, method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
         key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{key}{_reason(error)}") from None
+        raise UserError(f"{where}{key}{layers.reason(error)}") from None
     _check(recipe, where)
     data = recipe.data
     if data.padding is None:
@@ -216,70 +250,31 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.structured(recipe))
 
 
-def yaml_mapping(file: Path) -> dict[str, Any]:
-    """What a YAML file holds; raises UserError if that is not a mapping."""
-    try:
-        content = yaml.safe_load(file.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file} holds no recipe, but a {type(content).__name__}")
-    return content
+def teaching(recipe: Recipe) -> list[MentorConfig]:
+    """The mentors that the method asks for: all, the first one, or none; all without a student."""
+    if not recipe.student:
+        return recipe.mentors
+    if recipe.method == "alone":
+        return []
+    return recipe.mentors[:1] if catalogue.entry(recipe.method).single_mentor else recipe.mentors
 
 
-def _says_mentor_epochs(layers: Sequence[Any], overrides: Sequence[str]) -> bool:
-    """Whether a file, values or overrides say for how long mentors are trained."""
-    keys = ("mentor_training.epochs=", "mentor_training=")
-    return any(item.startswith(keys) for item in overrides) or any(
-        OmegaConf.select(layer, "mentor_training.epochs") is not None for layer in layers[1:]
-    )
+def wherever(mentor: MentorConfig) -> MentorConfig:
+    """The same mentor, with a path that holds in any working folder."""
+    if is_checkpoint(mentor.source):
+        return replace(mentor, source=str(Path(mentor.source).expanduser().absolute()))
+    return mentor
 
 
-def _value(text: str) -> Any:
-    """As OmegaConf reads values, in which 1e-4 is a number."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
-
-
-def _reason(error: Exception) -> str:
-    """What OmegaConf says of a value, in words of recipes where it speaks of its own classes."""
-    text = str(error).splitlines()[0]
-    if "is not a ListConfig" in text:
-        return "must be a list, like [a,b]"
-    wrong = re.search(r"is not a subclass of (\w+)Config\. value: (.*)", text)
-    return f"{wrong[1].lower()} must be like {{name: value}}, not {wrong[2]}" if wrong else text
-
-
-def _override(recipe: Any, key: str, value: Any) -> None:
-    """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
-    if key == "mentors":
-        value = _layer({key: value})[key]
-    one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
-    if one and not 0 <= int(one[2]) < len(recipe.mentors):
-        raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
-    if one and one[3] in (None, "source") and isinstance(value, str):
-        others = {} if one[3] else {"epochs": None, "at": None}
-        key, value = one[1], others | _mentor(value)
-    OmegaConf.update(recipe, key, value)
-
-
-def _layer(values: Mapping[str, Any]) -> Any:
-    """Some of a recipe's values, where a mentor may be its name alone."""
-    values = dict(values)
-    if isinstance(values.get("mentors"), list):
-        values["mentors"] = [
-            _mentor(mentor) if isinstance(mentor, str) else mentor for mentor in values["mentors"]
-        ]
-    return OmegaConf.create(values)
-
-
-def _mentor(text: str) -> dict[str, Any]:
-    """A mentor as people write it: a name, a path, or ``resnet20@60``."""
-    name, _, epoch = text.rpartition("@")
-    if name and epoch.isdecimal() and not Path(text).exists():
-        return {"source": name, "at": int(epoch)}
-    return {"source": text}
+@cache  # merging takes long, and a plan of many runs has few files
+def _begun(file: Path | None, content: bytes | None) -> tuple[DictConfig, bool]:
+    """A file's values over the defaults, and whether it says for how long mentors are trained."""
+    defaults = OmegaConf.structured(Recipe)
+    if file is None or content is None:
+        return defaults, False
+    given = layers.layer(layers.yaml_mapping(file, content))
+    says_mentor_epochs = OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+    return OmegaConf.merge(defaults, given), says_mentor_epochs
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -365,17 +360,15 @@ def _check(recipe: Recipe, where: str) -> None:
         if not fine:
             raise UserError(f"{where}{key} must be {wanted}, not {value}")
     try:
-        create("classroom", **vars(recipe.loss))
+        LossOptions(**{k: v for k, v in vars(recipe.loss).items() if k != "standardise"})
     except (ValueError, TypeError) as error:
-        reason = str(error).removeprefix("method classroom: ")
-        raise UserError(f"{where}loss: {reason}") from None
+        raise UserError(f"{where}loss: {error}") from None
     if recipe.method == "classroom" and recipe.method_options:
         names = ", ".join(recipe.method_options)
         raise UserError(
             f"{where}method_options: the classroom's options are under loss, not {names}"
         )
-    if recipe.method != "classroom":
-        try:
-            create(recipe.method, **recipe.method_options)
-        except UserError as error:
-            raise UserError(f"{where}{error}") from None
+    try:
+        catalogue.check(recipe.method, recipe.method_options)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None

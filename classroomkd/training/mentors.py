@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
+from classroomkd.models.catalogue import is_checkpoint
 from classroomkd.training.config import MentorConfig
 
 
@@ -31,23 +32,6 @@ class Mentor:
     at: int | None
     network: nn.Module | None
     info: NetworkInfo | None
-
-
-def is_checkpoint(source: str) -> bool:
-    """Whether ``source`` means a file or run folder rather than a name of the zoo."""
-    path = Path(source)
-    return (
-        not models.is_external(source)
-        and source not in models.names()
-        and (path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"})
-    )
-
-
-def wherever(config: MentorConfig) -> MentorConfig:
-    """The same mentor, with a path that holds in any working folder."""
-    if is_checkpoint(config.source):
-        return replace(config, source=str(Path(config.source).expanduser().absolute()))
-    return config
 
 
 def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:

@@ -3,11 +3,18 @@
     method = create("kd", temperature=4.0)
     loss, report = method.backward(Outputs(student_logits), [Outputs(teacher_logits)], targets)
 
-A file a method; ``base`` has the interface and the terms that several share, ``registry`` all by
-name.
+A file a method; ``base`` has the interface and the terms that several share, ``registry`` builds
+one by its name, and ``catalogue`` says without torch which there are, and what they take.
 """
 
-from classroomkd.loss.methods.base import IGNORED, Method, Outputs
-from classroomkd.loss.methods.registry import create, names
+from typing import TYPE_CHECKING
+
+from classroomkd.lazy import exports
+from classroomkd.loss.methods.catalogue import names
+
+if TYPE_CHECKING:
+    from classroomkd.loss.methods.base import IGNORED, Method, Outputs
+    from classroomkd.loss.methods.registry import create
 
 __all__ = ["IGNORED", "Method", "Outputs", "create", "names"]
+__getattr__, __dir__ = exports(__name__, {"base": "IGNORED Method Outputs", "registry": "create"})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -42,12 +41,6 @@ class Method(nn.Module):
     """The outputs must hold features, and `prepare` be called before the first of them."""
     reports: ClassVar[bool] = False
     """`backward` gives a report."""
-
-    @classmethod
-    def options(cls) -> dict[str, Any]:
-        """The names of the options, and their defaults."""
-        parameters = inspect.signature(cls).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty}
 
     def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:
         """Make what depends on the shapes of features, those of the student and of each mentor.

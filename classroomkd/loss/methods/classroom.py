@@ -7,7 +7,6 @@ Learning Strategies* (IntelliSys 2025). The loss is `classroomkd.ClassroomLoss`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,6 @@ from classroomkd.loss.methods.base import (
     standardised,
 )
 from classroomkd.loss.module import ClassroomLoss
-from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:
@@ -40,7 +38,7 @@ class Classroom(Method):
     confidence and task loss of the raw logits.
 
     Args:
-        standardise: see above.
+        standardise: compare z-scores of the rows of logits in the lessons, as said above.
         mentor_weight, process_group, **options: those of ClassroomLoss; reduction is not "none".
 
     """
@@ -75,11 +73,6 @@ class Classroom(Method):
             self.lessons = loss(mentor_weight, task_weight=0.0)
             # The student as its own only mentor, of no weight: only the task is left.
             self.task = loss([0.0])
-
-    @classmethod
-    def options(cls) -> dict[str, Any]:
-        """Those of ClassroomLoss too."""
-        return super().options() | {field.name: field.default for field in fields(LossOptions)}
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The loss; targets may be class probabilities [B, C] too."""

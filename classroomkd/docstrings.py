@@ -1,0 +1,63 @@
+"""What docstrings say of options, read from the source, so that what has them is not imported."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def module(file: Path) -> ast.Module:
+    """The parsed source of a module."""
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
+    """The class or function ``name`` of a module."""
+    return next(node for node in module(file).body if getattr(node, "name", None) == name)
+
+
+def summary(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
+    """The first paragraph of a docstring, in one line."""
+    return _joined((ast.get_docstring(node) or "").partition("\n\n")[0])
+
+
+def fields(node: ast.ClassDef) -> dict[str, str]:
+    """Each annotated field of a class with the docstring below it, empty where there is none."""
+    meanings: dict[str, str] = {}
+    for field, below in zip(node.body, [*node.body[1:], None], strict=True):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+            text = below.value.value if _is_text(below) else ""
+            meanings[field.target.id] = _joined(inspect.cleandoc(text))
+    return meanings
+
+
+def arguments(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
+    """What the section "Args:" of a docstring says of each argument."""
+    lines = (ast.get_docstring(node) or "").partition("\nArgs:\n")[2].splitlines()
+    meanings: dict[str, str] = {}
+    names: list[str] = []
+    for line in lines:
+        if line and not line.startswith(" "):  # the next section
+            break
+        if begins := re.match(r" {4}(\w[\w*, ]*): (.*)", line):
+            names = begins[1].split(", ")
+            meanings |= dict.fromkeys(names, begins[2])
+        elif names and line:
+            meanings |= {name: f"{meanings[name]} {line.strip()}" for name in names}
+    return meanings
+
+
+def _is_text(node: ast.stmt | None) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
+
+
+def _joined(text: str) -> str:
+    return " ".join(text.split())

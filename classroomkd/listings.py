@@ -1,0 +1,76 @@
+"""The commands that list what there is. None of them needs torch."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import textwrap
+
+from classroomkd.models.catalogue import SIZES
+from classroomkd.recipes import find, names
+
+
+def recipes(_: argparse.Namespace) -> None:
+    """Print the packaged recipes."""
+    from classroomkd.training.layers import mentor, read, yaml_mapping
+
+    lines = [("recipe", "student", "mentors")]
+    for name in names():
+        file = find(name)
+        values = yaml_mapping(file, read(file))
+        mentors = (m if isinstance(m, dict) else mentor(m) for m in values["mentors"])
+        lines.append((name, values["student"], " ".join(each["source"] for each in mentors)))
+    first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for name, student, mentors in lines:  # too long for a table of 80 characters
+        print(f"{name:{first}}  {student:{second}}  {mentors}")
+
+
+def models(_: argparse.Namespace) -> None:
+    """Print the zoo."""
+    print("network        parameters with 100 classes")
+    for name, size in SIZES.items():
+        print(f"{name:15}{size.parameters:>27,}")
+    print("\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights")
+
+
+def methods(_: argparse.Namespace) -> None:
+    """Print every method, what it is, and its options."""
+    from classroomkd.loss.methods import catalogue
+    from classroomkd.training.keys import options
+
+    for name in catalogue.names():
+        entry = catalogue.entry(name)
+        print(f"method={name}")
+        heard = " Only the first mentor teaches." if entry.single_mentor else ""
+        for paragraph in (f"{entry.title}{heard}", f"loss: {entry.loss}", entry.source):
+            _print(paragraph, 2)
+        for key in options(name):
+            print(f"    {key.name}={key.value}  ({key.kind})")
+            _print(key.meaning, 6)
+        print()
+    print("The values are the defaults; classroomkd train takes others in the same form.")
+
+
+def config(arguments: argparse.Namespace) -> None:
+    """Print every key of a recipe with its value, what it may be, and its meaning."""
+    from classroomkd.training.config import Recipe, load_recipe
+    from classroomkd.training.keys import keys
+
+    for key in keys(load_recipe(find(arguments.recipe)) if arguments.recipe else Recipe()):
+        print(f"{key.name}{'' if key.value is None else f'={key.value}'}  ({key.kind})")
+        _print(key.meaning, 4)
+
+
+def _print(text: str, indent: int) -> None:
+    """Print a paragraph of a docstring."""
+    text = text.replace("``", "")
+    width = min(shutil.get_terminal_size().columns, 100)
+    margin = " " * indent
+    for line in textwrap.wrap(
+        text[:1].upper() + text[1:],
+        max(width, 40),
+        initial_indent=margin,
+        subsequent_indent=margin,
+        break_on_hyphens=False,
+    ):
+        print(line)

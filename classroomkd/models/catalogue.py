@@ -1,0 +1,74 @@
+"""What is known of networks by their names, without building one, which takes torch."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import NamedTuple
+
+from classroomkd.errors import UserError
+
+
+class Size(NamedTuple):
+    """Of a network with 100 classes, on one image of 32×32 pixels."""
+
+    parameters: int
+    flops: int
+    """Floating-point operations of a forward pass, as `torch.utils.flop_counter` counts them."""
+
+
+SIZES = {
+    "resnet8": Size(83_892, 25_014_784),
+    "resnet14": Size(181_108, 53_326_336),
+    "resnet20": Size(278_324, 81_637_888),
+    "resnet32": Size(472_756, 138_260_992),
+    "resnet44": Size(667_188, 194_884_096),
+    "resnet56": Size(861_620, 251_507_200),
+    "resnet110": Size(1_736_564, 506_311_168),
+    "resnet8x4": Size(1_233_540, 354_142_208),
+    "resnet32x4": Size(7_433_860, 2_166_081_536),
+    "resnet34": Size(21_328_292, 2_318_897_152),
+    "resnet50": Size(23_705_252, 2_596_028_416),
+    "wrn_16_1": Size(180_916, 53_326_336),
+    "wrn_16_2": Size(703_284, 202_236_928),
+    "wrn_16_8": Size(11_007_540, 3_096_383_488),
+    "wrn_28_10": Size(36_536_884, 10_486_772_736),
+    "wrn_40_1": Size(569_780, 166_572_544),
+    "wrn_40_2": Size(2_255_156, 655_221_760),
+    "vgg8": Size(3_965_028, 192_385_024),
+    "vgg11": Size(9_277_284, 418_877_440),
+    "vgg13": Size(9_462_180, 569_872_384),
+    "vgg16": Size(14_774_436, 796_364_800),
+    "vgg19": Size(20_086_692, 1_022_857_216),
+    "mobilenetv2": Size(812_836, 13_047_296),
+    "shufflenetv1": Size(949_258, 77_382_912),
+    "shufflenetv2": Size(1_355_528, 89_008_896),
+}
+"""The zoo, in the order in which it is listed."""
+
+
+def names() -> list[str]:
+    """The names of the zoo's networks."""
+    return list(SIZES)
+
+
+def is_external(name: str) -> bool:
+    """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
+    return name.startswith(("tv:", "timm:"))
+
+
+def is_checkpoint(source: str) -> bool:
+    """Whether ``source`` means a file or run folder rather than a network by its name."""
+    path = Path(source)
+    return (
+        not is_external(source)
+        and source not in SIZES
+        and (path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"})
+    )
+
+
+def require_known(name: str) -> None:
+    """Raise UserError, with the nearest names, if the zoo has no network ``name``."""
+    if name not in SIZES:
+        nearest = ", ".join(difflib.get_close_matches(name.lower(), SIZES, cutoff=0.0))
+        raise UserError(f"no network is called {name!r}; the nearest names are {nearest}")
