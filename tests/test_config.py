@@ -8,7 +8,9 @@ import yaml
 
 from classroomkd import cli
 from classroomkd.errors import UserError
+from classroomkd.loss.methods import catalogue
 from classroomkd.training.config import MentorConfig, Recipe, load_recipe, to_dict
+from classroomkd.training.keys import keys
 
 FILE = """
 student: mobilenetv2
@@ -77,8 +79,8 @@ def test_defaults_are_the_published_recipe():
     ("override", "message"),
     [
         ("training.epochs=many", "training.epochs: Value 'many' .* Integer"),
-        ("training.epoch=3", "training.epoch: Key 'epoch' not in 'TrainingConfig'"),
-        ("trainings=3", "Key 'trainings' not in 'Recipe'"),
+        ("training.epoch=3", r"no key training\.epoch: did you mean training\.epochs=3\?$"),
+        ("trainings=3", "no key trainings: classroomkd config lists all keys$"),
         ("loss.ranking=class", "loss.ranking: .*'class'.*'sample', 'batch'"),
         ("loss.temperature=0", "loss: temperature must be greater than 0"),
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
@@ -109,6 +111,58 @@ def test_values_that_cannot_be(file, override, message):
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(file, [override])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("temperature=4", "did you mean loss.temperature=4?"),
+        ("method=kd temperature=4", "did you mean method_options.temperature=4?"),
+        ("temperature=4 method=kd", "did you mean method_options.temperature=4?"),
+        ("method=dkd alpha=2", "did you mean method_options.alpha=2?"),
+        ("method=dkd method_options.alpa=2", "temperature, alpha, beta, ce_weight"),
+        ("alpha=2", "method_options.alpha is for method=ca_mkd, method=dtkd or method=dkd"),
+        ("method=dkd ranking=batch", "loss.ranking is for method=classroom"),
+        (
+            "weight_decay=0",
+            "did you mean training.weight_decay=0 or mentor_training.weight_decay=0?",
+        ),
+        ("mentor.weight_decay=0", "mentor_training.weight_decay=0 or training.weight_decay=0?"),
+        ("training.weigth_decay=1", "did you mean training.weight_decay=1?"),
+        ("training={epoch: 3}", "no key training.epoch: did you mean training.epochs?"),
+        ("mentors.1.epoch=3", "did you mean mentors.1.epochs=3"),
+        ("cutuot=8", "did you mean data.cutout=8?"),
+    ],
+)
+def test_a_key_that_there_is_not_hints_at_those_there_are(file, override, hint):
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, override.split() if "{" not in override else [override])
+    assert hint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_with_a_key_that_there_is_not(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("method: kd\ntemperature: 3\n")
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert (
+        str(caught.value) == f"{path}: there is no key temperature: did you mean loss.temperature?"
+    )
+
+
+@pytest.mark.parametrize("method", ["classroom", *sorted({*catalogue.names()} - {"classroom"})])
+def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file, method):
+    recipe = load_recipe(file, [f"method={method}", "mentors.0=resnet50@7"])
+    listed = keys(recipe)
+    assert all(key.meaning and key.kind for key in listed)
+    of_all = [key for key in listed if key.value is not None]
+    assert {key.name for key in listed} - {key.name for key in of_all} == {
+        f"mentors.N.{name}" for name in ("source", "epochs", "at")
+    }
+    again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
+    assert again.method_options == catalogue.entry(method).options or method == "classroom"
+    assert replace(again, method_options={}) == recipe
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import math
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
-from classroomkd.loss import ClassroomLoss
-from classroomkd.loss.methods import Outputs, create, names
+from classroomkd.loss import ClassroomLoss, classroom_loss
+from classroomkd.loss.methods import Outputs, catalogue, create, names
+from classroomkd.loss.options import LossOptions
 
 B, C, M = 7, 6, 3
 IGNORED_ROWS = (1, 4)
@@ -737,13 +740,34 @@ def test_mistakes_are_told_in_a_line(name: str, options: dict, message: str) -> 
 
 @pytest.mark.parametrize("name", names())
 def test_every_number_among_the_options_is_checked(name: str) -> None:
-    options = create(name).options()
+    options = catalogue.entry(name).options
     for option, default in options.items():
         if not isinstance(default, float):
             continue
         for wrong in (-1, math.nan, math.inf, "4", True, None):
             with pytest.raises(UserError, match=f"^method {name}: {option} must"):
                 create(name, **{option: wrong})
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_catalogue_says_what_the_classes_are(name: str) -> None:
+    """It reads them from the source, so that listing them takes no torch."""
+    entry, method = catalogue.entry(name), type(create(name))
+    of_class = inspect.signature(method).parameters
+    options = {p.name: p.default for p in of_class.values() if p.default is not p.empty}
+    if name == "classroom":
+        options |= {field.name: field.default for field in fields(LossOptions)}
+        loss = inspect.signature(classroom_loss).parameters
+        assert {option: loss[option].default for option in options if option != "standardise"} == {
+            option: value for option, value in options.items() if option != "standardise"
+        }
+    assert entry.options == options
+    assert list(entry.meanings) == list(options)
+    assert all(entry.meanings.values())
+    assert entry.single_mentor == method.single_mentor
+    assert entry.loss in " ".join(method.__doc__.split())
+    assert entry.title
+    assert bool(entry.source) == (name != "alone")
 
 
 def test_classroom_options_are_named() -> None:

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from classroomkd.errors import UserError
 from classroomkd.models import create, names
+from classroomkd.models.catalogue import SIZES, Size
+from classroomkd.models.registry import ZOO
 from zoo_weights import fill, probe
 
 DATA = Path(__file__).parent / "data"
@@ -28,6 +31,19 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 def test_names_are_the_reference_zoo() -> None:
     assert sorted(names()) == sorted(SHAPES) == sorted(LOGITS)
+
+
+def test_the_catalogue_says_how_large_the_networks_are() -> None:
+    """So that listing them takes no torch."""
+    sizes = {}
+    for name in ZOO:
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model = create(name).eval()
+            model(torch.empty(1, 3, 32, 32))
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        sizes[name] = Size(parameters, counter.get_total_flops())
+    assert sizes == SIZES
+    assert list(sizes) == names()
 
 
 @pytest.mark.parametrize("name", sorted(SHAPES))

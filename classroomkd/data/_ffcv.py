@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-import torch
-
 from classroomkd.errors import UserError
 
 
@@ -48,6 +46,7 @@ def import_ffcv() -> ModuleType:
 def kept_threads() -> Iterator[None]:
     """Within it torch's and numba's thread counts may change: they are put back at the end."""
     import numba
+    import torch
 
     torch_threads, numba_threads = torch.get_num_threads(), numba.get_num_threads()
     try:

@@ -14,7 +14,6 @@ from classroomkd.data import (
     NAMED_SOURCES,
     ImageFiles,
     ImageSet,
-    channel_statistics,
     cifar,
     join,
     list_source,
@@ -64,6 +63,8 @@ def info(arguments: argparse.Namespace) -> None:
         low, high = of_class.min(), of_class.max()
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
         print(f"{name:<15}{of_class.sum():>9,} images, {each} of each class")
+    from classroomkd.data import channel_statistics  # which takes torch
+
     mean, std = channel_statistics(first)
     of = "the images in it" if len(parts) == 1 else "the training part"
     print(f"{'mean':<15}{_three(mean)}  (red, green, blue of {of}, scaled to 0..1)")

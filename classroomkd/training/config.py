@@ -269,12 +269,11 @@ def wherever(mentor: MentorConfig) -> MentorConfig:
 @cache  # merging takes long, and a plan of many runs has few files
 def _begun(file: Path | None, content: bytes | None) -> tuple[DictConfig, bool]:
     """A file's values over the defaults, and whether it says for how long mentors are trained."""
-    defaults = OmegaConf.structured(Recipe)
     if file is None or content is None:
-        return defaults, False
+        return OmegaConf.structured(Recipe), False
     given = layers.layer(layers.yaml_mapping(file, content))
     says_mentor_epochs = OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    return OmegaConf.merge(defaults, given), says_mentor_epochs
+    return OmegaConf.merge(_begun(None, None)[0], given), says_mentor_epochs
 
 
 def _check(recipe: Recipe, where: str) -> None:
