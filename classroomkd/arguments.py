@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
         known = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)
         name = option.removeprefix("--").replace("-", "_")
         keys = self.keys(name) if self.keys else []
-        if keys and (not known or any(key.rpartition(".")[2] == name for key in keys)):
+        if keys and (not known or _last(keys[0]) == _last(name)):
             if not equals:
                 following = args[args.index(unknown) + 1 :]
                 value = next((text for text in following[:1] if not text.startswith("-")), "VALUE")
@@ -61,6 +61,10 @@ class Parser(argparse.ArgumentParser):
         if self.names:
             self.epilog = self.names()
         return super().format_help()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 import textwrap
 
@@ -63,7 +64,7 @@ def config(arguments: argparse.Namespace) -> None:
 
 def _print(text: str, indent: int) -> None:
     """Print a paragraph of a docstring."""
-    text = text.replace("``", "")
+    text = re.sub(r"\*([^*]+)\*", r"\1", text.replace("`", ""))  # without the markup
     width = min(shutil.get_terminal_size().columns, 100)
     margin = " " * indent
     for line in textwrap.wrap(

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import textwrap
-from collections.abc import Iterable
 from typing import Any
 
-from classroomkd import __version__
+from classroomkd import __version__, names
 from classroomkd.arguments import (
     COUNT,
     DEFAULT_IMAGE_SIZE,
@@ -153,8 +150,8 @@ def make_parser() -> Parser:
 
 def _add_recipe_options(parser: Parser) -> None:
     """What makes a recipe. None has a default, for those are the recipe's."""
-    parser.names = _networks
-    parser.keys = _keys
+    parser.names = names.networks
+    parser.keys = names.keys
     parser.intermixed = True
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the networks' lines
     parser.argument_default = argparse.SUPPRESS
@@ -238,10 +235,10 @@ def _add_recipe_options(parser: Parser) -> None:
 def _add_reproduce(commands: Any) -> None:
     what = "run the students of a table, and write it with the published numbers beside"
     parser = command_of(commands, "classroomkd.reproduce.commands", "reproduce", what)
-    parser.keys = _keys_of_tables
+    parser.keys = names.keys_of_tables
     parser.intermixed = True
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
-    parser.names = _variants
+    parser.names = names.variants
     parser.add_argument(
         "table",
         metavar="TABLE",
@@ -303,55 +300,6 @@ def _add_reproduce(commands: Any) -> None:
     parser.add_argument(
         "--plan", action="store_true", help="show what is done and what is left, and run nothing"
     )
-
-
-def _networks() -> str:
-    """How networks are named."""
-    from classroomkd.models import names
-
-    return _wrapped(
-        [
-            "networks:",
-            "  NAME          of the zoo: " + ", ".join(names()),
-            "  tv:NAME       of torchvision, like tv:resnet34; a mentor comes with its pretrained "
-            "weights, a student is trained from new ones",
-            "  timm:NAME     of timm, likewise",
-            "  NAME@60       a mentor: what the network was after epoch 60 of its training",
-            "  PATH          a mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
-            "dict), or the folder of a run, for its student",
-        ],
-        indent=16,
-    )
-
-
-def _keys(name: str) -> list[str]:
-    from classroomkd.training.keys import suggestions
-
-    return suggestions(name)
-
-
-def _keys_of_tables(name: str) -> list[str]:
-    from classroomkd.reproduce.plan import DECIDED
-
-    return [key for key in _keys(name) if key not in DECIDED]
-
-
-def _wrapped(lines: Iterable[str], indent: int = 2) -> str:
-    width = min(shutil.get_terminal_size().columns, 100) - 2
-    return "\n".join(
-        textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False)
-        for line in lines
-    )
-
-
-def _variants() -> str:
-    """The names of every table's variants."""
-    from classroomkd.loss.methods import names
-    from classroomkd.reproduce.tables import TABLES, variant_names
-
-    lines = [f"methods: {', '.join(names())}"]
-    lines += [f"variants of {table}: {', '.join(variant_names(table))}" for table in TABLES]
-    return _wrapped(lines)
 
 
 def _add_data_commands(commands: Any) -> None:

@@ -49,22 +49,22 @@ class DataConfig:
     validation: float = 0.1
     """Share of the training images split off by the seed to choose on; nobody trains on it."""
     split_seed: int | None = None
-    """Of both splits; the recipe's ``seed`` where it is not given."""
+    """The seed of both splits; the recipe's ``seed`` where it is not given."""
     crop: Literal["pad", "resize"] = "pad"
     """How training images are cropped at random: "pad" decodes all at the image size first, and
     crops from within a border; "resize" decodes photographs when they are used, and resizes a part
     of them, for evaluation their centre."""
     padding: int | None = None
-    """Of the crop "pad", in pixels; an eighth of the image size where it is not given."""
+    """The border of the crop "pad", in pixels; an eighth of the image size where it is not given."""
     flip: bool = True
-    """Whether every other training image is mirrored, at random."""
+    """Whether half of the training images, at random, are mirrored."""
     cutout: int = 0
     """Side of the erased square in pixels; 0 is none."""
     mean: list[float] | None = None
-    """Per RGB channel, of values scaled to 0..1; where not given the training images' own, or with
+    """Of each RGB channel, of values scaled to 0..1; where not given the training images' own, or with
     the crop "resize" ImageNet's."""
     std: list[float] | None = None
-    """The standard deviations, likewise; given together with ``mean``."""
+    """The standard deviations, likewise; given with ``mean``."""
     loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
     """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
     in memory, else "torch"."""
@@ -75,7 +75,7 @@ class TrainingConfig:
     """How a network is trained: by stochastic gradient descent on a schedule (see ``schedule``)."""
 
     epochs: int = 240
-    """Of the mentors as many as of the student, where only those are given."""
+    """Mentors are trained for as many as the student, where only its own are given."""
     batch_size: int = 64
     """Images a step, over all processes together."""
     learning_rate: float | None = 0.05
@@ -86,13 +86,13 @@ class TrainingConfig:
     milestones: list[float] = field(default_factory=lambda: [5 / 8, 6 / 8, 7 / 8])
     """Shares of the training after which "classroom" and "steps" divide the rate by ten."""
     warmup_epochs: float = 0.0
-    """Over which the rate rises from 0."""
+    """Epochs over which the rate rises from 0."""
     momentum: float = 0.9
-    """Of stochastic gradient descent."""
+    """That of stochastic gradient descent."""
     nesterov: bool = False
-    """Whether that is Nesterov's momentum."""
+    """Whether it is Nesterov's momentum."""
     weight_decay: float = 5e-4
-    """The factor of the L2 penalty, whose gradient is added to that of the loss."""
+    """This times each weight is added to the weight's gradient."""
     decay_norms_and_biases: bool = True
     """Whether batch norms and biases decay too."""
 
@@ -119,7 +119,7 @@ class MentorConfig:
     source: str = MISSING
     """A network of the zoo, tv:NAME, timm:NAME, a checkpoint or a run folder."""
     epochs: int | None = None
-    """That its schedule is made for; ``mentor_training.epochs`` where it is not given."""
+    """The epochs that its schedule is made for; ``mentor_training.epochs`` where it is not given."""
     at: int | None = None
     """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
 
@@ -134,11 +134,11 @@ class Recipe:
     student: str = ""
     """A network of the zoo, or tv:NAME or timm:NAME with weights to be trained; ``--student``."""
     mentors: list[MentorConfig] = field(default_factory=list)
-    """Of which the first is the teacher for methods with one; ``--mentors``."""
+    """By name; the first is the teacher of methods that have one; ``--mentors``."""
     method: str = "classroom"
     """What the student is trained by; ``classroomkd methods`` lists the methods."""
     method_options: dict[str, Any] = field(default_factory=dict)
-    """Of a method other than the classroom, whose options are ``loss``."""
+    """The options of another method than the classroom, whose own are under ``loss``."""
     alone: bool = True
     """Whether the student is also trained without mentors, to compare."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -148,13 +148,13 @@ class Recipe:
     )
     loss: LossConfig = field(default_factory=LossConfig)
     seed: int = 0
-    """Of first weights, batches, augmentation and splits."""
+    """The seed of first weights, batches, augmentation and splits."""
     mentor_seed: int | None = None
-    """Of the mentors' weights and batches; the ``seed`` where it is not given."""
+    """The seed of the mentors' weights and batches; the ``seed`` where it is not given."""
     device: str | None = None
     """As torch names it; the GPU if there is one, where it is not given."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of activations; "auto" is bfloat16 on GPUs that have it."""
+    """The dtype of activations; "auto" is bfloat16 on GPUs that have it."""
     compile: bool = False
     """Whether student and mentors go through torch.compile."""
     cuda_graph: bool = True
@@ -166,7 +166,7 @@ class Recipe:
     tensorboard: bool = False
     """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
     threads: int | None = None
-    """Of the CPU, on which a run's bits depend; torch's own number where it is not given."""
+    """Threads of the CPU, on which a run's bits depend; as many as torch takes if not given."""
     checkpoint_epochs: int = 1
     """After how many epochs a training's state is saved."""
     checkpoint_minutes: float = 5.0

@@ -38,7 +38,7 @@ class Classroom(Method):
     confidence and task loss of the raw logits.
 
     Args:
-        standardise: compare z-scores of the rows of logits in the lessons, as said above.
+        standardise: whether the lessons compare z-scores of the rows of logits.
         mentor_weight, process_group, **options: those of ClassroomLoss; reduction is not "none".
 
     """
