@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,9 @@ from PIL import Image
 from torch import nn
 
 from classroomkd import cli
+from classroomkd.loss import methods
 from classroomkd.models import NetworkInfo, create, names, save_network
+from classroomkd.reproduce.tables import TABLES
 from classroomkd.training.checkpoints import Checkpoints
 from classroomkd.training.trainer import Trainer
 
@@ -165,6 +168,10 @@ def test_evaluate_measures_on_the_split_of_the_run(
         assert cli.main(["evaluate", str(file), "--data", str(one_folder)]) == 0
         numbers = measured(capsys.readouterr().out)
         assert (numbers["images"], numbers["loss"]) == (18, pytest.approx(loss, abs=6e-5))
+        assert cli.main(["evaluate", str(file)]) == 0  # likewise, on the run's own images
+        output = capsys.readouterr().out
+        assert f"on the held-out part of {one_folder}, as in its run:\n" in output
+        assert measured(output) == numbers
     # Elsewhere the defaults hold, and the command line overrides both.
     (tmp_path / "copy.safetensors").write_bytes((out / "student.safetensors").read_bytes())
     for file, options, images in (
@@ -173,6 +180,23 @@ def test_evaluate_measures_on_the_split_of_the_run(
     ):
         assert cli.main(["evaluate", str(file), "--data", str(one_folder), *options]) == 0
         assert measured(capsys.readouterr().out)["images"] == images
+
+
+def test_evaluate_without_data_needs_a_run_whose_images_are_there(tmp_path, capsys):
+    data, out = write_classes(tmp_path / "data", 4), tmp_path / "run"
+    assert train(data, out, "alone=false") == 0
+    torch.save(create("resnet8", 3).state_dict(), out / "theirs.pth")
+    (tmp_path / "copy.safetensors").write_bytes((out / "student.safetensors").read_bytes())
+    data.rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    message = error_of(capsys, cli.main(["evaluate", str(out)]))
+    assert message == f"the images of the run are no longer at {data}: give --data"
+    (tmp_path / "elsewhere").rename(data)
+    message = error_of(capsys, cli.main(["evaluate", str(out / "theirs.pth")]))
+    assert "theirs.pth is of no run" in message
+    message = error_of(capsys, cli.main(["evaluate", str(tmp_path / "copy.safetensors")]))
+    assert "--data is required" in message
+    assert "copy.safetensors lies in no run folder" in message
 
 
 def test_evaluate_of_a_foreign_checkpoint_says_what_it_assumes(split, tmp_path, capsys):
@@ -258,8 +282,141 @@ def test_models_lists_the_zoo(capsys):
 def test_help_of_train_names_the_zoo(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
-    listed = capsys.readouterr().out.split("networks of the zoo:")[1]
-    assert re.findall(r"\w+", listed) == names()
+    listed = capsys.readouterr().out.split("\nnetworks:\n")[1]
+    assert re.findall(r"^  (\S+)", listed, re.MULTILINE) == [
+        *("NAME", "tv:NAME", "timm:NAME", "NAME@60", "PATH")
+    ]
+    zoo = re.search(r"of the zoo: ([\w\s,]+)\n  tv:", listed)
+    assert re.findall(r"\w+", zoo[1]) == names()
+
+
+def test_methods_lists_them_with_their_options(capsys):
+    assert cli.main(["methods"]) == 0
+    text = capsys.readouterr().out
+    assert re.findall(r"^method=(\w+)$", text, re.MULTILINE) == methods.names()
+    of_at = text.split("method=at\n")[1]
+    assert "Paying More Attention to Attention" in of_at
+    for part in ("Only the first mentor teaches.", "method_options.beta=1000.0  (a number)"):
+        assert part in of_at
+    assert "loss.ranking=sample  (sample or batch)" in text
+
+
+def test_config_lists_the_values_of_a_recipe(tmp_path, capsys):
+    assert cli.main(["config"]) == 0
+    defaults = capsys.readouterr().out
+    assert "\ntraining.epochs=240  (a whole number)\n    Mentors are" in defaults
+    assert "\ndata.padding=null  (a whole number or null)\n" in defaults
+    (tmp_path / "own.yaml").write_text("{method: kd, mentors: [vgg8@9], training: {epochs: 30}}")
+    assert cli.main(["config", str(tmp_path / "own.yaml")]) == 0
+    own = capsys.readouterr().out
+    for line in ("training.epochs=30", "mentors=[vgg8@9]", "method_options.temperature=4.0"):
+        assert f"\n{line}  (" in own
+    assert cli.main(["config", "small-larg-batch"]) == 2
+    assert "the nearest are small-large-batch" in capsys.readouterr().err
+
+
+def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The command in a process in which torch, and what else takes long, cannot be imported."""
+    blocked = ("torch", "torchvision", "triton", "numba", "sklearn", "timm", "plotly")
+    code = (
+        f"import sys; sys.modules |= dict.fromkeys({blocked}); "
+        "from classroomkd.cli import main; sys.exit(main())"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "--help",
+        "--version",
+        "train --help",
+        "reproduce --help",
+        "recipes",
+        "models",
+        "methods",
+        "config",
+        "config cifar100/large-batch",
+        *(f"reproduce {table} --plan" for table in TABLES),
+        "reproduce main --plan --devices cpu cpu --classrooms small --seeds 0",
+    ],
+)
+def test_what_needs_no_torch_does_not_import_it(tmp_path, command):
+    done = without_torch(*command.split(), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("train --data absent {networks}", "no such folder: {cwd}/absent"),
+        ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),
+        (
+            "train --data {data} --student resnet9 --mentors resnet8",
+            "called 'resnet9'; the nearest",
+        ),
+        ("train --data {data} {networks} --out used", "used is not empty"),
+        ("train --data {data} {networks} temperature=4", "did you mean loss.temperature=4?"),
+        ("train --data {data} {networks} loss.temperature=0", "temperature must be"),
+        ("train --method kd", "given as method=kd (see"),
+        ("train --resume absent", "no run to go on with in absent"),
+        ("mentors --data absent --mentors resnet8 --at-once 2", "no such folder: {cwd}/absent"),
+        ("evaluate absent --data {data}", "there is no checkpoint absent"),
+        ("evaluate used --data absent", "no such folder: absent"),
+        ("evaluate used", "--data is required: used lies in no run folder"),
+        ("reproduce main --data absent", "no folder at {cwd}/absent"),
+        ("data info absent", "no such folder: absent"),
+    ],
+)
+def test_a_bad_path_is_found_without_torch(split, tmp_path, command, message):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    values = {"data": split, "cwd": tmp_path, "networks": "--student resnet8 --mentors resnet20"}
+    done = without_torch(*command.format(**values).split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message.format(**values) in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_package_itself_takes_nothing_and_its_loss_torch_alone():
+    code = """
+import sys
+import classroomkd
+assert "torch" not in sys.modules
+assert {*classroomkd.__all__} <= {*dir(classroomkd)}
+loss = classroomkd.fused_classroom_loss
+assert "torch" in sys.modules
+assert not {"triton", "numba", "torchvision", "omegaconf", "PIL"} & {*sys.modules}
+from classroomkd import *
+from classroomkd.loss.fused import fused_classroom_loss as its
+assert fused_classroom_loss is loss is its and ClassroomLoss().options.temperature == 12
+import pickle, torch
+report = ClassroomReport(*torch.zeros(6))
+assert type(pickle.loads(pickle.dumps(report))) is ClassroomReport
+try:
+    classroomkd.fused_loss
+except AttributeError as error:
+    assert "module 'classroomkd' has no attribute 'fused_loss'" in str(error)
+else:
+    raise AssertionError
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "package", ["classroomkd", *(f"classroomkd.{name}" for name in ("loss", "models", "report"))]
+)
+def test_every_name_of_a_package_is_there(package):
+    module = import_module(package)
+    assert all(hasattr(module, name) for name in module.__all__)
 
 
 def test_output_that_is_not_read_to_its_end(split: Path, tmp_path: Path):
@@ -406,6 +563,31 @@ def test_an_unknown_option_points_to_its_command(capsys, command):
     assert message == f"unrecognized arguments: --nonsense (see classroomkd {name} --help)"
 
 
+@pytest.mark.parametrize(
+    ("command", "hint"),
+    [
+        ("train --method kd", "values of a recipe are given as method=kd"),
+        ("train --mentors resnet8 --cutout=8", "given as data.cutout=8"),
+        (
+            "train --weight-decay 1e-4",
+            "given as training.weight_decay=1e-4 or mentor_training.weight_decay=1e-4",
+        ),
+        ("train --loss.weighting", "given as loss.weighting=VALUE"),
+        ("mentors --mentor-seed 3", "given as mentor_seed=3"),
+        ("train --schedul cosine", "given as training.schedule=cosine or mentor_training."),
+        ("reproduce main --temperature 4", "given as loss.temperature=4"),
+        ("reproduce main --method kd", "did you mean --methods?"),
+        ("train --sudent x", "did you mean --student?"),
+        ("quickstart --epoch 3", "did you mean --epochs?"),
+        ("data info x --image-sise 8", "did you mean --image-size?"),
+    ],
+)
+def test_an_unknown_option_hints_at_what_was_meant(capsys, command, hint):
+    message = error_of(capsys, cli.main(command.split()))
+    assert message.startswith("unrecognized arguments: --")
+    assert hint in message
+
+
 def test_a_table_is_all_that_reproduce_wants(capsys):
     assert "required: TABLE (see" in error_of(capsys, cli.main(["reproduce"]))
 
@@ -528,7 +710,7 @@ def test_a_quickstart_can_be_evaluated(tmp_path: Path, capsys):
     assert cli.main(["quickstart", "--epochs", "1", "--out", str(run)]) == 0
     summary = json.loads((run / "summary.json").read_text())
     capsys.readouterr()
-    assert cli.main(["evaluate", str(run), "--data", "digits"]) == 0
+    assert cli.main(["evaluate", str(run)]) == 0
     text = capsys.readouterr().out
     assert "images  599 of 1797 (held out by seed 0" in text
     assert f"top-1   {summary['results'][-1]['top1']:.2%}" in text

@@ -16,13 +16,16 @@ from typing import ClassVar
 
 import psutil
 import pytest
+import torch
 import yaml
 from rich.console import Console
 from test_cli import write_classes
+from torch.utils.flop_counter import FlopCounterMode
 
 from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.files import lock
+from classroomkd.models import create
 from classroomkd.recipes import find
 from classroomkd.reproduce import runner
 from classroomkd.reproduce.page import markdown
@@ -127,6 +130,21 @@ def test_work_is_counted_by_hand():
     convolutions += (9 + 1) * 16 * 32 * 16**2 + 9 * 32 * 32 * 16**2
     convolutions += (9 + 1) * 32 * 64 * 8**2 + 9 * 64 * 64 * 8**2
     assert forward_flops("resnet8", 32) == 2 * (convolutions + 64 * 100)
+
+
+@pytest.mark.parametrize("size", [16, 48, 224])
+@pytest.mark.parametrize("network", ["resnet8", "vgg8", "mobilenetv2", "shufflenetv1"])
+def test_work_at_other_sizes_is_nearly_what_is_counted(network, size):
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        create(network).eval()(torch.empty(1, 3, size, size))
+    counted = counter.get_total_flops()
+    assert 0.94 * counted <= forward_flops(network, size) <= 1.02 * counted
+
+
+def test_work_of_other_networks_is_counted():
+    in_layers = 1_814_073_344 - 512 * 1000  # torchvision gives 1.81 billion, with 1000 classes
+    assert forward_flops("tv:resnet18", 224) == 2 * (in_layers + 512 * 100)
+    assert forward_flops("a/b.pt", 32) == 0
 
 
 def test_epochs_scale_students_and_mentors(tiny):

@@ -55,13 +55,13 @@ class DataConfig:
     crops from within a border; "resize" decodes photographs when they are used, and resizes a part
     of them, for evaluation their centre."""
     padding: int | None = None
-    """The border of the crop "pad", in pixels; an eighth of the image size where it is not given."""
+    """The border of the crop "pad", in pixels; an eighth of the image size if not given."""
     flip: bool = True
     """Whether half of the training images, at random, are mirrored."""
     cutout: int = 0
     """Side of the erased square in pixels; 0 is none."""
     mean: list[float] | None = None
-    """Of each RGB channel, of values scaled to 0..1; where not given the training images' own, or with
+    """Of each RGB channel, of values scaled to 0..1; if not given the training images' own, or with
     the crop "resize" ImageNet's."""
     std: list[float] | None = None
     """The standard deviations, likewise; given with ``mean``."""
@@ -119,7 +119,7 @@ class MentorConfig:
     source: str = MISSING
     """A network of the zoo, tv:NAME, timm:NAME, a checkpoint or a run folder."""
     epochs: int | None = None
-    """The epochs that its schedule is made for; ``mentor_training.epochs`` where it is not given."""
+    """The epochs that its schedule is made for; ``mentor_training.epochs`` if not given."""
     at: int | None = None
     """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
 

@@ -17,7 +17,7 @@ from classroomkd import docstrings
 from classroomkd.errors import UserError
 from classroomkd.loss.options import LossOptions
 
-_CLASSES = {
+CLASSES = {
     "alone": "Alone",
     "classroom": "Classroom",
     "kd": "KD",
@@ -47,15 +47,15 @@ class Entry:
 
 def names() -> list[str]:
     """The names of the methods."""
-    return list(_CLASSES)
+    return list(CLASSES)
 
 
 def class_of(name: str) -> tuple[str, str]:
     """The module and the class of a method; UserError, with the nearest names, if there is none."""
-    if name not in _CLASSES:
-        nearest = ", ".join(difflib.get_close_matches(str(name).lower(), _CLASSES, cutoff=0.0))
+    if name not in CLASSES:
+        nearest = ", ".join(difflib.get_close_matches(str(name).lower(), CLASSES, cutoff=0.0))
         raise UserError(f"no method is called {name!r}; the nearest names are {nearest}")
-    return f"classroomkd.loss.methods.{name}", _CLASSES[name]
+    return f"classroomkd.loss.methods.{name}", CLASSES[name]
 
 
 @cache
@@ -79,7 +79,7 @@ def entry(name: str) -> Entry:
         source=" ".join(rest.split()),
         single_mentor=_flag(found, "single_mentor"),
         options=options,
-        meanings={option: meanings[option] for option in options},
+        meanings={option: meanings.get(option, "") for option in options},
     )
 
 
