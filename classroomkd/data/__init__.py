@@ -53,13 +53,14 @@ __all__ = [
     "load_source",
     "split_off",
 ]
-__getattr__, __dir__ = exports(  # what takes torch, or asks for FFCV
-    __name__,
-    {
-        "backends": "BACKENDS Loaders",
-        "ffcv_loader": "FFCVLoader",
-        "loader": "Loader channel_statistics",
-        "resident": "ResidentLoader",
-        "torch_loader": "TorchLoader",
-    },
-)
+if not TYPE_CHECKING:  # checkers would take every name to be there
+    __getattr__, __dir__ = exports(  # what takes torch, or asks for FFCV
+        __name__,
+        {
+            "backends": "BACKENDS Loaders",
+            "ffcv_loader": "FFCVLoader",
+            "loader": "Loader channel_statistics",
+            "resident": "ResidentLoader",
+            "torch_loader": "TorchLoader",
+        },
+    )

@@ -26,11 +26,12 @@ __all__ = [
     "save_network",
     "student_file",
 ]
-__getattr__, __dir__ = exports(
-    __name__,
-    {
-        "checkpoint": "load_network save_network student_file",
-        "external": "load_pretrained",
-        "registry": "create",
-    },
-)
+if not TYPE_CHECKING:  # checkers would take every name to be there
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "checkpoint": "load_network save_network student_file",
+            "external": "load_pretrained",
+            "registry": "create",
+        },
+    )

@@ -17,4 +17,7 @@ if TYPE_CHECKING:
     from classroomkd.loss.methods.registry import create
 
 __all__ = ["IGNORED", "Method", "Outputs", "create", "names"]
-__getattr__, __dir__ = exports(__name__, {"base": "IGNORED Method Outputs", "registry": "create"})
+if not TYPE_CHECKING:  # checkers would take every name to be there
+    __getattr__, __dir__ = exports(
+        __name__, {"base": "IGNORED Method Outputs", "registry": "create"}
+    )
