@@ -331,7 +331,10 @@ def _add_data_commands(commands: Any) -> None:
 
     def add_packing(parser: Parser) -> None:
         parser.add_argument(
-            "--part", choices=("train", "test", "all"), default="train", help=_DEFAULT
+            "--part",
+            choices=("train", "validation", "test", "all"),
+            default="train",
+            help=_DEFAULT,
         )
         add_loading(parser)
         parser.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from classroomkd.data import (
     NAMED_SOURCES,
     ImageFiles,
     ImageSet,
+    Parts,
     cifar,
+    decode,
     join,
-    list_source,
-    load_source,
+    list_parts,
+    load_parts,
 )
 from classroomkd.data import beton as betons
 from classroomkd.data._ffcv import import_ffcv
@@ -26,7 +29,12 @@ from classroomkd.data.decode import read_size, resize, square
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 
-_PARTS = {"train": "the training part", "test": "the held-out part", "all": "both parts"}
+_PARTS = {
+    "train": "the training part",
+    "validation": "the validation part",
+    "test": "the held-out part",
+    "all": "all parts",
+}
 _IMAGE_SIZE = 32
 _LISTED = 20  # classes that are listed with their counts, and that a contact sheet shows
 _COLUMNS = 10  # images of a class on a contact sheet
@@ -40,12 +48,13 @@ def info(arguments: argparse.Namespace) -> None:
         check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
     if arguments.source not in NAMED_SOURCES and path.is_file():
+        folders: Mapping[str, str] = {}
         image_set, sizes = _load_beton(path, arguments.image_size)
         parts = {"images in it": image_set}
     else:
-        train, test = _load(arguments)
-        parts = {"training part": train, "held-out part": test}
-        sizes = _file_sizes(path, arguments)
+        found, sizes = _load_with_sizes(path, arguments)
+        folders = found.folders
+        parts = {_PARTS[name].removeprefix("the "): part for name, part in found.sets().items()}
     first = next(iter(parts.values()))
     height, width = first.images.shape[1:3]
     print(f"{arguments.source}: {len(first.classes)} classes")
@@ -59,10 +68,12 @@ def info(arguments: argparse.Namespace) -> None:
     counts = {
         name: np.bincount(part.targets, minlength=len(part.classes)) for name, part in parts.items()
     }
+    of_part = {_PARTS[part].removeprefix("the "): folder for part, folder in folders.items()}
     for name, of_class in counts.items():
         low, high = of_class.min(), of_class.max()
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        print(f"{name:<15}{of_class.sum():>9,} images, {each} of each class")
+        origin = f", from {of_part[name]}" if name in of_part else ""
+        print(f"{name:<15} {of_class.sum():>8,} images, {each} of each class{origin}")
     from classroomkd.data import channel_statistics  # which takes torch
 
     mean, std = channel_statistics(first)
@@ -124,29 +135,49 @@ def _photo_options(arguments: argparse.Namespace) -> dict[str, int | None]:
 
 
 def _part(arguments: argparse.Namespace) -> ImageSet | ImageFiles:
-    train, test = _list(arguments) if arguments.photos else _load(arguments)
+    parts = (_list(arguments) if arguments.photos else _load(arguments)).sets()
     if arguments.part == "all":
-        return join(train, test)
-    return train if arguments.part == "train" else test
+        return join(*parts.values())
+    if arguments.part not in parts:
+        raise UserError(f"{arguments.source} has no val/ beside a test/: there is no such --part")
+    return parts[arguments.part]
 
 
-def _list(arguments: argparse.Namespace) -> tuple[ImageFiles, ImageFiles]:
+def _list(arguments: argparse.Namespace) -> Parts[ImageFiles]:
     if arguments.source in NAMED_SOURCES:
         raise UserError(f"the {arguments.source} are no photographs: leave out --photos")
-    return list_source(arguments.source, arguments.seed, arguments.test_share)
+    return list_parts(arguments.source, arguments.seed, arguments.test_share)
 
 
-def _load(arguments: argparse.Namespace) -> tuple[ImageSet, ImageSet]:
-    """Both parts of a data set, in memory."""
+def _load(arguments: argparse.Namespace) -> Parts[ImageSet]:
+    """All parts of a data set, in memory."""
     size, split = arguments.image_size, (arguments.seed, arguments.test_share)
     if arguments.source not in NAMED_SOURCES:
-        return load_source(
+        return load_parts(
             arguments.source, image_size=size or _IMAGE_SIZE, seed=split[0], test_share=split[1]
         )
-    parts = NAMED_SOURCES[arguments.source](*split)
+    parts = NAMED_SOURCES[arguments.source].read(*split)
     if size is None:
-        return parts
-    return tuple(ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts)
+        return Parts(*parts)
+    return Parts(
+        *(ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts)
+    )
+
+
+def _load_with_sizes(
+    path: Path, arguments: argparse.Namespace
+) -> tuple[Parts[ImageSet], np.ndarray]:
+    """All parts in memory, and height and width of the original images, [N, 2]."""
+    if arguments.source in NAMED_SOURCES:
+        train, _ = NAMED_SOURCES[arguments.source].read(arguments.seed, arguments.test_share)
+        return _load(arguments), np.array([train.images.shape[1:3]])
+    if path.is_dir() and cifar.find(path):
+        return _load(arguments), np.array([[cifar.SIDE, cifar.SIDE]])
+    listed = _list(arguments)  # once: it says what it passes over
+    parts = decode(listed, arguments.image_size or _IMAGE_SIZE)
+    files = join(*listed.sets().values()).files
+    with ThreadPoolExecutor() as pool:
+        return parts, np.array(list(pool.map(read_size, files, chunksize=64)))
 
 
 def _load_beton(path: Path, size: int | None) -> tuple[ImageSet, np.ndarray]:
@@ -159,18 +190,6 @@ def _load_beton(path: Path, size: int | None) -> tuple[ImageSet, np.ndarray]:
     for i in range(len(beton)):
         images[i] = beton[i][0] if size is None else square(beton[i][0], size)
     return ImageSet(images, beton.targets, beton.classes), sizes
-
-
-def _file_sizes(path: Path, arguments: argparse.Namespace) -> np.ndarray:
-    """Height and width of the original images, [N, 2]."""
-    if arguments.source in NAMED_SOURCES:
-        train, _ = NAMED_SOURCES[arguments.source](arguments.seed, arguments.test_share)
-        return np.array([train.images.shape[1:3]])
-    if cifar.find(path):
-        return np.array([[cifar.SIDE, cifar.SIDE]])
-    files = join(*list_source(path, arguments.seed, arguments.test_share)).files
-    with ThreadPoolExecutor() as pool:
-        return np.array(list(pool.map(read_size, files, chunksize=64)))
 
 
 def _three(values: tuple[float, float, float]) -> str:

@@ -124,18 +124,19 @@ def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
     object.__setattr__(image_set, "classes", classes)
 
 
-_Set = TypeVar("_Set", ImageSet, ImageFiles)
+AnySet = TypeVar("AnySet", ImageSet, ImageFiles)
 
 
-def join(first: _Set, second: _Set) -> _Set:
-    """The images of both parts of a data set, in order."""
-    targets = np.concatenate((first.targets, second.targets))
-    if isinstance(first, ImageFiles):
-        return ImageFiles(first.files + second.files, targets, first.classes)
-    return ImageSet(np.concatenate((first.images, second.images)), targets, first.classes)
+def join(*parts: AnySet) -> AnySet:
+    """The images of all parts of a data set, in order."""
+    targets = np.concatenate([part.targets for part in parts])
+    if isinstance(parts[0], ImageFiles):
+        files = [file for part in parts for file in part.files]
+        return ImageFiles(files, targets, parts[0].classes)
+    return ImageSet(np.concatenate([part.images for part in parts]), targets, parts[0].classes)
 
 
-def select(image_set: _Set, mask: np.ndarray) -> _Set:
+def select(image_set: AnySet, mask: np.ndarray) -> AnySet:
     """The samples that ``mask``, bool [N], is set for, in order."""
     targets = image_set.targets[mask]
     if isinstance(image_set, ImageFiles):

@@ -5,17 +5,43 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Generic, NamedTuple
 
 import numpy as np
 
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
 from classroomkd.data.decode import SUFFIXES, read_files, resize
-from classroomkd.data.image_sets import ImageFiles, ImageSet, select
+from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
 LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
+_PARTS = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation"),
+    "test": ("test", "testing"),
+}
+"""The names, in lower case, of the folders that hold the parts of a data set."""
+
+
+class Parts(NamedTuple, Generic[AnySet]):
+    """A data set: its training and held-out part, and what it brings along to validate on, if so.
+
+    ``folders`` names the folder of each part ("train", "validation", "test") that has one.
+    """
+
+    train: AnySet
+    test: AnySet
+    validation: AnySet | None = None
+    folders: Mapping[str, str] = MappingProxyType({})
+
+    def sets(self) -> dict[str, AnySet]:
+        """The parts that there are, by name, the held-out part last."""
+        sets = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: part for name, part in sets.items() if part is not None}
 
 
 def load_source(
@@ -30,14 +56,17 @@ def load_source(
 
     ``path`` is one of
 
-    - a folder with ``train/`` and ``test/`` or ``val/`` (of these two, ``test/`` where both exist),
-      each with a folder of images a class;
+    - a folder with ``train/`` and ``test/`` or ``val/`` (of these two, ``test/`` where both exist;
+      `load_parts` gives the images of ``val/`` too), each with a folder of images a class;
     - a folder with a folder of images a class, of which each class gives the share ``test_share``
       (at least one image, at most all but one), chosen by ``seed``, to the held-out part;
     - the folder of CIFAR-10's or CIFAR-100's Python files, or the folder around it.
 
-    Images are PNG, JPEG or WebP; a line on stderr counts the files passed over for being neither.
-    The classes are the sorted folder names, the files of a class in natural order (2 before 10), so
+    The parts' folders may also be called ``training``, ``testing``, ``valid`` and ``validation``,
+    in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class; hidden
+    files and folders are left out, and lines on stderr count other files that are passed over.
+    The classes are the sorted folder names, the files of a class in natural order (2 before 10),
+    those of a folder before those of its sub-folders, so
     the arrays are the same on every machine. Photographs are turned upright, transparent pixels
     laid on white, 16-bit grey scaled to 8 bits; an image of another size gives its largest centred
     square, resampled to ``image_size`` with an antialiasing (Lanczos) filter.
@@ -45,23 +74,59 @@ def load_source(
     ``download`` ("cifar10" or "cifar100") fetches that set into ``path`` first, if not there.
 
     Raises UserError, naming the path, if there is no such data, an image is damaged, there are
-    fewer than two classes, the classes of the two parts differ, or a class is too small to split.
+    fewer than two classes, the classes of two parts differ, a class is too small to split, or it
+    cannot be told which folder is which part.
     """
+    parts = _load(path, image_size, seed, test_share, download, validation=False)
+    return parts.train, parts.test
+
+
+def load_parts(
+    path: Path | str,
+    *,
+    image_size: int = 32,
+    seed: int = 0,
+    test_share: float = 0.2,
+    download: str | None = None,
+) -> Parts[ImageSet]:
+    """As `load_source`, with the images of ``val/`` where that lies beside ``test/``."""
+    return _load(path, image_size, seed, test_share, download, validation=True)
+
+
+def _load(
+    path: Path | str,
+    image_size: int,
+    seed: int,
+    test_share: float,
+    download: str | None,
+    validation: bool,
+) -> Parts[ImageSet]:
     if not 1 <= image_size <= LARGEST:
         raise UserError(f"the image size must be within 1..{LARGEST} pixels, got {image_size}")
     path = _folder(path, test_share, download)
     found = cifar.find(path, download)
     if found:
         train, test, classes = cifar.read(*found)
-        return tuple(
-            ImageSet(resize(part[0], image_size), part[1], classes) for part in (train, test)
+        return Parts(
+            *(ImageSet(resize(part[0], image_size), part[1], classes) for part in (train, test))
         )
-    train, test = _list_folders(path, seed, test_share)
-    images = read_files(train.files + test.files, image_size)
-    return (
-        ImageSet(images[: len(train)], train.targets, train.classes),
-        ImageSet(images[len(train) :], test.targets, test.classes),
-    )
+    parts = _list_folders(path, seed, test_share)
+    return decode(parts if validation else parts._replace(validation=None), image_size)
+
+
+def decode(parts: Parts[ImageFiles], image_size: int) -> Parts[ImageSet]:
+    """The images of all parts in memory, at ``image_size`` × ``image_size`` pixels.
+
+    Raises UserError, naming the file, if an image is damaged.
+    """
+    listed = parts.sets()
+    images = read_files([file for part in listed.values() for file in part.files], image_size)
+    decoded, start = {}, 0
+    for name, part in listed.items():
+        end = start + len(part)
+        decoded[name] = ImageSet(images[start:end], part.targets, part.classes)
+        start = end
+    return Parts(**decoded, folders=parts.folders)
 
 
 def is_split_by_seed(path: Path | str) -> bool:
@@ -69,7 +134,7 @@ def is_split_by_seed(path: Path | str) -> bool:
     if str(path) in NAMED_SOURCES:
         return True
     path = Path(path).expanduser()
-    return cifar.find(path) is None and "train" not in _subfolders(path)
+    return cifar.find(path) is None and "train" not in _part_folders(path)
 
 
 def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet]:
@@ -90,8 +155,19 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
     return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
 
 
-NAMED_SOURCES = {"digits": digits}
-"""What the command line takes by a word instead of a path: functions of seed and held-out share."""
+class NamedSource(NamedTuple):
+    """A data set that has a word instead of a path.
+
+    ``read`` takes a seed and the held-out share; ``flip`` is whether a mirrored image still shows
+    its class, so that training mirrors images where a recipe does not say.
+    """
+
+    read: Callable[[int, float], tuple[ImageSet, ImageSet]]
+    flip: bool
+
+
+NAMED_SOURCES = {"digits": NamedSource(digits, flip=False)}
+"""What the command line takes by a word instead of a path."""
 
 
 def list_source(
@@ -102,6 +178,12 @@ def list_source(
     Folders, classes, order and split are those of `load_source`; each image keeps its own size.
     Raises UserError as `load_source` does, but finds a damaged image only when it is asked for.
     """
+    parts = list_parts(path, seed, test_share)
+    return parts.train, parts.test
+
+
+def list_parts(path: Path | str, seed: int = 0, test_share: float = 0.2) -> Parts[ImageFiles]:
+    """As `list_source`, with the files of ``val/`` where that lies beside ``test/``."""
     path = _folder(path, test_share)
     if cifar.find(path):
         raise UserError(f"{path} holds CIFAR's Python files: there are no image files to list")
@@ -124,48 +206,98 @@ def _folder(path: Path | str, test_share: float, download: str | None = None) ->
     return path
 
 
-def _list_folders(path: Path, seed: int, test_share: float) -> tuple[ImageFiles, ImageFiles]:
-    folders = _subfolders(path)
-    if "train" in folders:
-        held_out = next((path / name for name in ("test", "val") if name in folders), None)
-        if held_out is None:
+def _part_folders(path: Path) -> dict[str, Path]:
+    """The folders below ``path`` that are named like parts of a data set, by the part."""
+    found: dict[str, Path] = {}
+    for name in _subfolders(path):
+        for part in (part for part, names in _PARTS.items() if name.lower() in names):
+            if part in found:
+                raise UserError(
+                    f"{found[part]} and {path / name} are both named like the {part} part: remove "
+                    "or rename one"
+                )
+            found[part] = path / name
+    return found
+
+
+def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]:
+    folders = _part_folders(path)
+    train = folders.get("train")
+    if train is None:
+        for folder in folders.values():
             raise UserError(
-                f"{path} has train/ but neither test/ nor val/: give {path / 'train'} to split it "
-                "by seed (or rename train/ if it is a class)"
+                f"{folder} is named like a part of a data set, but there is no train/ beside it: "
+                f"name the folder of the training images {path / 'train'} (or rename "
+                f"{folder.name}/ if it is a class)"
             )
-        train, others = _list_classes(path / "train")
-        test, test_others = _list_classes(held_out)
-        others += test_others
-        for name in sorted(set(test.classes) - set(train.classes)):
-            raise UserError(f"the class {name!r} is in {held_out} but not in {path / 'train'}")
-        for name in sorted(set(train.classes) - set(test.classes)):
-            raise UserError(f"the class {name!r} is in {path / 'train'} but not in {held_out}")
-    else:
-        both, others = _list_classes(path)
+        both, passed_over = _list_classes(path)
         mask = _held_out(both.targets, both.classes, seed, test_share, path)
-        train, test = select(both, ~mask), select(both, mask)
-    if others:
-        print(
-            f"files passed over, as not PNG, JPEG or WebP: {len(others)} ({others[0]} for one)",
-            file=sys.stderr,
+        passed_over.tell()
+        return Parts(select(both, ~mask), select(both, mask))
+    if len(folders) == 1:
+        raise UserError(
+            f"{path} has {train.name}/ but neither test/ nor val/: give {train} to split it "
+            f"by seed (or rename {train.name}/ if it is a class)"
         )
-    return train, test
+    if "test" not in folders:
+        folders["test"] = folders.pop("validation")
+    passed_over = _PassedOver([path / name for name in _subfolders(path)], [], [])
+    listed = {}
+    for part, folder in folders.items():
+        passed_over.folders.remove(folder)
+        listed[part], others = _list_classes(folder)
+        passed_over.others.extend(others.others)
+        passed_over.loose.extend(others.loose)
+    classes = set(listed["train"].classes)
+    for part, folder in folders.items():
+        for name in sorted(set(listed[part].classes) - classes):
+            raise UserError(f"the class {name!r} is in {folder} but not in {train}")
+        for name in sorted(classes - set(listed[part].classes)):
+            raise UserError(f"the class {name!r} is in {train} but not in {folder}")
+    passed_over.tell()
+    names = {part: f"{folder.name}/" for part, folder in folders.items()}
+    return Parts(**listed, folders=names)
+
+
+class _PassedOver(NamedTuple):
+    """What lies in a data set and is not used: folders, images in no class folder, other files."""
+
+    folders: list[Path]
+    loose: list[Path]
+    others: list[Path]
+
+    def tell(self) -> None:
+        for what, paths in (
+            ("folders passed over, as neither training, validation nor test part", self.folders),
+            ("images passed over, as in no class folder", self.loose),
+            ("files passed over, as not PNG, JPEG or WebP", self.others),
+        ):
+            if paths:
+                print(f"{what}: {len(paths)} ({paths[0]} for one)", file=sys.stderr)
 
 
 def _subfolders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
 
 
-def _file_names(path: Path) -> tuple[list[str], list[str]]:
-    """A folder's image files in natural order, in which digits compare as numbers, and the others.
+def _is_hidden(name: str) -> bool:
+    """Whether people do not see it; Macs put ``__MACOSX`` with metadata into archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
-    Hidden files are neither.
-    """
+
+def _natural(name: str) -> tuple[list[int | str], str]:
+    """The key of natural order, in which digits compare as numbers."""
+    parts = re.split("([0-9]+)", name)
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def _files(path: Path) -> tuple[list[Path], list[Path]]:
+    """A folder's image files in natural order, and the other files; hidden files are neither."""
     images, others = [], []
     with os.scandir(path) as entries:
         for entry in entries:
-            if entry.name.startswith(".") or entry.is_dir():
+            if _is_hidden(entry.name) or entry.is_dir():
                 continue
             is_image = entry.name.lower().endswith(SUFFIXES)
             if is_image and not entry.is_file():
@@ -173,15 +305,22 @@ def _file_names(path: Path) -> tuple[list[str], list[str]]:
                     f"{path / entry.name} is no file, or a link to one that is not there: remove it"
                 )
             (images if is_image else others).append(entry.name)
-
-    def natural(name: str) -> tuple[list[int | str], str]:
-        parts = re.split("([0-9]+)", name)
-        return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
-
-    return sorted(images, key=natural), sorted(others)
+    images, others = sorted(images, key=_natural), sorted(others)
+    return [path / name for name in images], [path / name for name in others]
 
 
-def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
+def _folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
+    """``path`` and all folders below it, also through links, but not round in circles."""
+    status = path.stat()
+    this = status.st_dev, status.st_ino
+    if this in above:
+        return
+    yield path
+    for name in sorted(_subfolders(path), key=_natural):
+        yield from _folders_below(path / name, (*above, this))
+
+
+def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
     """The image files below ``path`` with their classes, and the other files."""
     classes = _subfolders(path)
     if not classes:
@@ -189,17 +328,20 @@ def _list_classes(path: Path) -> tuple[ImageFiles, list[Path]]:
             f"no class folders in {path}: put the images of each class in a folder of its own, in "
             f"{path.name}/cat/ and {path.name}/dog/ for two"
         )
-    files, targets, others = [], [], []
+    files, targets = [], []
+    loose, others = _files(path)
     for target, name in enumerate(classes):
-        names, other_names = _file_names(path / name)
-        if not names:
+        before = len(files)
+        for folder in _folders_below(path / name):
+            images, other_files = _files(folder)
+            files += images
+            others += other_files
+        if len(files) == before:
             raise UserError(f"no PNG, JPEG or WebP images in the class folder {path / name}")
-        files += [path / name / file for file in names]
-        targets += [target] * len(names)
-        others += [path / name / file for file in other_names]
+        targets += [target] * (len(files) - before)
     if len(classes) == 1:
         raise UserError(f"only one class, {classes[0]!r}, in {path}: at least two are needed")
-    return ImageFiles(files, np.array(targets, np.int64), classes), others
+    return ImageFiles(files, np.array(targets, np.int64), classes), _PassedOver([], loose, others)
 
 
 def split_off(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,8 +96,15 @@ class Classroom:
         test_set: ImageSet | ImageFiles,
         out: Path,
         resume: bool = False,
+        *,
+        validation_set: ImageSet | ImageFiles | None = None,
+        folders: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
+
+        What the student's best epoch is chosen on is ``validation_set``, or where that is None a
+        share of ``train_set``; nothing if the recipe's ``data.validation`` is 0. ``folders`` names
+        the folder of each part that has one, for the user.
 
         With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
         same end: on a CPU bit for bit.
@@ -131,9 +139,16 @@ class Classroom:
                     self._print(f"{what} was trained on images of {own}×{own} pixels")
         try:
             sets = {"train": train_set, "test": test_set}
-            if data.validation:
+            if data.validation and validation_set is not None:
+                sets["validation"] = validation_set
+            elif data.validation:
                 sets["train"], sets["validation"] = split_off(
                     train_set, data.validation, split_seed(recipe)
+                )
+            elif validation_set is not None:
+                self._print(
+                    f"{folders.get('validation', 'the validation part')} is not used: "
+                    "data.validation is 0"
                 )
             for name, images in sets.items():
                 if len(images) < self.processes.world_size:
@@ -162,7 +177,11 @@ class Classroom:
                 digests = {name: images.digest() for name, images in sets.items()}
                 run.require_same(self._inputs(digests))
                 self.processes.wait()
-                counts = ", ".join(f"{len(images):,} {name}" for name, images in sets.items())
+                counts = ", ".join(
+                    f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+                    for name in ("train", "validation", "test")
+                    if name in sets
+                )
                 self._print(
                     f"images: {counts}, of {len(train_set.classes)} classes; "
                     f"{device_name(self.device)}; run in {out}"
@@ -309,6 +328,13 @@ class Classroom:
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _origin(part: str, folders: Mapping[str, str]) -> str:
+    """Where a part of the images comes from, to be put behind its name."""
+    if part in folders:
+        return f" ({folders[part]})"
+    return f" (split off {folders['train']})" if folders else ""
 
 
 def _phases(recipe: Recipe) -> list[str]:

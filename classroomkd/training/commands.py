@@ -43,7 +43,6 @@ def quickstart(arguments: argparse.Namespace) -> None:
             "data": {
                 "source": "digits",
                 "image_size": 16,
-                "flip": False,  # a mirrored digit is no digit
                 "test_share": 1 / 3,
                 "validation": 0.0,  # nothing is chosen
                 "loader": arguments.loader,
@@ -197,7 +196,7 @@ def _hold(
     if out is None and classroom.processes.together:
         raise UserError("several processes need to be told where to write: give --out")
     classroom.processes.wait()  # until each has looked at the folder
-    _report(classroom, classroom.run(*_read_data(recipe, download), folder), folder)
+    _run(classroom, _read_data(recipe, download), folder)
 
 
 def _resume(out: Path) -> None:
@@ -210,7 +209,7 @@ def _resume(out: Path) -> None:
     recipe = load_recipe(unfinished(out))
     _require_images(recipe.data.source)
     classroom = _classroom(recipe)
-    _report(classroom, classroom.run(*_read_data(recipe), out, resume=True), out)
+    _run(classroom, _read_data(recipe), out, resume=True)
 
 
 def _classroom(recipe: Recipe) -> Classroom:
@@ -227,9 +226,12 @@ def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
     return read_images(recipe.data, split_seed(recipe), download)
 
 
-def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
+def _run(classroom: Classroom, sets: Sets, out: Path, resume: bool = False) -> None:
     from classroomkd.report import results_table
 
+    summary = classroom.run(
+        sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
+    )
     classroom.console.print(results_table(summary))
     classroom.console.print(
         f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
@@ -267,7 +269,8 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     data = DataConfig(source, image_size, test_share=split["test_share"])
     data.crop = "resize" if photos else "pad"
-    train_set, test_set = read_images(data, split["seed"])
+    sets = read_images(data, split["seed"])
+    train_set, test_set = sets.train, sets.test
     if info is None:
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
@@ -278,7 +281,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
     network.to(device, memory_format=torch.channels_last)
-    images = join(train_set, test_set) if arguments.all else test_set
+    images = join(*sets.sets().values()) if arguments.all else test_set
     loaders = open_loaders(loader, [images], image_size, device)
     with evaluation_loader(loaders, images, info) as batches:
         result = measure(network, batches)

@@ -47,7 +47,8 @@ class DataConfig:
     test_share: float = 0.2
     """Held out of a data set without a test part, by the seed."""
     validation: float = 0.1
-    """Share of the training images split off by the seed to choose on; nobody trains on it."""
+    """Share of the training images split off by the seed to choose on; nobody trains on it. A
+    source with ``val/`` beside ``test/`` gives the images of ``val/`` instead, unless it is 0."""
     split_seed: int | None = None
     """The seed of both splits; the recipe's ``seed`` where it is not given."""
     crop: Literal["pad", "resize"] = "pad"
@@ -56,8 +57,9 @@ class DataConfig:
     of them, for evaluation their centre."""
     padding: int | None = None
     """The border of the crop "pad", in pixels; an eighth of the image size if not given."""
-    flip: bool = True
-    """Whether half of the training images, at random, are mirrored."""
+    flip: bool | None = None
+    """Whether half of the training images, at random, are mirrored; if not given, all but
+    digits are."""
     cutout: int = 0
     """Side of the erased square in pixels; 0 is none."""
     mean: list[float] | None = None
@@ -233,6 +235,8 @@ def load_recipe(
     data = recipe.data
     if data.padding is None:
         data.padding = data.image_size // 8
+    if data.flip is None:
+        data.flip = data.source not in NAMED_SOURCES or NAMED_SOURCES[data.source].flip
     if data.crop == "resize" and data.mean is None:
         data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
     if data.source not in ("", *NAMED_SOURCES):

@@ -11,32 +11,33 @@ from classroomkd.data import (
     ImageFiles,
     ImageSet,
     Loaders,
+    Parts,
     RandomResizedCrop,
-    list_source,
-    load_source,
+    list_parts,
+    load_parts,
 )
 from classroomkd.errors import UserError
 from classroomkd.training.config import DataConfig
 
-Sets = tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]
+Sets = Parts[ImageSet] | Parts[ImageFiles]
 
 _MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
 
 
 def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
-    """The training and the held-out part, split by ``seed`` where the source does not say.
+    """The parts of the images, split by ``seed`` where the source does not say.
 
     They are decoded at ``data.image_size``, or files still, to be cropped and resized. Raises
-    UserError as `load_source` and `list_source` do, or if there are no files to crop.
+    UserError as `load_parts` and `list_parts` do, or if there are no files to crop.
     """
     if data.crop == "resize":
         if data.source in NAMED_SOURCES or download is not None:
             source = download or f"the {data.source}"
             raise UserError(f"{source} are no photographs to crop and resize: take data.crop=pad")
-        return list_source(data.source, seed, data.test_share)
+        return list_parts(data.source, seed, data.test_share)
     if data.source in NAMED_SOURCES:
-        return NAMED_SOURCES[data.source](seed, data.test_share)
-    return load_source(
+        return Parts(*NAMED_SOURCES[data.source].read(seed, data.test_share))
+    return load_parts(
         data.source,
         image_size=data.image_size,
         seed=seed,

@@ -137,6 +137,9 @@ class NetworkTrainer:
                 keeps_best=role.phase != "mentor",
             )
             saver.restore(self.notify)
+            if (trainer.epoch, trainer.batch) != (1, 0) and trainer.epoch <= role.last:
+                within = f", batch {trainer.batch + 1} of {len(loader)}" if trainer.batch else ""
+                self.notify(f"{called}: resuming from epoch {trainer.epoch}{within}")
             self.run.take_up(saver.records)
             self.progress.skip((trainer.epoch - 1) * len(loader) + trainer.batch)
             measured = None
