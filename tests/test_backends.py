@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 from ffcv_required import requires_ffcv
+from patience import LAST_RESORT
 from rich.console import Console
 from test_loaders import MEAN, STD, random_set
 
@@ -117,7 +118,7 @@ def test_a_set_is_packed_by_one_at_a_time(cache, monkeypatch, locked):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(LAST_RESORT)
     assert len(packings) == 1
     beton.verify(backends.packed(random_set()), random_set())
 

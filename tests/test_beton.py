@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from ffcv_required import requires_ffcv
+from patience import LAST_RESORT
 from PIL import Image
 
 from classroomkd.data import ImageFiles, ImageSet, beton_file
@@ -238,7 +239,10 @@ def stock(tmp_path_factory):
     pack(random_set(), folder / "raw.beton")
     pack(smooth, folder / "jpeg.beton", jpeg=True)
     done = subprocess.run(
-        [sys.executable, "-c", STOCK, str(folder)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", STOCK, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=LAST_RESORT,
     )
     assert done.returncode == 0, done.stderr
     return folder
@@ -308,7 +312,10 @@ gc.collect()
 def test_import_leaves_the_process_as_it_was(packed):
     """Nor is anything printed when code that was compiled before is collected."""
     done = subprocess.run(
-        [sys.executable, "-c", IMPORT, str(packed)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", IMPORT, str(packed)],
+        capture_output=True,
+        text=True,
+        timeout=LAST_RESORT,
     )
     assert (done.returncode, done.stderr) == (0, "")
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from patience import LAST_RESORT
 from PIL import Image
 from torch import nn
 
@@ -103,7 +104,7 @@ def test_quickstart_from_the_command_line(tmp_path: Path):
         env={**os.environ, "COLUMNS": "100"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LAST_RESORT,
     )
     assert (done.returncode, done.stderr) == (0, "")
     run = tmp_path / "runs" / "quickstart"
@@ -427,7 +428,7 @@ def test_output_that_is_not_read_to_its_end(split: Path, tmp_path: Path):
         [sys.executable, "-m", "classroomkd", "evaluate", file, "--data", split],
         stdout=writer,
         stderr=subprocess.PIPE,
-        timeout=120,
+        timeout=LAST_RESORT,
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (141, b"")
@@ -627,7 +628,7 @@ def test_error_in_a_process_of_its_own(tmp_path: Path):
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LAST_RESORT,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(r"classroomkd: error: .*absent\.pt.*\n", done.stderr)

@@ -1,6 +1,7 @@
 """Sources: files, arrays and data sets, decoded at once or on use."""
 
 import contextlib
+import hashlib
 import io
 import os
 import pickle
@@ -20,11 +21,14 @@ from classroomkd.data import (
     from_dataset,
     is_split_by_seed,
     join,
+    list_parts,
     list_source,
+    load_parts,
     load_source,
 )
 from classroomkd.data.decode import read_size
 from classroomkd.errors import UserError
+from classroomkd.torchvision import import_torchvision
 
 # ---------------------------------------------------------------- making small data sets
 
@@ -165,10 +169,123 @@ def test_one_class_only(tmp_path):
 
 
 def test_train_without_held_out_part(tmp_path):
-    make_tree(tmp_path, parts=["train", "valid"])
+    make_tree(tmp_path, parts=["train", "dev"])
     message = error_of(tmp_path)
     assert f"{tmp_path} has train/ but neither test/ nor val/" in message
     assert str(tmp_path / "train") in message
+
+
+def torchvisions(folder):
+    """Torchvision's files and classes of the same folder."""
+    found = import_torchvision("datasets").ImageFolder(folder)
+    files, targets = zip(*found.samples, strict=True)
+    return [str(file) for file in files], list(targets), found.classes
+
+
+def test_folders_below_a_class_folder_are_torchvisions(tmp_path):
+    """In its order too, where no number has fewer digits than another."""
+    for part, count in (("train", 4), ("test", 2)):
+        for name in ("cat", "dog"):
+            for below, more in ((".", count), ("more", 10 * count), ("more/deep/er", 3)):
+                for i in range(more):
+                    write(tmp_path / part / name / below / f"{i:02}.png", pixels(i))
+    outside = tmp_path / "elsewhere" / "linked"
+    write(outside / "z.jpeg", pixels(0))
+    (tmp_path / "train" / "cat" / "link").symlink_to(outside)
+    root = tmp_path / "set"
+    root.mkdir()
+    for part in ("train", "test"):
+        (tmp_path / part).rename(root / part)
+    for part, image_set in zip(("train", "test"), list_source(root), strict=True):
+        files, targets, classes = torchvisions(root / part)
+        assert [str(file) for file in image_set.files] == files
+        assert image_set.targets.tolist() == targets
+        assert image_set.classes == classes
+    assert len(load(root)[0]) == 2 * (4 + 40 + 3) + 1
+
+
+def test_tiny_imagenets_folders(tmp_path, capfd):
+    for part in ("train", "val"):
+        for name in ("n01", "n02"):
+            for i in range(3):
+                write(tmp_path / part / name / "images" / f"{name}_{i}.JPEG", pixels(i))
+            (tmp_path / part / name / f"{name}_boxes.txt").touch()
+    parts = list_parts(tmp_path)
+    for part, image_set in (("train", parts.train), ("val", parts.test)):
+        assert [str(file) for file in image_set.files] == torchvisions(tmp_path / part)[0]
+    assert "not PNG, JPEG or WebP: 4 " in capfd.readouterr().err
+
+
+def test_links_that_lead_round_in_circles(tmp_path):
+    make_tree(tmp_path)
+    (tmp_path / "train" / "cat" / "again").symlink_to(tmp_path / "train" / "cat")
+    (tmp_path / "val" / "dog" / "up").mkdir()
+    (tmp_path / "val" / "dog" / "up" / "up").symlink_to(tmp_path / "val" / "dog")
+    assert [len(part) for part in list_source(tmp_path)] == [6, 6]
+
+
+def test_a_set_without_sub_folders_has_the_digest_that_it_had(tmp_path):
+    """By which mentors are kept: of the targets, and of each file's SHA-256, in natural order."""
+    made = make_tree(tmp_path, parts=("train", "test"), count=11)
+    names = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(11)]
+    assert len(made) == 44
+    files = b"".join(
+        hashlib.sha256((tmp_path / "train" / name).read_bytes()).digest() for name in names
+    )
+    targets = np.repeat(np.arange(2, dtype="<i8"), 11).tobytes()
+    expected = hashlib.sha256(targets + hashlib.sha256(files).hexdigest().encode()).hexdigest()
+    assert list_source(tmp_path)[0].digest() == expected
+
+
+def test_val_beside_test_is_the_validation_part(tmp_path):
+    made = make_tree(tmp_path, ("Training", "VALID", "test"))
+    for parts in (list_parts(tmp_path), load_parts(tmp_path, image_size=8)):
+        assert parts.folders == {"train": "Training/", "validation": "VALID/", "test": "test/"}
+        for folder, part in (
+            ("Training", parts.train),
+            ("VALID", parts.validation),
+            ("test", parts.test),
+        ):
+            expected = [made[f"{folder}/{name}/{i}.png"] for name in part.classes for i in range(3)]
+            np.testing.assert_array_equal([part[i][0] for i in range(len(part))], expected)
+    assert not is_split_by_seed(tmp_path)
+    write(tmp_path / "VALID" / "cow" / "0.png", pixels(0))
+    assert f"'cow' is in {tmp_path / 'VALID'} but not in {tmp_path / 'Training'}" in error_of(
+        tmp_path
+    )
+
+
+@pytest.mark.parametrize("train", ["train", "Train", "TRAINING"])
+@pytest.mark.parametrize("held_out", ["val", "Valid", "validation", "TEST", "testing"])
+def test_usual_names_of_parts(tmp_path, train, held_out):
+    make_tree(tmp_path, (train, held_out))
+    parts = list_parts(tmp_path)
+    assert parts.folders == {"train": f"{train}/", "test": f"{held_out}/"}
+    assert [part is None or len(part) for part in parts[:3]] == [6, 6, True]
+
+
+def test_parts_that_cannot_be_told_apart(tmp_path):
+    make_tree(tmp_path, ("train", "Training", "val"))
+    first, second = tmp_path / "Training", tmp_path / "train"
+    message = f"{first} and {second} are both named like the train part"
+    assert error_of(tmp_path).startswith(message)
+
+
+@pytest.mark.parametrize("name", ["test", "Valid", "TESTING"])
+def test_a_part_without_a_training_part(tmp_path, name):
+    make_tree(tmp_path, (name, "photos"))
+    message = error_of(tmp_path)
+    assert message.startswith(f"{tmp_path / name} is named like a part of a data set, but there is")
+    assert f"rename {name}/ if it is a class" in message
+
+
+def test_images_and_folders_that_are_not_used_are_counted(tmp_path, capfd):
+    make_tree(tmp_path, ("train", "val", "extra", "__MACOSX"))
+    write(tmp_path / "train" / "loose.png", pixels(0))
+    load(tmp_path)
+    folders, images = capfd.readouterr().err.splitlines()
+    assert folders.endswith(f"test part: 1 ({tmp_path / 'extra'} for one)")
+    assert images.endswith(f"in no class folder: 1 ({tmp_path / 'train' / 'loose.png'} for one)")
 
 
 def test_classes_that_differ(tmp_path):

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 from ffcv_required import requires_ffcv
+from patience import LAST_RESORT
 from PIL import Image
 
 from classroomkd import cli
@@ -65,8 +66,10 @@ def test_info(source, capsys):
     lines = printed(capsys, "info", source, "--image-size", 8).splitlines()
     assert lines[0] == f"{source}: 3 classes"
     assert " ".join(lines[1].split()) == "images 12×8 pixels; brought to 8×8 pixels here"
-    assert " ".join(lines[2].split()) == "training part 20 images, 3 to 12 of each class"
-    assert " ".join(lines[3].split()) == "held-out part 6 images, 2 of each class"
+    assert (
+        " ".join(lines[2].split()) == "training part 20 images, 3 to 12 of each class, from train/"
+    )
+    assert " ".join(lines[3].split()) == "held-out part 6 images, 2 of each class, from val/"
     pixels = [colour(k, i) for k, count in enumerate((12, 3, 5)) for i in range(count)]
     for line, expected in zip(lines[4:6], (np.mean(pixels, 0), np.std(pixels, 0)), strict=True):
         numbers = [float(number) for number in re.findall(r"\d\.\d{4}", line)]
@@ -75,6 +78,23 @@ def test_info(source, capsys):
         ["12", "+", "2", "cat"],
         ["3", "+", "2", "dog"],
         ["5", "+", "2", "Ελ"],
+    ]
+
+
+def test_info_says_once_what_is_passed_over_and_which_folder_is_which(tmp_path, capsys):
+    for part in ("Train", "valid", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+        (tmp_path / part / "cat" / "notes.txt").touch()
+    assert run("info", tmp_path) == 0
+    captured = capsys.readouterr()
+    (line,) = captured.err.splitlines()
+    assert line.startswith("files passed over, as not PNG, JPEG or WebP: 3 ")
+    assert [" ".join(line.split()) for line in captured.out.splitlines()[2:5]] == [
+        "training part 2 images, 1 of each class, from Train/",
+        "validation part 2 images, 1 of each class, from valid/",
+        "held-out part 2 images, 1 of each class, from test/",
     ]
 
 
@@ -200,6 +220,7 @@ def test_pack_photos(source, tmp_path, capsys):
     ]
 
 
+@requires_ffcv
 def test_options_that_do_not_go_together(source, tmp_path, capsys):
     out = tmp_path / "out.beton"
     for options, message in (
@@ -219,7 +240,7 @@ def test_options_that_do_not_go_together(source, tmp_path, capsys):
 
 
 def test_targets_that_are_refused_before_anything_is_read(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("classroomkd.data.commands.load_source", None)
+    monkeypatch.setattr("classroomkd.data.commands.load_parts", None)
     existing = tmp_path / "out.beton"
     existing.write_bytes(b"precious")
     for out, message in (
@@ -234,6 +255,11 @@ def test_targets_that_are_refused_before_anything_is_read(tmp_path, capsys, monk
     assert existing.read_bytes() == b"precious"
 
 
+def test_info_of_a_source_that_is_wrong(tmp_path, capsys):
+    assert error(capsys, "info", tmp_path / "nowhere") == f"no such folder: {tmp_path / 'nowhere'}"
+
+
+@requires_ffcv
 def test_sources_that_are_wrong(source, tmp_path, capsys):
     out = tmp_path / "out.beton"
     for command in (["info"], ["pack", "--image-size", "8"], ["pack", "--photos"]):
@@ -302,7 +328,7 @@ def test_missing_ffcv_is_said_before_anything_is_read(source, tmp_path, capsys, 
     for name in [name for name in sys.modules if name.partition(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ffcv", None)
-    monkeypatch.setattr("classroomkd.data.commands.load_source", None)
+    monkeypatch.setattr("classroomkd.data.commands.load_parts", None)
     out = tmp_path / "out.beton"
     assert error(capsys, "pack", source, out).startswith("FFCV cannot be imported")
     out.write_bytes(bytes(100))
@@ -316,6 +342,8 @@ def test_help_and_start_up_stay_light():
         "except SystemExit: pass\n"
         "assert not {'PIL', 'rich', 'numba', 'ffcv', 'sklearn', 'cv2'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LAST_RESORT
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert "OUT.beton" in done.stdout

@@ -6,10 +6,12 @@ import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from patience import LAST_RESORT
 
 TESTS = Path(__file__).parent
 
@@ -102,9 +104,19 @@ def launch(script, processes, *arguments, cwd=None):
         )
         for rank in range(processes)
     ]
-    outcomes = [process.communicate(timeout=240) for process in started]
-    for process, (_, errors) in zip(started, outcomes, strict=True):
-        assert process.returncode == 0, errors
+
+    def outcome(process):
+        try:
+            return process.communicate(timeout=LAST_RESORT)
+        finally:
+            if process.returncode != 0:  # the others would wait for it
+                for other in started:
+                    other.kill()
+
+    with ThreadPoolExecutor(processes) as pool:
+        outcomes = list(pool.map(outcome, started))
+    codes = [process.returncode for process in started]
+    assert not any(codes), (codes, [errors for _, errors in outcomes])
     return [output for output, _ in outcomes]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import LAST_RESORT
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -40,7 +41,7 @@ def test_example_learns(example):
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LAST_RESORT,
     )
     assert done.returncode == 0, done.stderr
     (line,) = re.findall(r"^held-out accuracy: .*$", done.stdout, re.MULTILINE)

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 from ffcv_required import requires_ffcv
+from patience import LAST_RESORT
 from test_loaders import MEAN, STD, random_set
 
 from classroomkd.data import Augmentation, ResidentLoader, TorchLoader
@@ -62,7 +63,7 @@ def run(code, packed, **environment):
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LAST_RESORT,
     )
     assert (result.returncode, result.stderr) == (0, ""), result
     return result.stdout
@@ -109,7 +110,7 @@ def test_closing_wakes_who_waits_for_a_batch(loader, monkeypatch):
 
     def slow(*_):
         begun.set()
-        assert go_on.wait(60)
+        assert go_on.wait(LAST_RESORT)
 
     def consume():
         try:
@@ -121,13 +122,13 @@ def test_closing_wakes_who_waits_for_a_batch(loader, monkeypatch):
     consumer = threading.Thread(target=consume, daemon=True)
     closer = threading.Thread(target=loader.close, daemon=True)
     consumer.start()
-    assert begun.wait(60)
+    assert begun.wait(LAST_RESORT)
     closer.start()
     consumer.join(0.5)  # as long as the batch takes, for it then joins the thread that makes it
     assert consumer.is_alive()
     go_on.set()
     for thread in (consumer, closer):
-        thread.join(60)
+        thread.join(LAST_RESORT)
     assert errors == ["the loader is closed"]
 
 
@@ -141,7 +142,7 @@ def test_a_loader_that_was_used_before_a_fork(packed):
         child = os.fork()
         if not child:
             import signal
-            signal.alarm(30)
+            signal.alarm(900)  # rather than hang for ever
         again = [batch[0] for batch in loader]
         assert all(map(torch.equal, first, again))
         if child:

@@ -13,6 +13,7 @@ from conftest import INTERPRETED
 from ffcv_required import requires_ffcv
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import LAST_RESORT
 from test_augment import slow_augment, slow_cutout
 
 from classroomkd.data import (
@@ -89,7 +90,7 @@ def left_over(before):
 
     PyTorch's DataLoader tells the threads that feed its workers to end and does not wait for them.
     """
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + LAST_RESORT / 10
     while running() - before and time.monotonic() < deadline:
         time.sleep(0.01)
     return running() - before

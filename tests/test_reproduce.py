@@ -18,6 +18,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from patience import LAST_RESORT
 from rich.console import Console
 from test_cli import write_classes
 from torch.utils.flop_counter import FlopCounterMode
@@ -503,14 +504,14 @@ def test_an_interruption_and_its_continuation(tiny, data, tmp_path, number):
         start_new_session=True,
     )
     records = [tmp_path / f"runs/tiny/alone/seed{seed}/metrics.jsonl" for seed in (0, 1)]
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + LAST_RESORT
     while not all(path.exists() and path.read_bytes().count(b"\n") > 1 for path in records):
         assert begun.poll() is None, begun.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     children = psutil.Process(begun.pid).children(recursive=True)
     os.kill(begun.pid, number)
-    _, errors = begun.communicate(timeout=100)
+    _, errors = begun.communicate(timeout=LAST_RESORT)
     assert begun.returncode == 128 + number
     assert f"all runs are kept in {tmp_path}: the same command goes on" in errors
     assert not any(child.is_running() for child in children)

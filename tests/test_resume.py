@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from patience import LAST_RESORT
 from rich.console import Console
 from test_training import colours, recipe
 
@@ -68,7 +69,7 @@ def run(code, out):
         [sys.executable, "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(code), str(out)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LAST_RESORT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert (result.returncode, result.stderr) == (0, ""), result.stderr
@@ -144,6 +145,7 @@ def test_killed_during_every_write(tmp_path, undisturbed):
 
         hold_first = child(lambda: None)
         while not (OUT / "checkpoints" / "mentor-resnet8").exists():
+            assert os.waitpid(hold_first, os.WNOHANG) == (0, 0)  # it has not failed
             time.sleep(0.01)
         os.kill(hold_first, signal.SIGKILL)
         ended(hold_first)
@@ -176,7 +178,7 @@ def test_signals_save_first(tmp_path, number):
     while not (metrics.exists() and metrics.read_bytes().count(b"\n")) and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=LAST_RESORT)
     assert process.returncode == 128 + number, errors
     assert b"classroomkd train --resume run goes on" in errors
     state = Checkpoints(tmp_path / "run" / "checkpoints" / "mentor-resnet20").load(print)
