@@ -118,14 +118,21 @@ def test_closing_wakes_who_waits_for_a_batch(loader, monkeypatch):
         except RuntimeError as error:
             errors.append(str(error))
 
+    joined, join = threading.Event(), ffcv_loader._Epoch.join
+
+    def joining(epoch):
+        joined.set()
+        join(epoch)
+
+    monkeypatch.setattr(ffcv_loader._Epoch, "join", joining)
     monkeypatch.setattr(ffcv_loader, "augment_batch", slow)
     consumer = threading.Thread(target=consume, daemon=True)
     closer = threading.Thread(target=loader.close, daemon=True)
     consumer.start()
     assert begun.wait(LAST_RESORT)
     closer.start()
-    consumer.join(0.5)  # as long as the batch takes, for it then joins the thread that makes it
-    assert consumer.is_alive()
+    assert joined.wait(LAST_RESORT)
+    assert consumer.is_alive()  # as long as the batch takes, for it joins the thread that makes it
     go_on.set()
     for thread in (consumer, closer):
         thread.join(LAST_RESORT)
