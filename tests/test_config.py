@@ -67,12 +67,13 @@ def test_what_is_saved_is_what_was_loaded(file, tmp_path):
 
 
 def test_defaults_are_the_published_recipe():
-    recipe = load_recipe(values={"data": {"source": "digits"}})
+    recipe = load_recipe(values={"data": {"source": "photos"}})
     training = recipe.training
     assert (training.epochs, training.batch_size, training.schedule) == (240, 64, "classroom")
     assert (training.momentum, training.nesterov, training.weight_decay) == (0.9, False, 5e-4)
     assert (recipe.data.padding, recipe.data.flip) == (4, True)
-    assert recipe.data.source == "digits"
+    digits = load_recipe(values={"data": {"source": "digits"}}).data
+    assert (digits.source, digits.flip) == ("digits", False)
 
 
 @pytest.mark.parametrize(
