@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import os
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +27,29 @@ _TORCHVISION_OPTIONS = {
 def is_external(name: str) -> bool:
     """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
     return name.startswith(("tv:", "timm:"))
+
+
+@functools.cache
+def architectures(library: str) -> list[str]:
+    """The names of the networks of "tv" or "timm", with the prefix; none if it is not installed."""
+    try:
+        models = import_torchvision("models")
+        if library == "tv":
+            return [f"tv:{name}" for name in models.list_models(module=models)]
+        import timm
+    except ImportError:
+        return []
+    return [f"timm:{name}" for name in timm.list_models()]
+
+
+def named(text: str) -> list[str]:
+    """The networks of both libraries that a text means, with or without the prefix."""
+    return [
+        name
+        for library in ("tv", "timm")
+        for name in architectures(library)
+        if text in (name, name.partition(":")[2])
+    ]
 
 
 def build(name: str, num_classes: int) -> nn.Module:
