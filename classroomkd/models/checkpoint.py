@@ -135,10 +135,15 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     for state in found:
         if match := recognition.find_in_zoo(shapes_of(state.tensors)):
             return state, match
-    hints = list(_texts(content))
+    said = external.named(set(_texts(content)))
     for state in found:
-        if match := recognition.find_elsewhere(shapes_of(state.tensors), hints):
-            return state, match
+        for name in said:
+            if match := recognition.fit(shapes_of(state.tensors), name):
+                return state, match
+    for library in ("tv", "timm"):
+        for state in found:
+            if match := recognition.find_elsewhere(shapes_of(state.tensors), library):
+                return state, match
     nearest = {state.entry: recognition.nearest(shapes_of(state.tensors)) for state in found}
     state = max(found, key=lambda state: nearest[state.entry].similarity)
     near = nearest[state.entry]

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib
+import inspect
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -42,14 +46,42 @@ def architectures(library: str) -> list[str]:
     return [f"timm:{name}" for name in timm.list_models()]
 
 
-def named(text: str) -> list[str]:
-    """The networks of both libraries that a text means, with or without the prefix."""
+def named(texts: Collection[str]) -> list[str]:
+    """The networks that one of ``texts`` names, with or without the prefix."""
     return [
         name
         for library in ("tv", "timm")
         for name in architectures(library)
-        if text in (name, name.partition(":")[2])
+        if name in texts or name.partition(":")[2] in texts
     ]
+
+
+def with_parts(library: str, parts: frozenset[str]) -> list[str]:
+    """The networks of a library that may have ``parts``, all but one of them, at their top.
+
+    Of torchvision's few networks those are all, of timm's the ones in modules whose source has
+    these words: building all thousand would take a minute.
+    """
+    if library == "tv" or not architectures(library):
+        return architectures(library)
+    import timm
+
+    return [
+        f"timm:{name}"
+        for module in timm.list_modules()
+        if len(parts - _words(module)) <= 1
+        for name in timm.list_models(module=module)
+    ]
+
+
+@functools.cache
+def _words(module: str) -> frozenset[str]:
+    """The words in the source of a module of timm and of those that it takes blocks from."""
+    source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
+    words = set(re.findall(r"\w+", source))
+    return frozenset(
+        words.union(*map(_words, set(re.findall(r"^from \.(\w+) import", source, re.M))))
+    )
 
 
 def build(name: str, num_classes: int) -> nn.Module:

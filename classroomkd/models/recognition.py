@@ -85,25 +85,16 @@ def find_in_zoo(shapes: Shapes) -> Match | None:
     return next(filter(None, (fit(shapes, architecture) for architecture in ZOO)), None)
 
 
-def find_elsewhere(shapes: Shapes, hints: Iterable[str]) -> Match | None:
-    """Likewise the network of torchvision or timm; ``hints`` are names that decide among several.
-
-    Without a hint it is torchvision's, or the one whose name is the shortest.
-    """
-    for hint in hints:
-        for name in external.named(hint):
-            if match := fit(shapes, name):
-                return match
+def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
+    """Likewise the network of "tv" or "timm"; of several the one of the shortest name."""
     if len(shapes) < FEWEST:
         return None
-    for library in ("tv", "timm"):
-        near = _near(library, _counted(shapes))
-        found = [match for name in near if (match := _fit(shapes, near[name], name))]
-        if found:
-            first, *others = sorted(found, key=lambda m: (len(m.architecture), m.architecture))
-            first.alike = [match.architecture for match in others]
-            return first
-    return None
+    near = _near(library, *_traits(shapes))
+    found = [match for name in near if (match := _fit(shapes, near[name], name))]
+    found.sort(key=lambda match: (len(match.architecture), match.architecture))
+    if found:
+        found[0].alike = [match.architecture for match in found[1:]]
+    return found[0] if found else None
 
 
 def fit(shapes: Shapes, architecture: str) -> Match | None:
@@ -173,7 +164,7 @@ def nearest(shapes: Shapes) -> Nearest:
     """The network that shares the largest part of its names and shapes with ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
     if len(shapes) >= FEWEST:
-        candidates |= _near("tv", _counted(shapes)) | _near("timm", _counted(shapes))
+        candidates |= _near("tv", *_traits(shapes)) | _near("timm", *_traits(shapes))
 
     def compared(name: str) -> Nearest:
         ours, theirs = candidates[name].items(), shapes.items()
@@ -211,16 +202,21 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(sizes)}]"
 
 
-def _counted(shapes: Shapes) -> frozenset[tuple[tuple[int, ...], int]]:
-    return frozenset(Counter(shapes.values()).items())
+Counts = frozenset[tuple[tuple[int, ...], int]]
+
+
+def _traits(shapes: Shapes) -> tuple[Counts, frozenset[str]]:
+    """How often there is each shape, and the parts at the top."""
+    parts = frozenset(name.partition(".")[0] for name in shapes)
+    return frozenset(Counter(shapes.values()).items()), parts
 
 
 @functools.lru_cache(maxsize=16)
-def _near(library: str, counted: frozenset[tuple[tuple[int, ...], int]]) -> dict[str, Shapes]:
-    """The networks of a library whose parameters have nearly the shapes ``counted``."""
+def _near(library: str, counts: Counts, parts: frozenset[str]) -> dict[str, Shapes]:
+    """The networks of a library whose parts and parameters' shapes are nearly these."""
     found = {}
-    for name in external.architectures(library):
-        with suppress(_DifferentError), _construction_of(Counter(dict(counted))):
+    for name in external.with_parts(library, parts):
+        with suppress(_DifferentError), _construction_of(Counter(dict(counts))):
             found[name] = expected(name)
     return found
 

@@ -209,7 +209,7 @@ def _report(classroom: Classroom, summary: dict[str, Any], out: Path) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print how well a network does on held-out images."""
     device = find_device(arguments.device)
-    network, info, architecture = load_network(arguments.student)
+    network, info, architecture = load_network(arguments.student, notify=print)
     image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
     split = _split(arguments, ours=info is not None)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
