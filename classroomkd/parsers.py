@@ -89,7 +89,7 @@ def make_parser() -> Parser:
         "student",
         type=path_option,
         metavar="STUDENT",
-        help="a run folder, a .safetensors file or another checkpoint; FILE:ENTRY if it holds several",
+        help="a run folder, a .safetensors file or another checkpoint; FILE:ENTRY of several in it",
     )
     evaluate.add_argument(
         "--data", type=path_option, required=True, metavar="PATH", help=_DATA_HELP
@@ -159,8 +159,8 @@ def _add_recipe_options(parser: Parser) -> None:
         "--mentors",
         nargs="+",
         metavar="NAME|FILE",
-        help="networks of the zoo, which are trained first, or checkpoints (FILE:ENTRY if one holds "
-        "several) and run folders",
+        help="networks of the zoo, which are trained first, or checkpoints (FILE:ENTRY of several "
+        "in one) and run folders",
     )
     parser.add_argument(
         "--epochs",

@@ -137,7 +137,6 @@ def _harmless() -> list[Any]:
     """
     allowed: list[Any] = [
         argparse.Namespace,
-        defaultdict,
         np.dtype,
         np.ndarray,
         *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
@@ -163,7 +162,7 @@ def _harmless() -> list[Any]:
         # Their values are not looked at, so that no interpolation is resolved.
         allowed += [DictConfig, ListConfig, base.Metadata, base.ContainerMetadata, typing.Any]
         allowed += [kind for kind in vars(nodes).values() if _is_node(kind, base.Node)]
-        allowed += [bool, bytes, dict, float, int, list, str, tuple]
+        allowed += [defaultdict, bool, bytes, dict, float, int, list, str, tuple]
     return allowed
 
 

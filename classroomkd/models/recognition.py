@@ -87,8 +87,6 @@ def find_in_zoo(shapes: Shapes) -> Match | None:
 
 def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
     """Likewise the network of "tv" or "timm"; of several the one of the shortest name."""
-    if len(shapes) < FEWEST:
-        return None
     near = _near(library, *_traits(shapes))
     found = [match for name in near if (match := _fit(shapes, near[name], name))]
     found.sort(key=lambda match: (len(match.architecture), match.architecture))
@@ -163,8 +161,7 @@ class Nearest(NamedTuple):
 def nearest(shapes: Shapes) -> Nearest:
     """The network that shares the largest part of its names and shapes with ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
-    if len(shapes) >= FEWEST:
-        candidates |= _near("tv", *_traits(shapes)) | _near("timm", *_traits(shapes))
+    candidates |= _near("tv", *_traits(shapes)) | _near("timm", *_traits(shapes))
 
     def compared(name: str) -> Nearest:
         ours, theirs = candidates[name].items(), shapes.items()
@@ -214,6 +211,8 @@ def _traits(shapes: Shapes) -> tuple[Counts, frozenset[str]]:
 @functools.lru_cache(maxsize=16)
 def _near(library: str, counts: Counts, parts: frozenset[str]) -> dict[str, Shapes]:
     """The networks of a library whose parts and parameters' shapes are nearly these."""
+    if sum(count for _, count in counts) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
+        return {}
     found = {}
     for name in external.with_parts(library, parts):
         with suppress(_DifferentError), _construction_of(Counter(dict(counts))):
