@@ -5,6 +5,7 @@ The networks here are written from the descriptions of those forms: nothing of t
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import runpy
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from classroomkd.cli import main
 from classroomkd.models import create, load_network
 from classroomkd.torchvision import import_torchvision
-from classroomkd.training.config import TrainingConfig
+from classroomkd.training.classroom import sha256_of
+from classroomkd.training.config import MentorConfig, TrainingConfig
+from classroomkd.training.mentors import find_mentors, is_checkpoint
 from classroomkd.training.schedule import peak_learning_rate
 from zoo_weights import fill, probe
 
@@ -161,7 +165,7 @@ def test_shortcuts_without_parameters(tmp_path: Path, depth: int, head: str) -> 
     state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}
     torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "best.th")
     told = assert_same_logits(tmp_path / "best.th", source, probe(), f"resnet{depth}_a")
-    path, kind = tmp_path / "best.th", "weight"
+    path = tmp_path / "best.th"
     renamed = ", ".join(f"{head}.{kind} for fc.{kind}" for kind in ("weight", "bias"))
     assert told == ([] if head == "fc" else [f"{path}: read by other names: {renamed}"])
 
@@ -266,6 +270,32 @@ def test_what_the_example_for_lightning_saves(tmp_path: Path) -> None:
     )
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     assert_same_logits(tmp_path / "last.ckpt", student.eval(), probe(), "resnet8")
+
+
+def test_an_entry_is_taken_wherever_a_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "both.ckpt"
+    states = {"ema": create("resnet14", 10).state_dict(), "net": create("resnet8", 10).state_dict()}
+    torch.save(states, path)
+    source = f"{path}:ema"
+    assert is_checkpoint(source)
+    assert is_checkpoint("missing.ckpt")
+    assert is_checkpoint("missing.pth.tar:net")
+    assert sha256_of(source) == hashlib.sha256(path.read_bytes()).hexdigest()
+    told: list[str] = []
+    mentors = find_mentors([MentorConfig(str(path)), MentorConfig(source)], 1, told.append)
+    assert [mentor.name for mentor in mentors] == ["resnet8", "resnet14"]
+    assert told == [f"{path}: net taken, not ema (choose by {path}:ema)"]
+
+    for entry, architecture in (("", "resnet8"), (":ema", "resnet14")):
+        assert main(["evaluate", f"{path}{entry}", "--data", "digits"]) == 0
+        printed = capsys.readouterr().out
+        assert f"\n{architecture} of {path}{entry} on the held-out part" in printed
+        assert printed.startswith(f"{path}: net taken, not ema") == (not entry)
+    assert main(["evaluate", f"{tmp_path / 'missing.ckpt'}:ema", "--data", "digits"]) == 2
+    error = capsys.readouterr().err
+    assert error == f"classroomkd: error: there is no checkpoint {tmp_path / 'missing.ckpt'}\n"
 
 
 def test_the_usual_learning_rate_hangs_on_the_network_and_not_on_its_name() -> None:
