@@ -20,7 +20,7 @@ def networks() -> str:
             "  timm:NAME     of timm, likewise",
             "  NAME@60       a mentor: what the network was after epoch 60 of its training",
             "  PATH          a mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
-            "dict), or the folder of a run, for its student",
+            "dict; FILE:ENTRY of several in one), or the folder of a run, for its student",
         ],
         indent=16,
     )

@@ -88,7 +88,7 @@ def make_parser() -> Parser:
         "student",
         type=path_option,
         metavar="STUDENT",
-        help="a run folder, a .safetensors file or another checkpoint",
+        help="a run folder, a .safetensors file or another checkpoint; FILE:ENTRY of several in it",
     )
     evaluate.add_argument(
         "--data",

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import fractions
 import json
 import os
+import pathlib
 import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
-from classroomkd.models import NetworkInfo, create, load_network, names, save_network
+from classroomkd.models import NetworkInfo, create, files, load_network, names, save_network
 from zoo_weights import fill, probe
 
 INFO = NetworkInfo(
@@ -205,8 +210,8 @@ def test_truncated(tmp_path: Path, network: nn.Module, name: str) -> None:
 @pytest.mark.parametrize(
     ("value", "kind"),
     [
-        (argparse.Namespace(lr=0.1), "argparse.Namespace"),
-        (np.float64(0.7), "scalar"),
+        (fractions.Fraction(1, 2), "fractions.Fraction"),
+        (np.array([{}], dtype=object), "numpy.dtypes.ObjectDType"),
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
     ],
 )
@@ -216,9 +221,191 @@ def test_pickled_objects_are_refused_by_name(tmp_path: Path, value: object, kind
     assert_refused(path, str(path), "holds a pickled", kind, "state_dict()")
 
 
+def test_harmless_values_beside_the_weights(tmp_path: Path, network: nn.Module) -> None:
+    beside = {
+        "scalar": np.float64(0.7),
+        "flag": np.bool_(True),
+        "dtype": np.dtype("float32"),
+        "array": np.arange(6, dtype=np.int32).reshape(2, 3),
+        "args": argparse.Namespace(lr=0.1, out=Path("runs/x")),
+        "ordered": collections.OrderedDict(a=1),
+        "path": Path("data/cifar"),
+        "windows": pathlib.PureWindowsPath("data"),
+        "time": datetime.datetime.now(datetime.UTC),
+        "took": datetime.timedelta(hours=3),
+    }
+    path = tmp_path / "whole.pth"
+    torch.save({"state_dict": network.state_dict(), **beside}, path)
+    assert_same_state(load_network(path)[0], network.state_dict())
+    content = files.read(path)
+    del content["state_dict"]
+    assert content.pop("array").tolist() == beside.pop("array").tolist()
+    assert content.pop("args").out == pathlib.PurePosixPath("runs/x")
+    assert content.pop("path") == pathlib.PurePosixPath(beside.pop("path"))
+    beside.pop("args")
+    assert content == beside
+
+
+def test_values_of_omegaconf(tmp_path: Path, network: nn.Module) -> None:
+    omegaconf = pytest.importorskip("omegaconf")
+    values = {"lr": 0.1, "steps": [1, 2.5, None, "x", True], "again": "${lr}", "of": {"a": {}}}
+    for config in (values, omegaconf.OmegaConf.create(values)):
+        content = {"hyper_parameters": config, "state_dict": network.state_dict()}
+        torch.save(content, tmp_path / "configured.ckpt")
+        model, _, _ = load_network(tmp_path / "configured.ckpt")
+        assert_same_state(model, network.state_dict())
+
+
+class Payload:
+    """Makes a folder when it is unpickled without care."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self.call = function, arguments
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("within", ["alone", "dtype", "array", "namespace", "config"])
+def test_no_code_runs(tmp_path: Path, network: nn.Module, within: str, legacy: bool) -> None:
+    ran = tmp_path / "ran"
+    payload: object = Payload(os.mkdir, str(ran))
+    if within == "dtype":
+        payload = Payload(np._core.multiarray.scalar, np.dtype("float64"), payload)
+    elif within == "array":
+        payload = np.array([payload], dtype=object)
+    elif within == "namespace":
+        payload = argparse.Namespace(call=payload)
+    elif within == "config":
+        payload = Payload(eval, f"__import__('os').mkdir({str(ran)!r})")
+    path = tmp_path / "evil.pth"
+    torch.save(
+        {"state_dict": network.state_dict(), "more": payload},
+        path,
+        _use_new_zipfile_serialization=not legacy,
+    )
+    with pytest.raises(UserError, match=r"evil\.pth"):
+        load_network(path)
+    assert not ran.exists()
+    torch.load(path, weights_only=False) if within in ("alone", "config") else None
+    assert ran.exists() == (within in ("alone", "config"))  # the payload is a real one
+
+
+@pytest.mark.parametrize(
+    ("prefix", "holder"),
+    [
+        ("model.", "state_dict"),
+        ("net.", "model_state_dict"),
+        ("student.", "network"),
+        ("teacher.", "params"),
+        ("module.student.", "weights"),
+        ("student.module.", "model_ema"),
+        ("_orig_mod.backbone.", "state_dict_ema"),
+        ("backbone._orig_mod.module.", "ema"),
+        ("anything.at.all.", "module"),
+    ],
+)
+def test_any_prefix_in_any_container(
+    tmp_path: Path, network: nn.Module, prefix: str, holder: str
+) -> None:
+    state = prefixed(network.state_dict(), prefix)
+    torch.save({"epoch": 3, holder: state}, tmp_path / "a.ckpt")
+    told: list[str] = []
+    model, info, architecture = load_network(tmp_path / "a.ckpt", notify=told.append)
+    assert (info, architecture, told) == (None, "resnet8", [])
+    assert_same_state(model, network.state_dict())
+
+
+def test_of_several_the_plain_one_is_taken_and_told(tmp_path: Path, network: nn.Module) -> None:
+    average = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    plain = network.state_dict()
+    path = tmp_path / "both.pth"
+    torch.save({"model_ema": prefixed(average, "module."), "model": plain}, path)
+    told: list[str] = []
+    assert_same_state(load_network(path, notify=told.append)[0], plain)
+    assert told == [
+        f"{path}: model taken, not model_ema.module (choose by {path}:model_ema.module)"
+    ]
+    assert_same_state(load_network(f"{path}:model")[0], plain)
+    for entry in ("model_ema", "model_ema.module"):
+        assert_same_state(load_network(f"{path}:{entry}", notify=told.append)[0], average)
+    assert len(told) == 1
+    assert_refused(f"{path}:ema", str(path), "has no entry 'ema'", "model_ema, model")
+
+
+def test_student_and_teacher_in_one_state_dict(tmp_path: Path, network: nn.Module) -> None:
+    teacher = fill(create("resnet14", 3)).state_dict()
+    state = prefixed(teacher, "teacher.") | prefixed(network.state_dict(), "student.")
+    path = tmp_path / "distilled.ckpt"
+    torch.save({"state_dict": state}, path)
+    told: list[str] = []
+    assert_same_state(load_network(path, notify=told.append)[0], network.state_dict())
+    assert "state_dict.student taken, not state_dict.teacher" in told[0]
+    assert "left out: teacher." in told[0]
+    model, _, architecture = load_network(f"{path}:teacher", notify=told.append)
+    assert architecture == "resnet14"
+    assert_same_state(model, teacher)
+
+
+def test_what_is_no_weight_is_left_out_and_told(tmp_path: Path, network: nn.Module) -> None:
+    state = prefixed(network.state_dict(), "module.")
+    state |= {"n_averaged": torch.tensor(3), "criterion.weight": torch.ones(3)}
+    for profiled in ("", "conv1.", "layer1.0.bn1."):
+        state |= {f"module.{profiled}total_ops": torch.zeros(1)}
+        state |= {f"module.{profiled}total_params": torch.zeros(1)}
+    state["module.fc.num_batches_tracked"] = torch.tensor(7)
+    path = tmp_path / "profiled.pth"
+    torch.save(state, path)
+    with pytest.warns(UserWarning, match="left out: n_averaged, criterion.weight, .* and 6 more"):
+        model, _, _ = load_network(path)
+    assert_same_state(model, network.state_dict())
+
+
+def test_weights_of_a_network_are_never_left_out(tmp_path: Path) -> None:
+    # Without its shortcuts a resnet20 has the names and shapes of a resnet20_a.
+    state = create("resnet20", 10).state_dict()
+    state["layer2.0.downsample.2.weight"] = torch.zeros(32)
+    torch.save(state, tmp_path / "more.pth")
+    assert_refused(tmp_path / "more.pth", "nearest, resnet20,", "layer2.0.downsample.2.weight [32]")
+
+
+def test_names_with_colons(tmp_path: Path, network: nn.Module) -> None:
+    path = tmp_path / "epoch:3.pth"
+    torch.save(network.state_dict(), path)
+    torch.save({"model": create("resnet14").state_dict()}, tmp_path / "epoch")
+    assert load_network(path)[2] == "resnet8"
+    assert load_network(f"{tmp_path / 'epoch'}:model")[2] == "resnet14"
+    assert files.split_entry(path) == (path, None)
+    assert files.split_entry("C:\\weights.pth") == (Path("C:\\weights.pth"), None)
+    assert files.split_entry("no.pth:model") == (Path("no.pth"), "model")
+
+
+def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path, network: nn.Module) -> None:
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1099231\n"
+    (tmp_path / "pointer.pth").write_text(pointer)
+    (tmp_path / "pointer.safetensors").write_text(pointer)
+    (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html><body>Sign in</body></html>")
+    with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
+        archive.writestr("model.pth", b"")
+    torch.save(network.state_dict(), tmp_path / "cut.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-1000])
+    for name, part in {
+        "script.pt": "is a TorchScript archive",
+        "pointer.pth": "is a Git LFS pointer",
+        "pointer.safetensors": "is a Git LFS pointer",
+        "page.pth": "is a web page",
+        "zip.pth": "is a zip archive, not a checkpoint",
+        "cut.pth": "it is cut off",
+        "missing.ckpt": "there is no checkpoint",
+    }.items():
+        assert_refused(tmp_path / name, str(tmp_path / name), part)
+
+
 @pytest.mark.parametrize(
     "content",
-    [torch.zeros(3), {}, {"epoch": 3}, {"model": {}}, {"weights": {"a": torch.zeros(3)}}, [1, 2]],
+    [torch.zeros(3), {}, {"epoch": 3}, {"model": {}}, {"weights": {1: torch.zeros(3)}}, [1, 2]],
 )
 def test_no_state_dict(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "odd.pt")
@@ -242,6 +429,7 @@ def test_another_network(tmp_path: Path, network: nn.Module) -> None:
     )
     torch.save({"weight": torch.zeros(2, 3), "fc.bias": torch.zeros(())}, path)
     assert_refused(path, str(path), "fits no network of the zoo", "unexpected: weight [2, 3]")
+    assert_refused(path, "docs/extending.md")
 
 
 @pytest.mark.parametrize(

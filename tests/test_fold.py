@@ -24,6 +24,8 @@ FOLDED = {
     "resnet8": (9, 9),
     "resnet8x4": (10, 10),
     "resnet32x4": (34, 34),
+    **{f"resnet{depth}_a": (depth - 1, depth - 1) for depth in (20, 32, 44, 56, 110)},
+    "resnet18": (20, 20),
     "resnet34": (36, 36),
     "resnet50": (53, 53),
     "wrn_16_1": (6, 13),

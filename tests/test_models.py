@@ -29,8 +29,13 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).double().norm() / expected.double().norm())
 
 
-def test_names_are_the_reference_zoo() -> None:
-    assert sorted(names()) == sorted(SHAPES) == sorted(LOGITS)
+# Held against networks in the form of public repositories in test_public_forms.py.
+PUBLIC = {"resnet18", *(f"resnet{depth}_a" for depth in (20, 32, 44, 56, 110))}
+
+
+def test_names_are_the_reference_zoos_and_the_public_ones() -> None:
+    assert sorted(SHAPES) == sorted(LOGITS)
+    assert sorted(names()) == sorted({*SHAPES, *PUBLIC})
 
 
 def test_the_catalogue_says_how_large_the_networks_are() -> None:

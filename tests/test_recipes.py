@@ -106,7 +106,7 @@ def test_the_large_batch_takes_an_eighth_of_the_steps():
 @pytest.mark.parametrize("name", [*NAMES, "small", "small-large-batch"])
 def test_two_steps_of_a_recipe(name):
     recipe = load_recipe(recipes.find(name))
-    found = find_mentors(recipe.mentors, recipe.mentor_training.epochs)
+    found = find_mentors(recipe.mentors, recipe.mentor_training.epochs, print)
     bank = MentorBank({m.name: mentor(m.architecture) for m in found}, 100, device="cpu")
     assert len(bank) == len(recipe.mentors)
     torch.manual_seed(1)

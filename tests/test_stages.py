@@ -26,8 +26,10 @@ def widened(factor: int) -> list[tuple[int, int]]:
 
 SHAPES = {
     **{f"resnet{depth}": RESNET for depth in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{depth}_a": RESNET for depth in (20, 32, 44, 56, 110)},
     "resnet8x4": WIDE,
     "resnet32x4": WIDE,
+    "resnet18": [(64, 32), (128, 16), (256, 8), (512, 4)],
     "resnet34": [(64, 32), (128, 16), (256, 8), (512, 4)],
     "resnet50": [(256, 32), (512, 16), (1024, 8), (2048, 4)],
     "wrn_16_1": widened(1),

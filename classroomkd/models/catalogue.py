@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
+SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
+
 
 class Size(NamedTuple):
     """Of a network with 100 classes, on one image of 32×32 pixels."""
@@ -25,8 +27,14 @@ SIZES = {
     "resnet44": Size(667_188, 194_884_096),
     "resnet56": Size(861_620, 251_507_200),
     "resnet110": Size(1_736_564, 506_311_168),
+    "resnet20_a": Size(275_572, 81_113_600),
+    "resnet32_a": Size(470_004, 137_736_704),
+    "resnet44_a": Size(664_436, 194_359_808),
+    "resnet56_a": Size(858_868, 250_982_912),
+    "resnet110_a": Size(1_733_812, 505_786_880),
     "resnet8x4": Size(1_233_540, 354_142_208),
     "resnet32x4": Size(7_433_860, 2_166_081_536),
+    "resnet18": Size(11_220_132, 1_110_937_600),
     "resnet34": Size(21_328_292, 2_318_897_152),
     "resnet50": Size(23_705_252, 2_596_028_416),
     "wrn_16_1": Size(180_916, 53_326_336),
@@ -57,13 +65,26 @@ def is_external(name: str) -> bool:
     return name.startswith(("tv:", "timm:"))
 
 
+def split_entry(source: str | Path) -> tuple[Path, str | None]:
+    """The path and the entry that ``FILE:ENTRY`` names.
+
+    The entry is None of a path that exists as it is, and where no file is named before the colon.
+    """
+    path, text = Path(source), str(source)
+    file, colon, entry = text.rpartition(":")
+    names_file = Path(file).is_file() or Path(file).suffix in SUFFIXES
+    if colon and entry and names_file and not path.exists():
+        return Path(file), entry
+    return path, None
+
+
 def is_checkpoint(source: str) -> bool:
-    """Whether ``source`` means a file or run folder rather than a network by its name."""
-    path = Path(source)
+    """Whether ``source`` means a file, an entry of one, or a run folder rather than a network."""
+    path, _ = split_entry(source)
     return (
         not is_external(source)
         and source not in SIZES
-        and (path.exists() or len(path.parts) > 1 or path.suffix in {".pt", ".pth", ".safetensors"})
+        and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
     )
 
 

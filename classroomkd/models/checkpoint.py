@@ -1,35 +1,34 @@
 """Networks on disk: our own safetensors files, training checkpoints and everyone else's.
 
-A file of our own says what it holds. A foreign one is recognised by the names and shapes of its
-tensors, which differ between any two networks of the zoo.
+A file of our own says what it holds. In a foreign one the state dict is looked for (``states``) and
+recognised by the names and shapes of its tensors (``recognition``).
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
 import json
 import math
-import re
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.models.catalogue import is_external
+from classroomkd.models import external, files, recognition
+from classroomkd.models.catalogue import is_external, split_entry
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.registry import CLASSIFIER_BIASES, ZOO, build
-
-Shapes = dict[str, tuple[int, ...]]
+from classroomkd.models.recognition import Match, shapes_of
+from classroomkd.models.registry import ZOO, build
+from classroomkd.models.states import COUNTER, State, entries, states, summary
 
 _METADATA_KEY = "classroomkd"
-_COUNTER = "num_batches_tracked"
-_SHOWN = 3  # tensors named per kind of difference in an error
 
 
 def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
@@ -58,104 +57,164 @@ def student_file(run: Path) -> Path:
     raise UserError(f"{run} holds no student.safetensors: it is not a finished run")
 
 
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
 def load_network(
-    path: Path, num_classes: int | None = None
+    path: str | Path, num_classes: int | None = None, *, notify: Callable[[str], None] = _warn
 ) -> tuple[nn.Module, NetworkInfo | None, str]:
     """Load a network: (model in eval mode on the CPU, its info, its architecture).
 
     ``path`` is a .safetensors file, a run folder (then its `student_file`), or anything that
-    ``torch.load`` reads with ``weights_only=True``: a state dict, bare or under ``model``,
-    ``state_dict`` or ``net``, from a wrapped network or not. The info is None unless this project
-    wrote the file; foreign files are of networks of the zoo. Floating-point weights of any
-    precision become float32.
+    ``torch.load`` reads with ``weights_only=True``, in which a state dict lies under any keys and
+    prefixes; ``FILE:ENTRY`` chooses one of several. The info is None unless this project wrote the
+    file; foreign files are of networks of the zoo, torchvision or timm. Floating-point weights of
+    any precision become float32. ``notify`` is told in one line which of several was taken and
+    what was left out, renamed or guessed; by default it is a warning.
 
     Raises UserError if the file cannot be read, is damaged, fits no network, or has other than
     ``num_classes`` classes.
     """
-    path = Path(path)
+    path, entry = split_entry(path)
     if path.is_dir():
         path = student_file(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        path.open("rb").close()  # of a file it may not read safetensors says that there is none
-        read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
-        state, info = read(path)
+        content = files.read(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if info is None:
-        found = next((shapes[name] for name in CLASSIFIER_BIASES if name in shapes), ())
-        classes = found[0] if len(found) == 1 else 100
-        architecture = _nearest(shapes, classes)
-        claim = f"{path} fits no network of the zoo; the nearest, {architecture}, differs"
-    else:
-        architecture, classes = info.architecture, len(info.classes)
-        if architecture not in ZOO and not is_external(architecture):
-            raise UserError(f"{path} is of an unknown network, {architecture!r}")
-        claim = f"{path} claims to be {architecture} with {classes} classes but differs"
+    info = _own_info(content, path)
+    found = states(content, entry)
+    if not found and entry is not None:
+        known = ", ".join(entries(content)) or "none"
+        raise UserError(f"{path} has no entry {entry!r} with tensors; its entries are: {known}")
+    if not found:
+        raise UserError(f"{path} holds no state dict, neither bare nor under any key")
+    state, match = _recognised(found, content, path) if info is None else _own(found, info, path)
+    if num_classes not in (None, match.classes):
+        raise UserError(
+            f"{path} is a {match.architecture} for {match.classes} classes, but {num_classes} are "
+            "needed"
+        )
     try:
-        model = _blank(architecture, classes)
+        model = _blank(match.architecture, match.classes)
     except UserError as error:
         raise UserError(f"{path} cannot be loaded: {error}") from None
-    expected = _state_shapes(model)
-    differences = _differences(shapes, expected)
-    if differences:
-        raise UserError(f"{claim}: {differences}")
-    if num_classes not in (None, classes):
-        raise UserError(
-            f"{path} is a {architecture} for {classes} classes, but {num_classes} are needed"
-        )
     # Checkpoints from before batch norm counted its steps have no counters.
-    counters = {name: torch.tensor(0) for name in expected if name.endswith(_COUNTER)}
-    model.load_state_dict({**counters, **state})
-    return model.eval(), info, architecture
+    counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(COUNTER)}
+    tensors = {name: state.tensors[theirs] for name, theirs in match.names.items()}
+    model.load_state_dict({**counters, **tensors})
+    if info is None and (told := "; ".join(_told(path, state, match, found, counters))):
+        notify(f"{path}: {told}")
+    return model.eval(), info, match.architecture
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], NetworkInfo | None]:
+def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Match]:
+    """The tensors of the network that a file of ours says it holds."""
+    architecture, classes = info.architecture, len(info.classes)
+    if architecture not in ZOO and not is_external(architecture):
+        raise UserError(f"{path} is of an unknown network, {architecture!r}")
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        wanted = recognition.expected(architecture, classes)
+    except UserError as error:
+        raise UserError(f"{path} cannot be loaded: {error}") from None
+    wrong = [recognition.differences(shapes_of(state.tensors), wanted) for state in found]
+    if all(wrong):
+        raise UserError(
+            f"{path} claims to be {architecture} with {classes} classes but differs: "
+            f"{min(wrong, key=len)}"
+        )
+    state = found[wrong.index("")]
+    names = {name: name for name in wanted if name in state.tensors}
+    return state, Match(architecture, classes, names)
+
+
+def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> tuple[State, Match]:
+    """The first tensors that fit a network, the zoo's before others."""
+    for state in found:
+        if match := recognition.find_in_zoo(shapes_of(state.tensors)):
+            return state, match
+    said = external.named(set(_texts(content)))
+    for state in found:
+        for name in said:
+            if match := recognition.fit(shapes_of(state.tensors), name):
+                return state, match
+    for library in ("tv", "timm"):
+        for state in found:
+            if match := recognition.find_elsewhere(shapes_of(state.tensors), library):
+                return state, match
+    nearest = {state.entry: recognition.nearest(shapes_of(state.tensors)) for state in found}
+    state = max(found, key=lambda state: nearest[state.entry].similarity)
+    near = nearest[state.entry]
+    libraries = "torchvision or timm" if external.architectures("timm") else "torchvision"
+    within = f" in {state.entry}" if state.entry else ""
+    raise UserError(
+        f"{path} fits no network of the zoo, {libraries}; the nearest, {near.architecture}, "
+        f"differs{within}: {recognition.differences(shapes_of(state.tensors), near.shapes)} "
+        "(docs/extending.md says how to bring a network of your own)"
+    )
+
+
+def _told(
+    path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """What a user of a foreign file should know of how it was read."""
+    if is_external(match.architecture):
+        yield f"recognised as {match.architecture} by its names and shapes"
+    if match.alike:
+        yield (
+            f"{summary(match.alike)} would have the same: its logits are {match.architecture}'s "
+            "only if it is one"
+        )
+    others = [
+        other.entry
+        for other in found
+        if not f"{other.entry}.".startswith(f"{state.entry}.")
+        and not f"{state.entry}.".startswith(f"{other.entry}.")
+        and (
+            recognition.find_in_zoo(shapes_of(other.tensors))
+            or recognition.fit(shapes_of(other.tensors), match.architecture)
+        )
+    ]
+    if others:
+        yield f"{state.entry} taken, not {summary(others)} (choose by {path}:{others[0]})"
+    unused = [name for name in state.tensors if name not in match.names.values()]
+    if left_out := [*state.left_out, *unused]:
+        yield f"left out: {summary(left_out)}"
+    renamed = [
+        f"{theirs} for {name}"
+        for name, theirs in match.names.items()
+        if name != theirs and not name.endswith(COUNTER)
+    ]
+    if renamed:
+        yield f"read by other names: {summary(renamed)}"
+    if counters and not match.names.keys() & counters.keys():
+        yield f"no {COUNTER} in it"
+
+
+def _texts(content: object, depth: int = 0) -> Iterator[str]:
+    """What the file says in words, the name of its network maybe."""
+    if isinstance(content, argparse.Namespace):
+        content = vars(content)
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, dict) and depth < 3:
+        for value in content.values():
+            yield from _texts(value, depth + 1)
+
+
+def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
+    """The info in the file ``path``, taken out of ``content``, or None if it is not ours."""
+    metadata = content.pop("__metadata__", None)
+    if metadata is None:
+        return _info(content.get("info"), path)
     try:
         values = json.loads(metadata.get(_METADATA_KEY, "null"))
     except ValueError as error:
         raise UserError(f"{path} is damaged: its metadata is not JSON ({error})") from error
-    return _unwrap(state), _info(values, path)
-
-
-def _read_torch(path: Path) -> tuple[dict[str, Tensor], NetworkInfo | None]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols, before the error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # bytes that are no pickle can fail in any way
-        refused = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if refused:
-            raise UserError(
-                f"{path} holds a pickled {refused[1]}, which could run code when loaded: save the "
-                "network's state_dict() alone, where you trust the file"
-            ) from error
-        raise UserError(f"{path} is not a checkpoint of tensors, or is damaged") from error
-    holder = content if isinstance(content, dict) else {}
-    for state in (content, *(holder.get(key) for key in ("model", "state_dict", "net"))):
-        if _is_state_dict(state):
-            return _unwrap(state), _info(holder.get("info"), path)
-    raise UserError(
-        f"{path} holds no state dict, neither bare nor under 'model', 'state_dict' or 'net'"
-    )
-
-
-def _is_state_dict(value: object) -> bool:
-    return (
-        isinstance(value, dict)
-        and bool(value)
-        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
-    )
+    return _info(values, path)
 
 
 def _info(values: object, path: Path) -> NetworkInfo | None:
@@ -194,58 +253,11 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return state
 
 
-def _meta(architecture: str, num_classes: int) -> nn.Module:
-    with torch.device("meta"):  # no memory, no time and no random numbers spent on values
-        return build(architecture, num_classes)
-
-
 def _blank(architecture: str, num_classes: int) -> nn.Module:
     """The network on the CPU with any weights; draws nothing from the random number generator."""
     if not is_external(architecture):
-        return _meta(architecture, num_classes).to_empty(device="cpu")
+        with torch.device("meta"):
+            network = build(architecture, num_classes)
+        return network.to_empty(device="cpu")
     with torch.random.fork_rng(devices=[]):  # buffers may hold values that no checkpoint has
         return build(architecture, num_classes)
-
-
-def _state_shapes(model: nn.Module) -> Shapes:
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-@functools.cache
-def _shapes(architecture: str, num_classes: int) -> Shapes:
-    return _state_shapes(_meta(architecture, num_classes))
-
-
-def _nearest(shapes: Shapes, num_classes: int) -> str:
-    """The network that shares the largest part of its names and shapes with ``shapes``."""
-
-    def similarity(architecture: str) -> float:
-        ours, theirs = _shapes(architecture, num_classes).items(), shapes.items()
-        return len(ours & theirs) / len(ours | theirs)
-
-    return max(ZOO, key=similarity)
-
-
-def _differences(shapes: Shapes, expected: Shapes) -> str:
-    """What keeps tensors of these shapes from loading, in one line; empty if nothing does."""
-    kinds = {
-        "missing": [
-            f"{name} {list(shape)}"
-            for name, shape in expected.items()
-            if name not in shapes and not name.endswith(_COUNTER)
-        ],
-        "unexpected": [
-            f"{name} {list(shape)}" for name, shape in shapes.items() if name not in expected
-        ],
-        "of another shape": [
-            f"{name} {list(shape)} instead of {list(expected[name])}"
-            for name, shape in shapes.items()
-            if name in expected and shape != expected[name]
-        ],
-    }
-    return "; ".join(
-        f"{kind}: {', '.join(items[:_SHOWN])}"
-        + (f" and {len(items) - _SHOWN} more" if len(items) > _SHOWN else "")
-        for kind, items in kinds.items()
-        if items
-    )

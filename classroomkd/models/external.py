@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import importlib
+import inspect
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 
@@ -21,6 +26,57 @@ _TORCHVISION_OPTIONS = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": True}
     for name in ("googlenet", "inception_v3")
 }
+
+
+@functools.cache
+def architectures(library: str) -> list[str]:
+    """The names of the networks of "tv" or "timm", with the prefix; none if it is not installed."""
+    try:
+        models = import_torchvision("models")
+        if library == "tv":
+            return [f"tv:{name}" for name in models.list_models(module=models)]
+        import timm
+    except ImportError:
+        return []
+    return [f"timm:{name}" for name in timm.list_models()]
+
+
+def named(texts: Collection[str]) -> list[str]:
+    """The networks that one of ``texts`` names, with or without the prefix."""
+    return [
+        name
+        for library in ("tv", "timm")
+        for name in architectures(library)
+        if name in texts or name.partition(":")[2] in texts
+    ]
+
+
+def with_parts(library: str, parts: frozenset[str]) -> list[str]:
+    """The networks of a library that may have ``parts``, all but one of them, at their top.
+
+    Of torchvision's few networks those are all, of timm's the ones in modules whose source has
+    these words: building all thousand would take a minute.
+    """
+    if library == "tv" or not architectures(library):
+        return architectures(library)
+    import timm
+
+    return [
+        f"timm:{name}"
+        for module in timm.list_modules()
+        if len(parts - _words(module)) <= 1
+        for name in timm.list_models(module=module)
+    ]
+
+
+@functools.cache
+def _words(module: str) -> frozenset[str]:
+    """The words in the source of a module of timm and of those that it takes blocks from."""
+    source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
+    words = set(re.findall(r"\w+", source))
+    return frozenset(
+        words.union(*map(_words, set(re.findall(r"^from \.(\w+) import", source, re.M))))
+    )
 
 
 def build(name: str, num_classes: int) -> nn.Module:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
+import torch
 from torch import nn
 
 from classroomkd.errors import UserError
@@ -19,12 +20,14 @@ from classroomkd.models.wrn import WideResNet
 
 _WIDE = (32, 64, 128, 256)
 
-# Where the zoo's networks keep their classifier's bias, whose length is the class count.
-CLASSIFIER_BIASES = ("fc.bias", "linear.bias", "classifier.bias", "classifier.0.bias")
-
 ZOO: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{depth}x4": partial(ResNet, depth, widths=_WIDE) for depth in (8, 32)},
+    **{
+        f"resnet{depth}_a": partial(ResNet, depth, projections=False)
+        for depth in (20, 32, 44, 56, 110)
+    },
+    "resnet18": partial(ResNetFourStage, BasicBlock, (2, 2, 2, 2)),
     "resnet34": partial(ResNetFourStage, BasicBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNetFourStage, Bottleneck, (3, 4, 6, 3)),
     **{
@@ -51,6 +54,20 @@ def build(name: str, num_classes: int) -> nn.Module:
         return external.build(name, num_classes)
     require_known(name)
     return ZOO[name](num_classes=num_classes)
+
+
+@cache
+def has_depthwise_convolutions(name: str) -> bool:
+    """Whether a network filters channels one by one somewhere. Nothing is computed.
+
+    Raises UserError as `build` does.
+    """
+    with torch.device("meta"):
+        network = build(name, 2)
+    return any(
+        isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+        for module in network.modules()
+    )
 
 
 def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:

@@ -20,7 +20,7 @@ from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo, is_external, student_file
-from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.models.catalogue import is_checkpoint, split_entry
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.training.config import Recipe, split_seed, teaching, to_dict, wherever
@@ -65,7 +65,8 @@ class Classroom:
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
         self._store = MentorStore()
-        self.mentors = find_mentors(teaching(recipe), recipe.mentor_training.epochs)
+        epochs = recipe.mentor_training.epochs
+        self.mentors = find_mentors(teaching(recipe), epochs, self._print)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         for name, training in (
             *([(recipe.student, recipe.training)] if recipe.student else []),
@@ -348,6 +349,6 @@ def _phases(recipe: Recipe) -> list[str]:
 
 def sha256_of(source: str) -> str:
     """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
-    path = Path(source)
+    path, _ = split_entry(source)
     with (student_file(path) if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from classroomkd.arguments import DEFAULT_IMAGE_SIZE, DEFAULT_SEED, DEFAULT_TEST_SHARE, nested
 from classroomkd.data import NAMED_SOURCES, is_split_by_seed, join
 from classroomkd.errors import UserError
-from classroomkd.models.catalogue import is_checkpoint, is_external, require_known
+from classroomkd.models.catalogue import (
+    is_checkpoint,
+    is_external,
+    require_known,
+    split_entry,
+)
 from classroomkd.recipes import find as find_recipe
 from classroomkd.training.config import DataConfig, Recipe, load_recipe, split_seed, teaching
 from classroomkd.training.folders import (
@@ -171,8 +176,9 @@ def _require_images(source: str) -> None:
 
 def _require_checkpoint(source: str) -> None:
     """Raise UserError if there is no file or folder at ``source``."""
-    if not Path(source).expanduser().exists():
-        raise UserError(f"there is no checkpoint {source}")
+    path, _ = split_entry(source)
+    if not path.expanduser().exists():
+        raise UserError(f"there is no checkpoint {path}")
 
 
 def _is_override(text: str) -> bool:
@@ -254,7 +260,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from classroomkd.training.mentors import fit_to_data
 
     device = find_device(arguments.device)
-    network, info, architecture = load_network(arguments.student)
+    network, info, architecture = load_network(arguments.student, notify=print)
     image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
     if info is None and arguments.data is None:
         raise UserError(

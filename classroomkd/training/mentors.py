@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +33,14 @@ class Mentor:
     info: NetworkInfo | None
 
 
-def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:
+def find_mentors(
+    configs: Sequence[MentorConfig], epochs: int, notify: Callable[[str], None]
+) -> list[Mentor]:
     """Name every mentor after its architecture and load those that are checkpoints, on the CPU.
 
     Networks of torchvision and timm bring their pretrained weights, unless they have epochs of
     their own. The others are to be trained for ``epochs``, if they do not say otherwise themselves.
+    ``notify`` is told how other tools' files were read.
 
     Raises UserError for a file that cannot be loaded, or that is given epochs.
     """
@@ -49,7 +51,7 @@ def find_mentors(configs: Sequence[MentorConfig], epochs: int) -> list[Mentor]:
         if is_checkpoint(source):
             if config.epochs is not None or config.at is not None:
                 raise UserError(f"mentor {source} is trained already: give it no epochs")
-            network, info, architecture = models.load_network(Path(source))
+            network, info, architecture = models.load_network(source, notify=notify)
             length = None
         elif models.is_external(source) and config.epochs is None and config.at is None:
             network, info = models.load_pretrained(source)

@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import math
 
+from classroomkd.models.registry import has_depthwise_convolutions
 from classroomkd.training.config import TrainingConfig
 
 PEAK = 0.05
-_PEAK_OF_THE_LIGHT = 0.01  # whose depthwise convolutions diverge at more
+_PEAK_OF_DEPTHWISE = 0.01  # networks with depthwise convolutions diverge at more
 
 
 def peak_learning_rate(training: TrainingConfig, architecture: str) -> float:
     """The schedule's peak: as given, or the usual one for the architecture."""
     if training.learning_rate is not None:
         return training.learning_rate
-    return _PEAK_OF_THE_LIGHT if architecture.startswith(("mobilenet", "shufflenet")) else PEAK
+    return _PEAK_OF_DEPTHWISE if has_depthwise_convolutions(architecture) else PEAK
 
 
 def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:

@@ -1,0 +1,250 @@
+"""Which network a state dict is of, by the names and shapes of its tensors.
+
+The zoo is asked first, then torchvision, then timm if it is installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from classroomkd.models import external
+from classroomkd.models.registry import ZOO, build
+from classroomkd.models.states import COUNTER, FEWEST, summary
+
+Shapes = dict[str, tuple[int, ...]]
+
+# A count of classes that no other size in a network equals, by which classifiers are known.
+_CLASSES = 9973
+_TOLERANCE = 8  # parameters of other shapes in a network that still counts as near
+# What public repositories call the parts of the zoo's networks. Each set is taken as a whole.
+_RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
+    (),
+    ((r"\bdownsample\.", "shortcut."),),
+    ((r"\bshortcut\.", "downsample."),),
+    (
+        (r"^conv1\.0\.", "conv1."),
+        (r"^conv1\.1\.", "bn1."),
+        (r"^conv2_x\.", "layer1."),
+        (r"^conv3_x\.", "layer2."),
+        (r"^conv4_x\.", "layer3."),
+        (r"^conv5_x\.", "layer4."),
+        (r"\bresidual_function\.0\.", "conv1."),
+        (r"\bresidual_function\.1\.", "bn1."),
+        (r"\bresidual_function\.3\.", "conv2."),
+        (r"\bresidual_function\.4\.", "bn2."),
+        (r"\bresidual_function\.6\.", "conv3."),
+        (r"\bresidual_function\.7\.", "bn3."),
+    ),
+)
+
+
+@dataclass
+class Match:
+    """A network and where its tensors are: ``names`` leads from its names to the file's.
+
+    ``alike`` are the other networks whose names and shapes are the same.
+    """
+
+    architecture: str
+    classes: int
+    names: dict[str, str]
+    alike: list[str] = field(default_factory=list)
+
+
+def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
+    """Names and shapes."""
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+@functools.cache
+def expected(architecture: str, classes: int = _CLASSES) -> Shapes:
+    """What the state dict of a network holds. Nothing is computed.
+
+    Raises UserError if there is no such network.
+    """
+    with torch.device("meta"):  # no memory, no time and no random numbers spent on values
+        return shapes_of(build(architecture, classes).state_dict())
+
+
+def find_in_zoo(shapes: Shapes) -> Match | None:
+    """The network of the zoo that ``shapes`` are of.
+
+    Its classifier may be for any number of classes and go by any name.
+    """
+    return next(filter(None, (fit(shapes, architecture) for architecture in ZOO)), None)
+
+
+def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
+    """Likewise the network of "tv" or "timm"; of several the one of the shortest name."""
+    near = _near(library, *_traits(shapes))
+    found = [match for name in near if (match := _fit(shapes, near[name], name))]
+    found.sort(key=lambda match: (len(match.architecture), match.architecture))
+    if found:
+        found[0].alike = [match.architecture for match in found[1:]]
+    return found[0] if found else None
+
+
+def fit(shapes: Shapes, architecture: str) -> Match | None:
+    """How ``shapes`` are those of a network, if they are."""
+    return _fit(shapes, expected(architecture), architecture)
+
+
+def _fit(shapes: Shapes, wanted: Shapes, architecture: str) -> Match | None:
+    given = [name for name in shapes if not name.endswith(COUNTER)]
+    weights = {name: shape for name, shape in wanted.items() if not name.endswith(COUNTER)}
+    if len(weights) != len(given):
+        return None
+    heads = {name: shape for name, shape in weights.items() if _is_head(shape)}
+    body = {name: shape for name, shape in weights.items() if name not in heads}
+    for renaming in _RENAMINGS:
+        called = {_renamed(name, renaming): name for name in shapes}
+        rest = {_renamed(name, renaming): shapes[name] for name in given}
+        if any(rest.pop(name, None) != shape for name, shape in body.items()):
+            continue
+        if found := _head(heads, rest):
+            head, classes = found
+            names = {name: called[name] for name in wanted if name in called and name not in heads}
+            names |= {name: called[other] for name, other in head.items()}
+            return Match(architecture, classes, names)
+    return None
+
+
+def _renamed(name: str, renaming: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in renaming:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _is_head(shape: tuple[int, ...]) -> bool:
+    return shape[:1] == (_CLASSES,)
+
+
+def _head(wanted: Shapes, given: Shapes) -> tuple[dict[str, str], int] | None:
+    """The classifier's tensors, by the network's names, and its number of classes."""
+    names: dict[str, str] = {}
+    for name, shape in wanted.items():
+        kind = name.rpartition(".")[2]
+        fitting = [
+            other
+            for other, its in given.items()
+            if its[1:] == shape[1:] and len(its) == len(shape) and other.rpartition(".")[2] == kind
+        ]
+        chosen = name if name in fitting else fitting[0] if len(fitting) == 1 else None
+        if chosen is None:
+            return None
+        names[name] = chosen
+    classes = {given[name][0] for name in names.values()}
+    if len(classes) != 1 or len(set(names.values())) != len(given):
+        return None
+    return names, classes.pop()
+
+
+class Nearest(NamedTuple):
+    """A network, what its state dict holds, and the share of that which another has too."""
+
+    architecture: str
+    shapes: Shapes
+    similarity: float
+
+
+def nearest(shapes: Shapes) -> Nearest:
+    """The network that shares the largest part of its names and shapes with ``shapes``."""
+    candidates = {name: expected(name) for name in ZOO}
+    candidates |= _near("tv", *_traits(shapes)) | _near("timm", *_traits(shapes))
+
+    def compared(name: str) -> Nearest:
+        ours, theirs = candidates[name].items(), shapes.items()
+        return Nearest(name, candidates[name], len(ours & theirs) / len(ours | theirs))
+
+    return max(map(compared, candidates), key=lambda near: near.similarity)
+
+
+def differences(shapes: Shapes, wanted: Shapes) -> str:
+    """What keeps tensors of these shapes from loading, in one line; empty if nothing does."""
+    kinds = {
+        "missing": [
+            f"{name} {_shown(shape)}"
+            for name, shape in wanted.items()
+            if name not in shapes and not name.endswith(COUNTER)
+        ],
+        "unexpected": [
+            f"{name} {_shown(shape)}"
+            for name, shape in shapes.items()
+            if name not in wanted and not name.endswith(COUNTER)
+        ],
+        "of another shape": [
+            f"{name} {_shown(shape)} instead of {_shown(wanted[name])}"
+            for name, shape in shapes.items()
+            if name in wanted
+            and shape != wanted[name]
+            and not (_is_head(wanted[name]) and shape[1:] == wanted[name][1:])
+        ],
+    }
+    return "; ".join(f"{kind}: {summary(items)}" for kind, items in kinds.items() if items)
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    sizes = ("classes" if size == _CLASSES else str(size) for size in shape)
+    return f"[{', '.join(sizes)}]"
+
+
+Counts = frozenset[tuple[tuple[int, ...], int]]
+
+
+def _traits(shapes: Shapes) -> tuple[Counts, frozenset[str]]:
+    """How often there is each shape, and the parts at the top."""
+    parts = frozenset(name.partition(".")[0] for name in shapes)
+    return frozenset(Counter(shapes.values()).items()), parts
+
+
+@functools.lru_cache(maxsize=16)
+def _near(library: str, counts: Counts, parts: frozenset[str]) -> dict[str, Shapes]:
+    """The networks of a library whose parts and parameters' shapes are nearly these."""
+    if sum(count for _, count in counts) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
+        return {}
+    found = {}
+    for name in external.with_parts(library, parts):
+        with suppress(_DifferentError), _construction_of(Counter(dict(counts))):
+            found[name] = expected(name)
+    return found
+
+
+class _DifferentError(Exception):
+    """A network under construction has too many parameters of other shapes."""
+
+
+@contextmanager
+def _construction_of(shapes: Counter[tuple[int, ...]]) -> Iterator[None]:
+    """Building a network within it raises _DifferentError as soon as it is not near ``shapes``.
+
+    So all of a library's networks can be tried: most of them differ within a few layers.
+    """
+    left, wrong, thread = Counter(shapes), 0, threading.get_ident()
+
+    def count(_: nn.Module, __: str, parameter: nn.Parameter | None) -> None:
+        nonlocal wrong
+        if parameter is None or parameter.dim() < 2 or threading.get_ident() != thread:
+            return
+        shape = tuple(parameter.shape)
+        if not _is_head(shape):
+            left[shape] -= 1
+            wrong += left[shape] < 0
+            if wrong > _TOLERANCE:
+                raise _DifferentError
+
+    handle = register_module_parameter_registration_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,105 @@
+"""The state dicts that a checkpoint holds, wherever in it, each under the name of its entry."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+COUNTER = "num_batches_tracked"
+_DEPTH = 4  # dicts within dicts
+FEWEST = 6  # tensors of a network that is looked for among others
+_SHOWN = 3  # names listed of each kind
+# Words of the names of what is no weight of a network: losses and metrics, what profilers count,
+# what averaging counts, and heads for the training only.
+_OTHER = re.compile(
+    r"(^|[._])(criterion|loss|losses|metric|metrics|accuracy|acc)\d*([._]|$)"
+    r"|(^|\.)(n_averaged|total_ops|total_params|AuxLogits|aux\d|aux_logits|aux_classifier)(\.|$)"
+)
+_NOT_PLAIN = re.compile(r"ema|averag|swa|teacher|momentum|polyak|shadow", re.IGNORECASE)
+
+
+@dataclass
+class State:
+    """Tensors by name, found at ``entry``: keys and prefixes joined by dots, "" for the file.
+
+    ``left_out`` are the names, as in the file, of what lies beside them and is not among them.
+    """
+
+    entry: str
+    tensors: dict[str, Tensor]
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing says that these weights are averages of others, or another network's."""
+        return not _NOT_PLAIN.search(self.entry)
+
+
+def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
+    """All that may be the state dict of a network, the plain ones first; of ``entry`` if given."""
+    found = [state for path, tensors in _holders(content) for state in _within(path, tensors)]
+    if entry is not None:
+        found = [state for state in found if f".{entry}." in f".{state.entry}."]
+    return sorted(found, key=lambda state: not state.is_plain)
+
+
+def entries(content: Mapping[str, Any]) -> list[str]:
+    """The keys, joined by dots, of the dicts that hold tensors."""
+    return [path for path, _ in _holders(content) if path]
+
+
+def summary(names: Iterable[str]) -> str:
+    """The first few of ``names``, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _holders(
+    content: Mapping[Any, Any], path: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
+    if tensors:
+        yield path, tensors
+    if depth < _DEPTH:
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, dict):
+                yield from _holders(value, _joined(path, key), depth + 1)
+
+
+def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
+    """The tensors, with fewer and fewer of their prefixes, then those of networks among them."""
+    kept = {name: tensor for name, tensor in tensors.items() if not _OTHER.search(name)}
+    pending = [""]
+    while pending:
+        prefix = pending.pop(0)
+        inside = {n.removeprefix(prefix): t for n, t in kept.items() if n.startswith(prefix)}
+        left_out = [name for name in tensors if name not in kept or not name.startswith(prefix)]
+        yield State(_joined(path, prefix.rstrip(".")), inside, left_out)
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in inside.items():
+            first, dot, _ = name.partition(".")
+            groups.setdefault(first + dot, {})[name] = tensor
+        pending += [
+            prefix + first
+            for first, group in groups.items()
+            if first.endswith(".")
+            and (len(groups) == 1 or (len(group) >= FEWEST and _takes_images(group)))
+        ]
+
+
+def _takes_images(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether there is a convolution of three channels."""
+    return any(tensor.dim() == 4 and tensor.shape[1] == 3 for tensor in tensors.values())
+
+
+def _joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
