@@ -125,12 +125,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def sections(plots: Sequence[Plot]) -> str:
     """The plots, with plotly's library once before them all."""
-    drawn = "".join(_section(plot, with_library=plot is plots[0]) for plot in plots)
+    first = next((plot for plot in plots if plot.figure), None)
+    drawn = "".join(_section(plot, with_library=plot is first) for plot in plots)
     return f'<div class="plots">{drawn}</div>'
 
 
 def _section(plot: Plot, with_library: bool) -> str:
-    figure = plotly.io.to_html(
+    figure = plot.figure and plotly.io.to_html(
         plot.figure,
         full_html=False,
         include_plotlyjs=with_library,
@@ -144,5 +145,5 @@ def _section(plot: Plot, with_library: bool) -> str:
     )
     return (
         f"<section{' class=whole' * plot.wide}><h2>{escape(plot.heading)}</h2>"
-        f'<p class="note">{escape(plot.note)}</p>{figure}</section>\n'
+        f'<p class="note">{escape(plot.note)}</p>{figure or ""}</section>\n'
     )
