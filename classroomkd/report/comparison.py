@@ -44,7 +44,7 @@ def comparison(runs: Sequence[Run]) -> tuple[str, str]:
     columns, rows, common = _without_common(COLUMNS, rows)
     body = f"""{_warnings(entries)}
 <p>{escape(_in_common(entries, common))}</p>
-{table(columns, rows)}
+{table(columns, rows, broad=True)}
 <p class="note">top-1 is that of the student, taught by the method, after its last epoch; best is
 the highest of any epoch on these same held-out images; alone is that of the student trained alone
 after its last epoch, in the same run or in another one here with the same seed, images, student and

@@ -91,8 +91,11 @@ class Row(NamedTuple):
     colour: str = ""
 
 
-def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table without the columns that say nothing; what its rows are called comes first."""
+def table(columns: Sequence[str], rows: Sequence[Row], broad: bool = False) -> str:
+    """A table without the columns that say nothing; what its rows are called comes first.
+
+    A ``broad`` one, as one of many columns, fits wide screens only.
+    """
     columns, cells = filled(columns, [row.cells for row in rows])
     texts = [n == 0 or not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
     styles = [' class="text"' * text for text in texts]
@@ -108,7 +111,7 @@ def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
             for column, style, dot, text in zip(columns, styles, dots, kept, strict=True)
         )
         body += f'<tr class="{row.kind}">{"".join(tagged)}</tr>'
-    kind = ' class="broad"' * (len(columns) > 9)
+    kind = ' class="broad"' * (broad or len(columns) > 9)
     return (
         f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -117,7 +117,7 @@ def accuracy_axes(*plots: Sequence[go.Scatter]) -> dict:
 
 
 def _error_ticks(low: float, high: float) -> list[float]:
-    """Round errors from ``low`` to ``high``, the roundest first, none too near another."""
+    """Round errors from ``low`` to ``high``, as round as five can be, none too near another."""
     apart = max(log10(high / low) / 9, 1e-9)
     ticks: list[float] = []
     for digits in (
@@ -128,6 +128,8 @@ def _error_ticks(low: float, high: float) -> list[float]:
         for step in (digit * 10.0**power for power in range(-6, 1) for digit in digits):
             if low <= step <= high and all(abs(log10(step / tick)) >= apart for tick in ticks):
                 ticks.append(step)
+        if len(ticks) >= 5:
+            break
     return sorted(ticks)
 
 
