@@ -213,8 +213,8 @@ def _accuracies(
             line = {"color": group[0].colour, "width": 2.5}
             traces += _curve(taught, title(several), line, group[0].marker)
     students: dict[str, dict[str, Entry]] = {}
-    for entry in entries:
-        if entry.run.student_curve("alone"):
+    for entry in sorted(entries, key=lambda entry: entry.run.summary is None):
+        if entry.run.student_curve("alone"):  # once a seed, the finished one if there is
             students.setdefault(entry.student, {}).setdefault(entry.seed, entry)
     for seeds, marker in zip(students.values(), cycle(MARKERS), strict=False):
         for several in courses(list(seeds.values())):
