@@ -19,6 +19,7 @@ from selenium import webdriver
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
 from classroomkd.report.document import Row, table
+from classroomkd.report.figures import ALONE
 from classroomkd.report.numbers import are_numbers, percent, spread
 from classroomkd.report.results import result_rows
 
@@ -163,9 +164,18 @@ def open_page(browser, path: Path, width: int = 1280) -> dict:
     page = browser.execute_script("""
         const plots = [];  // arrays, for objects come back with their keys sorted
         for (const div of document.querySelectorAll('.plotly-graph-div')) {
-            const drawn = [...div.querySelectorAll('svg.main-svg .scatterlayer .trace')];
+            const drawn = [...div.querySelectorAll('svg.main-svg .scatterlayer .trace')]
+                .filter(t => t.querySelector('.points path'));
+            const axis = div._fullLayout.yaxis;
             plots.push([div.id, {
-                traces: div.data.map(t => [t.name, [...t.x], [...t.y]]),
+                // Accuracies are drawn as errors, and carried along as they are.
+                traces: div.data.filter(t => t.showlegend !== false)
+                    .map(t => [t.name, [...t.x], [...(t.customdata ?? t.y)]]),
+                bands: div.data.filter(t => t.showlegend === false)
+                    .map(t => [t.name, [...t.x], [...(t.customdata ?? t.y)]]),
+                ends: div.data.map(t => [t.name, axis.d2p(t.y.at(-1)), t.y.at(-1)]),
+                values: [...div.querySelectorAll('.ytick text')].map(t => t.textContent),
+                titles: [...div.querySelectorAll('.annotation-text')].map(t => t.textContent),
                 cells: div.data.map(t => t.z),
                 spread: div.data.map(t => t.error_y?.array),
                 colours: Object.fromEntries(
@@ -423,9 +433,7 @@ def test_folder_that_is_not_a_run(tmp_path):
 CLASSES = [f"class {number}" for number in range(9)] + ["<b>&amp;"]
 
 
-def tell_classes(
-    folder: Path, classes: list[str], seed: int = 0, mentors: tuple[str, ...] = MENTORS
-) -> dict:
+def tell_classes(folder: Path, classes: list[str], seed: int = 0) -> dict:
     """Give the finished run in ``folder`` results per class; return its summary."""
     rng = random.Random(seed)
     summary = json.loads((folder / "summary.json").read_text())
@@ -436,7 +444,11 @@ def tell_classes(
 
     for result in summary["results"]:
         result |= {"per_class": shares(), "calibration_error": rng.random() / 10}
-    summary["taught"] = {name: shares() for name in mentors}
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    for record in records:
+        for numbers in record.get("mentors", {}).values():
+            numbers["taught"] = shares()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (folder / "summary.json").write_text(json.dumps(summary))
     return summary
 
@@ -456,6 +468,11 @@ def make_seeds(folder: Path, count: int = 3) -> list[dict]:
         settings = {"data": {"source": "/sets/digits", "loader": "auto"}, "seed": seed}
         (run / "config.yaml").write_text(yaml.safe_dump(settings | {"training": {"epochs": 30}}))
         summary = tell_classes(run, CLASSES, seed)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+        for record in records:
+            if record["phase"] != "mentor":
+                record["test_top1"] -= 0.004 * seed * seed
+        (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         summary["seed"] = seed
         summary["results"][-1] |= {"top1": 0.95 + 0.01 * seed, "best_test_top1": 0.975}
         summary["results"][-2]["top1"] = 0.93 - 0.005 * seed**2
@@ -496,19 +513,21 @@ def test_classes_taught_and_gained(browser, tmp_path, width, classes):
     escaped = [
         name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for name in classes
     ]
-
-    columns = list(zip(*summary["taught"].values(), strict=True))
-    order = sorted(shown, key=lambda c: -mean(columns[c]))
-    ((_, x, y),) = plots["taught"]["traces"]
-    assert x == [escaped[c] for c in order]
-    assert y == list(MENTORS)
-    taught = [[summary["taught"][name][c] for c in order] for name in MENTORS]
-    assert plots["taught"]["cells"] == [taught]
-    assert all(width > 0 for width in plots["taught"]["images"])
-    assert plots["taught"]["images"]
-
     expected = gains(summary)
     order = sorted(shown, key=lambda c: -expected[c])
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+    lessons = [record["mentors"] for record in records if record["phase"] == "classroom"]
+    assert plots["taught"]["titles"] == list(MENTORS)
+    for name, (_, x, y), cells in zip(
+        MENTORS, plots["taught"]["traces"], plots["taught"]["cells"], strict=True
+    ):
+        assert x == [escaped[c] for c in order], "the classes stand as beside it"
+        assert y == list(range(1, 31))
+        assert cells == [[of_epoch[name]["taught"][c] for c in order] for of_epoch in lessons]
+    assert len(plots["taught"]["images"]) == len(MENTORS)
+    assert all(width > 0 for width in plots["taught"]["images"])
+
     ((_, x, y),) = plots["gain"]["traces"]
     assert x == [escaped[c] for c in order]
     assert y == pytest.approx([expected[c] for c in order])
@@ -537,17 +556,25 @@ def test_comparison_of_seeds(browser, tmp_path, width):
     plots = open_page(browser, page, width)
     records = [json.loads(line) for line in (folders[0] / "metrics.jsonl").open()]
     one = expected_plots(records)
-    accuracy = {}
-    for seed in range(3):
-        accuracy[f"seed-{seed}"] = one["accuracy"]["resnet8 in the classroom"]
-        accuracy[f"seed-{seed} alone"] = one["accuracy"]["resnet8 alone"]
-    expected = {"accuracy": accuracy}
-    for number in (1, 2, 3):
-        for key in ("active_share", "temperature"):
-            expected[f"{key}-{number}"] = one[key]
-    assert list(plots) == [*expected, "gain-1"]
+    assert list(plots) == ["accuracy", "active_share-1", "temperature-1", "gain-1"]
     gain = plots.pop("gain-1")
-    assert_drawn(plots, expected)
+
+    # The seeds lie 0, 0.4 and 1.6 points below the first one.
+    middle, deviation = 0.02 / 3, stdev([0, 0.004, 0.016])
+    named = {"resnet8 in the classroom": "", "resnet8 alone": "student alone: "}
+    for (name, xs, ys), band, (own, prefix) in zip(
+        plots["accuracy"]["traces"], plots["accuracy"]["bands"], named.items(), strict=True
+    ):
+        assert name == band[0] == f"{prefix}seed-0 and 2 other seeds"
+        epochs, values = one["accuracy"][own]
+        assert xs == epochs
+        assert ys == pytest.approx([value - middle for value in values])
+        assert band[1] == epochs + epochs[::-1]
+        edges = [[v - middle + side * deviation for v in values] for side in (1, -1)]
+        assert band[2] == pytest.approx(edges[0] + edges[1][::-1])
+    for key in ("active_share", "temperature"):
+        for name, xs, ys in plots[f"{key}-1"]["traces"]:
+            assert (xs, pytest.approx(ys)) == one[key][name]
 
     values = list(zip(*map(gains, summaries), strict=True))
     order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
@@ -557,8 +584,9 @@ def test_comparison_of_seeds(browser, tmp_path, width):
 
     rows = table_rows(browser)
     mentors = ", ".join(MENTORS)
-    facts = ["digits", "resnet8", mentors, "classroom", "30"]
-    assert rows[1] == ["seed-1", *facts, "1", "96.00%", "97.50%", "92.50%", "+3.50"]
+    told = f"In common: data digits · epochs 30 · student resnet8 · mentors {mentors} · method"
+    assert told in browser.find_element("tag name", "body").text
+    assert rows[1] == ["seed-1", "1", "96.00%", "97.50%", "92.50%", "+3.50"]
     last, alone = [0.95, 0.96, 0.97], [0.93, 0.925, 0.91]
     gain = [100 * (a - b) for a, b in zip(last, alone, strict=True)]
     assert rows[3][-4:] == [
@@ -568,7 +596,7 @@ def test_comparison_of_seeds(browser, tmp_path, width):
         f"{mean(gain):+.2f} ± {stdev(gain):.2f}",
     ]
     assert "n = 3" in rows[3][0]
-    assert rows[3][1:7] == [*facts, "0, 1, 2"]
+    assert rows[3][1] == "0, 1, 2"
     assert not browser.find_elements("css selector", ".warning")
     assert (
         browser.execute_script(
@@ -614,17 +642,28 @@ def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path)
     assert alone[-2:] == ["–", "–"]
     # 0.95 - 0.93, 0.96 - 0.925, 0.97 - 0.91
     gains = [2.0, 3.5, 6.0]
-    mean_of_kd = table_rows(browser)[-1]
+    mean_of_kd = table_rows(browser)[7]
+    # kd less alone, seed by seed: the same, for alone stands first
+    paired = table_rows(browser)[8]
+    error = stdev(gains) / math.sqrt(3)
+    assert paired == [
+        "kd-0 and 2 other seeds − alone-0 and 2 other seeds",
+        f"{mean(gains):+.2f} ± {error:.2f}",
+        "3",
+        "0: +2.00, 1: +3.50, 2: +6.00",
+    ]
     assert mean_of_kd[-1] == f"{mean(gains):+.2f} ± {stdev(gains):.2f}"
     assert [name for name in plots if name.startswith("gain")] == ["gain-2"]
+    assert kd[1] == "method=kd, mentors=[resnet20], loss.temperature=4.0"
+    assert alone[1] == "method=alone, mentors=[]"
     values = list(zip(*(gains_of(tmp_path, seed) for seed in range(3)), strict=True))
     order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
     ((_, _, drawn),) = plots["gain-2"]["traces"]
     assert drawn == pytest.approx([mean(values[c]) for c in order])
-    assert plots["accuracy"]["legend"] == [run.name for run in runs]
+    taught, by_itself = "kd-0 and 2 other seeds", "student alone: alone-0 and 2 other seeds"
+    assert plots["accuracy"]["legend"] == [taught, by_itself]
     colours = plots["accuracy"]["colours"]
-    assert len({colours[f"kd-{seed}"] for seed in range(3)}) == 1
-    assert colours["kd-0"] != colours["alone-0"]
+    assert colours[by_itself] == ALONE != colours[taught]
 
     # Another seed's, another schedule's or other images' is not the same student.
     settings = yaml.safe_load((runs[0] / "config.yaml").read_text())
@@ -654,7 +693,7 @@ def test_columns_of_the_comparison(browser, tmp_path, width):
     runs = [tmp_path / f"seed-{seed}" for seed in range(3)]
     open_page(browser, write_report(runs, tmp_path / "page.html"), width)
     lines, sides, hidden = browser.execute_script("""
-        const words = [...document.querySelectorAll('td:nth-child(2), td:nth-child(3), th')];
+        const words = [...document.querySelectorAll('td:nth-child(2), th')];
         const range = document.createRange();
         const lines = words.filter(word => word.offsetParent).map(word => {
             range.selectNodeContents(word);
@@ -666,7 +705,7 @@ def test_columns_of_the_comparison(browser, tmp_path, width):
                 box.scrollWidth - box.clientWidth];
     """)
     assert set(lines) == {1}, "a word is broken"
-    assert sides == ["left"] * 5 + (["right"] if width == 1200 else ["left"]) * 6
+    assert sides == ["left"] + (["right"] if width == 1200 else ["left"]) * 5
     assert hidden <= 0
 
 
@@ -711,8 +750,9 @@ def test_only_runs_that_differ_in_the_seed_are_averaged(browser, tmp_path):
     rows = table_rows(browser)
     names = [row[0] for row in rows]
     assert names == ["seed-0", "seed-2", "seed-3", "mean ± deviation, n = 2", "seed-1"]
-    assert rows[3][6] == "0, 2"
-    assert rows[3][7] == f"96.00 ± {100 * stdev([0.95, 0.97]):.2f}%"
+    assert [row[1] for row in rows] == ["", "", "repeats seed-0", "", "loss.temperature=4.0"]
+    assert rows[3][2] == "0, 2"
+    assert rows[3][3] == f"96.00 ± {100 * stdev([0.95, 0.97]):.2f}%"
     assert [name for name in plots if name.startswith("gain")] == ["gain-1", "gain-2"]
     assert not browser.find_elements("css selector", ".warning")
 
@@ -723,7 +763,7 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
         (tmp_path / place).mkdir()
         make_run(tmp_path / place / "run", mentors=("resnet20", nasty), data=data)
     unfinished = tmp_path / "b" / "killed"
-    make_run(unfinished, epochs=5)
+    make_run(unfinished, mentors=("resnet20", nasty), epochs=5)
     (unfinished / "summary.json").unlink()
     text = (unfinished / "metrics.jsonl").read_text()
     (unfinished / "metrics.jsonl").write_text(text[:-700])
@@ -731,11 +771,10 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
     plots = open_page(browser, write_report(runs, tmp_path / "page.html"))
     assert plots["accuracy"]["legend"] == [
         "a/run on digits",
-        "a/run alone on digits",
-        f"b/run on {nasty}",
-        f"b/run alone on {nasty}",
         "killed on digits",
-        "killed alone on digits",
+        f"b/run on {nasty}",
+        "student alone: a/run on digits",
+        f"student alone: b/run on {nasty}",
     ]
     first, *_, last = (plot for name, plot in plots.items() if "active_share" in name)
     assert first["legend"] == ["resnet20 (mentor)", f"{nasty} (mentor)"]
@@ -743,11 +782,12 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
     assert colours[0] == colours[1]
     rows = {row[0]: row for row in table_rows(browser)}
     assert list(rows) == ["a/run", "killed", "b/run"], "those of one recipe stand together"
+    # run, data, epochs, seed, top-1, best, alone and gain
     assert rows["b/run"][1] == nasty
-    assert rows["killed"][5] == "4 of 5"
-    assert rows["killed"][7:9] == ["–", "–"]
-    assert rows["killed"][9].endswith("%"), "the student alone has finished"
-    assert rows["killed"][10] == "–"
+    assert rows["killed"][2] == "4 of 5"
+    assert rows["killed"][4:6] == ["–", "–"]
+    assert rows["killed"][6].endswith("%"), "the student alone has finished"
+    assert rows["killed"][7] == "–"
     warnings = [w.text for w in browser.find_elements("css selector", ".warning")]
     assert warnings[0].startswith(
         f"These runs were measured on different data sets (digits, {nasty})"
@@ -804,3 +844,84 @@ def test_any_configuration_can_be_reported(tmp_path, config):
     page = write_report(run).read_text()
     assert ("<h1>Classroom of resnet8 on digits</h1>" in page) == ("digits" in config)
     write_report([run, shutil.copytree(run, tmp_path / "copy")], tmp_path / "page.html")
+
+
+def test_runs_that_differ_in_no_setting_tell_what_else_differs(tmp_path):
+    make_seeds(tmp_path, 2)
+    runs = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    settings = yaml.safe_load((runs[0] / "config.yaml").read_text()) | {"seed": 0}
+    for run, threads in zip(runs, (1, 8), strict=True):
+        (run / "config.yaml").write_text(yaml.safe_dump(settings | {"threads": threads}))
+        summary = json.loads((run / "summary.json").read_text())
+        (run / "summary.json").write_text(json.dumps(summary | {"seed": 0}))
+    page = write_report(runs, tmp_path / "page.html").read_text()
+    assert ">threads=1<" in page
+    assert ">threads=8, repeats seed-0<" in page
+
+
+def test_charts_side_by_side_have_one_order_and_scale_of_the_classes(browser, tmp_path):
+    make_seeds(tmp_path, 2)
+    runs = [tmp_path / "seed-0", tmp_path / "seed-1"]
+    settings = yaml.safe_load((runs[1] / "config.yaml").read_text())
+    (runs[1] / "config.yaml").write_text(yaml.safe_dump(settings | {"loss": {"ranking": "batch"}}))
+    plots = open_page(browser, write_report(runs, tmp_path / "page.html"))
+    first, second = plots["gain-1"], plots["gain-2"]
+    assert first["range"] == second["range"]
+    assert first["traces"][0][1] == second["traces"][0][1]
+    drawn = [abs(y) for plot in (first, second) for y in plot["traces"][0][2]]
+    assert max(drawn) < first["range"][1] == -first["range"][0]
+
+
+def test_gains_of_nothing_are_told_in_words(browser, tmp_path):
+    run = tmp_path / "run"
+    make_run(run)
+    summary = tell_classes(run, CLASSES)
+    summary["results"][-1]["per_class"] = summary["results"][-2]["per_class"]
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert "gain" not in open_page(browser, write_report(run))
+    text = browser.find_element("tag name", "body").text
+    assert "Gain per class" in text
+    assert "Here it is 0 for each of the 9 classes." in text
+
+
+def test_curves_that_end_near_one_another_at_the_top_are_told_apart(browser, tmp_path):
+    run = tmp_path / "run"
+    records, _ = make_run(run, mentors=("resnet56", "resnet32"), given=())
+    ends = {"mentor": 0.97, "alone": 0.98, "classroom": 1.0}
+    for record in records:
+        if record["epoch"] == 30:
+            record["test_top1"] = ends[record["phase"]]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    plot = open_page(browser, write_report(run))["accuracy"]
+    heights = {name: height for name, height, _ in plot["ends"]}
+    errors = {name: error for name, _, error in plot["ends"]}
+    assert heights["resnet32 (mentor)"] - heights["resnet8 alone"] > 15, "pixels"
+    assert heights["resnet8 alone"] > heights["resnet8 in the classroom"] > 0
+    assert errors["resnet8 alone"] == pytest.approx(0.02)
+    assert plot["values"][0] == "100"
+    assert len(plot["values"]) >= 5
+
+
+def test_the_page_tells_time_machine_and_command(tmp_path):
+    run = tmp_path / "run"
+    _, summary = make_run(run, given=())
+    summary["results"][0]["reused"] = True  # its epochs took another run's time
+    (run / "summary.json").write_text(json.dumps(summary))
+    versions = {"torch": "2.13.0", "triton": "3.7.1"}
+    starts = [
+        {"started": "2026-01-02T03:04:05+00:00", "command": command, "device": "cpu"}
+        | {"processor": "Abacus <9>", "cores": 8, "threads": 1, "processes": 2}
+        | {"versions": versions}
+        for command in ("classroomkd train --data 'a b'", "classroomkd train --resume run")
+    ]
+    lines = [json.dumps(start) for start in starts] + ['{"started": "20']
+    (run / "starts.jsonl").write_text("\n".join(lines))
+    page = write_report(run).read_text()
+    # 5 mentors and 2 students, 30 epochs of 0.24 seconds each
+    assert "took: mentors 36 s, student 14 s." in page
+    hardware = "cpu · Abacus &lt;9&gt; · 8 cores · 1 thread · 2 processes · torch 2.13.0 · triton"
+    assert page.count(hardware) == 2
+    assert "<pre>classroomkd train --data &#x27;a b&#x27;</pre>" in page
+    assert "<pre>classroomkd train --resume run</pre>" in page
+    (run / "summary.json").unlink()
+    assert "<pre>classroomkd train --resume run</pre>" in write_report(run).read_text()

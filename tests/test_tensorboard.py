@@ -19,7 +19,7 @@ def line(phase: str, name: str, epoch: int, value: float | None, **more: object)
 
 
 def taught(share: float) -> dict:
-    return {"mentors": {"resnet20": {"active_share": share, "kl": None}}}
+    return {"mentors": {"resnet20": {"active_share": share, "kl": None, "taught": [share, None]}}}
 
 
 LINES = [

@@ -223,17 +223,58 @@ def classroom_weights(
             does not count.
 
     """
-    n_mentors = mentors.shape[0]
-    everyone = torch.cat([student[None], mentors])
-    ell = target.expectation(log_softmax(everyone, dim=-1))  # [1 + M, B]
-    sick = target.out_of_range | ell.isnan().any(0)
+    ell, correct = standing(torch.cat([student[None], mentors]), target)
+    chosen = rank_and_filter(ell, correct[1:], target.valid, options, process_group)
+    tau_m, tau_s = _temperatures(student, mentors, chosen.lead, options)
+    ell_s = chosen.log_confidence[0]
+    if options.task_weight == "confidence":
+        task = ell_s.exp()
+    else:
+        task = torch.full_like(ell_s, options.task_weight)
+    sick = (target.out_of_range | chosen.sick) & target.valid
+    return Weights(chosen.log_confidence, chosen.rank, chosen.active, tau_m, tau_s, task, sick)
+
+
+def standing(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """What ranks and filter ask of logits [..., B, C], each [..., B].
+
+    The log-confidence, and whether no logit is larger than the target class's.
+    """
+    index = target.index[:, None].expand(*logits.shape[:-1], 1)
+    correct = logits.gather(-1, index).squeeze(-1) == logits.amax(-1)
+    return target.expectation(log_softmax(logits, dim=-1)), correct
+
+
+class Chosen(NamedTuple):
+    """Who ranks where, and who teaches."""
+
+    log_confidence: Tensor  # [1 + M, B], as it is ranked
+    rank: Tensor  # [M, B], r_m
+    lead: Tensor  # [M, B], Δ_m
+    active: Tensor  # [M, B] bool
+    sick: Tensor  # [B] bool: a log-confidence is NaN
+
+
+def rank_and_filter(
+    ell: Tensor,
+    correct: Tensor,
+    valid: Tensor,
+    options: LossOptions,
+    process_group: ProcessGroup | None = None,
+) -> Chosen:
+    """Rank everyone by log-confidences [1 + M, B], the student's first, and choose who teaches.
+
+    ``correct`` [M, B] is of the mentors only, ``valid`` [B]; both are bool.
+    """
+    n_mentors = len(correct)
+    sick = ell.isnan().any(0)
     # A confidence of exactly 0 becomes the smallest there is: equal to another 0, and never
     # −inf − −inf.
     floor = torch.finfo(ell.dtype).min
     ell = ell.clamp_min(floor)
     if options.ranking == "batch":
-        sums = torch.where(target.valid, ell, 0).sum(1)
-        sums = torch.cat([sums, target.valid.sum(0, keepdim=True)])
+        sums = torch.where(valid, ell, 0).sum(1)
+        sums = torch.cat([sums, valid.sum(0, keepdim=True)])
         if process_group is not None:
             torch.distributed.all_reduce(sums, group=process_group)
         mean = sums[:-1, None] / sums[-1].clamp_min(1)
@@ -244,31 +285,21 @@ def classroom_weights(
     if options.rank_decimals is not None:
         share = share.round(decimals=options.rank_decimals)
     r_s, r_m = n_mentors * share[0], n_mentors * share[1:]
-    ell_s, ell_m = ell[0], ell[1:]
 
     if options.rank_decimals is None:
-        better = ell_m >= ell_s
-        lead = -torch.expm1(-(ell_m - ell_s).abs())
+        better = ell[1:] >= ell[0]
+        lead = -torch.expm1(-(ell[1:] - ell[0]).abs())
     else:
         better = r_m >= r_s
         largest = torch.maximum(r_m, r_s)
         lead = torch.where(largest > 0, (r_m - r_s).abs() / largest, 0)
-
-    index = target.index[:, None].expand(n_mentors, -1, 1)
-    correct = mentors.gather(-1, index).squeeze(-1) == mentors.amax(-1)
     active = {
         "better": better,
         "correct": correct,
         "correct_and_better": better & correct,
         "none": torch.ones_like(better),
-    }[options.knowledge_filter] & target.valid
-
-    tau_m, tau_s = _temperatures(student, mentors, lead, options)
-    if options.task_weight == "confidence":
-        task = ell_s.exp()
-    else:
-        task = torch.full_like(ell_s, options.task_weight)
-    return Weights(ell, r_m, active, tau_m, tau_s, task, sick & target.valid)
+    }[options.knowledge_filter]
+    return Chosen(ell, r_m, lead, active & valid, sick)
 
 
 def _temperatures(

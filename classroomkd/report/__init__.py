@@ -2,8 +2,9 @@
 
 Data goes one way. ``records`` reads a run's folder; ``results`` makes rows of its summary, for the
 terminal too; ``plots`` and ``classes`` make figures in the style of ``figures``; ``page`` (one run)
-and ``comparison`` (several) put them together, ``numbers`` says how a number is printed, and
-``document`` is the HTML around it all. ``tensorboard`` writes records for that viewer while a run
+and ``comparison`` (several, each an entry of ``entries`` with its ``differences``) put them
+together, ``numbers`` says how a number is printed, and ``document`` is the HTML around it all.
+``tensorboard`` writes records for that viewer while a run
 goes on. Nothing here trains or measures: what a page says stands in the run's folder.
 """
 

@@ -7,80 +7,126 @@ from html import escape
 from statistics import mean
 
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from classroomkd.report.figures import COLOURS, MANY_CLASSES, Plot, over_classes
 from classroomkd.report.numbers import spread
 from classroomkd.report.records import Run
 
+_MOST_ROWS = 40  # epochs in a map
+_GAP = 34  # pixels between two maps, where a mentor's name stands
 
-def taught_plot(run: Run) -> Plot | None:
-    """Mentors × classes: on what share of a class's images the mentor would still teach."""
-    taught = (run.summary or {}).get("taught") or {}
-    mentors = [name for name in run.mentors if name in taught]
-    columns = zip(*(taught[name] for name in mentors), strict=True)
-    classes = [
-        (name, shares)
-        for name, shares in zip(_names(run), columns, strict=False)
-        if any(share is not None for share in shares)
-    ]
-    if not classes:
+
+def taught_plot(run: Run, order: Sequence[int]) -> Plot | None:
+    """Of each mentor classes × epochs: on what share of a class's images it would teach."""
+    taught = {
+        record["epoch"]: {name: numbers["taught"] for name, numbers in mentors.items()}
+        for record in run.classroom
+        if (mentors := record.get("mentors"))
+        and all(numbers.get("taught") for numbers in mentors.values())
+    }
+    if not taught:
         return None
-    classes.sort(key=lambda item: -mean(share for share in item[1] if share is not None))
-    trace = go.Heatmap(
-        x=[escape(name) for name, _ in classes],
-        y=[escape(name) for name in mentors],
-        z=[list(row) for row in zip(*(shares for _, shares in classes), strict=True)],
-        zmin=0,
-        zmax=1,
-        colorscale=["#f2f2f2", COLOURS[0], "#002b45"],
-        hovertemplate="%{y}, %{x}: %{z:.1%}<extra></extra>",
-        colorbar={
-            "orientation": "h",
-            "x": 0,
-            "xanchor": "left",
-            "y": 1,
-            "yanchor": "bottom",
-            "thickness": 10,
-            "tickformat": ".0%",
-            "outlinewidth": 0,
+    epochs = _thinned(list(taught))
+    mentors = list(taught[epochs[-1]])
+    shares = {name: [taught[epoch].get(name) or [] for epoch in epochs] for name in mentors}
+    counted = len(shares[mentors[0]][-1])
+    names = _names(run) or [str(number) for number in range(counted)]
+    seen = [c for c in order or range(counted) if shares[mentors[0]][-1][c] is not None]
+    panel = min(max(40, 12 * len(epochs)), 120)
+    inner = panel * len(mentors) + _GAP * (len(mentors) - 1)
+    figure = make_subplots(
+        len(mentors),
+        shared_xaxes=True,
+        vertical_spacing=_GAP / inner,
+        subplot_titles=[escape(name) for name in mentors],
+    )
+    figure.update_annotations(x=0, xanchor="left", font={"size": 13})
+    for row, name in enumerate(mentors, start=1):
+        trace = go.Heatmap(
+            x=[escape(names[c]) for c in seen],
+            y=epochs,
+            z=[[of_epoch[c] for c in seen] for of_epoch in shares[name]],
+            coloraxis="coloraxis",
+            hovertemplate="%{x}, epoch %{y}: %{z:.1%}<extra>" + escape(name) + "</extra>",
+        )
+        figure.add_trace(trace, row, 1)
+    ends = sorted({epochs[0], epochs[-1]})
+    # Downwards, and named once, for the maps may be low.
+    axis = {"autorange": "reversed", "showgrid": False, "tickvals": ends}
+    figure = over_classes(figure, axis, height=inner + 130)
+    figure.update_xaxes(title_text="")  # plotly would write it over the names; the heading says it
+    figure.update_yaxes(title_text="epoch", row=1, col=1)
+    figure.update_layout(
+        margin={"t": 96},  # the buttons, the scale, and the first mentor's name
+        coloraxis={
+            "cmin": 0,
+            "cmax": 1,
+            "colorscale": ["#f2f2f2", COLOURS[0], "#002b45"],
+            "colorbar": {
+                "orientation": "h",
+                "x": 0,
+                "xanchor": "left",
+                "y": 1 + 24 / inner,
+                "yanchor": "bottom",
+                "thickness": 10,
+                "tickformat": ".0%",
+                "outlinewidth": 0,
+            },
         },
     )
-    axis = {"autorange": "reversed", "showgrid": False, "title": "mentor"}
-    figure = over_classes(trace, axis, height=190 + 26 * len(mentors))
-    figure.update_layout(margin={"t": 72})  # the buttons, and below them the scale
+    loss = run.settings.get("loss")
+    loss = loss if isinstance(loss, dict) else {}
+    rule = ", ".join(f"{key} {loss[key]}" for key in ("knowledge_filter", "ranking") if key in loss)
     return Plot(
         "taught",
-        "What each mentor taught",
-        "Share of a class's held-out images on which the mentor gives the true class at least the "
-        "probability that the student gives it after its last epoch. Classes from left to right by "
-        "the mean over the mentors.",
+        "Which classes each mentor teaches",
+        "Share of a class's held-out images on which the mentor would teach the student as it is "
+        f"after the epoch, by the run's own rule{f' ({rule})' if rule else ''}. The epochs go "
+        "downwards" + ("." if len(epochs) == len(taught) else f", {len(epochs)} of {len(taught)}."),
         figure,
-        wide=len(classes) > MANY_CLASSES,
+        wide=len(seen) > MANY_CLASSES,
     )
 
 
-def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
+def _thinned(epochs: list[int]) -> list[int]:
+    """At most `_MOST_ROWS` of them, evenly, the first and the last among them."""
+    count = min(len(epochs), _MOST_ROWS)
+    last = len(epochs) - 1
+    return [epochs[round(place * last / max(count - 1, 1))] for place in range(count)]
+
+
+def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
+    """The classes that have gains, by their mean over ``gained``; ties in the data's order.
+
+    Charts that stand side by side have one order.
+    """
+    means = {
+        number: mean(known)
+        for number in range(max(map(len, gained), default=0))
+        if (known := [g[number] for g in gained if len(g) > number and g[number] is not None])
+    }
+    return sorted(means, key=lambda number: -means[number])
+
+
+def gain_plot(
+    pairs: Sequence[tuple[Run, Run]], order: Sequence[int], most: float | None = None
+) -> Plot | None:
     """Per class, top-1 taught by mentors less that alone, in points; the mean over ``pairs``.
 
-    The second of a pair is the run, maybe the same, in which the student was trained alone.
+    The second of a pair is the run, maybe the same, in which the student was trained alone. The
+    axis goes as far as a gain of ``most`` either way.
     """
     known = list(filter(None, (gains(*pair) for pair in pairs)))
     names = _names(pairs[0][0])
     bars = []
-    for name, *values in zip(names, *known, strict=False):
-        if middle := spread([100 * value for value in values if value is not None]):
-            bars.append((escape(name), *middle))
+    for number in order:
+        values = [of[number] for of in known if of[number] is not None]
+        if middle := spread([100 * value for value in values]):
+            bars.append((escape(names[number]), *middle))
     if not bars:
         return None
-    bars.sort(key=lambda bar: -bar[1])
-    names, heights, deviations = zip(*bars, strict=True)
-    trace = go.Bar(
-        x=names,
-        y=heights,
-        error_y={"array": deviations, "thickness": 1, "width": 2} if len(known) > 1 else None,
-        marker={"color": [COLOURS[0] if height >= 0 else COLOURS[1] for height in heights]},
-        hovertemplate="%{x}: %{y:+.2f} points<extra></extra>",
-    )
+    classes, heights, deviations = zip(*bars, strict=True)
     data = pairs[0][0].summary["data"]
     images = data["test_images"] / data["classes"]
     note = (
@@ -90,13 +136,20 @@ def gain_plot(pairs: Sequence[tuple[Run, Run]]) -> Plot | None:
     )
     if len(known) > 1:
         note += f" Mean and sample standard deviation over {len(known)} seeds."
-    return Plot(
-        "gain",
-        "Gain per class",
-        note,
-        over_classes(trace, {"title": "gain (percentage points)", "zeroline": True}, height=340),
-        wide=len(bars) > MANY_CLASSES,
+    if not any(value for of in known for value in of):
+        note += f" Here it is 0 for each of the {len(bars)} classes."
+        return Plot("gain", "Gain per class", note, None)
+    trace = go.Bar(
+        x=classes,
+        y=heights,
+        error_y={"array": deviations, "thickness": 1, "width": 2} if len(known) > 1 else None,
+        marker={"color": [COLOURS[0] if height >= 0 else COLOURS[1] for height in heights]},
+        hovertemplate="%{x}: %{y:+.2f} points<extra></extra>",
     )
+    axis = {"title": "gain (percentage points)", "zeroline": True}
+    axis |= {"range": [-110 * most, 110 * most]} if most else {}
+    figure = over_classes(go.Figure(trace), axis, height=340)
+    return Plot("gain", "Gain per class", note, figure, wide=len(bars) > MANY_CLASSES)
 
 
 def _names(run: Run) -> list[str]:

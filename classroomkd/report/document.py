@@ -91,8 +91,11 @@ class Row(NamedTuple):
     colour: str = ""
 
 
-def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table without the columns that say nothing; what its rows are called comes first."""
+def table(columns: Sequence[str], rows: Sequence[Row], broad: bool = False) -> str:
+    """A table without the columns that say nothing; what its rows are called comes first.
+
+    A ``broad`` one, as one of many columns, fits wide screens only.
+    """
     columns, cells = filled(columns, [row.cells for row in rows])
     texts = [n == 0 or not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
     styles = [' class="text"' * text for text in texts]
@@ -108,7 +111,7 @@ def table(columns: Sequence[str], rows: Sequence[Row]) -> str:
             for column, style, dot, text in zip(columns, styles, dots, kept, strict=True)
         )
         body += f'<tr class="{row.kind}">{"".join(tagged)}</tr>'
-    kind = ' class="broad"' * (len(columns) > 9)
+    kind = ' class="broad"' * (broad or len(columns) > 9)
     return (
         f'<div class="wide"><table{kind}><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
@@ -125,12 +128,13 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 def sections(plots: Sequence[Plot]) -> str:
     """The plots, with plotly's library once before them all."""
-    drawn = "".join(_section(plot, with_library=plot is plots[0]) for plot in plots)
+    first = next((plot for plot in plots if plot.figure), None)
+    drawn = "".join(_section(plot, with_library=plot is first) for plot in plots)
     return f'<div class="plots">{drawn}</div>'
 
 
 def _section(plot: Plot, with_library: bool) -> str:
-    figure = plotly.io.to_html(
+    figure = plot.figure and plotly.io.to_html(
         plot.figure,
         full_html=False,
         include_plotlyjs=with_library,
@@ -144,5 +148,5 @@ def _section(plot: Plot, with_library: bool) -> str:
     )
     return (
         f"<section{' class=whole' * plot.wide}><h2>{escape(plot.heading)}</h2>"
-        f'<p class="note">{escape(plot.note)}</p>{figure}</section>\n'
+        f'<p class="note">{escape(plot.note)}</p>{figure or ""}</section>\n'
     )

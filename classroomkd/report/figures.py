@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import log10
 
 import plotly.graph_objects as go
+
+from classroomkd.report.numbers import spread
 
 # Okabe and Ito's palette for colour-blind readers, without the yellow that white swallows, and two
 # dark ones of Tol's. Marker shapes differ as well, and as 8 and 7 share no factor, 56 pass before a
@@ -15,6 +18,7 @@ COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#882255", "#332288"),
 )
+ALONE = "#767676"  # the student trained alone, wherever it is drawn
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down")
 
 MANY_CLASSES = 20  # with more a plot needs the page's whole width
@@ -26,32 +30,107 @@ _AXIS = {"showline": True, "linecolor": "#999999", "zeroline": False, "automargi
 class Plot:
     """A figure, the id of the page element that it goes into, and the words around it.
 
-    ``wide``: it needs the page's whole width.
+    ``wide``: it needs the page's whole width. Without a ``figure`` the words say it all.
     """
 
     id: str
     heading: str
     note: str
-    figure: go.Figure
+    figure: go.Figure | None
     wide: bool = False
 
 
 def curve(
-    records: Sequence[dict],
+    runs: Sequence[Sequence[dict]],
     value: Callable[[dict], float | None],
     name: str,
     line: dict,
     marker: str = "circle",
-) -> go.Scatter:
-    """A trace of ``value`` over the epochs of ``records``."""
-    return go.Scatter(
-        x=[record["epoch"] for record in records],
-        y=[value(record) for record in records],
+) -> list[go.Scatter]:
+    """Traces of ``value`` over the epochs of a run's records.
+
+    Of several runs they are the mean, over the epochs that all of them have, and below it a band of
+    one sample standard deviation either way.
+    """
+    values = [{record["epoch"]: value(record) for record in records} for records in runs]
+    epochs = [epoch for epoch in values[0] if all(epoch in of_run for of_run in values)]
+    found = {epoch: spread([of_run[epoch] for of_run in values]) for epoch in epochs}
+    middle = [both and both[0] for both in found.values()]
+    trace = go.Scatter(
+        x=epochs,
+        y=middle,
         name=escape(name),  # plotly reads names as markup
         mode="lines+markers",
         line=line,
         marker={"symbol": marker, "size": 6, "maxdisplayed": 30},
     )
+    if len(runs) == 1:
+        return [trace]
+    known = {epoch: both for epoch, both in found.items() if both}
+    upper, lower = ([m + side * d for m, d in known.values()] for side in (1, -1))
+    band = go.Scatter(
+        x=[*known, *reversed(known)],
+        y=upper + lower[::-1],
+        name=trace.name,
+        mode="lines",
+        line={"width": 0},
+        fill="toself",
+        fillcolor=_faint(line["color"]),
+        hoverinfo="skip",
+        showlegend=False,
+    )
+    return [band, trace]
+
+
+def _faint(colour: str) -> str:
+    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, 0.15)"
+
+
+def accuracy_axes(*plots: Sequence[go.Scatter]) -> dict:
+    """A vertical axis for the traces of all ``plots``, which it changes from top-1 to error.
+
+    It is logarithmic in the error, so that curves that end near 100 % can be told apart, and
+    labelled with the top-1. A perfect one is drawn at half of the smallest error that there is.
+    """
+    traces = [trace for plot in plots for trace in plot]
+    errors = [1 - y for trace in traces for y in trace.y if y is not None and y < 1]
+    least = min((error for error in errors if error > 1e-9), default=0.01) / 2
+    for trace in traces:
+        trace.customdata = trace.y
+        trace.y = [None if y is None else max(1 - y, least) for y in trace.y]
+        if trace.hoverinfo != "skip":
+            trace.hovertemplate = "%{customdata:.2%}"
+    drawn = [y for trace in traces for y in trace.y if y is not None]
+    low, high = min(drawn, default=least), max(drawn, default=1)
+    ticks = _error_ticks(low, high)
+    texts = [f"{100 - 100 * tick:.6g}" for tick in ticks]
+    if least in drawn:
+        ticks, texts = [least, *ticks], ["100", *texts]
+    margin = 0.04 * log10(high / low) + 0.01
+    return {
+        "type": "log",
+        "range": [log10(high) + margin, log10(low) - margin],
+        "tickvals": ticks,
+        "ticktext": texts,
+    }
+
+
+def _error_ticks(low: float, high: float) -> list[float]:
+    """Round errors from ``low`` to ``high``, as round as five can be, none too near another."""
+    apart = max(log10(high / low) / 9, 1e-9)
+    ticks: list[float] = []
+    for digits in (
+        (1, 5),
+        (2,),
+        *([n / part for n in range(part, 10 * part)] for part in (1, 5, 50)),
+    ):
+        for step in (digit * 10.0**power for power in range(-6, 1) for digit in digits):
+            if low <= step <= high and all(abs(log10(step / tick)) >= apart for tick in ticks):
+                ticks.append(step)
+        if len(ticks) >= 5:
+            break
+    return sorted(ticks)
 
 
 def is_filled(traces: Sequence[go.Scatter]) -> bool:
@@ -66,7 +145,7 @@ def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
     few = {"dtick": 1} if max(epochs) - min(epochs) < 10 else {}
     figure = framed(traces, few | {"title": "epoch"}, y_axis)
     figure.update_layout(
-        height=330 + 14 * len(traces),  # the legend takes its share
+        height=330 + 14 * sum(t.showlegend is not False for t in traces),  # the legend's share
         showlegend=True,
         legend={
             "orientation": "h",
@@ -81,30 +160,31 @@ def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
     return figure
 
 
-def over_classes(trace: go.Bar | go.Heatmap, y_axis: dict, height: int) -> go.Figure:
-    """The figure of one trace whose x are class names; what does not fit shows on hovering.
+def over_classes(figure: go.Figure, y_axis: dict, height: int) -> go.Figure:
+    """The figure of traces whose x are the same class names; what does not fit shows on hovering.
 
     ``height`` is without the names.
     """
+    names = figure.data[0].x
     # Of the type that says that names are no numbers.
-    classes = {"type": "category", "showgrid": False, "title": {"text": "class", "standoff": 8}}
-    height += 7 * min(max(map(len, trace.x)), 40)  # they may stand upright
-    if len(trace.x) > MANY_CLASSES:
+    classes = {"type": "category", "showgrid": False, "title": {"text": "class", "standoff": 12}}
+    height += 7 * min(max(map(len, names)), 40)  # they may stand upright
+    if len(names) > MANY_CLASSES:
         # So small, 100 names stand on a wide page; on a narrow one plotly thins them out.
         classes |= {"tickangle": -90, "tickfont": {"size": 9}}
-    figure = framed([trace], classes, y_axis)
+    figure = framed(figure, classes, y_axis)
     figure.update_layout(height=height, showlegend=False)
     return figure
 
 
-def framed(traces: Sequence, x_axis: dict, y_axis: dict) -> go.Figure:
-    """The figure of ``traces`` in the style of all pages."""
-    figure = go.Figure(traces)
+def framed(drawn: Sequence | go.Figure, x_axis: dict, y_axis: dict) -> go.Figure:
+    """The figure of traces, or of those of a figure, in the style of all pages."""
+    figure = go.Figure(drawn)
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#333333"},
-        xaxis=_AXIS | x_axis,
-        yaxis=_AXIS | y_axis,
         margin={"l": 10, "r": 10, "t": 32, "b": 10},  # the buttons stand in the top margin
     )
+    figure.update_xaxes(_AXIS | x_axis)
+    figure.update_yaxes(_AXIS | y_axis)
     return figure

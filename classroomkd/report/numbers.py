@@ -41,9 +41,9 @@ def percent(values: Spread | None, signed: bool = False, unit: str = "") -> str:
     return text + ("" if deviation is None else f" ± {100 * deviation:.2f}") + unit
 
 
-def counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str, ending: str = "s") -> str:
     """Like "1 epoch" and "2 epochs"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
+    return f"{number:,} {noun}" + ending * (number != 1)
 
 
 def image_counts(data: Mapping[str, Any]) -> str:
@@ -69,3 +69,14 @@ def filled(
 def are_numbers(cells: Sequence[str]) -> bool:
     """Whether a column holds numbers, to be aligned on the right."""
     return all(map(_NUMBER.fullmatch, cells))
+
+
+def duration(seconds: float | None) -> str:
+    """In words, to be read at a glance."""
+    if seconds is None:
+        return "unknown until a first epoch is done"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -11,7 +11,7 @@ from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.comparison import comparison
 from classroomkd.report.document import GENERATOR, Row, document, sections, table, warning
-from classroomkd.report.numbers import counted, image_counts
+from classroomkd.report.numbers import counted, duration, image_counts
 from classroomkd.report.plots import colour, plots
 from classroomkd.report.records import Run, incomplete, label, read_run
 from classroomkd.report.results import COLUMNS, evidence, result_rows
@@ -57,13 +57,12 @@ def _require_ours(out: Path) -> None:
 
 def _page(run: Run) -> str:
     heading, facts = _title(run)
-    versions = (run.summary or {}).get("versions") or {}
     body = f"""<p>{escape(facts)}</p>
 {warning(incomplete(run) + ".") if run.unreadable else ""}
 {_results(run) if run.summary else _progress(run)}
 {sections(plots(run))}
 <details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>
-<p class="note">{escape(" · ".join(f"{name} {version}" for name, version in versions.items()))}</p>
+{_starts(run)}
 """
     return document(heading, body)
 
@@ -82,6 +81,26 @@ def _title(run: Run) -> tuple[str, str]:
     facts += [counted(run.epochs, "epoch")] if run.epochs else []
     facts += [f"{key} {run.fact(key)}" for key in ("seed", "device") if run.fact(key) is not None]
     return heading, " · ".join(facts)
+
+
+def _starts(run: Run) -> str:
+    """How long it took, and what it was started with, on what, each time."""
+    times = {"mentors": run.seconds(mentors=True), "student": run.seconds(mentors=False)}
+    told = [f"{who} {duration(seconds)}" for who, seconds in times.items() if seconds]
+    blocks = [f"<p>Epochs trained and measured here took: {', '.join(told)}.</p>"] if told else []
+    versions = (run.summary or {}).get("versions") or {}
+    for start in run.starts or [{"versions": versions}]:
+        facts = [str(start[key]) for key in ("started", "device", "processor") if start.get(key)]
+        facts += [
+            counted(start[f"{noun}{ending}"], noun, ending)
+            for noun, ending in (("core", "s"), ("thread", "s"), ("process", "es"))
+            if start.get(f"{noun}{ending}")
+        ]
+        facts += [f"{name} {version}" for name, version in (start.get("versions") or {}).items()]
+        blocks.append(f'<p class="note">{escape(" · ".join(facts))}</p>')
+        if command := start.get("command"):
+            blocks.append(f"<pre>{escape(command)}</pre>")
+    return f"<h2>How it was run</h2>{''.join(blocks)}"
 
 
 def _results(run: Run) -> str:

@@ -6,11 +6,20 @@ from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
-from classroomkd.report.classes import gain_plot, taught_plot
-from classroomkd.report.figures import COLOURS, MARKERS, Plot, curve, is_filled, over_epochs
+from classroomkd.report.classes import class_order, gain_plot, gains, taught_plot
+from classroomkd.report.figures import (
+    ALONE,
+    COLOURS,
+    MARKERS,
+    Plot,
+    accuracy_axes,
+    curve,
+    is_filled,
+    over_epochs,
+)
 from classroomkd.report.records import Run, label
 
-STUDENT = {"alone": {"color": "#767676", "dash": "dash"}, "classroom": {"color": "#111111"}}
+STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "classroom": {"color": "#111111"}}
 
 
 def colour(run: Run, phase: str, name: str) -> str:
@@ -30,14 +39,14 @@ def plots(run: Run) -> list[Plot]:
             " That of the student whom mentors teach also holds their lessons: compare its course "
             "with the others, not its height."
         )
-        axis = {"tickformat": ".2~%"}
-        if has_validation:  # the two stand side by side, to be compared
-            axis["range"] = _span(accuracy + validation)
+        # The two stand side by side, to be compared.
+        axis = accuracy_axes(accuracy, validation)
         drawn.append(
             Plot(
                 "accuracy",
                 "Held-out accuracy",
-                "Share of the held-out images whose most probable class is the true one.",
+                "Share of the held-out images whose most probable class is the true one, on an "
+                "axis that is logarithmic in the share of the others.",
                 over_epochs(accuracy, axis | {"title": "held-out top-1 (%)"}),
             )
         )
@@ -59,19 +68,27 @@ def plots(run: Run) -> list[Plot]:
                 over_epochs(loss, _loss_axis(loss)),
             )
         )
-    drawn += lessons(run, run.mentors)
-    return drawn + list(filter(None, [taught_plot(run), gain_plot([(run, run)])]))
+    drawn += lessons([run], run.mentors)
+    order = class_order([gains(run, run)])
+    return drawn + list(filter(None, [taught_plot(run, order), gain_plot([(run, run)], order)]))
 
 
-def lessons(run: Run, mentors: Sequence[str], keys: Sequence[str] | None = None) -> list[Plot]:
-    """What the mentors did over time; a mentor's colour is that of its place in ``mentors``."""
+def lessons(
+    runs: Sequence[Run], mentors: Sequence[str], keys: Sequence[str] | None = None
+) -> list[Plot]:
+    """What the mentors of runs that differ in the seed only did over time.
+
+    A mentor's colour is that of its place in ``mentors``.
+    """
+    courses = [run.classroom for run in runs]
     drawn = []
     for key, heading, note, axis in _LESSONS:
         if keys is not None and key not in keys:
             continue
         traces = [
-            _trace(run, "mentor", name, run.classroom, _statistic(name, key), mentors)
-            for name in run.mentors
+            trace
+            for name in runs[0].mentors
+            for trace in _traces(runs[0], "mentor", name, courses, _statistic(name, key), mentors)
         ]
         if is_filled(traces):
             drawn.append(Plot(key, heading, note, over_epochs(traces, axis)))
@@ -114,34 +131,29 @@ def _statistic(name: str, key: str) -> Callable[[dict], float | None]:
 
 def _networks(run: Run, key: str) -> list[go.Scatter]:
     return [
-        _trace(run, phase, name, records, lambda record: record.get(key), run.mentors)
+        trace
         for (phase, name), records in run.curves.items()
+        for trace in _traces(run, phase, name, [records], lambda r: r.get(key), run.mentors)
     ]
 
 
-def _trace(
+def _traces(
     run: Run,
     phase: str,
     name: str,
-    records: list[dict],
+    courses: Sequence[list[dict]],
     value: Callable[[dict], float | None],
     mentors: Sequence[str],
-) -> go.Scatter:
+) -> list[go.Scatter]:
     marker = "circle" if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
     called = label(phase, name, run.method)
-    return curve(records, value, called, _line(phase, name, mentors), marker)
+    return curve(courses, value, called, _line(phase, name, mentors), marker)
 
 
 def _line(phase: str, name: str, mentors: Sequence[str]) -> dict:
     if phase in STUDENT:
         return STUDENT[phase] | {"width": 3}
     return {"color": COLOURS[mentors.index(name) % len(COLOURS)], "width": 1.5}
-
-
-def _span(traces: list[go.Scatter]) -> list[float]:
-    values = [value for trace in traces for value in trace.y if value is not None]
-    margin = max(0.05 * (max(values) - min(values)), 0.001)
-    return [min(values) - margin, max(values) + margin]
 
 
 def _loss_axis(traces: list[go.Scatter]) -> dict:

@@ -23,7 +23,8 @@ class Run:
     part, from others, and are empty in runs that did not note them. ``curves`` maps (phase, name)
     to that network's epochs in order, mentors first, then the student alone, then the student in
     the classroom. ``summary`` is None until the run has finished. ``unreadable`` holds the numbers,
-    from 1, of the lines of metrics.jsonl that are not records.
+    from 1, of the lines of metrics.jsonl that are not records. ``starts`` says of each process that
+    worked on the run when and how it was started; runs of earlier versions have none.
     """
 
     folder: Path
@@ -32,6 +33,7 @@ class Run:
     summary: dict | None
     curves: dict[tuple[str, str], list[dict]]
     unreadable: list[int]
+    starts: list[dict]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -89,6 +91,17 @@ class Run:
         """The epochs of the student alone or in the classroom."""
         return next((records for (of, _), records in self.curves.items() if of == phase), [])
 
+    def seconds(self, mentors: bool) -> float:
+        """What the epochs of the student, or of the mentors trained here, took together."""
+        results = self.summary["results"] if self.summary else []
+        reused = {result["name"] for result in results if result.get("reused")}
+        return sum(
+            record.get("seconds") or 0.0
+            for (phase, name), records in self.curves.items()
+            if (phase == "mentor") == mentors and not (mentors and name in reused)
+            for record in records
+        )
+
     @property
     def classroom(self) -> list[dict]:
         """The epochs of the student in the classroom."""
@@ -139,7 +152,8 @@ def read_run(folder: Path) -> Run:
         ) from None
     curves, unreadable = _read_metrics(metrics)
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    return Run(folder, text, _digests(folder), finished, curves, unreadable)
+    starts = _starts(folder / "starts.jsonl")
+    return Run(folder, text, _digests(folder), finished, curves, unreadable, starts)
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -147,6 +161,14 @@ def _digests(folder: Path) -> dict[str, str]:
         inputs = json.loads((folder / "inputs.json").read_bytes())
         return {name: digest for name, digest in inputs.items() if name.endswith(" images")}
     return {}
+
+
+def _starts(path: Path) -> list[dict]:
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):  # a killed run leaves half a line
+            found.append(json.loads(line))
+    return [start for start in found if isinstance(start, dict)]
 
 
 def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[int]]:

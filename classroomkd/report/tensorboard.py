@@ -55,5 +55,5 @@ def _scalars(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     groups |= {f"mentors/{name}/": values for name, values in line.get("mentors", {}).items()}
     for prefix, values in groups.items():
         for key, value in values.items():
-            if value is not None:
+            if value is not None and not isinstance(value, list):  # not shares by class
                 yield prefix + key, value

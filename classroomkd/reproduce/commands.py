@@ -22,10 +22,11 @@ from rich.table import Table
 from classroomkd.data import NAMED_SOURCES, cifar, list_source
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
+from classroomkd.report.numbers import duration
 from classroomkd.reproduce.plan import Plan, make_plan, mentors_plan, require_same_recipe
 from classroomkd.reproduce.results import write_results
 from classroomkd.reproduce.runner import Runner, check_devices
-from classroomkd.reproduce.status import duration, seconds_left, status, tasks_left
+from classroomkd.reproduce.status import seconds_left, status, tasks_left
 from classroomkd.training.commands import mentors as one_by_one
 from classroomkd.training.commands import mentors_recipe, require_networks
 from classroomkd.training.config import load_recipe, to_dict

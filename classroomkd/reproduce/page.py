@@ -18,15 +18,15 @@ from classroomkd.report.document import (
     table,
     warning,
 )
-from classroomkd.report.figures import COLOURS, Plot, framed
+from classroomkd.report.figures import ALONE, COLOURS, Plot, framed
 from classroomkd.report.numbers import (
     UNKNOWN,
     counted,
+    duration,
     filled,
     image_counts,
     percent,
 )
-from classroomkd.reproduce.status import duration
 from classroomkd.reproduce.tables import (
     PUBLISHED,
     PUBLISHED_EPOCHS,
@@ -207,7 +207,10 @@ def _plots(results: Mapping[str, Any]) -> list[Plot]:
                 y=[group["last"][0] for group in groups],
                 error_y={"array": [group["last"][1] for group in groups]},
                 mode="markers",
-                marker={"size": 9, "color": COLOURS[0]},
+                marker={
+                    "size": 9,
+                    "color": [ALONE if g["variant"] == "alone" else COLOURS[0] for g in groups],
+                },
                 name="mean ± deviation",
             ),
             go.Scatter(

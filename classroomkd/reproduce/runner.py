@@ -18,10 +18,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from classroomkd.errors import UserError
 from classroomkd.files import lock
+from classroomkd.report.numbers import duration
 from classroomkd.reproduce.plan import Plan, Task
 from classroomkd.reproduce.status import (
     add_seconds_waited,
-    duration,
     forget_seconds_waited,
     from_store,
     is_finished,

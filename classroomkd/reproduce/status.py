@@ -104,14 +104,3 @@ def seconds_left(plan: Plan, out: Path, at_once: int) -> float | None:
         return 0.0
     work = sum(share * task.work for task, share in done.items())
     return sum(now.seconds for now in states.values()) / work * left / at_once if work else None
-
-
-def duration(seconds: float | None) -> str:
-    """In words, to be read at a glance."""
-    if seconds is None:
-        return "unknown until a first epoch is done"
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -25,10 +25,16 @@ from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.training.config import Recipe, split_seed, teaching, to_dict, wherever
 from classroomkd.training.distributed import Processes, local_device
-from classroomkd.training.evaluation import evaluation_loader, require_finite, taught
+from classroomkd.training.evaluation import Lessons, evaluation_loader, require_finite
 from classroomkd.training.images import open_loaders
 from classroomkd.training.interrupts import Interrupts
-from classroomkd.training.machine import device_name, find_device, find_precision, versions
+from classroomkd.training.machine import (
+    device_name,
+    find_device,
+    find_precision,
+    start,
+    versions,
+)
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentors import (
     Mentor,
@@ -177,6 +183,7 @@ class Classroom:
                 opened.callback(run.close)
                 digests = {name: images.digest() for name, images in sets.items()}
                 run.require_same(self._inputs(digests))
+                run.begin(start(self.device, self.processes.world_size))
                 self.processes.wait()
                 counts = ", ".join(
                     f"{len(sets[name]):,} {name}{_origin(name, folders)}"
@@ -218,7 +225,6 @@ class Classroom:
                 "device": device_name(self.device),
                 "versions": versions(),
                 "results": results,
-                "taught": self._taught,
             }
             run.finish(summary)
             if self.processes.is_main:
@@ -257,16 +263,15 @@ class Classroom:
                 roles, trainer.train(roles, create("alone")), strict=True
             ):
                 networks[role.name], results[role.name] = network, result
-        self._taught: dict[str, list[float | None]] = {}
         for role in students:
-            method, bank = create("alone"), None
+            method, bank, lessons = create("alone"), None, None
             if role.phase == "classroom":
                 method = self._method()
                 bank = self._bank(networks, method)
+                if method.reports:
+                    lessons = Lessons(method, networks, self._held_out["test"], self.processes)
             # Number 0 alone too: the same first weights, the same batches.
-            ((student, results[role.phase]),) = trainer.train([role], method, bank)
-            if bank and method.reports:
-                self._taught = taught(student, networks, self._held_out["test"], self.processes)
+            ((_, results[role.phase]),) = trainer.train([role], method, bank, lessons)
         return [results[key] for key in (*networks, *phases)]
 
     def _trainings(self) -> dict[tuple[str, int, int], list[Role]]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
+from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.training.distributed import Processes
 from classroomkd.training.images import evaluation_crop
@@ -59,10 +61,16 @@ def evaluation_loader(
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Loader, processes: Processes | None = None) -> Evaluation:
+def evaluate(
+    network: nn.Module,
+    loader: Loader,
+    processes: Processes | None = None,
+    watch: Callable[[Tensor, Tensor], None] | None = None,
+) -> Evaluation:
     """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end.
 
     Several processes, each with its share of the images, get the same result, that of them all.
+    ``watch`` is given the logits [B, C], float32, and targets [B] of every batch.
     """
     network.eval()
     sums, bins, classes, images_seen = 0.0, 0.0, 0.0, 0
@@ -70,6 +78,8 @@ def evaluate(network: nn.Module, loader: Loader, processes: Processes | None = N
         logits = network(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
         loss = F.cross_entropy(logits, targets, reduction="sum")
+        if watch:
+            watch(logits, targets)
         sums = sums + torch.stack([best[:, 0].sum(), best.sum(), loss]).double()
         hits, probabilities = best[:, 0].double(), logits.softmax(1).amax(1).double()
         which = (probabilities.nan_to_num(0.0) * _BINS).long().clamp_(max=_BINS - 1)
@@ -93,38 +103,67 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
     return torch.stack([zeros.index_add(0, which, value) for value in values])
 
 
-@torch.no_grad()
-def taught(
-    student: nn.Module,
-    mentors: Mapping[str, nn.Module],
-    loader: Loader,
-    processes: Processes | None = None,
-) -> dict[str, list[float | None]]:
-    """For each mentor, class by class, the share of images that it would teach ``student`` on.
+class Lessons:
+    """Class by class, the share of held-out images on which each mentor would teach the student.
 
-    Those are the images whose true class it gives at least the student's probability, which is the
-    knowledge filter "better"; None of a class without images. All networks are put in eval mode.
+    Who would is decided as ``method`` decides it in training. Of a mentor only its standing on
+    every image is kept, taken once: an epoch then costs no more than the student's evaluation,
+    whose logits `watch` takes.
     """
-    sums: dict[str, Tensor] = {}
-    for network in (student, *mentors.values()):
-        network.eval()
-    for images, targets, _ in loader:
-        own = _log_confidence(student(images), targets)
-        for name, mentor in mentors.items():
-            logits = mentor(images)
-            ahead = (_log_confidence(logits, targets) >= own).double()
-            both = _sums_by(targets, logits.shape[1], torch.ones_like(ahead), ahead)
-            sums[name] = sums[name] + both if name in sums else both
-    if processes is not None:
-        sums = {name: processes.sum(both) for name, both in sums.items()}
-    return {
-        name: [ahead / count if count else None for count, ahead in both.T.tolist()]
-        for name, both in sums.items()
-    }
+
+    def __init__(
+        self,
+        method: Classroom,
+        mentors: Mapping[str, nn.Module],
+        loader: Loader,
+        processes: Processes,
+    ) -> None:
+        self._method, self._mentors, self._loader = method, mentors, loader
+        self._processes = processes
+        self._standings: list[tuple[Tensor, Tensor]] = []  # of each mentor, [N] both
+        self._own: list[tuple[Tensor, Tensor]] = []  # of the student, batch by batch
+        self._targets: list[Tensor] = []
+
+    def watch(self, logits: Tensor, targets: Tensor) -> None:
+        """Note the student's logits [B, C] of the next images of an evaluation."""
+        self._own.append(self._method.standing(logits, targets))
+        self._targets.append(targets)
+
+    @torch.no_grad()
+    def shares(self) -> dict[str, list[float | None]]:
+        """For each mentor a share of each class, rounded to 4 digits, None without an image.
+
+        Of the evaluation that has been watched, which is forgotten then. The first call runs the
+        mentors over the images, in eval mode.
+        """
+        if not self._standings:
+            self._standings = self._of_mentors()
+        own, targets = _joined(self._own), torch.cat(self._targets)
+        self._own, self._targets = [], []
+        group = dist.group.WORLD if self._processes.together else None
+        active = self._method.teaches(own, self._standings, group).double()
+        counts = _sums_by(targets, self._classes, torch.ones_like(active[0]), *active)
+        images, *taught = self._processes.sum(counts).tolist()
+        return {
+            name: [round(a / n, 4) if n else None for a, n in zip(rows, images, strict=True)]
+            for name, rows in zip(self._mentors, taught, strict=True)
+        }
+
+    def _of_mentors(self) -> list[tuple[Tensor, Tensor]]:
+        found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self._mentors]
+        for network in self._mentors.values():
+            network.eval()
+        for images, targets, _ in self._loader:
+            for batches, mentor in zip(found, self._mentors.values(), strict=True):
+                logits = mentor(images)
+                self._classes = logits.shape[1]
+                batches.append(self._method.standing(logits, targets))
+        return list(map(_joined, found))
 
 
-def _log_confidence(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.float().log_softmax(1).gather(1, targets[:, None])[:, 0]
+def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    confidences, correct = zip(*batches, strict=True)
+    return torch.cat(confidences), torch.cat(correct)
 
 
 def require_finite(measured: Evaluation, what: str) -> None:

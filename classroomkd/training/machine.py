@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shlex
+import sys
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,3 +56,40 @@ def versions() -> dict[str, str]:
         "python": platform.python_version(),
         "torch": torch.__version__,
     }
+
+
+def start(device: torch.device, processes: int) -> dict[str, Any]:
+    """When and how this process was started, on what: a line of a run's starts.jsonl."""
+    found = versions()
+    with suppress(PackageNotFoundError):
+        found["triton"] = version("triton")
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "device": device_name(device),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "versions": found,
+    }
+
+
+def command_line() -> str:
+    """What this process was called with, to be given to a shell again."""
+    program, *arguments = sys.argv
+    path = Path(program)
+    is_module = path.name == "__main__.py"
+    called = ["python", "-m", path.parent.name] if is_module else [path.name]
+    return shlex.join([*called, *arguments])
+
+
+def processor() -> str:
+    """The CPU's product name, or its architecture where the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from classroomkd import models
 from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
@@ -22,7 +22,7 @@ from classroomkd.report import label
 from classroomkd.training.checkpoints import Saver
 from classroomkd.training.config import Recipe, TrainingConfig
 from classroomkd.training.distributed import Processes
-from classroomkd.training.evaluation import Evaluation, evaluate
+from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
 from classroomkd.training.images import training_augmentation
 from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import versions
@@ -61,13 +61,17 @@ class NetworkTrainer:
     notify: Callable[[str], None]
 
     def train(
-        self, roles: Sequence[Role], method: Method, mentors: MentorBank | None = None
+        self,
+        roles: Sequence[Role],
+        method: Method,
+        mentors: MentorBank | None = None,
+        lessons: Lessons | None = None,
     ) -> list[Trained]:
         """The networks of one training, in the order of ``roles``, with their results.
 
         ``roles`` differ in the epoch that they are taken from only. What an earlier process has
         done of it is not done again, nor is a mentor trained that was trained so before, or that
-        another process trains meanwhile.
+        another process trains meanwhile. With ``lessons`` the mentors' records hold these too.
         """
         done = {role.name: self._finished(role) for role in roles}
         missing = sorted((p for p in roles if not done[p.name]), key=lambda role: role.last)
@@ -79,7 +83,7 @@ class NetworkTrainer:
                         missing.remove(role)
                 self._skip(roles, missing)
                 if missing:
-                    done |= self._train(missing, method, mentors)
+                    done |= self._train(missing, method, mentors, lessons)
         else:
             self._skip(roles, missing)
         return [done[role.name] for role in roles]
@@ -94,13 +98,22 @@ class NetworkTrainer:
     def _skip(self, roles: Sequence[Role], missing: Sequence[Role]) -> None:
         self.progress.skip(self.steps(roles) - self.steps(missing))
 
-    def evaluate(self, network: nn.Module, part: str) -> Evaluation:
-        """Measure ``network`` on a held-out part."""
+    def evaluate(
+        self,
+        network: nn.Module,
+        part: str,
+        watch: Callable[[Tensor, Tensor], None] | None = None,
+    ) -> Evaluation:
+        """Measure ``network`` on a held-out part, whose logits and targets ``watch`` may see."""
         self.processes.align(network)
-        return evaluate(network, self.held_out[part], self.processes)
+        return evaluate(network, self.held_out[part], self.processes, watch)
 
     def _train(
-        self, roles: Sequence[Role], method: Method, mentors: MentorBank | None
+        self,
+        roles: Sequence[Role],
+        method: Method,
+        mentors: MentorBank | None,
+        lessons: Lessons | None,
     ) -> dict[str, Trained]:
         """Train up to the last of ``roles``, keeping the others on the way."""
         role, done = roles[-1], {}
@@ -145,7 +158,7 @@ class NetworkTrainer:
             measured = None
             while trainer.epoch <= role.last:
                 self.progress.begin(called, trainer.epoch, role.last)
-                record, measured = self._train_epoch(trainer, saver)
+                record, measured = self._train_epoch(trainer, saver, lessons)
                 saver.records.append(
                     {"phase": role.phase, "name": role.name} | record | {"epochs": role.last}
                 )
@@ -250,7 +263,9 @@ class NetworkTrainer:
             "versions": versions(),
         }
 
-    def _train_epoch(self, trainer: Trainer, saver: Saver) -> tuple[dict[str, Any], Evaluation]:
+    def _train_epoch(
+        self, trainer: Trainer, saver: Saver, lessons: Lessons | None
+    ) -> tuple[dict[str, Any], Evaluation]:
         """Train and measure an epoch, or what is left of it; its record, and the test part's."""
         started = time.perf_counter()
 
@@ -263,7 +278,8 @@ class NetworkTrainer:
         except UserError as error:
             raise UserError(f"{error}{saver.last_good()}") from None
         for name in self.held_out:  # the test part is the last of them
-            measured = self.evaluate(trainer.network, name)
+            watch = lessons.watch if lessons and name == "test" else None
+            measured = self.evaluate(trainer.network, name, watch)
             if not math.isfinite(measured.loss):
                 raise UserError(
                     f"{trainer.name}, epoch {record['epoch']}: its loss on the {name} images is "
@@ -271,6 +287,9 @@ class NetworkTrainer:
                     f"{saver.last_good()}"
                 )
             record |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1}
+        if lessons:
+            for name, shares in lessons.shares().items():
+                record["mentors"][name]["taught"] = shares
         record["seconds"] = time.perf_counter() - started
         return record, measured
 

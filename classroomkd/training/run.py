@@ -72,13 +72,17 @@ class Run:
             if inputs.get(name) != digest:
                 raise UserError(f"{name} changed since {self.path} was begun: start a new run")
 
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Note that a process goes to work on the run; what its `start` says stays for the page."""
+        if self.writes:
+            _append(self.path / "starts.jsonl", start)
+
     def record(self, line: Mapping[str, Any]) -> None:
         """Append ``line`` to metrics.jsonl at once; a number that is not finite becomes null."""
         if not self.writes:
             return
         self._lines.append(line)
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_line(line))
+        _append(self.path / "metrics.jsonl", line)
         if self._board:
             self._board.record(line)
 
@@ -163,6 +167,11 @@ def _claimed(run: Path) -> TextIO:
         file.close()
         raise UserError(f"another process is at work on {run}: wait for it, or stop it") from None
     return file
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
 
 
 def _line(record: Mapping[str, Any]) -> str:

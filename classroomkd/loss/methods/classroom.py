@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
+from classroomkd.loss.definition import prepare_targets, rank_and_filter, standing
 from classroomkd.loss.methods.base import (
     Method,
     Outputs,
@@ -105,6 +106,32 @@ class Classroom(Method):
         torch.autograd.backward([scores, logits], [through_scores, grad])
         report = report._replace(student_confidence=raw.student_confidence, task_loss=raw.task_loss)
         return lessons + task, report
+
+    def standing(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What `teaches` asks of one network: of logits [B, C] and class indices, each [B].
+
+        The log-confidence, float32 or better, and whether no logit is above the target class's.
+        """
+        if self.standardise:
+            (logits,) = self._scores([logits], targets)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        target = prepare_targets(targets, logits.shape[1], self.loss.options, logits.dtype)
+        return standing(logits, target)
+
+    def teaches(
+        self,
+        student: tuple[Tensor, Tensor],
+        mentors: Sequence[tuple[Tensor, Tensor]],
+        process_group: ProcessGroup | None = None,
+    ) -> Tensor:
+        """In which rows each mentor teaches, bool [M, B], by the ``standing`` of everyone.
+
+        With ranking "batch" the rows, those of all processes of the group, are one batch.
+        """
+        confidences, correct = map(torch.stack, zip(student, *mentors, strict=True))
+        valid = torch.ones_like(correct[0])
+        options = self.loss.options
+        return rank_and_filter(confidences, correct[1:], valid, options, process_group).active
 
     def _scores(self, everyone: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
         """The z-scores of logits [B, C] each."""

@@ -1,0 +1,79 @@
+"""In what the configurations of runs differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from classroomkd.report.records import Run
+
+# What a run's numbers do not depend on by design, or by more than its seed.
+_NOT_RECIPE = (
+    "seed",
+    "device",
+    "threads",
+    "store",
+    "checkpoint_epochs",
+    "checkpoint_minutes",
+    "checkpoint_keep",
+    "tensorboard",
+    "data",
+    "data.source",
+    "data.loader",
+)
+
+
+def recipe(run: Run) -> dict[str, str]:
+    """What decides a run beside its seed and where its data lies: dotted names with their values.
+
+    Of a run without a configuration it is what its records tell.
+    """
+    values = {key: v for key, v in _flat(run.settings).items() if key not in _NOT_RECIPE}
+    if device := run.settings.get("device"):
+        values["device"] = str(device).split(":")[0]  # cuda:0 and cuda:1 do the same
+    told = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}
+    return {key: str(value) for key, value in told.items() if value} | values
+
+
+def what_differs(runs: Sequence[Run]) -> list[str]:
+    """Of each run, where its recipe is not everyone's.
+
+    Of runs that have one recipe and one seed it is whatever else there is in their configurations.
+    """
+    told = _differing([recipe(run) for run in runs])
+    if not any(told) and len({str(run.fact("seed")) for run in runs}) == 1:
+        told = _differing([_flat(run.settings) for run in runs])
+    return told
+
+
+def _differing(values: Sequence[Mapping[str, str]]) -> list[str]:
+    keys = dict.fromkeys(key for of_run in values for key in of_run)
+    differing = [key for key in keys if len({of_run.get(key) for of_run in values}) > 1]
+    return [
+        ", ".join(f"{key}={of_run[key]}" for key in differing if key in of_run) for of_run in values
+    ]
+
+
+def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
+    values: dict[str, str] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            values |= _flat(value, f"{above}{key}.")
+        else:
+            values[f"{above}{key}"] = _text(value)
+    return values
+
+
+def _text(value: Any) -> str:
+    """As an override of the command line would say it, or nearly."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_text, value))}]"
+    if isinstance(value, Mapping):  # a mentor
+        more = [
+            f"{key}: {_text(v)}" for key, v in value.items() if key != "source" and v is not None
+        ]
+        source = str(value.get("source", ""))
+        return " ".join([source, *([f"({', '.join(more)})"] if more else [])])
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
