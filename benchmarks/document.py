@@ -218,7 +218,7 @@ def take(out: Path, results: Path) -> Path:
         raise UserError(
             f"{out} holds {what} records; give a folder that benchmarks/run_gpu.sh wrote"
         )
-    for path in sorted(out.glob("*/results.json")):
+    for path in sorted([*out.glob("*/results.json"), *out.glob("reproduction-*.json")]):
         found[f"reproduction-{_json(path)['table']}.json"] = path
     folder = results / names.pop()
     folder.mkdir(parents=True, exist_ok=True)
