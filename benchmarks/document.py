@@ -93,7 +93,8 @@ _HEAD = f"""# Benchmarks
 python benchmarks/document.py OUT
 ```
 
-measures everything that needs one, and takes it in."""
+measures everything that needs one, within nine minutes, and takes it in; `--parts loss --minutes 9`
+gives all the time to one benchmark."""
 _NOT_YET = "**Nothing has been measured on a GPU yet.**"
 _JUDGED = (
     "Of several values, the worst and the best; a bar is met if all keep it. How each was taken is "

@@ -132,6 +132,8 @@ class FakeCuda:
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, self._counted(name, answer))
         self.on_cuda = _OnCuda
+        autocast = torch.autocast
+        patch.setattr(torch, "autocast", lambda kind, *args, **more: autocast("cpu", *args, **more))
 
     def _synchronize(self, device=None):
         assert not self.capturing, "a capture may not wait"

@@ -105,7 +105,7 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_on_any_numbers(device, name):
-    numbers = NUMBERS if device.type == "cuda" else NUMBERS[:2]  # the interpreter takes its time
+    numbers = NUMBERS if device.type == "cuda" else NUMBERS[:1]  # the interpreter takes its time
     cases = [KERNELS[name].case(*each) for each in numbers]
     compared = [assert_right(case, device) for case in cases if decided(case)]
     assert any(compared)
