@@ -1,8 +1,8 @@
 """A stand-in for `torch.cuda`: all that the benchmarks ask of a GPU, done with the CPU's tensors.
 
 Tensors say that they are on "cuda:0" and live in the CPU's memory; a CUDA graph runs its calls when
-they are captured, and a replay does nothing; events read the clock. It shows that every line for a
-GPU runs, and nothing of a GPU's speed.
+they are captured, and a replay does nothing but take a captured training step; events read the
+clock. It shows that every line for a GPU runs, and nothing of a GPU's speed.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
+from functools import partial
 from types import SimpleNamespace
 
 import torch
 from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+
+from classroomkd.training.graph import CapturedStep
 
 CUDA = torch.device("cuda", 0)
 
@@ -36,8 +39,8 @@ class _OnCuda(TorchFunctionMode):
 
 
 def _here(value: object) -> object:
-    there = isinstance(value, torch.device) and value.type == "cuda"
-    return torch.device("cpu") if there or value in ("cuda", "cuda:0") else value
+    named = isinstance(value, (str, torch.device)) and str(value) in ("cuda", "cuda:0")
+    return torch.device("cpu") if named else value
 
 
 class _Event:
@@ -92,10 +95,13 @@ class FakeCuda:
 
         class Graph:
             captured = False
+            again = None
 
             def replay(self):
                 calls["replay"] += 1
                 assert self.captured
+                if self.again:
+                    self.again()
 
         @contextlib.contextmanager
         def capture(graph, stream=None, capture_error_mode="global"):
@@ -132,6 +138,13 @@ class FakeCuda:
         for name, answer in answers.items():
             patch.setattr(torch.cuda, name, self._counted(name, answer))
         self.on_cuda = _OnCuda
+        capture_step = CapturedStep._capture
+
+        def captured_step(step, images, targets):
+            capture_step(step, images, targets)
+            step._graph.again = partial(step._step, *step._inputs)
+
+        patch.setattr(CapturedStep, "_capture", captured_step)
         autocast = torch.autocast
         patch.setattr(torch, "autocast", lambda kind, *args, **more: autocast("cpu", *args, **more))
 
