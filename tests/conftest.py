@@ -50,8 +50,9 @@ class _Module(pytest.Module):
             return super().collect()
         except self.CollectError as error:
             cause = error.__cause__
-            if isinstance(cause, ModuleNotFoundError) and cause.name in _OPTIONAL:
-                pytest.skip(f"not installed: {cause.name}", allow_module_level=True)
+            name = (getattr(cause, "name", None) or "").partition(".")[0]
+            if isinstance(cause, ModuleNotFoundError) and name in _OPTIONAL:
+                pytest.skip(f"not installed: {name}", allow_module_level=True)
             raise
 
 

@@ -158,11 +158,11 @@ def test_what_comes_first_in_the_loss():
 
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
-    """64 images of 8×8 for a GPU."""
+    """32 images of 8×8 for a GPU."""
     monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
     half = (0.5, 0.5, 0.5)
-    setting = loader_rows.Setting(tmp_path, 64, (8, 8, 3), 16, 1, CUDA, half, half)
-    setting.save(loaders.random_images(64, 8))
+    setting = loader_rows.Setting(tmp_path, 32, (8, 8, 3), 16, 1, CUDA, half, half)
+    setting.save(loaders.random_images(32, 8))
     return setting
 
 
@@ -202,6 +202,7 @@ def test_the_step(cuda, setting, monkeypatch):
     monkeypatch.setattr(step, "Process", HereProcess)
     monkeypatch.setattr(step, "CLASSROOMS", step.SMALL_CLASSROOMS)
     monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
+    monkeypatch.setattr(step_rows, "WARM_UP", 4)  # the fourth captures
     resident = {"data": DataConfig(loader="resident")}
     trainers = {name: options | resident for name, options in step.TRAINERS.items()}
     monkeypatch.setattr(step_rows, "TRAINERS", trainers)
