@@ -52,7 +52,7 @@ class _Module(pytest.Module):
             cause = error.__cause__
             name = (getattr(cause, "name", None) or "").partition(".")[0]
             if isinstance(cause, ModuleNotFoundError) and name in _OPTIONAL:
-                pytest.skip(f"not installed: {name}", allow_module_level=True)
+                pytest.skip(f"{self.path.name}: not installed: {name}", allow_module_level=True)
             raise
 
 
