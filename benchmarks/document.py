@@ -93,7 +93,8 @@ _HEAD = f"""# Benchmarks
 python benchmarks/document.py OUT
 ```
 
-measures everything that needs one, and takes it in."""
+measures everything that needs one, within nine minutes, and takes it in; `--parts loss --minutes 9`
+gives all the time to one benchmark."""
 _NOT_YET = "**Nothing has been measured on a GPU yet.**"
 _JUDGED = (
     "Of several values, the worst and the best; a bar is met if all keep it. How each was taken is "
@@ -218,7 +219,7 @@ def take(out: Path, results: Path) -> Path:
         raise UserError(
             f"{out} holds {what} records; give a folder that benchmarks/run_gpu.sh wrote"
         )
-    for path in sorted(out.glob("*/results.json")):
+    for path in sorted([*out.glob("*/results.json"), *out.glob("reproduction-*.json")]):
         found[f"reproduction-{_json(path)['table']}.json"] = path
     folder = results / names.pop()
     folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bars import on_gpu, roofline_bar
+from bars import OURS, on_gpu, roofline_bar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -76,7 +76,7 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
     found = {}
     rows = [row for row in record.get("rows", []) if row["status"] == "ok"]
     if name == "loss" and on_gpu(record):
-        grid = [row for row in rows if not row["case"]]
+        grid = [row for row in rows if not row["case"] and row["implementation"] == OURS]
         named = [row for row in rows if row["case"]]
         if len(_sizes(grid)) > 1:
             found["loss"] = Drawing(
@@ -114,13 +114,16 @@ def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tup
 
 
 def _sizes(rows: Iterable[Record]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((row["rows"], row["classes"]) for row in rows))
+    return sorted({(row["rows"], row["classes"]) for row in rows}, key=lambda size: (size[1], size))
 
 
 def _loss(rows: Rows) -> Figure:
     """A column of panels for each dtype: time above, share of the roofline below."""
-    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     sizes = _sizes(rows)
+    rows = sorted(
+        rows, key=lambda row: (row["mentors"], sizes.index((row["rows"], row["classes"])))
+    )
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, panels = _figure(5.2 * len(dtypes), 6.4, 2, len(dtypes))
     for column, dtype in enumerate(dtypes):
         time, share = panels[:, column]

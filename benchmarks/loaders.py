@@ -6,8 +6,9 @@
 Random images, or those of SOURCE (class folders, CIFAR's pickles, a .beton file), shuffled, cropped
 out of a border of 4 pixels, flipped and normalised: to float32 on the CPU, to bfloat16 on a GPU.
 Every row has a process of its own, for some set thread counts or may abort, and memory is that of a
-process. All are made ready one after another; then come the rounds, each of all rows in turn.
-Prints the tables and writes loaders.json.
+process. On a GPU the resident loader's kernel comes first. All rows are made ready one after
+another; then come the rounds, each of all rows in turn. Prints the tables, and writes loaders.json
+after every row.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 
 from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
 from classroomkd.errors import UserError
@@ -124,9 +124,7 @@ def floors(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, dict[str, 
     return found
 
 
-def kernel_row(
-    setting: Setting, size: int, found: dict[str, dict[str, float]], ends: float
-) -> dict[str, Any]:
+def kernel_row(setting: Setting, size: int, ends: float) -> dict[str, Any]:
     """The resident loader's kernel by itself: what a batch costs the GPU and the host."""
     row = {"size": size, "batch": setting.batch, "status": "not run: out of time"}
     if time.monotonic() > ends - 30:
@@ -142,15 +140,18 @@ def kernel_row(
     finally:
         if process is not None:
             process.stop()
-    microseconds = row["graph_us"] or row["profiler_us"]
-    if microseconds is None:
-        return row
-    row["images_per_second"] = setting.batch / microseconds * 1e6
-    n_bytes = 3 * size * size * (1 + setting.dtype.itemsize)
-    if floor := found.get("device copy"):
+    if microseconds := row["graph_us"] or row["profiler_us"]:
+        row["images_per_second"] = setting.batch / microseconds * 1e6
+    return row
+
+
+def kernel_share(setting: Setting, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
+    """Add the kernel's share of the bare copy within the GPU's memory, where both are known."""
+    floor = found.get("device copy")
+    if floor and "images_per_second" in row:
+        n_bytes = 3 * row["size"] ** 2 * (1 + setting.dtype.itemsize)
         gigabytes = n_bytes * row["images_per_second"] / 1e9
         row["floor_percent"] = 100 * gigabytes / floor["gigabytes_per_second"]
-    return row
 
 
 def random_images(count: int, size: int) -> ImageSet:
@@ -234,34 +235,39 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
         "kernel": [],
         "floors": {},
     }
+    if setting.device.type == "cuda":  # first, as a bar is set for it
+        for size in KERNEL_SIZES:
+            record["kernel"].append(kernel_row(setting, size, ends))
+            report(record)
     try:
         for row in rows:  # together, before anything is timed
             row.start(ends)
         pack_beton(setting)
         for row in rows:
             row.ready()
+        report(record)
         for row in rows:
             if time.monotonic() < to_prepare:
                 row.prepare()
+                report(record)
             about = row.record.get("first_batch", row.record["status"])
             print(row.record["loader"], row.record["workers"], about, file=sys.stderr, flush=True)
         for number in range(n_rounds):
             for row in rows:
                 if time.monotonic() < to_measure:
                     row.measure()
-            record["floors"] = floors(setting, record["rows"])
+                    record["floors"] = floors(setting, record["rows"])
+                    report(record)
             print(f"round {number + 1} of {n_rounds}", file=sys.stderr, flush=True)
-            report(record)
     finally:
         for row in rows:  # so that they end side by side
             if row.process is not None:
                 row.process.connection.close()
         for row in rows:
             row.stop()
-    if setting.device.type == "cuda":
-        for size in KERNEL_SIZES:
-            record["kernel"].append(kernel_row(setting, size, record["floors"], ends))
-            report(record)
+    for row in record["kernel"]:
+        kernel_share(setting, row, record["floors"])
+    report(record)
     return record
 
 
@@ -292,9 +298,7 @@ def main() -> int:
             parser.error(str(error))
         record = run(setting, arguments.rounds, 60 * arguments.minutes, report)
     report(record)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(*terminal(record), sep="\n")
-    console.print(record["environment"], floor_lines(record), LOADER_LEGEND, sep="\n")
+    print(terminal(record), record["environment"], floor_lines(record), LOADER_LEGEND, sep="\n")
     return int(any("failed" in row["status"] for row in record["rows"] + record["kernel"]))
 
 

@@ -2,9 +2,10 @@
 
     python benchmarks/loss.py [--small] [--seconds N] [--out FOLDER]
 
-Measures the full grid of sizes for this project, then everything at six named cases, prints the
-tables, and writes loss.json as it goes. Every mentor is active, so that no work is skipped. On the
-CPU it takes small sizes and wall times, which prove the script and say nothing of the kernels; with
+Measures this project over a grid of sizes and everything at seven named cases, prints the tables,
+and writes loss.json after every row. The rows that a bar is set for come first; the tuning modes of
+torch.compile come last. Every mentor is active, so that no work is skipped. On the CPU it takes
+small sizes and wall times, which prove the script and say nothing of the kernels; with
 TRITON_INTERPRET=1 it goes through the kernels, in the interpreter.
 """
 
@@ -19,15 +20,15 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
+import bars
 import roofline
 from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
@@ -64,10 +65,11 @@ SIZES = (
     *((256, 1000), (1024, 1000), (4096, 1000), (8192, 1000)),
     *((8192, 4096), (4096, 16_384), (2048, 32_768), (2048, 128_256)),
 )
-# A step on CIFAR-100; a large one, ranked as the published implementation does; ImageNet; then
-# sizes that bandwidth and exponentials bind, up to a vocabulary.
+# A step on CIFAR-100; a large one; the same, ranked as the published implementation does; ImageNet;
+# then sizes that bandwidth and exponentials bind, up to a vocabulary.
 NAMED = {
     "CIFAR": Case(64, 100, 6, torch.float32, "sample"),
+    "CIFAR, 512 rows": Case(512, 100, 6, torch.float32, "sample"),
     "CIFAR, large batch": Case(512, 100, 6, torch.float32, "batch"),
     "ImageNet": Case(256, 1000, 6, torch.bfloat16, "sample"),
     "ImageNet, large batch": Case(8192, 1000, 6, torch.float32, "sample"),
@@ -83,6 +85,17 @@ def grid(small: bool) -> list[Case]:
     sizes, mentors = (((4, 100), (2, 1000)), (2,)) if small else (SIZES, (1, 2, 6, 12))
     kinds = itertools.product(sizes, mentors, LARGEST_ERROR, ("sample", "batch"))
     return [Case(*size, *kind) for size, *kind in kinds]
+
+
+def size(case: Case) -> dict[str, Any]:
+    """The case as a record's row has it."""
+    return {
+        "rows": case.n_rows,
+        "classes": case.n_classes,
+        "mentors": case.n_mentors,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "ranking": case.ranking,
+    }
 
 
 def work(case: Case) -> tuple[int, int]:
@@ -126,6 +139,18 @@ def differentiated(loss_function: Callable[..., Tensor], ranking: str) -> LossAn
     return call
 
 
+def reported(ranking: str) -> LossAndGrad:
+    """The same launch with a report on the mentors, as the trainer asks for it."""
+
+    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+        loss, grad, _ = fused_classroom_loss_and_grad(
+            *arguments, ranking=ranking, return_report=True
+        )
+        return loss, grad
+
+    return call
+
+
 def compiled(ranking: str, mode: str) -> LossAndGrad:
     """The definition through torch.compile."""
     torch.compiler.reset()
@@ -140,10 +165,11 @@ def compiled(ranking: str, mode: str) -> LossAndGrad:
     return step if mode == "reduce-overhead" else call
 
 
-THIS = "fused_classroom_loss_and_grad"
+THIS, REPORTED = bars.OURS, bars.REPORTED
 # Name → how its device time is taken, and what makes it for a ranking.
 IMPLEMENTATIONS: dict[str, tuple[str, Callable[[str], LossAndGrad]]] = {
     THIS: ("graph", lambda ranking: partial(fused_classroom_loss_and_grad, ranking=ranking)),
+    REPORTED: ("graph", reported),
     "fused_classroom_loss + backward": ("graph", partial(differentiated, fused_classroom_loss)),
     "eager": ("graph", partial(differentiated, classroom_loss)),
     "compile default": ("graph", partial(compiled, mode="default")),
@@ -156,8 +182,37 @@ IMPLEMENTATIONS: dict[str, tuple[str, Callable[[str], LossAndGrad]]] = {
     "compile max-autotune": ("graph", partial(compiled, mode="max-autotune-no-cudagraphs")),
 }
 TIMERS = {"graph": graph_time, "profiler": profiler_time, "own graph": profiler_time}
-# What compiles longest comes last, and may fall to a limit on the time.
-PHASES = tuple(IMPLEMENTATIONS)[:4], tuple(IMPLEMENTATIONS)[4:7], tuple(IMPLEMENTATIONS)[7:]
+COMPILED = tuple(name for name in IMPLEMENTATIONS if name.startswith("compile"))
+Todo = list[tuple[Case, str, tuple[str, ...]]]
+
+
+def phases(small: bool) -> list[Todo]:
+    """What to measure, in this order: cases, their titles ("": of the grid), implementations.
+
+    First what bars are set for, then the rest of the named cases and of the grid. What
+    torch.compile takes longest for comes last, and may fall to a limit on the time.
+    """
+    named = SMALL_NAMED if small else NAMED
+    cifar = {
+        title: case
+        for title, case in named.items()
+        if bars.is_cifar(size(case)) and case.ranking == "sample"
+    }
+    others = {title: case for title, case in named.items() if title not in cifar}
+    first = THIS, REPORTED, "eager"
+    rest = tuple(name for name in IMPLEMENTATIONS if name not in (*first, *COMPILED))
+    cases = grid(small)
+    barred = [case for case in cases if bars.is_barred(size(case))]
+    return [
+        [(case, title, first) for title, case in cifar.items()],
+        [(case, "", (THIS, REPORTED)[: 1 + bars.reports(size(case))]) for case in barred],
+        [(case, title, (name,)) for name in COMPILED[:2] for title, case in cifar.items()],
+        [(case, title, (*first, *rest)) for title, case in others.items()],
+        [(case, title, rest) for title, case in cifar.items()],
+        [(case, "", (THIS,)) for case in cases if case not in barred],
+        [(case, title, (name,)) for name in COMPILED[:2] for title, case in others.items()],
+        [(case, title, COMPILED[2:]) for title, case in (cifar | others).items()],
+    ]
 
 
 def not_here(name: str) -> str | None:
@@ -231,11 +286,7 @@ def rows(
         yield {
             "case": title,
             "implementation": name,
-            "rows": case.n_rows,
-            "classes": case.n_classes,
-            "mentors": case.n_mentors,
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "ranking": case.ranking,
+            **size(case),
             "status": status,
             **numbers,
         }
@@ -258,20 +309,29 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def precompile(cases: list[Case]) -> None:
-    """Compile this project's kernels for all cases, many at a time, into Triton's disk cache."""
+def precompile(todo: Todo, deadline: float) -> None:
+    """Compile this project's kernels for a phase, many at a time, into Triton's disk cache."""
+    wanted = dict.fromkeys(
+        (case, name) for case, _, names in todo for name in names if name in (THIS, REPORTED)
+    )
+    if not wanted or time.monotonic() > deadline:
+        return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(14, os.cpu_count() or 1), mp_context=context) as pool:
-        list(pool.map(_compile, cases))
+    pool = ProcessPoolExecutor(min(14, os.cpu_count() or 1, len(wanted)), mp_context=context)
+    jobs = [pool.submit(_compile, *each) for each in wanted]
+    wait(jobs, timeout=max(0, deadline - time.monotonic()))
+    pool.shutdown(cancel_futures=True)
 
 
-def _compile(case: Case) -> None:
+def _compile(case: Case, name: str) -> None:
     try:
         ((student, _, targets),) = input_sets(case._replace(n_mentors=0), 1)
-        mentors = [student.detach()] * case.n_mentors
-        fused_classroom_loss_and_grad(student, mentors, targets, ranking=case.ranking)
+        _, make = IMPLEMENTATIONS[name]
+        make(case.ranking)(student, [student.detach()] * case.n_mentors, targets)
     except Exception as error:  # the case's own row will meet it again
         print(f"{case}: {error!r}", file=sys.stderr)
+    if GPU:
+        torch.cuda.empty_cache()  # the next case, and the other processes, need the memory
 
 
 def main() -> int:
@@ -289,24 +349,19 @@ def main() -> int:
     if not GPU:
         torch.set_num_threads(1)  # so small, and steadier
 
-    cases = grid(arguments.small)
-    named = SMALL_NAMED if arguments.small else NAMED
-    if GPU:
-        precompile(cases)
     ceilings = roofline.measure()
     record = {"benchmark": "loss", "environment": environment(), "roofline": ceilings, "rows": []}
-    todo = [(case, "", [THIS]) for case in cases]
-    todo += [(case, title, names) for names in PHASES for title, case in named.items()]
-    for case, title, names in todo:
-        for row in rows(case, title, names, ceilings, deadline):
-            record["rows"].append(row)
-            print(row["implementation"], *case, *cells(row), file=sys.stderr, flush=True)
-        if arguments.out:
-            write_json(arguments.out, "loss", record)
+    for todo in phases(arguments.small):
+        if GPU:
+            precompile(todo, deadline)
+        for case, title, names in todo:
+            for row in rows(case, title, names, ceilings, deadline):
+                record["rows"].append(row)
+                print(row["implementation"], *case, *cells(row), file=sys.stderr, flush=True)
+                if arguments.out:
+                    write_json(arguments.out, "loss", record)
 
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(*terminal(record), sep="\n")
-    console.print(record["environment"], ceilings, LEGEND)
+    print(terminal(record), record["environment"], ceilings, LEGEND, sep="\n")
     return int(any(row["status"].startswith("failed") for row in record["rows"]))
 
 

@@ -1,91 +1,148 @@
 #!/usr/bin/env bash
-# What a machine with a GPU should do, in order: install, GPU tests, roofline, benchmarks.
+# What a machine with a GPU should do: GPU tests, roofline, benchmarks; a summary at the end.
 #
-#     benchmarks/run_gpu.sh OUT [--minutes N]
+#     benchmarks/run_gpu.sh OUT [--minutes N] [--parts tests,roofline,loss,loaders,step,reproduce]
 #
-# JSON and logs go to the folder OUT. Each part may take N minutes (8); one that fails does not stop
-# the next; the exit status is 0 if all passed. Needs no network, and of packages torch with its
-# triton, numpy, numba, omegaconf, pillow, plotly, pyyaml, rich, safetensors, pytest,
-# pytest-benchmark and hypothesis. With liger-kernel, torchvision, or FFCV and
-# opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the environment installs FFCV
-# first, from what scripts/build_ffcv_wheel.sh built. With DATA=FOLDER, class folders, students are
-# compared on them at the end, over EPOCHS (24). Without a GPU it takes small sizes on the CPU,
-# which shows only that the scripts work.
+# All of it ends within N minutes (9). Each part gets its share of what is left, begins nothing
+# further shortly before its end, and leaves what it has. OUT holds at most six files: a record of
+# each benchmark (JSON), of the reproduction, and log.txt with all that was printed.
+#
+# Nothing is installed or downloaded. Parts need torch with its Triton, and: tests pytest, loaders
+# numpy and numba, step and reproduce what the trainer needs. What lacks a package is left out, and
+# the summary says so. With liger-kernel, torchvision, or FFCV and opencv-python-headless there are
+# more rows; FFCV_WHEEL=FILE in the environment installs FFCV first, from what
+# scripts/build_ffcv_wheel.sh built. With DATA=FOLDER, class folders, reproduce compares students on
+# them over EPOCHS (24); their runs go to OUT-runs, where a further call goes on. PYTHON names the
+# interpreter. Without a GPU it takes small sizes on the CPU, which shows only that the scripts work.
 set -uo pipefail
 
-# Name and command of each part; a later benchmark is one more line.
-parts() {
-    part tests "$python" -m pytest -q -p no:cacheprovider "${tests[@]}"
-    part roofline "$python" "$repo/benchmarks/roofline.py" --out "$out"
-    # It begins no further row near its end, so that the tables are still printed.
-    part loss "$python" "$repo/benchmarks/loss.py" --out "$out" --seconds $((limit * 85 / 100))
-    part loaders "$python" "$repo/benchmarks/loaders.py" --out "$out" --minutes $((limit / 60))
-    part step "$python" "$repo/benchmarks/step.py" --out "$out" --minutes $((limit / 60)) --whole 5
-    if [[ $data ]]; then # goes on in the same OUT where the time ended
-        part reproduction "$python" -m classroomkd reproduce methods --data "$data" \
-            --methods alone kd aver classroom classroom-batch --epochs "${EPOCHS:-24}" \
-            --devices cuda cuda --out "$out/reproduction"
-    fi
-}
-
-part() {
-    local name=$1 begin=$SECONDS code result=passed
-    shift
-    echo "=== $name"
-    timeout --kill-after=10 "$limit" "$@" >"$name.log" 2>&1
-    code=$?
-    tail -n 160 "$name.log"
-    if [[ $code -ne 0 ]]; then
-        status=1
-        result="failed ($code)"
-        [[ $code -ne 124 && $code -ne 137 ]] || result="out of time"
-    fi
-    results+=("$(printf '%-10s %-12s %5d s' "$name" "$result" $((SECONDS - begin)))")
-}
-
-if [[ $# -ne 1 && ! ($# -eq 3 && $2 == --minutes && $3 =~ ^[1-9][0-9]*$) ]]; then
-    echo "usage: $0 OUT [--minutes N]" >&2
+usage() {
+    echo "usage: $0 OUT [--minutes N] [--parts ${all// /,}]${1:+ ($1)}" >&2
     exit 2
+}
+
+# Of the time, in parts that add up to whatever is chosen.
+declare -A weights=([tests]=30 [roofline]=5 [loss]=36 [loaders]=12 [step]=26 [reproduce]=60)
+all="tests roofline loss loaders step reproduce"
+minutes=9 parts=
+[[ $# -ge 1 && $1 != -* ]] || usage
+target=$1
+shift
+while [[ $# -gt 0 ]]; do
+    case $1 in
+    --minutes)
+        [[ ${2-} =~ ^[1-9][0-9]*$ ]] || usage "--minutes: a whole number, not '${2-}'"
+        minutes=$2
+        ;;
+    --parts)
+        parts=${2//,/ }
+        for name in $parts; do
+            [[ -n ${weights[$name]-} ]] || usage "--parts: no part '$name'"
+        done
+        ;;
+    *) usage "$1" ;;
+    esac
+    shift $(($# > 1 ? 2 : 1))
+done
+if [[ -z $parts ]]; then
+    parts=$all
+    [[ ${DATA-} ]] || parts=${parts% reproduce}
+elif [[ " $parts " == *" reproduce "* && -z ${DATA-} ]]; then
+    usage "reproduce needs DATA=FOLDER in the environment"
 fi
-limit=$((60 * ${3:-8}))
+
 python=${PYTHON:-python3}
 if [[ $python == */* ]]; then # found from OUT too; not through its links, or it were no environment's
     python=$(realpath -sm "$python")
 fi
-needed="torch, numpy, numba, omegaconf, PIL, plotly, yaml, rich, safetensors"
-if ! reason=$("$python" -c "import $needed, pytest, pytest_benchmark, hypothesis" 2>&1); then
+if ! reason=$("$python" -c "import torch" 2>&1); then
     echo "$0: $python lacks what is needed: ${reason##*$'\n'}: install it, or set PYTHON to one that has it" >&2
     exit 2
 fi
 repo=$(cd "$(dirname "$0")/.." && pwd)
 wheel=${FFCV_WHEEL:+$(realpath "$FFCV_WHEEL")} data=${DATA:+$(realpath "$DATA")}
-mkdir -p "$1" && out=$(cd "$1" && pwd) && scratch=$(mktemp -d) || exit 2
+mkdir -p "$target" && out=$(cd "$target" && pwd) && scratch=$(mktemp -d) || exit 2
 trap 'rm -rf "$scratch"' EXIT
-cd "$out" # away from the repository, whose classroomkd/ lacks the kernels beside it
-export PYTHONUNBUFFERED=1 HYPOTHESIS_STORAGE_DIRECTORY=$scratch/hypothesis
-results=()
-status=0
+log=$out/log.txt runs=$out-runs
+cd "$out" || exit 2 # away from the repository, whose classroomkd/ lacks the kernels beside it
+mkdir "$scratch/classroomkd"
+ln -s "$repo"/classroomkd/* "$repo/kernels" "$scratch/classroomkd/"
+export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+export HYPOTHESIS_STORAGE_DIRECTORY=$scratch/hypothesis
+ends=$((60 * minutes - 15)) # the rest is for the summary
+results=() status=0
 
-part install "$python" -m pip install --no-deps --no-build-isolation -e "$repo"
-if [[ $status -ne 0 ]]; then
-    echo "pip failed: the package is put together from links instead"
-    status=0
-    mkdir "$scratch/classroomkd"
-    ln -s "$repo"/classroomkd/* "$repo/kernels" "$scratch/classroomkd/"
-    export PYTHONPATH=$scratch${PYTHONPATH:+:$PYTHONPATH}
-fi
+# What a part runs, with $seconds to begin no further work after.
+command_of() {
+    local minutes
+    minutes=$(printf '%d.%02d' $((seconds / 60)) $((seconds % 60 * 100 / 60)))
+    case $1 in
+    tests) command=("$repo/benchmarks/gpu_tests.py" --seconds "$seconds") ;;
+    roofline) command=("$repo/benchmarks/roofline.py" --out "$out") ;;
+    loss) command=("$repo/benchmarks/loss.py" --out "$out" --seconds "$seconds") ;;
+    loaders) command=("$repo/benchmarks/loaders.py" --out "$out" --minutes "$minutes") ;;
+    step) command=("$repo/benchmarks/step.py" --out "$out" --minutes "$minutes" --whole 5) ;;
+    reproduce)
+        command=(-m classroomkd reproduce methods --data "$data" --devices cuda cuda --out "$runs"
+            --methods alone kd aver classroom classroom-batch --epochs "${EPOCHS:-24}")
+        ;;
+    esac
+}
+
+part() {
+    local name=$1 limit=$2 begin=$SECONDS code result=passed absent
+    local seconds=$((limit * 85 / 100)) command=()
+    command_of "$name"
+    echo "=== $name, at most $limit s"
+    echo "=== $name" >>"$log"
+    timeout --kill-after=5 "$limit" "$python" "${command[@]}" >"$scratch/log" 2>&1
+    code=$?
+    cat "$scratch/log" >>"$log"
+    rm -f "$out"/.{roofline,loss,loaders,step}.json.* # half-written, if it was killed
+    if [[ $code -eq 124 || $code -eq 137 ]]; then
+        result="out of time"
+    elif [[ $code -ne 0 ]]; then
+        absent=$(tail -n 1 "$scratch/log" | sed -nE "s/.*No module named '?([A-Za-z0-9_]+).*/\1/p")
+        case $absent in
+        omegaconf | yaml | rich | safetensors | PIL | plotly | numpy | numba | pytest | sklearn)
+            result="left out: needs $absent"
+            ;;
+        *)
+            result="failed ($code)" status=1
+            tail -n 25 "$scratch/log" | cut -c -300
+            ;;
+        esac
+    fi
+    [[ $name != tests ]] || result+=": $(tail -n 1 "$scratch/log" | cut -c -150)"
+    results+=("$(printf '%-10s %5d s  %s' "$name" $((SECONDS - begin)) "$result")")
+}
+
 if [[ $wheel ]]; then
-    part ffcv "$python" -m pip install --no-index --no-deps "$wheel"
+    "$python" -m pip install --no-index --no-deps "$wheel" >>"$log" 2>&1 ||
+        results+=("FFCV was not installed from $wheel: see the log")
 fi
-tests=("$repo"/tests/test_{definition,fused,operator,fused_properties,augment_kernel,loaders,mentor_bank,methods,training}.py)
-where="on a GPU" page="To put them into docs/benchmarks.md: $python $repo/benchmarks/document.py $out"
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    where="NO GPU HERE: small sizes on the CPU, the kernels' own tests left out" page=
-    tests=("${tests[0]}")
-fi
-parts
+remaining=0
+for name in $parts; do
+    remaining=$((remaining + weights[$name]))
+done
+for name in $parts; do
+    left=$((ends - SECONDS))
+    if [[ $left -lt 10 ]]; then
+        results+=("$(printf '%-10s %5d s  not run: out of time' "$name" 0)")
+        continue
+    fi
+    part "$name" $((left * weights[$name] / remaining))
+    remaining=$((remaining - weights[$name]))
+done
+[[ ! -f $runs/results.json ]] || cp "$runs/results.json" "$out/reproduction-methods.json"
 
-echo "=== $where; JSON and logs in $out"
-printf '%s\n' "${results[@]}"
-[[ -z $page ]] || echo "$page"
+{
+    echo "=== the bars, as far as they were measured"
+    "$python" "$repo/benchmarks/bars.py" "$out"
+    "$python" -c 'import torch; print("===", torch.cuda.get_device_name() if torch.cuda.is_available()
+        else "NO GPU HERE: small sizes on the CPU")'
+    printf '%s\n' "${results[@]}"
+    echo "JSON and log.txt in $out; to put them into docs/benchmarks.md: benchmarks/document.py $target"
+} 2>&1 | tee -a "$log"
 exit "$status"

@@ -27,8 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from classroomkd.data import channel_statistics
 from loader_processes import Process, RowError
 from loader_rows import Setting
@@ -141,8 +139,10 @@ class Row:
         self._process = None
 
 
-def measure(rows: Sequence[Row], n_rounds: int, ends: float) -> None:
-    """Fill in the rows' records; they are of one classroom and batch size."""
+def measure(
+    rows: Sequence[Row], n_rounds: int, ends: float, grown: Callable[[], None] = lambda: None
+) -> None:
+    """Fill in the records of one classroom and batch size; ``grown`` is called as they grow."""
     if time.monotonic() > ends:
         return
     try:
@@ -153,8 +153,10 @@ def measure(rows: Sequence[Row], n_rounds: int, ends: float) -> None:
         for _ in range(n_rounds):
             for row in rows:
                 row.round()
+                grown()
         for row in rows:
             row.parts()
+            grown()
     finally:
         for row in rows:  # so that they end side by side
             row.release()
@@ -229,18 +231,20 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     }
 
     def rows(case: Case, names: Sequence[str]) -> None:
+        def grown() -> None:
+            compare(record["rows"])
+            report(record)
+
         these = [Row(setting, case, name, arguments.seconds) for name in names]
         record["rows"] += [row.record for row in these]
-        measure(these, arguments.rounds, ends)
-        compare(record["rows"])
+        measure(these, arguments.rounds, ends, grown)
         about = [(row.record["implementation"], row.record["status"]) for row in these]
         print(case.classroom, case.batch, *about, file=sys.stderr, flush=True)
-        report(record)
+        grown()
 
-    for case in cases:
+    for case in cases:  # the first is what bars are set for, of its whole epochs too
         rows(case, implementations())
-    for case in cases if arguments.whole else ():
-        if case.batch == min(arguments.batch):
+        if arguments.whole and case.batch == min(arguments.batch):
             row = Row(setting, case, THIS, arguments.seconds)
             record["whole"].append(row.record)
             whole(row, arguments.whole, ends)
@@ -280,9 +284,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
         os.environ["CLASSROOMKD_CACHE"] = f"{folder}/cache"  # for FFCV's files
         record = run(arguments, prepared(arguments, Path(folder)), report)
-    console = Console(width=None if sys.stdout.isatty() else 180)
-    console.print(*terminal(record), sep="\n")
-    console.print(record["environment"], STEP_LEGEND, sep="\n")
+    print(terminal(record), record["environment"], STEP_LEGEND, sep="\n")
     records = record["rows"] + record["whole"]
     statuses = [record.get(key, "") for record in records for key in ("status", "parts_status")]
     return int(any("failed" in status for status in statuses))

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from classroomkd.report.document import markdown_table
+from bars import REPORTED
 
 Row = dict[str, Any]
 
@@ -216,6 +215,8 @@ def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     named: dict[str, list[list[str]]] = {}
     for row in record["rows"]:
         kind = f"{row['dtype']}, {row['ranking']}"
+        if row["implementation"] == REPORTED and not row["case"]:
+            kind += ", report"
         size = row["rows"], row["classes"], row["mentors"]
         if row["case"]:
             title = "{}: B = {}, C = {}, M = {}, ".format(row["case"], *size) + kind
@@ -231,7 +232,7 @@ def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
         )
     body = [
         [*map(str, size), *(by_kind.get(kind, "") for kind in headings[3:])]
-        for size, by_kind in grid.items()
+        for size, by_kind in sorted(grid.items(), key=lambda line: (line[0][1], line[0]))
     ]
     full = ["implementation", *(heading for heading, _, _ in COLUMNS)]
     return [
@@ -240,18 +241,23 @@ def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     ]
 
 
-def terminal(record: Row) -> list[Table]:
-    """For a rich console."""
-    drawn = []
-    for title, headings, body in tables(record):
-        drawn.append(Table(*headings, title=title, title_justify="left"))
-        for line in body:
-            drawn[-1].add_row(*line)
-    return drawn
+def terminal(record: Row) -> str:
+    """In columns of plain text, for a terminal or a log."""
+    return "\n\n".join(
+        f"{title}\n{columns([headings, *body])}" for title, headings, body in tables(record)
+    )
+
+
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, each column as wide as its widest."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def markdown(record: Row) -> str:
     """For a document."""
+    from classroomkd.report.document import markdown_table  # which needs what reports need
+
     lines = [f"{_machine(record['environment'])} {_limits(record)}".strip()]
     for title, headings, body in tables(record):
         lines += ["", f"**{title}**", "", markdown_table(headings, body)]

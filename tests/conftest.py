@@ -6,12 +6,58 @@ one of the two. CPU tensors still take the definition, except in tests that ask 
 
 import contextlib
 import importlib.util
+import math
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+# What a machine that is lent for its GPU may lack; tests that need it are skipped.
+_OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
+_OPTIONAL |= {"sklearn", "yaml"}
+_ENDS = pytest.StashKey[float]()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--seconds", type=float, default=math.inf, help="begin no test after so many")
+    parser.addoption("--share", metavar="I/N", help="every Nth test, from the Ith on")
+
+
+def pytest_configure(config):
+    config.stash[_ENDS] = time.monotonic() + config.getoption("seconds")
+
+
+def pytest_collection_modifyitems(config, items):
+    if share := config.getoption("share"):
+        first, step = map(int, share.split("/"))
+        items[:] = items[first::step]
+
+
+def pytest_runtest_setup(item):
+    if time.monotonic() > item.config.stash[_ENDS]:
+        item.session.shouldstop = "out of time"
+        pytest.skip("out of time")
+
+
+class _Module(pytest.Module):
+    """A test file, skipped where an optional package is missing."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            cause = error.__cause__
+            name = (getattr(cause, "name", None) or "").partition(".")[0]
+            if isinstance(cause, ModuleNotFoundError) and name in _OPTIONAL:
+                pytest.skip(f"{self.path.name}: not installed: {name}", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return _Module.from_parent(parent, path=module_path)
 
 
 def _round_bfloat16_to_nearest():

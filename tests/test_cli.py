@@ -328,7 +328,7 @@ def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=LAST_RESORT,
     )
 
 
@@ -408,7 +408,9 @@ except AttributeError as error:
 else:
     raise AssertionError
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LAST_RESORT
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

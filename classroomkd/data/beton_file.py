@@ -22,9 +22,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image
-from rich.console import Console
-from rich.progress import Progress
 
 from classroomkd.data._ffcv import import_ffcv
 from classroomkd.data.image_sets import samples_digest
@@ -274,12 +271,16 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
 
 
 def decode_jpeg(data: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return np.array(image.convert("RGB"))
 
 
 def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
     """Height, width and 3, as the header says, for nothing is decoded."""
+    from PIL import Image
+
     with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
         return image.height, image.width, 3
 
@@ -287,6 +288,9 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar on stderr, if that is a terminal, and the function that moves it on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(description, total=total)

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
-from rich.console import Console
-from rich.progress import track
 
 from classroomkd.errors import UserError
+
+if TYPE_CHECKING:  # Pillow is imported where it is used: sets of decoded images need none
+    from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -23,6 +24,9 @@ _CHUNK = 64  # images a thread decodes before it reports
 
 def read_files(files: list[Path], size: int) -> np.ndarray:
     """Decode all files into uint8 [N, size, size, 3]; UserError names the first that fails."""
+    from rich.console import Console
+    from rich.progress import track
+
     images = np.empty((len(files), size, size, 3), np.uint8)
 
     def read(start: int) -> list[str]:
@@ -59,6 +63,8 @@ def bombs_refused() -> Iterator[None]:
 
     Python's warning filters belong to the process, so this goes around the threads that decode.
     """
+    from PIL import Image
+
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         yield
@@ -69,6 +75,8 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
     Raises UserError, naming the file, if it cannot be decoded whole.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     try:
         with Image.open(file, formats=_FORMATS) as image:
             image = ImageOps.exif_transpose(image)  # reads it whole, so a truncated file raises
@@ -83,6 +91,8 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
 def read_size(file: Path) -> tuple[int, int]:
     """Height and width of the image that ``file``, which can be decoded, holds."""
+    from PIL import ExifTags, Image
+
     with Image.open(file, formats=_FORMATS) as image:
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # lies on its side
@@ -91,6 +101,8 @@ def read_size(file: Path) -> tuple[int, int]:
 
 def rgb(image: Image.Image) -> Image.Image:
     """In RGB: transparent pixels laid on white, 16-bit grey scaled to 8 bits."""
+    from PIL import Image
+
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -108,9 +120,13 @@ def resize(images: np.ndarray, size: int) -> np.ndarray:
 
 def square(image: np.ndarray, size: int) -> np.ndarray:
     """The largest centred square of uint8 [H, W, 3], resampled to [size, size, 3]."""
+    from PIL import Image
+
     return np.asarray(_square(Image.fromarray(image), size))
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square, at ``size`` pixels; an image of that size is left as it is."""
+    from PIL import Image, ImageOps
+
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_index
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from classroomkd.data.cache import files_digest
 from classroomkd.data.decode import read_image, rgb
@@ -180,7 +180,8 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
 
 def as_pixels(image: Any) -> np.ndarray:
     """An image of any of the kinds that `from_dataset` takes, as uint8 [H, W, 3]."""
-    if isinstance(image, Image.Image):
+    pillow = sys.modules.get("PIL.Image")  # imported, if there is one of its images
+    if pillow is not None and isinstance(image, pillow.Image):
         return np.asarray(rgb(image))
     array = np.asarray(image)
     if array.dtype != np.uint8:

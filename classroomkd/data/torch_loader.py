@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -123,6 +122,8 @@ class _Batches(Dataset):
         return np.stack(images), targets
 
     def _resized(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
+        from PIL import Image
+
         place = (np.array([n]) for n in (index, *image.shape[:2]))
         ((row, column, height, width),) = self.crop.boxes(self.seed, epoch, *place)
         part = Image.fromarray(np.ascontiguousarray(image)).crop(

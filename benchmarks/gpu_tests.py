@@ -1,0 +1,83 @@
+"""The tests that need a GPU, in several processes at once, as each compiles its own kernels.
+
+    python benchmarks/gpu_tests.py [--seconds N] [--processes N]
+
+Needs of packages beside torch's only pytest: test files that need another which is not installed
+are skipped, and it says so. The kernels of the loss come first, from a fixed set; see
+tests/test_fused_kernels.py. Without a GPU it runs the definition's tests alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+# What each proves of the kernels, most of it first: there may not be the time for all.
+ON_A_GPU = ("fused_kernels", "operator", "augment_kernel", "loaders", "mentor_bank", "methods")
+ON_A_GPU += ("training", "fused")
+
+
+def main() -> int:
+    """Run; 1 if a test failed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--seconds", type=float, default=math.inf, help="begin no further test after so many")
+    add("--processes", type=int, default=min(12, os.cpu_count() or 1), help="(%(default)s)")
+    arguments = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    if not gpu:
+        print("no GPU here: the definition's tests alone")
+    count = arguments.processes if gpu else 1
+    files = [str(TESTS / f"test_{name}.py") for name in (ON_A_GPU if gpu else ("definition",))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfEs",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+    ]
+    command += ["-m", "gpu"] if gpu else []
+    command += [*files, f"--seconds={arguments.seconds}"]
+
+    totals: Counter[str] = Counter()
+    failed = False
+    with ExitStack() as stack:
+        logs = [stack.enter_context(tempfile.TemporaryFile("w+")) for _ in range(count)]
+        runs = [
+            subprocess.Popen([*command, f"--share={i}/{count}"], stdout=log, stderr=log)
+            for i, log in enumerate(logs)
+        ]
+        skipped = set()
+        for run, log in zip(runs, logs, strict=True):
+            code = run.wait()
+            log.seek(0)
+            lines = log.read().splitlines()
+            skipped |= {line for line in lines if line.startswith("SKIPPED")}
+            totals.update({what: int(n) for n, what in re.findall(r"(\d+) (\w+)", lines[-1])})
+            out_of_time = any("out of time" in line for line in lines)
+            if code not in (0, 5) and not (code == 2 and out_of_time):  # 5: no test in its share
+                failed = True
+                print(*lines, sep="\n")
+            totals["processes out of time"] += out_of_time
+    print(*sorted(skipped), sep="\n")
+    kinds = ("passed", "failed", "errors", "error", "skipped", "processes out of time")
+    print(", ".join(f"{totals[kind]} {kind}" for kind in kinds if totals[kind]))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
