@@ -105,13 +105,12 @@ def _targets(
 @triton.jit
 def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
     """ℓ [R] of rows d = z − max z, −inf kept, and the softmax numerators with their sum."""
-    v = d * LOG2E
-    e = tl.exp2(v)
+    e = tl.exp2(d * LOG2E)
     e_sum = tl.sum(e, 1)
     if ONE_CLASS:
         ell = z_target - z_max - tl.log2(e_sum) * LN2
     else:
-        ell = (tl.sum(tl.where(t > 0.0, t * v, 0.0), 1) - t_sum * tl.log2(e_sum)) * LN2
+        ell = tl.sum(tl.where(t > 0.0, t * d, 0.0), 1) - t_sum * tl.log2(e_sum) * LN2
     return ell, e, e_sum
 
 
