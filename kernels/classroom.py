@@ -61,6 +61,7 @@ from classroomkd.kernels.device import (
     task_loss,
     task_weights,
     valid_rows,
+    weighted_lesson,
 )
 
 
@@ -315,7 +316,7 @@ def classroom_kernel(
             sum_s = tl.sum(e_s, 1)
             kl = tl.where(active, divergence(cross, sum_m, sum_s), 0.0)
             weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
-            loss += tl.where(active, weight * tau_s * kl, 0.0)
+            loss += weighted_lesson(active, weight, tau_s, kl)
             if grad_ptr is not None:
                 grad += e_s * tl.where(active, weight / sum_s, 0.0)[:, None]
                 grad -= e_m * tl.where(active, weight / sum_m, 0.0)[:, None]

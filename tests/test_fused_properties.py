@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss.definition import classroom_weights, prepare_targets
 from classroomkd.loss.fused import ClassroomReport
 from classroomkd.loss.options import LossOptions
@@ -82,7 +83,7 @@ def laid_out(logits, layout):
 options_drawn = st.fixed_dictionaries(
     {},
     optional={
-        "temperature": st.sampled_from([0.5, 1.0, 4.0, 40.0]),
+        "temperature": st.sampled_from([0.5, 1.0, 4.0, MAX_TEMPERATURE]),
         "ranking": st.just("batch"),
         "knowledge_filter": st.sampled_from(["correct", "correct_and_better", "none"]),
         "mentoring": st.sampled_from(["fixed", "none", "dtkd"]),

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from classroomkd.limits import MAX_TEMPERATURE
+
 RANKINGS = ("sample", "batch")
 KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
 WEIGHTINGS = ("rank", "uniform")
 REDUCTIONS = ("mean", "sum", "none")
-MAX_TEMPERATURE = 1e6  # far beyond use, and its square far from float32's limits
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class LossOptions:
         _one_of("reduction", self.reduction, REDUCTIONS)
         if not 0 < _number("temperature", self.temperature) <= MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:.0e}, "
+                f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:g}, "
                 f"got {self.temperature}"
             )
         if self.task_weight != "confidence":
