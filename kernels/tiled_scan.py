@@ -142,10 +142,7 @@ def scan_row(
 
 @triton.jit
 def row_max(ptr, stride, row, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr):
-    """max z of a row, [1]; the tiles are joined column by column.
-
-    Triton 3.7 fails to compile a loop that does nothing but carry the maximum of each tile on.
-    """
+    """max z of a row, [1]; the tiles are joined column by column, as in `scan_targets`."""
     z_max = tl.full([1, BLOCK_C], -float("inf"), tl.float32)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)

@@ -182,6 +182,30 @@ def loss_by_definition(
     return loss, _report(weights, target.valid, n_valid, cross_entropy.detach(), kl.detach())
 
 
+def loss_and_grad_by_definition(
+    student_logits: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    scale: Tensor | None,
+    options: LossOptions,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, ClassroomReport]:
+    """`loss_by_definition` without a graph, and its gradient, times ``scale``, in float32 or better
+    until it takes the student's dtype.
+    """
+    precise = torch.promote_types(student_logits.dtype, torch.float32)
+    with torch.enable_grad():
+        student = student_logits.detach().to(precise, copy=True).requires_grad_()
+        loss, report = loss_by_definition(
+            student, mentors, targets, mentor_weight, options, True, process_group
+        )
+    (grad,) = torch.autograd.grad(loss, student)
+    if scale is not None:
+        grad = grad * scale.reshape(()).to(precise)
+    return loss.detach(), grad.to(student_logits.dtype), report
+
+
 def prepare_targets(
     targets: Tensor, n_classes: int, options: LossOptions, dtype: torch.dtype
 ) -> Target:
