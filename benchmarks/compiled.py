@@ -128,10 +128,22 @@ def compile_row(row: Row) -> list[dict[str, object]]:
     return lines
 
 
-def main() -> int:
-    """Compile, print, write."""
+def write(path: Path, n_calls: int, lines: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    """Write the record, a kernel a line, and return the lines of what failed."""
     import triton
 
+    failed = [line for line in lines if "error" in line]
+    kernels = ",\n".join(json.dumps(line) for line in lines if "error" not in line)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        f'{{"triton": "{triton.__version__}", "calls": {n_calls}, "failed": '
+        f'{json.dumps(failed)}, "kernels": [\n{kernels}\n]}}\n'
+    )
+    return failed
+
+
+def main() -> int:
+    """Compile, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -140,13 +152,7 @@ def main() -> int:
     with ProcessPoolExecutor(arguments.processes) as pool:
         done = list(track(pool.map(compile_row, rows), "compiling", total=len(rows)))
     lines = list(itertools.chain.from_iterable(done))
-    failed = [line for line in lines if "error" in line]
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    kernels = ",\n".join(json.dumps(line) for line in lines if "error" not in line)
-    arguments.out.write_text(
-        f'{{"triton": "{triton.__version__}", "calls": {len(rows)}, "failed": '
-        f'{json.dumps(failed)}, "kernels": [\n{kernels}\n]}}\n'
-    )
+    failed = write(arguments.out, len(rows), lines)
 
     heads = ("target", "mode", "C", "M", "dtype", "warps", "registers", "spilled bytes")
     table = Table(*heads, "shared bytes", "loads (bytes × count)")

@@ -123,7 +123,7 @@ def assert_compiles_on_a_cpu(options, backend, dynamic, soft):
         return result if options.get("return_report") else (result, ())
 
     torch._dynamo.reset()
-    graphs = CompileCounterWithBackend(backend)
+    graphs, made = CompileCounterWithBackend(backend), set()
     fast = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
     for n_rows in (6, 4, 9) if dynamic else (6,):
         student, mentors, targets = classroom(3, n_rows, N_CLASSES, seed=n_rows)
@@ -137,8 +137,8 @@ def assert_compiles_on_a_cpu(options, backend, dynamic, soft):
             loss.sum().backward()
             results.append([loss.detach(), *report, z.grad])
         torch.testing.assert_close(*results)
-        first = graphs.frame_count if n_rows == 6 else first
-    assert graphs.frame_count == first  # no graph for further batch sizes
+        made.add(graphs.frame_count)
+    assert len(made) == 1  # no more graphs for further batch sizes
 
 
 @pytest.mark.parametrize("name", ["defaults", "released", "probabilities"])
