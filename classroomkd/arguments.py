@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from classroomkd.errors import UserError
+from classroomkd.limits import MAX_TEMPERATURE
 
 DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 
@@ -80,7 +81,11 @@ def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callab
 COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
 POSITIVE = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
-TEMPERATURE = _checked(float, lambda value: 0 < value <= 1e6, "a number above 0, at most 1e6")
+TEMPERATURE = _checked(
+    float,
+    lambda value: 0 < value <= MAX_TEMPERATURE,
+    f"a number above 0, at most {MAX_TEMPERATURE:g}",
+)
 PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")
 QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")

@@ -1,9 +1,9 @@
 """Compile the kernels for GPUs that are not there, and read what the compiler made of them.
 
-    compile_kernel("classroom", n_classes=100, n_mentors=6, target="cuda:90").registers
+    compile_call(n_classes=100, n_mentors=6, target="cuda:90")["classroom"].registers
 
-works on any Linux machine with Triton. The arguments' types and alignments are those that the
-launch in ``launch.py`` would specialise on for contiguous logits.
+works on any Linux machine with Triton. The arguments are those of ``launch.py`` itself, for tensors
+that have shapes, strides and dtypes but no memory.
 """
 
 from __future__ import annotations
@@ -12,33 +12,47 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
-from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 from classroomkd.kernels.launch import (
     Blocks,
-    alignment,
-    blocks,
-    scaling_blocks,
-    sum_blocks,
-    tile_blocks,
+    Launch,
+    classroom_launch,
+    confidence_launch,
+    scaling_launch,
 )
-from classroomkd.kernels.tiled import tiled_classroom_kernel
-from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
-KERNELS = {
-    "classroom": classroom_kernel,
-    "confidence": confidence_kernel,
-    "tiled_classroom": tiled_classroom_kernel,
-    "tiled_confidence": tiled_confidence_kernel,
-    "scale_rows": scale_rows_kernel,
+TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float64: "fp64",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+}
+DEFAULTS = {
+    "temperature": 12.0,
+    "knowledge_filter": "better",
+    "mentoring": "adaptive",
+    "weighting": "rank",
+    "task_weight": None,
+    "rank_decimals": None,
+    "label_smoothing": 0.0,
+    "ignore_index": -100,
+    "reduction": "mean",
 }
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -59,91 +73,86 @@ class Compiled:
     blocks: Blocks | Tiles
 
 
-def compile_kernel(
-    kernel: str,
+def compile_call(
     *,
     n_classes: int,
     n_mentors: int,
     target: str,
-    dtype: str = "fp32",
-    ranking: str = "sample",
-    knowledge_filter: str = "better",
-    mentoring: str = "adaptive",
-    class_probabilities: bool = False,
-    rounded: bool = False,
-    reduction: str = "mean",
     n_rows: int = 512,
-    with_grad: bool = True,
-    finished_grad: bool = False,
+    dtype: torch.dtype = torch.float32,
+    mentor_dtypes: Sequence[torch.dtype] | None = None,
+    targets: torch.dtype = torch.int64,
+    row_padding: int = 0,
+    mentor_weight: torch.dtype | None = None,
+    ranking: str = "sample",
+    gradient: str = "finished",
     with_report: bool = False,
-) -> Compiled:
-    """Compile one kernel as a launch with these options would.
+    **options: object,
+) -> dict[str, Compiled]:
+    """Compile each kernel that a call of the loss would launch, from that launch's own arguments.
 
     Args:
-        kernel: "classroom", "confidence" (ranking "batch" runs it first), of which a launch takes
-            the ones over tiles where the rows need it, or "scale_rows" (autograd's backward).
         target: "cuda:<compute capability × 10>" or "hip:<architecture>".
-        dtype: of all logits, in Triton's words: "fp32", "fp16" or "bf16".
-        ranking, knowledge_filter, mentoring, reduction: as in the loss.
-        class_probabilities: targets [B, C], smoothed; otherwise class indices.
-        rounded: with ``rank_decimals``.
-        n_rows: Triton makes a 1 a constant.
-        finished_grad: as for `fused_classroom_loss_and_grad`, with a scale.
+        dtype: of the student's logits, and of the mentors' unless ``mentor_dtypes`` names theirs,
+            in turn.
+        targets: an integer type for class indices, a floating-point one for class probabilities.
+        row_padding: elements between the rows of the logits, and of class probabilities.
+        mentor_weight: its dtype, if there is one.
+        gradient: "none"; "autograd", which has a kernel for the backward; "finished", of
+            `fused_classroom_loss_and_grad`; "scaled", that with a scale.
+        options: further ones of the loss; ``task_weight`` is None or a number.
+
+    Returns:
+        By name: "confidence" (ranking "batch"), "classroom", "scale_rows" (autograd's backward).
 
     """
     warp_size = _gpu(target).warp_size
-    if kernel == "scale_rows":
-        cut = scaling_blocks(n_classes)
-    else:
-        cut = blocks(n_classes, n_mentors, warp_size)
-        if cut is None:
-            cut = tile_blocks(warp_size)
-            kernel = f"tiled_{kernel}"
-    n_lines = n_mentors + 2 if "confidence" in kernel else 4 * n_mentors + 3 if with_report else 1
 
-    align = alignment([n_classes])
-    stride = _integer(n_classes // align)
-    logits, one = f"*{dtype}", "*fp32"
-    arguments = {
-        "student_ptr": logits,
-        "mentor_ptrs": (logits,) * n_mentors,
-        "target_ptr": "*fp32" if class_probabilities else "*i64",
-        "mentor_weight_ptr": None,
-        "ell_ptr": "*fp32",
-        "sums_ptr": "*fp32",
-        "ell_sums_ptr": "*fp32" if ranking == "batch" else None,
-        "lines_ptr": "*fp32",
-        "grad_ptr": logits if with_grad else None,
-        "out_ptr": logits,
-        "factor_ptr": "*fp32",
-        "loss_ptr": one if reduction != "none" else None,
-        "count_ptr": one if reduction != "none" or with_report else None,
-        "report_ptr": "*fp32" if with_report else None,
-        "counter_ptr": "*i32",
-        "scale_ptr": one if finished_grad else None,
-        "n_valid_ptr": None,
-        "student_stride": stride,
-        "mentor_strides": (stride,) * n_mentors,
-        "target_stride": stride if class_probabilities else None,
-        "factor_stride": _integer(0),
-        "n_rows": _integer(n_rows),
-        "temperature": "fp32",
-        "task_weight": None,
-        "label_smoothing": "fp32" if class_probabilities else None,
-        "share_scale": "fp32" if rounded else None,
-        "ignore_index": "i32",
-        "C": n_classes,
-        "BLOCK_C": cut.BLOCK_C,
-        "ROWS": cut.ROWS,
-        "ALIGN": align,
-        **sum_blocks(n_lines),
-        "KNOWLEDGE_FILTER": tl.constexpr(knowledge_filter),
-        "MENTORING": tl.constexpr(mentoring),
-        "RANK_WEIGHTING": True,
-        "MEAN": reduction == "mean",
-        "FINISHED_GRAD": finished_grad,
+    def rows(of: torch.dtype) -> Tensor:
+        wide = torch.empty(n_rows, n_classes + row_padding, dtype=of, device="meta")
+        return wide[:, :n_classes]
+
+    student = rows(dtype)
+    mentors = [
+        rows(mentor_dtypes[m % len(mentor_dtypes)] if mentor_dtypes else dtype)
+        for m in range(n_mentors)
+    ]
+    soft = targets.is_floating_point
+    target_values = rows(targets) if soft else torch.empty(n_rows, dtype=targets, device="meta")
+    chosen = DEFAULTS | options
+    launches, ell_sums = {}, None
+    if ranking == "batch":
+        ell_sums, launches["confidence"] = confidence_launch(
+            student,
+            mentors,
+            target_values,
+            label_smoothing=chosen["label_smoothing"],
+            ignore_index=chosen["ignore_index"],
+            warp_size=warp_size,
+        )
+    number = torch.empty((), device="meta")
+    outputs, launches["classroom"] = classroom_launch(
+        student,
+        mentors,
+        target_values,
+        None if mentor_weight is None else number.new_empty(n_mentors, dtype=mentor_weight),
+        ell_sums,
+        **chosen,
+        with_grad=gradient != "none",
+        with_report=with_report,
+        finished_grad=gradient in ("finished", "scaled"),
+        scale=number if gradient == "scaled" else None,
+        warp_size=warp_size,
+    )
+    if gradient == "autograd":
+        mean = chosen["reduction"] == "mean"
+        _, launches["scale_rows"] = scaling_launch(
+            outputs.grad, outputs.loss, outputs.count if mean else None
+        )
+    return {
+        name: _compile(launch.kernel, _described(launch), target, launch.blocks)
+        for name, launch in launches.items()
     }
-    return _compile(KERNELS[kernel], arguments, target, cut)
 
 
 def compile_augmentation(
@@ -159,12 +168,12 @@ def compile_augmentation(
     """Compile the kernel of the resident loader for images of this size; the rest as above."""
     cut = tiles(width, tl.dtype(dtype).primitive_bitwidth // 8, _gpu(target).warp_size)
     arguments = {
-        "image_ptr": "*u8",
-        "target_ptr": "*i64",
-        "order_ptr": "*i64",
-        "table_ptr": f"*{dtype}",
-        "out_ptr": f"*{dtype}",
-        "out_target_ptr": "*i64",
+        "image_ptr": "*u8 of 16",
+        "target_ptr": "*i64 of 16",
+        "order_ptr": "*i64 of 16",
+        "table_ptr": f"*{dtype} of 16",
+        "out_ptr": f"*{dtype} of 16",
+        "out_target_ptr": "*i64 of 16",
         "order_stride": 1,
         "augment_key": "i32",
         "cutout_key": "i32",
@@ -196,22 +205,41 @@ def _compile(
     return Compiled(**read(compiled), blocks=cut)
 
 
-def _integer(value: int) -> str | int:
-    """Describe an integer as Triton sees it: 1 is a constant, a multiple of 16 known to be one."""
-    if value == 1:
-        return 1
+def _described(launch: Launch) -> dict[str, object]:
+    """The launch's arguments as `_source` takes them, specialised as Triton would at the launch."""
+    arguments = {}
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr:
+            arguments[parameter.name] = tl.constexpr(value)
+        elif isinstance(value, tuple):
+            arguments[parameter.name] = tuple(map(_type_of, value))
+        else:
+            arguments[parameter.name] = _type_of(value)
+    return arguments
+
+
+def _type_of(value: object) -> object:
+    """A type, with what is known of the value; 1 and None are constants."""
+    if isinstance(value, Tensor):  # on no device, so that its memory would begin where it likes
+        aligned = value.storage_offset() * value.element_size() % 16 == 0
+        return f"*{TYPES[value.dtype]}" + (" of 16" if aligned else "")
+    if isinstance(value, float):
+        return "fp32"
+    if value is None or value == 1:
+        return value
     return "i32 of 16" if value % 16 == 0 else "i32"
 
 
 def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSource:
-    """Describe a call: strings are types, all else constants; pointers are aligned to 16 bytes."""
+    """Describe a call: strings are types, "of 16" where divisible by it; all else are constants."""
     signature, constants, aligned = {}, {}, {}
 
     def describe(place: tuple[int, ...], value: object) -> str:
         if not isinstance(value, str):
             constants[place] = value.value if isinstance(value, tl.constexpr) else value
             return "constexpr"
-        if value[0] == "*" or value.endswith(" of 16"):
+        if value.endswith(" of 16"):
             aligned[place] = [["tt.divisibility", 16]]
         return value.removesuffix(" of 16")
 

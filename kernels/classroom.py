@@ -61,6 +61,7 @@ from classroomkd.kernels.device import (
     task_loss,
     task_weights,
     valid_rows,
+    weighted_lesson,
 )
 
 
@@ -105,13 +106,12 @@ def _targets(
 @triton.jit
 def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
     """ℓ [R] of rows d = z − max z, −inf kept, and the softmax numerators with their sum."""
-    v = d * LOG2E
-    e = tl.exp2(v)
+    e = tl.exp2(d * LOG2E)
     e_sum = tl.sum(e, 1)
     if ONE_CLASS:
         ell = z_target - z_max - tl.log2(e_sum) * LN2
     else:
-        ell = (tl.sum(tl.where(t > 0.0, t * v, 0.0), 1) - t_sum * tl.log2(e_sum)) * LN2
+        ell = tl.sum(tl.where(t > 0.0, t * d, 0.0), 1) - t_sum * tl.log2(e_sum) * LN2
     return ell, e, e_sum
 
 
@@ -316,7 +316,7 @@ def classroom_kernel(
             sum_s = tl.sum(e_s, 1)
             kl = tl.where(active, divergence(cross, sum_m, sum_s), 0.0)
             weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
-            loss += tl.where(active, weight * tau_s * kl, 0.0)
+            loss += weighted_lesson(active, weight, tau_s, kl)
             if grad_ptr is not None:
                 grad += e_s * tl.where(active, weight / sum_s, 0.0)[:, None]
                 grad -= e_m * tl.where(active, weight / sum_m, 0.0)[:, None]

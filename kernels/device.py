@@ -7,6 +7,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MIN_TAU = tl.constexpr(1e-20)  # nothing is softened any more, and logits over it are finite
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # log-confidence of a probability of exactly 0
 
 
@@ -128,9 +129,9 @@ def plan_lesson(
 
     if MENTORING == "dtkd":
         both_positive = (s_max > 0.0) & (m_max > 0.0)
-        both = s_max + m_max
-        tau_m = tl.where(both_positive, 2.0 * m_max / both * temperature, temperature)
-        tau_s = tl.where(both_positive, 2.0 * s_max / both * temperature, temperature)
+        middle = 0.5 * s_max + 0.5 * m_max
+        tau_m = tl.where(both_positive, m_max / middle * temperature, temperature)
+        tau_s = tl.where(both_positive, s_max / middle * temperature, temperature)
     else:
         if MENTORING == "adaptive":
             tau_m = 1.0 + temperature * lead
@@ -139,7 +140,14 @@ def plan_lesson(
         else:
             tau_m = tl.zeros_like(lead) + 1.0
         tau_s = tau_m
-    return active, tau_m, tau_s
+    return active, tl.maximum(tau_m, MIN_TAU), tl.maximum(tau_s, MIN_TAU)
+
+
+@triton.jit
+def weighted_lesson(active, weight, tau_s, kl):
+    """A lesson's part of the loss [R]. A weight of 0 takes an infinite divergence with it."""
+    weight = weight * tau_s
+    return tl.where(active & (weight != 0.0), weight * kl, 0.0)
 
 
 @triton.jit
@@ -166,23 +174,15 @@ def exponents(d, tau):
 
 @triton.jit
 def cross_terms(e_m, v_m, v_s):
-    """e_m · (v_m − v_s), and 0 where the mentor rules the class out: 0 · log 0 is 0.
-
-    There the difference is −inf, or NaN if the student does so too, which is not above the floor.
-    """
-    difference = v_m - v_s
-    return e_m * tl.where(difference > FLOOR, difference, FLOOR)
+    """e_m · (v_m − v_s), and 0 where e_m is 0, whatever the student says: 0 · log 0 is 0."""
+    return e_m * tl.where(e_m > 0.0, v_m - v_s, 0.0)
 
 
 @triton.jit
 def divergence(cross, sum_m, sum_s):
-    """KL_m in nats from Σ e_m (v_m − v_s) in log2 units and the sums Σ e_m and Σ e_s.
-
-    NaN is left where the student rules out what is so improbable to the mentor that e_m is 0 and
-    yet not impossible: then KL is infinite.
-    """
+    """KL_m in nats from Σ e_m (v_m − v_s) in log2 units and the sums Σ e_m and Σ e_s."""
     kl = (cross / sum_m - tl.log2(sum_m / sum_s)) * LN2
-    return tl.where(kl != kl, float("inf"), kl)
+    return tl.where(kl < 0.0, 0.0, kl)  # which rounding would make it
 
 
 @triton.jit

@@ -6,7 +6,6 @@ Tensors come checked (``classroomkd/loss/options.py``) and are float32, float16 
 from __future__ import annotations
 
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ import triton
 from torch import Tensor
 
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
+from classroomkd.kernels.counters import counter
 from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
@@ -102,15 +102,18 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-class _Inputs(NamedTuple):
-    """Inputs as the kernels take them, and the arguments that describe them."""
+class Launch(NamedTuple):
+    """A kernel with all of its arguments by name: to be run here, or compiled for another GPU."""
 
-    student: Tensor
-    mentors: tuple[Tensor, ...]
-    targets: Tensor
-    grid: tuple[int]
-    tiled: bool
+    kernel: triton.JITFunction
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
+    blocks: Blocks
+
+    def run(self, device: torch.device) -> None:
+        """Run it on that device's current stream."""
+        with on_device(device):
+            self.kernel[self.grid](**self.arguments, num_warps=self.blocks.num_warps)
 
 
 def _rows(logits: Tensor) -> Tensor:
@@ -118,12 +121,16 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _prepare(
+    single_pass: triton.JITFunction,
+    tiled: triton.JITFunction,
     student: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
     label_smoothing: float,
     ignore_index: int,
-) -> _Inputs:
+    warp_size: int,
+) -> Launch:
+    """Which of the two kernels is launched, and the arguments that both halves take."""
     n_rows, n_classes = student.shape
     student = _rows(student)
     mentors = [_rows(mentor) for mentor in mentors]
@@ -132,11 +139,15 @@ def _prepare(
     strides = [logits.stride(0) for logits in (student, *mentors)]
     target_stride = targets.stride(0) if soft else 0
     align = alignment([*strides, target_stride])
-    cut = blocks(n_classes, len(mentors), WARP_SIZE)
-    tiled = cut is None
-    if tiled:
-        cut = tile_blocks(WARP_SIZE)
+    cut = blocks(n_classes, len(mentors), warp_size)
+    kernel = tiled if cut is None else single_pass
+    if cut is None:
+        cut = tile_blocks(warp_size)
     arguments = {
+        "student_ptr": student,
+        "mentor_ptrs": tuple(mentors),
+        "target_ptr": targets,
+        "counter_ptr": None,
         "student_stride": strides[0] // align,
         "mentor_strides": tuple(stride // align for stride in strides[1:]),
         "target_stride": target_stride // align if soft else None,
@@ -146,12 +157,10 @@ def _prepare(
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
         "ALIGN": align,
-        "num_warps": cut.num_warps,
     }
-    if not tiled:
+    if kernel is single_pass:
         arguments["ROWS"] = cut.ROWS
-    grid = (triton.cdiv(n_rows, cut.ROWS),)
-    return _Inputs(student, tuple(mentors), targets, grid, tiled, arguments)
+    return Launch(kernel, (triton.cdiv(n_rows, cut.ROWS),), arguments, cut)
 
 
 def confidence_sums(
@@ -163,28 +172,64 @@ def confidence_sums(
     ignore_index: int,
 ) -> Tensor:
     """Sums over the valid rows of ℓ_k, the student's first, and their number: float32 [M + 2]."""
-    n_rows, lines = student.shape[0], len(mentors) + 2
-    if n_rows == 0:
-        return student.new_zeros(lines, dtype=torch.float32)
-    sums = student.new_empty(lines, dtype=torch.float32)
-    scratch = student.new_empty((lines, n_rows), dtype=torch.float32)
-    inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
-    kernel = tiled_confidence_kernel if inputs.tiled else confidence_kernel
-    with on_device(student.device):
-        kernel[inputs.grid](
-            inputs.student,
-            inputs.mentors,
-            inputs.targets,
-            scratch,
-            sums,
-            _counter(student.device),
-            **inputs.arguments,
-            **sum_blocks(lines),
-        )
+    if student.shape[0] == 0:
+        return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
+    sums, launch = confidence_launch(
+        student, mentors, targets, label_smoothing=label_smoothing, ignore_index=ignore_index
+    )
+    launch.run(student.device)
     return sums
 
 
+def confidence_launch(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    *,
+    label_smoothing: float,
+    ignore_index: int,
+    warp_size: int = WARP_SIZE,
+) -> tuple[Tensor, Launch]:
+    """The result of `confidence_sums`, still to be written, and the launch that writes it."""
+    n_rows, lines = student.shape[0], len(mentors) + 2
+    sums = student.new_empty(lines, dtype=torch.float32)
+    launch = _prepare(
+        confidence_kernel,
+        tiled_confidence_kernel,
+        student,
+        mentors,
+        targets,
+        label_smoothing,
+        ignore_index,
+        warp_size,
+    )
+    launch.arguments.update(
+        ell_ptr=student.new_empty((lines, n_rows), dtype=torch.float32),
+        sums_ptr=sums,
+        counter_ptr=counter(student.device),
+        **sum_blocks(lines),
+    )
+    return sums, launch
+
+
 def classroom_loss_and_grad(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    ell_sums: Tensor | None,
+    **options: Any,
+) -> Outputs:
+    """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
+    outputs, launch = classroom_launch(
+        student, mentors, targets, mentor_weight, ell_sums, **options
+    )
+    if launch is not None:
+        launch.run(student.device)
+    return outputs
+
+
+def classroom_launch(
     student: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
@@ -204,8 +249,9 @@ def classroom_loss_and_grad(
     with_report: bool,
     finished_grad: bool = False,
     scale: Tensor | None = None,
-) -> Outputs:
-    """Loss, gradient and report in one launch.
+    warp_size: int = WARP_SIZE,
+) -> tuple[Outputs, Launch | None]:
+    """The outputs, still to be written, and the launch that writes them; None if nothing is to be.
 
     Args:
         student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
@@ -225,9 +271,8 @@ def classroom_loss_and_grad(
     report = new(4 * n_mentors + 2) if with_report else None
     if n_rows == 0:
         loss = new(() if reduction != "none" else 0).zero_()
-        return Outputs(
-            loss, grad, torch.ones_like(loss), None if report is None else report.zero_()
-        )
+        report = None if report is None else report.zero_()
+        return Outputs(loss, grad, torch.ones_like(loss), report), None
 
     n_lines = 4 * n_mentors + 3 if with_report else 1
     lines = new(n_lines * n_rows + (n_lines if with_report else 0))
@@ -243,115 +288,64 @@ def classroom_loss_and_grad(
     ):
         n_valid = (targets.long() != ignore_index).sum()  # uint8 would wrap the index around
     count = new(()) if finished else None
-    inputs = _prepare(student, mentors, targets, label_smoothing, ignore_index)
-    kernel = tiled_classroom_kernel if inputs.tiled else classroom_kernel
-    with on_device(student.device):
-        kernel[inputs.grid](
-            inputs.student,
-            inputs.mentors,
-            inputs.targets,
-            None if mentor_weight is None else mentor_weight.contiguous(),
-            ell_sums,
-            lines,
-            grad,
-            loss,
-            count,
-            report,
-            _counter(student.device) if finished else None,
-            scale,
-            n_valid,
-            temperature=float(temperature),
-            task_weight=None if task_weight is None else float(task_weight),
-            share_scale=None if rank_decimals is None else float(10**rank_decimals),
-            KNOWLEDGE_FILTER=knowledge_filter,
-            MENTORING=mentoring,
-            RANK_WEIGHTING=weighting == "rank",
-            MEAN=reduction == "mean",
-            FINISHED_GRAD=finished_grad,
-            **inputs.arguments,
-            **sum_blocks(n_lines),
-        )
-    return Outputs(loss if summed else lines[:n_rows], grad, count, report)
+    launch = _prepare(
+        classroom_kernel,
+        tiled_classroom_kernel,
+        student,
+        mentors,
+        targets,
+        label_smoothing,
+        ignore_index,
+        warp_size,
+    )
+    launch.arguments.update(
+        mentor_weight_ptr=None if mentor_weight is None else mentor_weight.contiguous(),
+        ell_sums_ptr=ell_sums,
+        lines_ptr=lines,
+        grad_ptr=grad,
+        loss_ptr=loss,
+        count_ptr=count,
+        report_ptr=report,
+        counter_ptr=counter(student.device) if finished else None,
+        scale_ptr=scale,
+        n_valid_ptr=n_valid,
+        temperature=float(temperature),
+        task_weight=None if task_weight is None else float(task_weight),
+        share_scale=None if rank_decimals is None else float(10**rank_decimals),
+        KNOWLEDGE_FILTER=knowledge_filter,
+        MENTORING=mentoring,
+        RANK_WEIGHTING=weighting == "rank",
+        MEAN=reduction == "mean",
+        FINISHED_GRAD=finished_grad,
+        **sum_blocks(n_lines),
+    )
+    return Outputs(loss if summed else lines[:n_rows], grad, count, report), launch
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
     """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
-    out = torch.empty_like(grad)
-    n_rows, n_classes = grad.shape
-    if n_rows == 0:
-        return out
-    cut = scaling_blocks(n_classes)
-    with on_device(grad.device):
-        scale_rows_kernel[(triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))](
-            grad,
-            factor,
-            count,
-            out,
-            factor.stride(0) if factor.dim() else 0,
-            n_rows,
-            C=n_classes,
-            **cut._asdict(),
-        )
+    if grad.shape[0] == 0:
+        return torch.empty_like(grad)
+    out, launch = scaling_launch(grad, factor, count)
+    launch.run(grad.device)
     return out
 
 
-class _Counters:
-    """Counters in a device's memory by which a launch's programs find the last among them.
-
-    Each is 0 before a launch and after. Launches that may overlap must not share one: each stream
-    has its own, and so has each launch captured into a CUDA graph, which may be replayed on any
-    stream, for good. Captured launches take theirs from a block that was zeroed before the capture
-    began; were it zeroed in the graph, every replay would do it again. They are 16 bytes each, as
-    Triton compiles anew for pointers that are not aligned to that.
-    """
-
-    _IN_A_BLOCK = 16_384
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._of_stream: dict[int, Tensor] = {}
-        self._blocks: list[Tensor] = []  # all of them: graphs hold addresses in them
-        self._taken = self._IN_A_BLOCK
-
-    def take(self, stream: torch.cuda.Stream) -> Tensor:
-        """A counter for a launch on the current stream."""
-        if torch.cuda.is_current_stream_capturing():
-            if self._taken == self._IN_A_BLOCK:
-                return torch.zeros(4, dtype=torch.int32, device=self._device)
-            return self._next()
-        if self._taken > self._IN_A_BLOCK // 2:
-            self._add_block()
-        counter = self._of_stream.get(stream.cuda_stream)
-        if counter is None:
-            stream.wait_event(self._zeroed)
-            counter = self._of_stream[stream.cuda_stream] = self._next()
-        return counter
-
-    def _next(self) -> Tensor:
-        self._taken += 1
-        return self._blocks[-1][4 * self._taken - 4 : 4 * self._taken]
-
-    def _add_block(self) -> None:
-        # torch.compile's CUDA graphs warm up with all of this thread's allocations in a pool of
-        # theirs, where nothing may stay; another thread's go where they always do.
-        with ThreadPoolExecutor(1) as thread:
-            thread.submit(self._allocate).result()
-        self._taken = 0
-
-    def _allocate(self) -> None:
-        with torch.cuda.device(self._device):
-            size = 4 * self._IN_A_BLOCK
-            self._blocks.append(torch.zeros(size, dtype=torch.int32, device=self._device))
-            self._zeroed = torch.cuda.Event()
-            self._zeroed.record()
-
-
-_counters: dict[torch.device, _Counters] = {}
-
-
-def _counter(device: torch.device) -> Tensor:
-    if device.type == "cpu":  # the interpreter
-        return torch.zeros(1, dtype=torch.int32)
-    if device not in _counters:
-        _counters[device] = _Counters(device)
-    return _counters[device].take(torch.cuda.current_stream(device))
+def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[Tensor, Launch]:
+    """The result of `scale_rows`, still to be written, and the launch that writes it."""
+    out = torch.empty_like(grad)
+    n_rows, n_classes = grad.shape
+    cut = scaling_blocks(n_classes)
+    arguments = {
+        "grad_ptr": grad,
+        "factor_ptr": factor,
+        "count_ptr": count,
+        "out_ptr": out,
+        "factor_stride": factor.stride(0) if factor.dim() else 0,
+        "n_rows": n_rows,
+        "C": n_classes,
+        "BLOCK_C": cut.BLOCK_C,
+        "ROWS": cut.ROWS,
+    }
+    grid = (triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))
+    return out, Launch(scale_rows_kernel, grid, arguments, cut)

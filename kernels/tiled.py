@@ -33,6 +33,7 @@ from classroomkd.kernels.device import (
     task_loss,
     task_weights,
     valid_rows,
+    weighted_lesson,
 )
 from classroomkd.kernels.tiled_scan import load_targets, row_max, scan_row, scan_targets
 
@@ -214,7 +215,7 @@ def tiled_classroom_kernel(
             cross = tl.sum(parts_cross[m - first], 1)
             sum_s = tl.sum(parts_s[m - first], 1)
             kl = tl.where(actives[m], divergence(cross, sum_m, sum_s), 0.0)
-            loss += tl.where(actives[m], weights[m] * taus_s[m] * kl, 0.0)
+            loss += weighted_lesson(actives[m], weights[m], taus_s[m], kl)
             kls = kls + (kl,)
             pulls_m = pulls_m + (tl.where(actives[m], weights[m] / sum_m, 0.0),)
             pulls_s = pulls_s + (tl.where(actives[m], weights[m] / sum_s, 0.0),)

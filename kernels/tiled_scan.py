@@ -67,19 +67,20 @@ def scan_targets(
     else:
         valid = row >= 0
         out_of_range = row < 0
-        best = tl.full([1], -float("inf"), tl.float32)
-        target = tl.zeros([1], tl.int32)
-        t_sum = tl.zeros([1], tl.float32)
+        # Column by column: Triton 3.7 fails to compile loops that carry a tile's sum or maximum on.
+        best = tl.full([1, BLOCK_C], -float("inf"), tl.float32)
+        at = tl.full([1, BLOCK_C], C, tl.int32)
+        t_sums = tl.zeros([1, BLOCK_C], tl.float32)
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
             offsets = (row * ALIGN)[:, None] * target_stride + column[None, :]
-            t = tl.load(target_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-            tile_best = tl.max(tl.where(inside, t, -float("inf")), 1)
-            at = tl.min(tl.where(inside & (t == tile_best[:, None]), column[None, :], C), 1)
-            target = tl.where(tile_best > best, at, target)
-            best = tl.maximum(best, tile_best)
-            t_sum += tl.sum(smoothed(t, label_smoothing, inside, C), 1)
+            t = tl.load(target_ptr + offsets, mask=inside, other=-float("inf")).to(tl.float32)
+            at = tl.where(t > best, column[None, :], at)
+            best = tl.maximum(best, t)
+            t_sums += tl.where(inside, smoothed(t, label_smoothing, inside, C), 0.0)
+        target = tl.min(tl.where(best == tl.max(best, 1)[:, None], at, C - 1), 1)
+        t_sum = tl.sum(t_sums, 1)
     return valid, out_of_range, target, t_sum
 
 
@@ -101,17 +102,17 @@ def scan_row(
     z_max = tl.full([1], -float("inf"), tl.float32)
     shift = tl.zeros([1], tl.float32)  # what stands for max z: 0 while every class is ruled out
     e_sums = tl.zeros([1, BLOCK_C], tl.float32)
-    picked = tl.zeros([1], tl.float32)  # Σ t · v over the tiles so far
-    seen = tl.zeros([1], tl.float32)  # Σ t over the tiles so far
+    picked = tl.zeros([1, BLOCK_C], tl.float32)  # t · (z − max z), added up over the tiles so far
+    seen = tl.zeros([1, BLOCK_C], tl.float32)  # t, likewise
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = (column < C)[None, :]
         z = load_tile(ptr, stride, row, column, inside, ALIGN)
         new_max = tl.maximum(z_max, tl.max(z, 1))
         new_shift = tl.where(new_max == -float("inf"), 0.0, new_max)
-        lower = tl.where(z_max == -float("inf"), 0.0, (shift - new_shift) * LOG2E)
-        v = (z - new_shift[:, None]) * LOG2E
-        e_sums = e_sums * tl.exp2(lower)[:, None] + tl.exp2(v)
+        lower = tl.where(z_max == -float("inf"), 0.0, shift - new_shift)[:, None]
+        d = z - new_shift[:, None]
+        e_sums = e_sums * tl.exp2(lower * LOG2E) + tl.exp2(d * LOG2E)
         if (target_stride is not None) or (label_smoothing is not None):
             t = load_targets(
                 target_ptr,
@@ -124,8 +125,8 @@ def scan_row(
                 C,
                 ALIGN,
             )
-            picked += seen * lower + tl.sum(tl.where(t > 0.0, t * v, 0.0), 1)
-            seen += tl.sum(t, 1)
+            picked += tl.where(seen > 0.0, seen * lower, 0.0) + tl.where(t > 0.0, t * d, 0.0)
+            seen += t
         z_max = new_max
         shift = new_shift
     e_sum = tl.sum(e_sums, 1)
@@ -133,7 +134,7 @@ def scan_row(
     if (target_stride is None) and (label_smoothing is None):
         ell = z_target - z_max - tl.log2(e_sum) * LN2
     else:
-        ell = (picked - t_sum * tl.log2(e_sum)) * LN2
+        ell = tl.sum(picked, 1) - t_sum * tl.log2(e_sum) * LN2
     # A row without any class has no distribution; single-pass, −inf − −inf says so.
     ell = tl.where(z_max == -float("inf"), float("nan"), ell)
     return ell, z_max, e_sum, z_target
@@ -141,10 +142,7 @@ def scan_row(
 
 @triton.jit
 def row_max(ptr, stride, row, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.constexpr):
-    """max z of a row, [1]; the tiles are joined column by column.
-
-    Triton 3.7 fails to compile a loop that does nothing but carry the maximum of each tile on.
-    """
+    """max z of a row, [1]; the tiles are joined column by column, as in `scan_targets`."""
     z_max = tl.full([1, BLOCK_C], -float("inf"), tl.float32)
     for start in range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)

@@ -535,7 +535,7 @@ def test_folder_that_is_in_use(split: Path, tmp_path: Path, capsys):
         (["--batch-size", "-1"], "--batch-size"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),
-        (["--temperature", "1000001"], "--temperature"),
+        (["--temperature", "40.1"], "--temperature"),
         (["--image-size", "1025"], "--image-size"),
         (["--image-size", "1000000000000"], "--image-size"),
         (["--data", ""], "--data"),

@@ -1,17 +1,32 @@
 """The kernels as machine code, compiled ahead of time for GPUs that need not be there."""
 
 import ast
+import itertools
 import multiprocessing
+import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
+
+from classroomkd.loss.options import (
+    KNOWLEDGE_FILTERS,
+    MENTORINGS,
+    RANKINGS,
+    REDUCTIONS,
+    WEIGHTINGS,
+    LossOptions,
+)
 
 pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import compiled
+
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @pytest.fixture(scope="module")
@@ -19,95 +34,129 @@ def compile_all():
     """Compile in fresh processes, since this one may be interpreting the kernels."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        yield lambda jobs: list(pool.map(_compile, jobs))
+        yield lambda function, jobs: list(pool.map(function, jobs))
 
 
 def _compile(job):
-    from classroomkd.kernels.ahead_of_time import compile_kernel
+    from classroomkd.kernels.ahead_of_time import compile_call
 
-    kernel, options = job
-    return compile_kernel(kernel, **options)
+    return compile_call(**job)
 
 
 # The widest load that 16-byte registers and the rows' alignment allow: a row of 100 bfloat16
 # numbers is 200 bytes long, which 8 divides and 16 does not.
 @pytest.mark.parametrize(
     ("n_classes", "dtype", "width"),
-    [(100, "fp32", 16), (100, "bf16", 8), (1000, "fp32", 16), (1000, "bf16", 16)],
+    [
+        (100, torch.float32, 16),
+        (100, torch.bfloat16, 8),
+        (1000, torch.float32, 16),
+        (1000, torch.bfloat16, 16),
+    ],
 )
 def test_one_wide_load_a_logit_and_no_spill(compile_all, n_classes, dtype, width):
     n_mentors = 6
     jobs = [
-        (
-            "classroom",
-            {
-                "n_classes": n_classes,
-                "n_mentors": n_mentors,
-                "dtype": dtype,
-                "target": target,
-                "reduction": "none",  # nothing but the rows: no counting, no summing
-            },
-        )
+        {
+            "n_classes": n_classes,
+            "n_mentors": n_mentors,
+            "dtype": dtype,
+            "target": target,
+            "gradient": "autograd",
+            "reduction": "none",  # nothing but the rows: no counting, no summing
+        }
         for target in TARGETS
     ]
-    for target, got in zip(TARGETS, compile_all(jobs), strict=True):
+    for target, kernels in zip(TARGETS, compile_all(_compile, jobs), strict=True):
+        got = kernels["classroom"]
         assert got.spilled_bytes == 0, target
         threads = got.blocks.num_warps * (32 if target.startswith("cuda") else 64)
         elements = (n_mentors + 1) * got.blocks.ROWS * got.blocks.BLOCK_C
-        n_loads, rest = divmod(elements * BYTES[dtype], threads * width)
+        n_loads, rest = divmod(elements * dtype.itemsize, threads * width)
         assert rest == 0
         # Besides the rows at most the target class, 8 bytes, and the one logit of each row that it
         # names; AMD's compiler may take these as scalars.
         rows = Counter({width: n_loads})
-        others = Counter({8: 1}) + Counter({BYTES[dtype]: n_mentors + 1})
+        others = Counter({8: 1}) + Counter({dtype.itemsize: n_mentors + 1})
         assert rows <= Counter(got.loads) <= rows + others, f"{target}: {got.loads}"
 
 
-MODES = {
-    "correct": {"knowledge_filter": "correct"},
-    "correct_and_better": {"knowledge_filter": "correct_and_better", "rounded": True},
-    "unfiltered": {"knowledge_filter": "none", "mentoring": "fixed"},
-    "dtkd": {"mentoring": "dtkd"},
-    "unmentored": {"mentoring": "none"},
-    "batch": {"ranking": "batch", "rounded": True},
-    "probabilities": {"class_probabilities": True},
-    "batch_probabilities": {"ranking": "batch", "class_probabilities": True},
-    "forward": {"with_grad": False, "with_report": True},
-    "autograd": {"finished_grad": False},
-    "fp16": {"dtype": "fp16"},
-}
+def test_every_pair_of_values_is_compiled_somewhere():
+    """Counted without regard to how the rows were found."""
+    rows = compiled.covering(compiled.FACTORS)
+    wanted = set()
+    for (a, values), (b, others) in itertools.combinations(compiled.FACTORS.items(), 2):
+        wanted |= {(a, str(x), b, str(y)) for x in values for y in others}
+    got = {
+        (a, str(row[a]), b, str(row[b]))
+        for row in rows
+        for a, b in itertools.combinations(compiled.FACTORS, 2)
+    }
+    assert got == wanted
+    assert rows == compiled.covering(compiled.FACTORS)
 
 
-@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
-def test_no_mode_spills(compile_all, target):
-    sizes = {"n_classes": 100, "n_mentors": 6, "target": target}
-    jobs = [("classroom", sizes | {"finished_grad": True} | mode) for mode in MODES.values()]
-    jobs += [("confidence", sizes), ("scale_rows", sizes)]
-    jobs += [("classroom", sizes | {"n_classes": 10, "n_mentors": 1})]
-    long = sizes | {"n_classes": 32_768}
-    jobs += [("classroom", long), ("classroom", long | {"class_probabilities": True})]
-    jobs += [("classroom", long | MODES["batch"]), ("classroom", long | MODES["dtkd"])]
-    jobs += [("confidence", long)]
-    # One row, one class, one mentor: lengths and strides of 1 are constants to Triton.
-    one = {"n_classes": 1, "n_mentors": 1, "n_rows": 1, "target": target, "with_report": True}
-    jobs += [("classroom", one), ("classroom", one | {"class_probabilities": True})]
-    jobs += [("confidence", one), ("scale_rows", one)]
-    for (kernel, mode), got in zip(jobs, compile_all(jobs), strict=True):
-        assert got.spilled_bytes == 0, f"{kernel} {mode}: {got}"
+def test_the_factors_are_all_that_a_call_can_be():
+    """Every option of the public functions, each value of those that name one."""
+    known = {"call", "targets", "n_classes", "n_mentors", "target", "n_rows", "dtype"}
+    known |= {"mentor_dtypes", "row_padding", "with_report"}
+    options = {field.name for field in fields(LossOptions)} | {"mentor_weight"}
+    in_calls = {"reduction", "label_smoothing"}
+    numbers = {"temperature", "ignore_index"}  # values at run time, of which nothing is specialised
+    assert set(compiled.FACTORS) == known | options - in_calls - numbers
+    assert set(compiled.FACTORS["ranking"]) == set(RANKINGS)
+    assert set(compiled.FACTORS["knowledge_filter"]) == set(KNOWLEDGE_FILTERS)
+    assert set(compiled.FACTORS["mentoring"]) == set(MENTORINGS)
+    assert set(compiled.FACTORS["weighting"]) == set(WEIGHTINGS)
+    assert {reduction for _, reduction in compiled.FACTORS["call"]} == set(REDUCTIONS)
+
+
+def sampled():
+    """Of the covering rows, for each target the first of each way to cut rows up, with few mentors.
+
+    Two mentors compile in seconds, sixteen in minutes.
+    """
+    rows = [row for row in compiled.covering(compiled.FACTORS) if row["n_mentors"] <= 2]
+    chosen = {}
+    for row in rows:
+        chosen.setdefault((row["target"], row["n_classes"] >= 9000), row)
+    assert len(chosen) == 2 * len(TARGETS)
+    return list(chosen.values())
+
+
+def test_a_sample_of_the_covering_rows_compiles(compile_all):
+    for row, lines in zip(sampled(), compile_all(compiled.compile_row, sampled()), strict=True):
+        for line in lines:
+            assert "error" not in line, f"{row}: {line['error']}"
+            assert line["spilled_bytes"] == 0, f"{row}: {line}"
+
+
+def test_class_probabilities_compile_over_tiles(compile_all):
+    """Unsmoothed they are a bare load, whose sum and maximum no loop may carry on."""
+    jobs = [
+        {
+            "n_classes": 9000,
+            "n_mentors": 1,
+            "target": target,
+            "targets": torch.float32,
+            "ranking": "batch",
+        }
+        for target in TARGETS
+    ]
+    for job, got in zip(jobs, compile_all(_compile, jobs), strict=True):
+        assert got.keys() == {"confidence", "classroom"}
+        assert all(kernel.spilled_bytes == 0 for kernel in got.values()), job
 
 
 def _compile_squeezed(target, n_classes):
     """A row in the registers of one warp, where it cannot fit."""
-    from classroomkd.kernels import ahead_of_time
-    from classroomkd.kernels.launch import Blocks
+    from classroomkd.kernels import launch
 
-    original, ahead_of_time.blocks = ahead_of_time.blocks, lambda *_: Blocks(n_classes, 1, 1)
+    original, launch.blocks = launch.blocks, lambda *_: launch.Blocks(n_classes, 1, 1)
     try:
-        return ahead_of_time.compile_kernel(
-            "classroom", n_classes=n_classes, n_mentors=6, target=target
-        )
+        return _compile({"n_classes": n_classes, "n_mentors": 6, "target": target})["classroom"]
     finally:
-        ahead_of_time.blocks = original
+        launch.blocks = original
 
 
 def test_the_reader_sees_spills_and_narrow_loads():
@@ -115,11 +164,11 @@ def test_the_reader_sees_spills_and_narrow_loads():
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         squeezed = pool.map(_compile_squeezed, ["cuda:90", "hip:gfx942"], [1024, 4096])
-        sizes = {"n_classes": 99, "n_mentors": 2, "target": "cuda:90", "reduction": "none"}
-        narrow = pool.submit(_compile, ("classroom", sizes))
+        sizes = {"n_classes": 99, "n_mentors": 2, "target": "cuda:90"}
+        narrow = pool.submit(_compile, sizes | {"gradient": "autograd", "reduction": "none"})
         assert all(got.spilled_bytes > 0 for got in squeezed)
         # Rows of 99 floats: four bytes a load, four of them a thread; the targets beside.
-        assert narrow.result().loads == {4: 12 + 3, 8: 1}
+        assert narrow.result()["classroom"].loads == {4: 12 + 3, 8: 1}
 
 
 def test_bounds_of_unrolled_loops_are_constants_to_triton_3_3():

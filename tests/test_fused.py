@@ -304,6 +304,72 @@ def test_confidences_that_underflow(device):
     same_as_definition(*batch, device, knowledge_filter="none")
 
 
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("mentoring", ["adaptive", "fixed", "dtkd"])
+@pytest.mark.parametrize("n_classes", [2, 10, 1000, 9000])
+def test_the_kernels_bear_every_temperature(device, n_classes, mentoring):
+    """As the definition does in ``test_definition.py``."""
+    n_rows = 64 if n_classes < 1000 else 2
+    for scale, temperature in ((0.01, 40.0), (1.0, 40.0), (10.0, 40.0), (1.0, 1e-45)):
+        student, mentors, targets = classroom(1, n_rows, n_classes, scale=scale)
+        for mentor in (mentors[0], torch.nextafter(student, torch.zeros(()))):
+            options = {
+                "temperature": temperature,
+                "mentoring": mentoring,
+                "knowledge_filter": "none",
+                "weighting": "uniform",
+                "task_weight": 0.0,
+                "reduction": "none",
+            }
+            exact = classroom_loss(student.double(), [mentor.double()], targets, **options)
+            loss = fused_classroom_loss(
+                student.to(device), [mentor.to(device)], targets.to(device), **options
+            ).cpu()
+            assert (loss >= 0).all()
+            assert ((loss - exact).abs() <= 1e-3 * exact.clamp_min(1.0)).all()
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("tiled", [False, True], ids=["one pass", "tiled"])
+@pytest.mark.parametrize("mentoring", ["adaptive", "fixed", "none", "dtkd"])
+def test_logits_near_the_largest_float(device, monkeypatch, mentoring, tiled):
+    """Their differences overflow to inf; neither loss nor gradient becomes NaN."""
+    if tiled:
+        monkeypatch.setattr(launch, "blocks", lambda *_: None)
+        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(4, 1, 1))
+    rng = torch.Generator().manual_seed(0)
+    values = torch.tensor([3e38, -3e38, 1e38, 1.0, 2.0, 1e-30])
+    drawn = torch.randint(len(values), (4, 24, 9), generator=rng)
+    student, *mentors = values[drawn]
+    student[:6] = values[3:][drawn[0, :6] % 3]  # beside students as they should be
+    for targets in (torch.arange(24) % 9, probabilities(24, 9)):
+        for ranking in ("sample", "batch"):
+            results = []
+            for function, place in ((classroom_loss, "cpu"), (fused_classroom_loss, device)):
+                z = student.to(place, copy=True).requires_grad_()
+                loss = function(
+                    z,
+                    [mentor.to(place) for mentor in mentors],
+                    targets.to(place),
+                    mentoring=mentoring,
+                    ranking=ranking,
+                    temperature=0.5,
+                    knowledge_filter="none",
+                    reduction="none",
+                )
+                loss.sum().backward()
+                # Just below the largest number one may overflow where the other does not.
+                results.append((loss.detach().cpu().clamp_max(1e37), z.grad.cpu()))
+            for loss, grad in results:
+                assert not loss.isnan().any()
+                assert grad.isfinite().all()
+                assert (loss >= 0).all()
+            assert (results[0][0] < 1e37).any()
+            if tiled and targets.dim() == 2:
+                continue  # a sum of differences from several maxima, of which none overflows
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 def test_exact_ties(device):
     student, mentors, targets = classroom()
     mentors[1] = student

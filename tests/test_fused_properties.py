@@ -25,6 +25,7 @@ from fused_cases import (
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from classroomkd.limits import MAX_TEMPERATURE
 from classrooms import classroom, probabilities
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -60,7 +61,7 @@ def examples(n):
 options_drawn = st.fixed_dictionaries(
     {},
     optional={
-        "temperature": st.sampled_from([0.5, 1.0, 4.0, 40.0]),
+        "temperature": st.sampled_from([0.5, 1.0, 4.0, MAX_TEMPERATURE]),
         "ranking": st.just("batch"),
         "knowledge_filter": st.sampled_from(["correct", "correct_and_better", "none"]),
         "mentoring": st.sampled_from(["fixed", "none", "dtkd"]),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
+from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import ClassroomLoss, classroom_loss
 from classroomkd.loss.methods import Outputs, catalogue, create, names
 from classroomkd.loss.options import LossOptions
@@ -452,6 +453,60 @@ def test_dkd_is_kd_where_its_beta_is_the_teachers_rest() -> None:
     assert coupled.item() == pytest.approx(plain.item(), rel=1e-12)
 
 
+CONSTANT = torch.tensor([[0.0], [5.0], [-300.0]]).expand(3, C)
+
+
+@pytest.mark.parametrize("bits", [0, 1], ids=["equal", "but for a last bit"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dist", {}), ("kd", {"standardise": True}), ("classroom", {"standardise": True})],
+)
+def test_what_is_constant_correlates_with_nothing(name: str, options: dict, bits: int) -> None:
+    """Rows of a head that was initialised with zeros teach nothing of their rounding errors."""
+    logits = CONSTANT.clone()
+    for row in range(3):
+        logits[row, row] = torch.nextafter(logits[row, row], 6.0 * logits[row, row])
+    student = (logits if bits else CONSTANT.clone()).requires_grad_()
+    teacher = torch.randn(3, C, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(3)
+    off = {"task_weight": 0.0} if name == "classroom" else {"ce_weight": 0.0}
+    for ours, theirs in ((student, teacher), (teacher.requires_grad_(), logits.detach())):
+        method = create(name, **options, **off)
+        loss, _ = method.backward(Outputs(ours), [Outputs(theirs)], targets)
+        assert loss.isfinite()
+        if name == "dist":  # nothing correlates, neither classes nor rows
+            assert loss.item() == pytest.approx(4.0**2 * 4, rel=1e-6)
+            assert not ours.grad.any()
+    assert not student.grad.any()
+
+
+def test_a_head_of_zeros_begins_with_the_task() -> None:
+    _, mentors, targets = batch(dtype=torch.float32)
+    logits = [torch.zeros(B, C, requires_grad=True) for _ in range(2)]
+    for name, student in zip(("dist", "alone"), logits, strict=True):
+        create(name).backward(Outputs(student), mentors, targets)
+    torch.testing.assert_close(logits[0].grad, logits[1].grad, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["kd", "aver", "ca_mkd", "dtkd", "dkd"])
+def test_float32_bears_every_temperature(name: str) -> None:
+    """The lessons alone are right to 1e-3, also where they are nearly nothing, and not below 0."""
+    off = {} if name == "ca_mkd" else {"gamma" if name == "dtkd" else "ce_weight": 0.0}
+    method = create(name, temperature=MAX_TEMPERATURE, **off)
+    for classes in (2, 10, 1000, 30_000):
+        for scale in (0.01, 1.0, 10.0):
+            rng = torch.Generator().manual_seed(classes)
+            student, teacher = scale * torch.randn(2, 4, classes, generator=rng)
+            targets = torch.randint(classes, (4,), generator=rng)
+            for mentor in (teacher, torch.nextafter(student, torch.zeros(()))):
+                rows = [
+                    method.row_losses(student.to(dtype), [mentor.to(dtype)], targets)
+                    for dtype in (torch.float32, torch.float64)
+                ]
+                assert (rows[0] >= 0).all()
+                assert ((rows[0] - rows[1]).abs() <= 1e-3 * rows[1].clamp_min(1.0)).all()
+
+
 def test_one_class() -> None:
     logits = torch.zeros(3, 1, dtype=torch.float64, requires_grad=True)
     teacher = Outputs(torch.ones(3, 1, dtype=torch.float64))
@@ -706,7 +761,7 @@ def test_names() -> None:
         (
             "kd",
             {"temperature": 0},
-            "method kd: temperature must be a number above 0, at most 1e+06, got 0",
+            "method kd: temperature must be a number above 0, at most 40, got 0",
         ),
         ("at", {"beta": -1}, "method at: beta must be a number from 0 to 1e+06, got -1"),
         ("kd", {"standardise": 1}, "method kd: standardise must be true or false, got 1"),

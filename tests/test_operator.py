@@ -92,6 +92,85 @@ def test_compile(device, net, compiled, ranking, with_report, backend):
     assert graphs.frame_count == 1
 
 
+ON_A_CPU = {
+    "defaults": {},
+    "report": {"return_report": True},
+    "released": {"ranking": "batch", "rank_decimals": 2, "return_report": True},
+    "dtkd": {"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+    "rows": {"reduction": "none", "label_smoothing": 0.1, "task_weight": 0.5},
+    "probabilities": {"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_compile_on_a_cpu(name, dynamic):
+    """Where the definition serves: one graph, forward and backward, whatever the options."""
+    assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
+
+
+def test_compile_on_a_cpu_with_inductor():
+    assert_compiles_on_a_cpu(ON_A_CPU["released"], "inductor", None, soft=False)
+
+
+def assert_compiles_on_a_cpu(options, backend, dynamic, soft):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    weight = torch.tensor([1.0, 0.0, 2.0])
+
+    def step(student, mentors, targets):
+        result = fused_classroom_loss(student, mentors, targets, mentor_weight=weight, **options)
+        return result if options.get("return_report") else (result, ())
+
+    torch._dynamo.reset()
+    graphs, made = CompileCounterWithBackend(backend), set()
+    fast = torch.compile(step, fullgraph=True, backend=graphs, dynamic=dynamic)
+    for n_rows in (6, 4, 9) if dynamic else (6,):
+        student, mentors, targets = classroom(3, n_rows, N_CLASSES, seed=n_rows)
+        targets[1] = -100
+        if soft:
+            targets = torch.softmax(mentors[0], 1)
+        results = []
+        for function in (step, fast):
+            z = student.clone().requires_grad_()
+            loss, report = function(z, mentors, targets)
+            loss.sum().backward()
+            results.append([loss.detach(), *report, z.grad])
+        torch.testing.assert_close(*results)
+        made.add(graphs.frame_count)
+    assert len(made) == 1  # no more graphs for further batch sizes
+
+
+@pytest.mark.parametrize("name", ["defaults", "released", "probabilities"])
+def test_compile_loss_and_grad_on_a_cpu(name):
+    options = {"task_weight": 0.5, **ON_A_CPU[name], "return_report": True}
+    torch._dynamo.reset()
+    fast = torch.compile(fused_classroom_loss_and_grad, fullgraph=True, backend="aot_eager")
+    student, mentors, targets = classroom()
+    if name == "probabilities":
+        targets = torch.softmax(mentors[0], 1)
+    batch = (student.half(), [mentors[0].double(), mentors[1]], targets)
+    for scale in (None, torch.tensor(8.0)):
+        expected = fused_classroom_loss_and_grad(*batch, scale=scale, **options)
+        torch.testing.assert_close(fast(*batch, scale=scale, **options), expected)
+    arguments = (student, [*mentors], targets, None, torch.tensor(2.0))
+    torch.library.opcheck(
+        operators.definition_and_grad, (*arguments, *fused._flat(ClassroomLoss().options))
+    )
+
+
+def test_a_class_out_of_range_on_a_cpu():
+    """An error where values can be looked at; in a compiled graph the row is NaN."""
+    student, mentors, targets = classroom(n_rows=4)
+    targets[2] = 10
+    with pytest.raises(ValueError, match="got 10 in row 2"):
+        fused_classroom_loss(student, mentors, targets)
+    torch._dynamo.reset()
+    fast = torch.compile(fused_classroom_loss, fullgraph=True, backend="aot_eager")
+    rows = fast(student, mentors, targets, reduction="none")
+    assert rows.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.filterwarnings("error:Dynamo")
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile_loss_and_grad(device, net, compiled, backend):

@@ -35,6 +35,9 @@ from classroomkd.loss.report import ClassroomReport
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# Temperatures stay above 0 where float32 would round them to it. So sharp, softmax picks a class.
+_MIN_TAU = 1e-20
+
 
 def classroom_loss(
     student_logits: Tensor,
@@ -61,8 +64,9 @@ def classroom_loss(
         student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
         mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
         targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
-        temperature: how soft a lesson is. "adaptive" mentoring goes from 1 for an equal of the
-            student to 1 + temperature for a mentor that is infinitely ahead.
+        temperature: how soft a lesson is, above 0 and at most 40, up to where float32 bears it.
+            "adaptive" mentoring goes from 1 for an equal of the student to 1 + temperature for a
+            mentor that is infinitely ahead.
         ranking: "sample" ranks by each row's own log-confidence (the paper), "batch" by its mean
             over the valid rows (the published implementation, with ``rank_decimals=2``).
         knowledge_filter: who teaches: "better", mentors whose rank is at least the student's;
@@ -87,7 +91,8 @@ def classroom_loss(
 
     Raises:
         ValueError: no mentor; shapes or devices that do not agree; an option out of its range;
-            on the CPU, a class index outside 0 … C − 1 (elsewhere its row becomes NaN).
+            on the CPU, a class index outside 0 … C − 1 (elsewhere, and under torch.compile, its
+            row becomes NaN).
         TypeError: integer logits, floating-point class indices, or something not a tensor.
 
     """
@@ -178,13 +183,38 @@ def loss_by_definition(
     return loss, _report(weights, target.valid, n_valid, cross_entropy.detach(), kl.detach())
 
 
+def loss_and_grad_by_definition(
+    student_logits: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    scale: Tensor | None,
+    options: LossOptions,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor, ClassroomReport]:
+    """`loss_by_definition` without a graph, and its gradient, times ``scale``, in float32 or better
+    until it takes the student's dtype.
+    """
+    precise = torch.promote_types(student_logits.dtype, torch.float32)
+    with torch.enable_grad():
+        student = student_logits.detach().to(precise, copy=True).requires_grad_()
+        loss, report = loss_by_definition(
+            student, mentors, targets, mentor_weight, options, True, process_group
+        )
+    (grad,) = torch.autograd.grad(loss, student)
+    if scale is not None:
+        grad = grad * scale.reshape(()).to(precise)
+    return loss.detach(), grad.to(student_logits.dtype), report
+
+
 def prepare_targets(
     targets: Tensor, n_classes: int, options: LossOptions, dtype: torch.dtype
 ) -> Target:
     """Split the targets into class, distribution and validity.
 
     Raises:
-        ValueError: on the CPU, a class index outside 0 … C − 1 that is not ``ignore_index``.
+        ValueError: on the CPU, unless compiled, a class index outside 0 … C − 1 that is not
+            ``ignore_index``.
 
     """
     if targets.dim() == 2:
@@ -199,7 +229,9 @@ def prepare_targets(
     targets = targets.to(torch.int64)
     valid = targets != options.ignore_index
     out_of_range = valid & ((targets < 0) | (targets >= n_classes))
-    if targets.device.type == "cpu" and out_of_range.any():  # elsewhere looking costs a sync
+    # On a GPU looking costs a sync, and a compiled graph cannot depend on values.
+    looks = targets.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looks and out_of_range.any():
         row = int(out_of_range.nonzero()[0, 0])
         raise ValueError(
             f"targets must be class indices from 0 to {n_classes - 1} or "
@@ -225,7 +257,9 @@ def classroom_weights(
     """
     ell, correct = standing(torch.cat([student[None], mentors]), target)
     chosen = rank_and_filter(ell, correct[1:], target.valid, options, process_group)
-    tau_m, tau_s = _temperatures(student, mentors, chosen.lead, options)
+    tau_m, tau_s = (
+        tau.clamp_min(_MIN_TAU) for tau in _temperatures(student, mentors, chosen.lead, options)
+    )
     ell_s = chosen.log_confidence[0]
     if options.task_weight == "confidence":
         task = ell_s.exp()
@@ -309,8 +343,9 @@ def _temperatures(
     if options.mentoring == "dtkd":
         x_s, x_m = student.amax(-1), mentors.amax(-1)
         both_positive = (x_s > 0) & (x_m > 0)
-        tau_m = 2 * x_m / (x_s + x_m) * options.temperature
-        tau_s = 2 * x_s / (x_s + x_m) * options.temperature
+        middle = x_s / 2 + x_m / 2  # their sum may be beyond float32
+        tau_m = x_m / middle * options.temperature
+        tau_s = x_s / middle * options.temperature
         tau_m = torch.where(both_positive, tau_m, options.temperature)
         tau_s = torch.where(both_positive, tau_s, options.temperature)
         return tau_m, tau_s
@@ -344,17 +379,23 @@ def weighted_row_loss(
     cross_entropy = -target.expectation(log_softmax(student, dim=-1))
     task_loss = torch.where(weights.task == 0, 0, weights.task * cross_entropy)
 
-    log_p_m = log_softmax(mentors / weights.mentor_temperature[..., None], dim=-1)
-    log_p_s = log_softmax(student / weights.student_temperature[..., None], dim=-1)
-    p_m = log_p_m.exp()
-    kl = torch.where(p_m > 0, p_m * (log_p_m - log_p_s), 0).sum(-1)  # [M, B]
+    # With e = exp(u), KL is Σ e_m (u_m − u_s) / Σ e_m − log(Σ e_m / Σ e_s): where the softmaxes
+    # are nearly the same, as they are at high temperatures, it is 1 that the logarithm is of.
+    u_m = _softened(mentors, weights.mentor_temperature)
+    u_s = _softened(student, weights.student_temperature)
+    e_m, e_s = u_m.exp(), u_s.exp()
+    sum_m, sum_s = e_m.sum(-1), e_s.sum(-1)
+    cross = torch.where(e_m > 0, e_m * (u_m - u_s), 0).sum(-1)
+    kl = cross / sum_m - (sum_m / sum_s).log()  # [M, B]
+    kl = kl - kl.detach().clamp_max(0)  # rounding must not make it negative
 
     weight = weights.mentor_temperature * weights.student_temperature
     if options.weighting == "rank":
         weight = weight * weights.rank
     if mentor_weight is not None:
         weight = weight * mentor_weight.detach().to(weight.dtype)[:, None]
-    lessons = torch.where(weights.active, weight * kl, 0).sum(0)
+    # A weight of 0 takes an infinite divergence with it, as a confidence of 0 the cross-entropy.
+    lessons = torch.where(weights.active & (weight != 0), weight * kl, 0).sum(0)
 
     rows = torch.where(weights.sick, torch.nan, task_loss + lessons)
     return (
@@ -362,6 +403,12 @@ def weighted_row_loss(
         torch.where(target.valid, cross_entropy, 0),
         kl,
     )
+
+
+def _softened(logits: Tensor, temperature: Tensor) -> Tensor:
+    """(z − max z)/τ [M, B, C], which has the softmax of z/τ and is never +inf."""
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
+    return shifted / temperature[..., None]
 
 
 def _report(

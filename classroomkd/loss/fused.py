@@ -15,7 +15,7 @@ from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
-from classroomkd.loss.definition import loss_by_definition
+from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
 from classroomkd.loss.inputs import check_inputs
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
@@ -176,16 +176,12 @@ def fused_classroom_loss_and_grad(
         _check_scale(scale, student_logits)
     student_logits = student_logits.detach()
     if not _use_kernels(student_logits.device.type):
-        precise = torch.promote_types(student_logits.dtype, torch.float32)
-        with torch.enable_grad():
-            student = student_logits.to(precise, copy=True).requires_grad_()
-            loss, report = loss_by_definition(
-                student, mentors, targets, mentor_weight, options, True, process_group
-            )
-        (grad,) = torch.autograd.grad(loss, student)
-        if scale is not None:
-            grad = grad * scale.reshape(()).to(precise)
-        loss, grad = loss.detach(), grad.to(student_logits.dtype)
+        arguments = (student_logits, mentors, targets, mentor_weight, scale)
+        if torch.compiler.is_compiling():  # whose graphs have no torch.autograd.grad in them
+            loss, grad, means = operators.definition_and_grad(*arguments, *_flat(options))
+            report = _report(means, len(mentors))
+        else:
+            loss, grad, report = loss_and_grad_by_definition(*arguments, options, process_group)
         return (loss, grad, report) if return_report else (loss, grad)
     _check_kernel_limits(student_logits, mentors)
     arguments = _kernel_arguments(
@@ -241,6 +237,12 @@ def _kernel_arguments(
         options.label_smoothing,
         options.ignore_index,
     )
+
+
+def _flat(options: LossOptions) -> tuple[object, ...]:
+    """The options in order, in types that an operator's arguments can have."""
+    values = vars(options)
+    return tuple({**values, "task_weight": str(values["task_weight"])}.values())
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, library
 
+from classroomkd.loss.definition import loss_and_grad_by_definition
 from classroomkd.loss.derivative import final
+from classroomkd.loss.options import LossOptions
 
 _library = library.Library("classroomkd", "DEF")
 
@@ -201,8 +203,60 @@ def _loss_and_grad_fake(student, mentors, *arguments):
     return new(()), student.new_empty(student.shape), report
 
 
+def _definition_and_grad(
+    student: Tensor,
+    mentors: Sequence[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    scale: Tensor | None,
+    temperature: float,
+    ranking: str,
+    knowledge_filter: str,
+    mentoring: str,
+    weighting: str,
+    task_weight: str,
+    rank_decimals: int | None,
+    label_smoothing: float,
+    ignore_index: int,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient and report by definition, where no kernel serves."""
+    options = LossOptions(
+        temperature=temperature,
+        ranking=ranking,
+        knowledge_filter=knowledge_filter,
+        mentoring=mentoring,
+        weighting=weighting,
+        task_weight=task_weight if task_weight == "confidence" else float(task_weight),
+        rank_decimals=rank_decimals,
+        label_smoothing=label_smoothing,
+        ignore_index=ignore_index,
+        reduction=reduction,
+    )
+    # Below an operator autograd is off, and it is autograd that the gradient comes from.
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        loss, grad, report = loss_and_grad_by_definition(
+            student, [*mentors], targets, mentor_weight, scale, options
+        )
+    return loss, grad, torch.cat([values.reshape(-1) for values in report])
+
+
+def _definition_and_grad_fake(student, mentors, *_):
+    dtype = torch.float32
+    for logits in (student, *mentors):
+        dtype = torch.promote_types(dtype, logits.dtype)
+    new = functools.partial(student.new_empty, dtype=dtype)
+    return new(()), student.new_empty(student.shape), new(4 * len(mentors) + 2)
+
+
 confidence_sums = _register("confidence_sums", _confidence_sums, _confidence_sums_fake)
 loss = _register("loss", _loss, _loss_fake)
 _library.impl("loss", _loss_autograd, "Autograd")
 loss_and_grad = _register("loss_and_grad", _loss_and_grad, _loss_and_grad_fake)
+definition_and_grad = _register(
+    "definition_and_grad", _definition_and_grad, _definition_and_grad_fake
+)
 scale_rows = _register("scale_rows", _scale_rows, _scale_rows_fake)

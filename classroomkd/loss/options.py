@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from classroomkd.limits import MAX_TEMPERATURE
+
 RANKINGS = ("sample", "batch")
 KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
 WEIGHTINGS = ("rank", "uniform")
 REDUCTIONS = ("mean", "sum", "none")
-MAX_TEMPERATURE = 1e6  # far beyond use, and its square far from float32's limits
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LossOptions:
         _one_of("reduction", self.reduction, REDUCTIONS)
         if not 0 < _number("temperature", self.temperature) <= MAX_TEMPERATURE:
             raise ValueError(
-                f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:.0e}, "
+                f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:g}, "
                 f"got {self.temperature}"
             )
         if self.task_weight != "confidence":

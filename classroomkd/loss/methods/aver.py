@@ -15,7 +15,7 @@ from torch import Tensor
 from classroomkd.loss.methods.base import (
     RowMethod,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
     kl,
 )
@@ -25,7 +25,7 @@ class AVER(RowMethod):
     """ce_weight · CE(z_s, y) + kd_weight · T² · KL(1/M Σ_m softmax(z_m / T) ‖ softmax(z_s / T)).
 
     Args:
-        temperature: T, above 0.
+        temperature: T, above 0 and at most 40.
         ce_weight: of the cross-entropy.
         kd_weight: of the distillation.
 
@@ -35,7 +35,7 @@ class AVER(RowMethod):
         self, temperature: float = 4.0, ce_weight: float = 0.1, kd_weight: float = 0.9
     ) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(ce_weight=ce_weight, kd_weight=kd_weight)
         self.temperature = temperature
         self.ce_weight = ce_weight

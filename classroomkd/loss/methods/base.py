@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
+from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss.report import ClassroomReport
 
 IGNORED = -100  # the target of a row that counts nowhere
-_LARGEST = 1e6  # far beyond use, and its square far from float32's limits
+_LARGEST = 1e6  # a weight: far beyond use, and far from float32's limits
+_CONSTANT = 100  # in units of rounding: what varies by less than that does not vary
 
 Shape = tuple[int, int, int]  # C, H, W
 
@@ -116,7 +118,11 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 def kl(teacher: Tensor, log_student: Tensor) -> Tensor:
     """KL(teacher ‖ student) [B], of probabilities and log-probabilities [B, C]; 0 · log 0 is 0."""
     terms = teacher * (teacher.log() - log_student)
-    return torch.where(teacher == 0, 0, terms).sum(-1)  # not > 0: a NaN must stay one
+    terms = torch.where(teacher == 0, 0, terms)  # not > 0: a NaN must stay one
+    # Both sum to 1. Where they are nearly the same, so that each term is a small difference, this
+    # takes out what rounding left of either sum.
+    divergence = (terms + (log_student.exp() - teacher)).sum(-1)
+    return divergence - divergence.detach().clamp_max(0)  # rounding must not make it negative
 
 
 def tempered_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -> Tensor:
@@ -126,17 +132,34 @@ def tempered_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """Each row's z-score: less its mean, over its standard deviation (of the row as a whole)."""
-    return F.layer_norm(logits, logits.shape[-1:], eps=1e-12)
+    """Each row's z-score: less its mean, over its standard deviation (of the row as a whole).
+
+    0, and without gradient, where the row is constant, as `direction` has it.
+    """
+    centred = logits - logits.mean(-1, keepdim=True)
+    return direction(centred, logits, -1) * logits.shape[-1] ** 0.5
 
 
-def check_positive(**options: Any) -> None:
-    """Raise UserError for an option that is not a number above 0."""
-    for name, value in options.items():
-        if not (_is_number(value) and 0 < value <= _LARGEST):
-            raise UserError(
-                f"{name} must be a number above 0, at most {_LARGEST:.0e}, got {value!r}"
-            )
+def direction(centred: Tensor, values: Tensor, dim: int) -> Tensor:
+    """Values less their mean along ``dim``, ``centred``, over their Euclidean norm.
+
+    0, and without gradient, where the values are constant but for rounding: where that norm is at
+    most 100 times the dtype's epsilon of the values' own. Dividing by it would make rounding errors
+    the direction, and the gradient as large as they are small.
+    """
+    norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
+    size = torch.linalg.vector_norm(values.detach(), dim=dim, keepdim=True)
+    constant = norm <= _CONSTANT * torch.finfo(values.dtype).eps * size  # never where one is NaN
+    return torch.where(constant, 0, centred) / torch.where(constant, 1, norm)
+
+
+def check_temperature(temperature: Any) -> None:
+    """Raise UserError for a temperature that is not a number above 0, up to the limit."""
+    if not (_is_number(temperature) and 0 < temperature <= MAX_TEMPERATURE):
+        raise UserError(
+            f"temperature must be a number above 0, at most {MAX_TEMPERATURE:g}, "
+            f"got {temperature!r}"
+        )
 
 
 def check_not_negative(**options: Any) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from classroomkd.loss.methods.base import (
     RowMethod,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
     tempered_kl,
 )
@@ -28,14 +28,14 @@ class CAMKD(RowMethod):
     cross-entropy of two softmaxes, this is their KL, of the same gradient.
 
     Args:
-        temperature: T, above 0.
+        temperature: T, above 0 and at most 40.
         alpha: weight of the distillation.
 
     """
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(alpha=alpha)
         self.temperature = temperature
         self.alpha = alpha

@@ -17,8 +17,9 @@ from classroomkd.loss.methods.base import (
     Method,
     Outputs,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
+    direction,
     mean_of_rows,
     select_rows,
 )
@@ -29,12 +30,13 @@ class DIST(Method):
 
     With ρ Pearson's correlation and p = softmax(z / T) [B, C], student's and teacher's: inter is
     the mean over rows b of 1 − ρ(p_s[b, :], p_t[b, :]), intra the mean over classes c of
-    1 − ρ(p_s[:, c], p_t[:, c]). The latter is over the rows of the batch that count. ρ is 0 where
-    one of the two does not vary, as in a batch of one row.
+    1 − ρ(p_s[:, c], p_t[:, c]). The latter is over the rows of the batch that count. ρ is 0, and
+    has no gradient, where one of the two is constant but for rounding (`direction`), as in a batch
+    of one row or a row of a head that was initialised with zeros.
 
     Args:
-        temperature: T, above 0. 4 is published for CIFAR-100, as are both weights; for ImageNet
-            it is 1.
+        temperature: T, above 0 and at most 40. 4 is published for CIFAR-100, as are both
+            weights; for ImageNet it is 1.
         beta: weight of the relation among classes.
         gamma: weight of the relation among rows.
         ce_weight: of the cross-entropy.
@@ -51,7 +53,7 @@ class DIST(Method):
         ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(beta=beta, gamma=gamma, ce_weight=ce_weight)
         self.temperature = temperature
         self.beta = beta
@@ -64,22 +66,18 @@ class DIST(Method):
         logits = select_rows(student.logits, valid)
         teacher = select_rows(mentors[0].logits.detach(), valid)
         p_s, p_t = F.softmax(logits / T, -1), F.softmax(teacher / T, -1)
-        inter = mean_of_rows(1 - _correlation(p_s, p_t, 1), valid)
-        count = valid.sum().clamp(min=1)
-        centred = [torch.where(valid[:, None], p - _sum(p, valid) / count, 0) for p in (p_s, p_t)]
-        intra = torch.where(valid.any(), 1 - _cosine(*centred, 0), 0).mean()
+        inter = mean_of_rows(1 - _correlation(p_s, p_t, 1, torch.ones_like(p_s)), valid)
+        of_class = _correlation(p_s, p_t, 0, valid[:, None].expand_as(p_s).to(p_s.dtype))
+        intra = torch.where(valid.any(), 1 - of_class, 0).mean()
         task = mean_of_rows(cross_entropy(logits, targets), valid)
         return self.ce_weight * task + T**2 * (self.beta * inter + self.gamma * intra)
 
 
-def _sum(p: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid[:, None], p, 0).sum(0)
-
-
-def _correlation(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    return _cosine(a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True), dim)
-
-
-def _cosine(a: Tensor, b: Tensor, dim: int) -> Tensor:
-    """0, and without gradient, where one of the two is 0."""
-    return (F.normalize(a, dim=dim, eps=1e-8) * F.normalize(b, dim=dim, eps=1e-8)).sum(dim)
+def _correlation(a: Tensor, b: Tensor, dim: int, counts: Tensor) -> Tensor:
+    """Pearson's along ``dim``, over where ``counts`` is 1 and not 0."""
+    n = counts.sum(dim, keepdim=True).clamp(min=1)
+    directions = []
+    for values in (a * counts, b * counts):
+        centred = (values - values.sum(dim, keepdim=True) / n) * counts
+        directions.append(direction(centred, values, dim))
+    return (directions[0] * directions[1]).sum(dim)

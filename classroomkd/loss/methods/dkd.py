@@ -14,7 +14,7 @@ from torch import Tensor
 from classroomkd.loss.methods.base import (
     RowMethod,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
     kl,
 )
@@ -29,7 +29,7 @@ class DKD(RowMethod):
     first 20 epochs; that schedule is not part of this loss.
 
     Args:
-        temperature: T, above 0.
+        temperature: T, above 0 and at most 40.
         alpha: weight of TCKD.
         beta: weight of NCKD.
         ce_weight: of the cross-entropy.
@@ -46,7 +46,7 @@ class DKD(RowMethod):
         ce_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(alpha=alpha, beta=beta, ce_weight=ce_weight)
         self.temperature = temperature
         self.alpha = alpha

@@ -14,7 +14,7 @@ from torch import Tensor
 from classroomkd.loss.methods.base import (
     RowMethod,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
     kl,
     tempered_kl,
@@ -33,7 +33,7 @@ class DTKD(RowMethod):
     that schedule is not part of this loss.
 
     Args:
-        temperature: T, above 0.
+        temperature: T, above 0 and at most 40.
         alpha: weight of the dynamic term.
         beta: weight of the term at T.
         gamma: weight of the cross-entropy.
@@ -50,7 +50,7 @@ class DTKD(RowMethod):
         gamma: float = 1.0,
     ) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(alpha=alpha, beta=beta, gamma=gamma)
         self.temperature = temperature
         self.alpha = alpha

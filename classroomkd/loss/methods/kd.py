@@ -15,7 +15,7 @@ from classroomkd.loss.methods.base import (
     RowMethod,
     check_boolean,
     check_not_negative,
-    check_positive,
+    check_temperature,
     cross_entropy,
     standardised,
     tempered_kl,
@@ -26,7 +26,8 @@ class KD(RowMethod):
     """ce_weight · CE(z_s, y) + kd_weight · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)).
 
     Args:
-        temperature: T, above 0. 4 is what the CIFAR-100 tables use, as are both weights.
+        temperature: T, above 0 and at most 40. 4 is what the CIFAR-100 tables use, as are
+            both weights.
         ce_weight: of the cross-entropy.
         kd_weight: of the distillation.
         standardise: replace each row of logits in the second term by its z-score. Its paper goes
@@ -44,7 +45,7 @@ class KD(RowMethod):
         standardise: bool = False,
     ) -> None:
         super().__init__()
-        check_positive(temperature=temperature)
+        check_temperature(temperature)
         check_not_negative(ce_weight=ce_weight, kd_weight=kd_weight)
         check_boolean(standardise=standardise)
         self.temperature = temperature
