@@ -14,6 +14,7 @@ from classroomkd.data.backends import BACKENDS, Loaders, cache_folder
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join
 from classroomkd.data.loader import Loader, channel_statistics
+from classroomkd.data.mixing import Mixing
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.sources import (
     NAMED_SOURCES,
@@ -38,6 +39,7 @@ __all__ = [
     "ImageSet",
     "Loader",
     "Loaders",
+    "Mixing",
     "RandomResizedCrop",
     "ResidentLoader",
     "TorchLoader",
