@@ -1,10 +1,18 @@
-"""MixUp and CutMix: against a version written row by row, and against what can be seen in images."""
+"""MixUp and CutMix: against a version written row by row, and against what images show."""
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta, kstest
-from test_loaders import ALL, FFCV, KERNEL, MEAN, ONE_EACH, STD, make, random_set  # noqa: F401
+from scipy.stats import beta
+from test_loaders import (  # noqa: F401
+    ALL,
+    FFCV,
+    MEAN,
+    STD,
+    make,
+    needs_interpreter,
+    random_set,
+)
 
 from classroomkd.data import Augmentation, ImageSet, Mixing, ResidentLoader, TorchLoader
 from classroomkd.data.augment import words
@@ -48,9 +56,10 @@ def slow_mix(mixing, images, targets, seed, epoch, indices):
     return torch.from_numpy(mixed), torch.from_numpy(labels)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("mixing", MIXINGS)
-@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+@pytest.mark.parametrize(
+    ("mixing", "dtype"), [*((m, torch.float32) for m in MIXINGS), (MIXINGS[2], torch.bfloat16)]
+)
+@pytest.mark.parametrize("kind", ALL)
 def test_loaders_match_the_slow_one(make, kind, mixing, dtype):  # noqa: F811
     """To the bit, in two epochs, which differ, and again from the midst of one."""
     image_set, options = (
@@ -84,7 +93,16 @@ def test_loaders_match_the_slow_one(make, kind, mixing, dtype):  # noqa: F811
     assert not torch.equal(*seen)
 
 
-@pytest.mark.parametrize("kind", ONE_EACH)
+@needs_interpreter
+def test_the_kernels_batches_are_mixed_alike(make):  # noqa: F811
+    options = {"mixing": MIXINGS[2], "dtype": torch.bfloat16}
+    loaders = [make(kind, random_set(5), **options) for kind in ("kernel", "resident")]
+    for ours, theirs in zip(*loaders, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("kind", ["resident", "torch-1", *FFCV[:1]])
 def test_without_mixing_nothing_is_other(make, kind):  # noqa: F811
     image_set = random_set()
     for (images, targets, _), (others, _, indices) in zip(
@@ -103,7 +121,7 @@ def of_constant_colour(count=60, classes=3, side=16):
     return ImageSet(images, targets, ["red", "green", "blue"])
 
 
-@pytest.mark.parametrize("kind", [ALL[0], "torch-1", *FFCV[:1]])
+@pytest.mark.parametrize("kind", ["resident", "torch-1", *FFCV[:1]])
 @pytest.mark.parametrize("alphas", [(0.4, 0), (0, 1.0), (1.0, 0.3)])
 def test_the_probabilities_are_what_the_image_is_made_of(make, kind, alphas):  # noqa: F811
     mixup, cutmix = alphas
@@ -126,7 +144,10 @@ def test_shares_are_distributed_as_beta(alpha):
     shares, boxes, own = Mixing(2, mixup=alpha).draw(3, 5, indices, 32, 32)
     assert (boxes == 0).all()
     assert (shares == own).all()
-    assert kstest(shares, beta(alpha, alpha).cdf).pvalue > 0.01
+    # The Kolmogorov–Smirnov test at 1 %, but for the ends, where rounding makes shares 0 and 1.
+    points = np.linspace(1e-6, 1 - 1e-6, 10_001)
+    found = np.searchsorted(np.sort(shares), points, side="right") / len(shares)
+    assert abs(found - beta.cdf(points, alpha, alpha)).max() < 1.63 / len(shares) ** 0.5
     again, _, _ = Mixing(2, mixup=alpha).draw(3, 6, indices, 32, 32)
     assert abs(np.corrcoef(shares, again)[0, 1]) < 0.03
 
