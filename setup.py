@@ -29,6 +29,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scikit-learn>=1.4",
+        "scipy>=1.10",
     ],
     extras_require={
         "test": [

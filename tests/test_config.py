@@ -9,7 +9,13 @@ import yaml
 from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import catalogue
-from classroomkd.training.config import MentorConfig, Recipe, load_recipe, to_dict
+from classroomkd.training.config import (
+    MentorConfig,
+    Recipe,
+    TrainingConfig,
+    load_recipe,
+    to_dict,
+)
 from classroomkd.training.keys import keys
 
 FILE = """
@@ -66,6 +72,17 @@ def test_what_is_saved_is_what_was_loaded(file, tmp_path):
     assert load_recipe(again) == recipe
 
 
+def test_mixing_that_is_off_is_in_no_key():
+    """What the store kept before there was any has none in its key."""
+    deciding = TrainingConfig().deciding()
+    assert list(deciding) == [
+        *("epochs", "batch_size", "learning_rate", "schedule", "milestones", "warmup_epochs"),
+        *("momentum", "nesterov", "weight_decay", "decay_norms_and_biases"),
+    ]
+    assert TrainingConfig(mixup=0.2).deciding() == deciding | {"mixup": 0.2}
+    assert TrainingConfig(cutmix=1.0).deciding() == deciding | {"cutmix": 1.0}
+
+
 def test_defaults_are_the_published_recipe():
     recipe = load_recipe(values={"data": {"source": "photos"}})
     training = recipe.training
@@ -87,6 +104,8 @@ def test_defaults_are_the_published_recipe():
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
         ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
         ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
+        ("training.mixup=-1", r"training\.mixup must be from 0 to 1000, not -1"),
+        ("mentor_training.cutmix=nan", r"mentor_training\.cutmix must be from 0 to 1000, not nan"),
         ("training.learning_rate=-1", r"training\.learning_rate must be a number above 0, not -1"),
         ("training.learning_rate=nan", r"training\.learning_rate must be a number above 0"),
         ("training.milestones=[0.5,0.2]", r"training\.milestones must be shares"),

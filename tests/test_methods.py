@@ -31,7 +31,9 @@ def softmax(z: np.ndarray, T: float = 1.0) -> np.ndarray:
     return powers / powers.sum()
 
 
-def ce(z: np.ndarray, y: int) -> float:
+def ce(z: np.ndarray, y: int | list[float]) -> float:
+    if isinstance(y, list):
+        return -sum(t * math.log(p) for t, p in zip(y, softmax(z), strict=True))
     return -math.log(softmax(z)[y])
 
 
@@ -738,6 +740,65 @@ def test_which_methods_need_what() -> None:
     assert {name for name, method in made.items() if method.single_mentor} == single
     assert {name for name, method in made.items() if method.uses_features} == {"fitnet", "at"}
     assert {name for name, method in made.items() if method.reports} == {"classroom"}
+    assert {name for name, method in made.items() if not method.soft_labels} == {"dkd"}
+
+
+# Class probabilities.
+
+SOFT = [(name, options) for name, options in ALL if name != "dkd"]
+
+
+def probabilities(rows: int = B) -> Tensor:
+    """Those of mixed images: two classes, of which one has 0 in the first row."""
+    own = torch.linspace(1, 0.1, rows, dtype=torch.float64)[:, None]
+    one_hot = torch.eye(C, dtype=torch.float64)
+    classes = torch.arange(rows) % C
+    return own * one_hot[classes] + (1 - own) * one_hot[(classes + 2) % C]
+
+
+@pytest.mark.parametrize(("name", "options"), [case for case in CASES if case[0] != "dkd"])
+def test_of_class_probabilities_it_is_the_formulas(name: str, options: dict) -> None:
+    student, mentors, _ = batch(ignored=())
+    targets = probabilities()
+    loss, _ = create(name, **options).backward(student, mentors, targets)
+    expected = expected_loss(name, student, mentors, targets, **options)
+    assert loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("name", "options"), SOFT)
+def test_probability_one_is_the_index(name: str, options: dict) -> None:
+    results = []
+    for soft in (False, True):
+        student, mentors, targets = batch(ignored=())
+        given = torch.nn.functional.one_hot(targets, C).double() if soft else targets
+        loss, _ = make(name, **options).backward(student, mentors, given)
+        results.append([loss, *grads(student)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_class_that_is_ruled_out_and_has_no_share() -> None:
+    logits = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
+    loss = create("alone")(Outputs(logits), [], torch.tensor([[0.25, 0.0, 0.75]]))
+    loss.backward()
+    p = 1 / (1 + math.e)  # of class 0
+    assert loss.item() == pytest.approx(-0.25 * math.log(p) - 0.75 * math.log(1 - p))
+    torch.testing.assert_close(logits.grad, torch.tensor([[p - 0.25, 0.0, 0.25 - p]]))
+
+
+@pytest.mark.parametrize(("name", "options"), [("at", {}), ("fitnet", {}), ("alone", {})])
+def test_the_task_is_linear_in_the_probabilities(name: str, options: dict) -> None:
+    student, mentors, _ = batch(rows=1, ignored=())
+    method, targets = make(name, **options), probabilities(2)[1:]
+    each = [method(student, mentors, torch.tensor([c])) for c in range(C)]
+    expected = sum(t * loss for t, loss in zip(targets[0], each, strict=True))
+    torch.testing.assert_close(method(student, mentors, targets), expected, rtol=1e-12, atol=0)
+
+
+def test_dkd_has_no_class_to_split_at() -> None:
+    student, mentors, _ = batch(ignored=())
+    with pytest.raises(UserError, match="DKD takes class indices, not class probabilities"):
+        create("dkd")(student, mentors, probabilities())
 
 
 # The registry.

@@ -1,5 +1,6 @@
 """Runs by other methods, with mentors of earlier epochs, with a best epoch kept."""
 
+import copy
 import errno
 import io
 import json
@@ -22,6 +23,7 @@ from classroomkd.models import load_network
 from classroomkd.training import networks as networks_module
 from classroomkd.training.classroom import Classroom
 from classroomkd.training.interrupts import Interrupted, Interrupts
+from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.progress import TrainingProgress
 from classroomkd.training.run import Run
 from classroomkd.training.store import MentorStore
@@ -133,6 +135,68 @@ def test_features_that_there_are_not_are_missed_before_anything_is_trained(overr
 def test_features_and_compile_do_not_go_together():
     with pytest.raises(UserError, match=r"method at reads features, .* leave out compile=true"):
         Classroom(recipe("method=at", "compile=true"), Console(file=io.StringIO()))
+
+
+# ---------------------------------------------------------------- mixed images
+
+
+@pytest.mark.parametrize("alpha", ["mixup", "cutmix"])
+def test_a_method_that_takes_no_mixed_labels_is_told_before_anything_is_read(alpha):
+    with pytest.raises(UserError) as raised:
+        Classroom(recipe("method=dkd", f"training.{alpha}=0.2"), Console(file=io.StringIO()))
+    assert str(raised.value) == (
+        f"method dkd needs one class an image, which training.{alpha}=0.2 does not leave: set it "
+        "to 0 or take another method"
+    )
+    # Its mentors learn alone.
+    Classroom(recipe("method=dkd", f"mentor_training.{alpha}=0.2"), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("method", ["classroom", "kd"])
+def test_students_and_mentors_see_the_same_mixed_images(tmp_path, monkeypatch, method):
+    """Those that mentors were trained on are as they were, unless the recipe mixes them too."""
+    steps, heard, hits = [], [], []
+    step, hear = Trainer._step, MentorBank.__call__
+
+    def spied_step(self, images, targets):
+        with torch.no_grad():
+            predicted = copy.deepcopy(self.network)(images).argmax(1)
+        steps.append((self.name, images, targets))
+        if targets.dim() == 2:
+            shares = [row[c] for row, c in zip(targets.tolist(), predicted.tolist(), strict=True)]
+            hits.append((self.name, sum(shares) / len(shares)))
+        step(self, images, targets)
+
+    def spied_hear(self, images):
+        heard.append(images)
+        return hear(self, images)
+
+    monkeypatch.setattr(Trainer, "_step", spied_step)
+    monkeypatch.setattr(MentorBank, "__call__", spied_hear)
+    mixing = "training.mixup=0.4", "training.cutmix=1.0"
+    hold(tmp_path / "mixed", *mixing, f"method={method}")
+    by = {}
+    for name, images, targets in steps:
+        by.setdefault(name, []).append((images, targets))
+    mentor, alone, taught = by.values()
+    assert all(targets.dtype == torch.int64 for _, targets in mentor)
+    for (images, targets), (also, labels) in zip(alone, taught, strict=True):
+        assert torch.equal(images, also)
+        assert torch.equal(targets, labels)
+        assert targets.shape == (8, 3)
+    labels = torch.cat([targets for _, targets in alone])
+    assert ((labels > 0).sum(1) == 2).any()
+    assert all(torch.equal(a, b) for a, (b, _) in zip(heard, taught, strict=True))
+    for record in records(tmp_path / "mixed"):
+        if record["phase"] == "alone":
+            shares = [share for name, share in hits if name == list(by)[1]]
+            assert record["train_top1"] == pytest.approx(sum(shares) / len(shares), abs=1e-6)
+    # The mentors' own.
+    steps.clear()
+    hold(tmp_path / "mentor", "mentor_training.mixup=0.4", f"method={method}")
+    assert {(name, targets.dim()) for name, _, targets in steps} == {
+        (name, 1 + (name == TEACHER)) for name in by
+    }
 
 
 # ---------------------------------------------------------------- mentors of earlier epochs

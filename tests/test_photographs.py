@@ -14,12 +14,14 @@ import torch
 import yaml
 from ffcv_required import requires_ffcv
 from PIL import Image
+from test_mixing import slow_mix
 
 from classroomkd import cli
 from classroomkd.data import (
     CentreCrop,
     ImageFiles,
     Loaders,
+    Mixing,
     RandomResizedCrop,
     backends,
     beton,
@@ -162,13 +164,14 @@ def test_what_a_recipe_makes_of_photographs():
 # ---------------------------------------------------------------- loaders
 
 
-def batches_of(backend: str, data: DataConfig, training: bool, seed: int = 0):
+def batches_of(backend: str, data: DataConfig, training: bool, seed: int = 0, **others):
     sets = read_images(data, 0)
     image_set = sets[0] if training else sets[1]
     loaders = open_loaders(backend, list(sets), data.image_size, "cpu")
     assert loaders.backend == backend
     crop = training_augmentation(data) if training else evaluation_crop(image_set, data.image_size)
     options = {"shuffle": training, "drop_last": False, "augmentation": crop, "seed": seed}
+    options |= others
     with loaders.open(image_set, 8, mean=(0, 0, 0), std=(1, 1, 1), **options) as loader:
         return [torch.cat(parts) for parts in zip(*loader, strict=True)]
 
@@ -188,6 +191,20 @@ def test_both_loaders_crop_alike(photos, training):
         assert not torch.equal(ours[2], others[2])
         by_index = [images[indices.argsort()] for images, _, indices in (ours, others)]
         assert (by_index[0] - by_index[1]).abs().mean() > 0.03
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_crops_are_mixed(photos, backend):
+    """Of 30 photographs in batches of 8, each with the next one of its batch."""
+    data, mixing = config(photos), Mixing(3, mixup=0.4, cutmix=1.0)
+    images, targets, indices = batches_of(backend, data, True)
+    mixed, shares, same = batches_of(backend, data, True, mixing=mixing)
+    assert torch.equal(indices, same)
+    for batch in torch.arange(30).split(8):
+        arguments = images[batch], targets[batch].tolist(), 0, 0, indices[batch].tolist()
+        expected, labels = slow_mix(mixing, *arguments)
+        assert torch.equal(mixed[batch], expected)
+        assert torch.equal(shares[batch], labels)
 
 
 def test_the_crops_are_those_of_the_recipe(photos):

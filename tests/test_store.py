@@ -57,6 +57,8 @@ def test_a_mentor_is_trained_once(tmp_path, store, trained):
         "data.flip=false",
         "data.padding=2",
         "data.cutout=3",
+        "mentor_training.mixup=0.2",
+        "mentor_training.cutmix=1",
         "data.validation=0.3",
         "seed=1",
         "train images",

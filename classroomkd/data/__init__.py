@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from classroomkd.data.backends import BACKENDS, Loaders
     from classroomkd.data.ffcv_loader import FFCVLoader
     from classroomkd.data.loader import Loader, channel_statistics
+    from classroomkd.data.mixing import Mixing
     from classroomkd.data.resident import ResidentLoader
     from classroomkd.data.torch_loader import TorchLoader
 
@@ -44,6 +45,7 @@ __all__ = [
     "ImageSet",
     "Loader",
     "Loaders",
+    "Mixing",
     "Parts",
     "RandomResizedCrop",
     "ResidentLoader",
@@ -68,6 +70,7 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
             "backends": "BACKENDS Loaders",
             "ffcv_loader": "FFCVLoader",
             "loader": "Loader channel_statistics",
+            "mixing": "Mixing",
             "resident": "ResidentLoader",
             "torch_loader": "TorchLoader",
         },

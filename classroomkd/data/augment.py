@@ -10,7 +10,8 @@ arithmetic below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift:
     word:      word(stream, seed, epoch, index) = mix(mix(index) ^ key)
 
 ``mix`` is a bijection, so the words of one key are distinct for distinct indices. The streams are
-0 for the sample order, 1 for crop and flip, 2 for splitting a data set into two, 3 for cutout.
+0 for the sample order, 1 for crop and flip, 2 for splitting a data set into two, 3 for cutout, 4
+to 23 those of ``crops``, 24 and 25 those of ``mixing``.
 
 Order      samples by ascending word (no two are equal).
 Crop       with h = word and p = padding: the image is bordered by p black pixels (0, 0, 0), and

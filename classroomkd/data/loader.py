@@ -14,6 +14,7 @@ from torch import Tensor
 from classroomkd.data.augment import Augmentation, normalisation_table, sample_order
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageSet
+from classroomkd.data.mixing import Mixing
 from classroomkd.errors import UserError
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -55,6 +56,8 @@ class Loader(ABC):
     caller's to keep. Order and augmentation depend only on ``seed``, the epoch set with
     ``set_epoch`` (0 at first) and the sample's index, so every loader gives the same bits, whatever
     its batch size, workers and place among others, and an epoch iterated again gives them again.
+    With ``mixing`` the targets are class probabilities, float32 [B, C], and images are mixed with
+    others of their batch, so that there the batch size and the place among processes count too.
     What an iteration gives is fixed when it begins, with ``iter()``. One epoch is iterated at a
     time; for two at once take two loaders.
 
@@ -71,6 +74,7 @@ class Loader(ABC):
         std: likewise; both as ``channel_statistics`` gives them.
         augmentation: random crop, flip and cutout, or None for the images as they are; for
             photographs a crop to one size.
+        mixing: MixUp or CutMix of the finished images, or None.
         shuffle: a new order each epoch instead of the set's own.
         drop_last: leave out the last batch where it is not full.
         seed: any integer; its lowest 64 bits count.
@@ -94,6 +98,7 @@ class Loader(ABC):
         augmentation: Augmentation | RandomResizedCrop | CentreCrop | None,
         shuffle: bool,
         drop_last: bool,
+        mixing: Mixing | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -112,6 +117,7 @@ class Loader(ABC):
             )
         self.count, self.batch_size, self.drop_last = count, batch_size, drop_last
         self.augmentation, self.shuffle, self.seed = augmentation, shuffle, seed
+        self.mixing = mixing
         is_crop = isinstance(augmentation, RandomResizedCrop | CentreCrop)
         self.crop = augmentation if is_crop else None
         self.rank, self.world_size = rank, world_size
@@ -138,7 +144,20 @@ class Loader(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         self._require_open()
-        return self._while_open(self._iterate(self._batches()[self.first_batch :], self.epoch))
+        batches = self._batches()[self.first_batch :]
+        made = self._iterate(batches, self.epoch)
+        if self.mixing:
+            made = self._mixed(made, batches, self.epoch)
+        return self._while_open(made)
+
+    def _mixed(
+        self, made: Iterator[Batch], batches: list[np.ndarray], epoch: int
+    ) -> Iterator[Batch]:
+        for batch, indices in zip(made, batches, strict=True):
+            images, targets, samples = batch
+            images, targets = self.mixing(images, targets, self.seed, epoch, indices)
+            yield images, targets, samples
+            del batch, images, targets, samples  # so that their memory may be used for the next
 
     def _while_open(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._require_open()

@@ -207,6 +207,7 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
             continue
         deciding = asdict(recipe)
         deciding["data"] = {k: v for k, v in deciding["data"].items() if k != "loader"}
+        deciding["mentor_training"] = recipe.mentor_training.deciding()
         keys = ("data", "mentor_training", "precision", "compile", "threads")
         seed = recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
         values = [mentor.source, seed, *(deciding[key] for key in keys)]

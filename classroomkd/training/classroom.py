@@ -80,8 +80,20 @@ class Classroom:
         ):
             share = self.processes.share(training.batch_size)
             check_trainable(name, recipe.data.image_size, share)
-        if recipe.student and self._method().uses_features:
-            self._check_features()
+        if recipe.student:
+            self._check_labels()
+            if self._method().uses_features:
+                self._check_features()
+
+    def _check_labels(self) -> None:
+        """Raise UserError if the training mixes images for a method that takes no mixed labels."""
+        recipe = self.recipe
+        for name in ("mixup", "cutmix"):
+            if (alpha := getattr(recipe.training, name)) and not self._method().soft_labels:
+                raise UserError(
+                    f"method {recipe.method} needs one class an image, which training.{name}="
+                    f"{alpha} does not leave: set it to 0 or take another method"
+                )
 
     def _check_features(self) -> None:
         """Raise UserError if the method cannot have the features that it asks for."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
+from classroomkd.limits import MAX_ALPHA
 from classroomkd.loss.methods import catalogue
 from classroomkd.loss.options import LossOptions
 from classroomkd.models.catalogue import is_checkpoint
@@ -97,6 +98,18 @@ class TrainingConfig:
     """This times each weight is added to the weight's gradient."""
     decay_norms_and_biases: bool = True
     """Whether batch norms and biases decay too."""
+    mixup: float = 0.0
+    """The α of MixUp's Beta(α, α); 0 is off, and with CutMix too each image takes one of both."""
+    cutmix: float = 0.0
+    """The α of CutMix's Beta(α, α); 0 is off."""
+
+    def deciding(self) -> dict[str, Any]:
+        """All that a training depends on, by name; the mixing only where it is on.
+
+        So what was kept under these values before there was any is found again.
+        """
+        off = {name for name in ("mixup", "cutmix") if not getattr(self, name)}
+        return {name: value for name, value in asdict(self).items() if name not in off}
 
 
 @dataclass
@@ -313,50 +326,31 @@ def _check(recipe: Recipe, where: str) -> None:
         problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
         fine = mentor.at is None or 1 <= mentor.at <= epochs
         problems.append((f"mentors.{index}.at", mentor.at, fine, f"an epoch from 1 to {epochs}"))
-    for name, training in (
-        ("training", recipe.training),
-        ("mentor_training", recipe.mentor_training),
-    ):
-        rate = training.learning_rate
+    for name in ("training", "mentor_training"):
+        how = getattr(recipe, name)
+        rate, alphas = how.learning_rate, (("mixup", how.mixup), ("cutmix", how.cutmix))
+        in_order = all(0 < m < 1 for m in how.milestones) and how.milestones == sorted(
+            how.milestones
+        )
+        is_warm = 0 <= how.warmup_epochs <= how.epochs
+        fits = how.momentum > 0 or not how.nesterov
         problems += [
-            (f"{name}.epochs", training.epochs, training.epochs >= 1, "at least 1"),
-            (f"{name}.batch_size", training.batch_size, training.batch_size >= 1, "at least 1"),
+            (f"{name}.epochs", how.epochs, how.epochs >= 1, "at least 1"),
+            (f"{name}.batch_size", how.batch_size, how.batch_size >= 1, "at least 1"),
             (
                 f"{name}.learning_rate",
                 rate,
                 rate is None or 0 < rate < math.inf,
                 "a number above 0",
             ),
-            (
-                f"{name}.milestones",
-                training.milestones,
-                all(0 < m < 1 for m in training.milestones)
-                and training.milestones == sorted(training.milestones),
-                "shares between 0 and 1 in order",
-            ),
-            (
-                f"{name}.warmup_epochs",
-                training.warmup_epochs,
-                0 <= training.warmup_epochs <= training.epochs,
-                "from 0 to the epochs",
-            ),
-            (
-                f"{name}.momentum",
-                training.momentum,
-                0 <= training.momentum < 1,
-                "from 0 to below 1",
-            ),
-            (
-                f"{name}.nesterov",
-                training.nesterov,
-                training.momentum > 0 or not training.nesterov,
-                "false without momentum",
-            ),
-            (
-                f"{name}.weight_decay",
-                training.weight_decay,
-                0 <= training.weight_decay < math.inf,
-                "≥ 0",
+            (f"{name}.milestones", how.milestones, in_order, "shares between 0 and 1 in order"),
+            (f"{name}.warmup_epochs", how.warmup_epochs, is_warm, "from 0 to the epochs"),
+            (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
+            (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
+            (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
+            *(
+                (f"{name}.{key}", alpha, 0 <= alpha <= MAX_ALPHA, f"from 0 to {MAX_ALPHA:g}")
+                for key, alpha in alphas
             ),
         ]
     for key, value, fine, wanted in problems:

@@ -11,13 +11,14 @@ from classroomkd.data import (
     ImageFiles,
     ImageSet,
     Loaders,
+    Mixing,
     Parts,
     RandomResizedCrop,
     list_parts,
     load_parts,
 )
 from classroomkd.errors import UserError
-from classroomkd.training.config import DataConfig
+from classroomkd.training.config import DataConfig, TrainingConfig
 
 Sets = Parts[ImageSet] | Parts[ImageFiles]
 
@@ -61,6 +62,13 @@ def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
     if data.crop == "resize":
         return RandomResizedCrop(data.image_size, data.flip)
     return Augmentation(data.padding, data.flip, data.cutout)
+
+
+def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None:
+    """How the images of a training are mixed with each other."""
+    if training.mixup or training.cutmix:
+        return Mixing(num_classes, training.mixup, training.cutmix)
+    return None
 
 
 def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:

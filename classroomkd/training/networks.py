@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from classroomkd.training.checkpoints import Saver
 from classroomkd.training.config import Recipe, TrainingConfig
 from classroomkd.training.distributed import Processes
 from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
-from classroomkd.training.images import training_augmentation
+from classroomkd.training.images import training_augmentation, training_mixing
 from classroomkd.training.interrupts import Interrupts
 from classroomkd.training.machine import versions
 from classroomkd.training.mentor_bank import MentorBank
@@ -125,7 +125,7 @@ class NetworkTrainer:
         info, training = replace(self.info, architecture=role.architecture), self._training(role)
         if training.batch_size > (count := len(self.train_set)):
             self.notify(f"{called}: a batch of {training.batch_size} takes in all {count} images")
-        with self._training_loader(training.batch_size, seed) as loader:
+        with self._training_loader(training, seed) as loader:
             trainer = Trainer(
                 network,
                 loader,
@@ -244,7 +244,7 @@ class NetworkTrainer:
         data = self.recipe.data
         return {
             "architecture": role.architecture,
-            "training": asdict(self._training(role)),
+            "training": self._training(role).deciding(),
             "epoch": role.last,
             "images": dict(self.digests),
             "classes": self.info.classes,
@@ -293,15 +293,16 @@ class NetworkTrainer:
         record["seconds"] = time.perf_counter() - started
         return record, measured
 
-    def _training_loader(self, batch_size: int, seed: int) -> Loader:
-        data = self.recipe.data
+    def _training_loader(self, training: TrainingConfig, seed: int) -> Loader:
+        batch_size = training.batch_size
         return self.loaders.open(
             self.train_set,
             self.processes.share(batch_size),
             **self.processes.place,
             mean=self.info.mean,
             std=self.info.std,
-            augmentation=training_augmentation(data),
+            augmentation=training_augmentation(self.recipe.data),
+            mixing=training_mixing(training, len(self.info.classes)),
             shuffle=True,
             drop_last=len(self.train_set) >= batch_size,
             seed=seed,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from classroomkd.data import Loader
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import IGNORED, Method, Outputs
+from classroomkd.loss.methods import Method, Outputs
+from classroomkd.loss.methods.base import valid_rows
 from classroomkd.models.stages import StageOutputs
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.distributed import Processes
@@ -113,7 +114,8 @@ class Trainer:
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, Any]:
         """Train from where the trainer stands to the end of the epoch, and return its record.
 
-        ``train_loss`` and ``train_top1`` are means over the epoch's images as they were met, and
+        ``train_loss`` and ``train_top1`` are means over the epoch's images as they were met (of a
+        mixed one, top-1 is the predicted class's share of it), and
         ``images_per_second`` counts training alone. In a classroom there are also ``task_loss``,
         ``student_confidence`` and, for each mentor, the means over the epoch of what the loss
         reports; ``kl`` is the mean over the rows that the mentor taught, 0 if there were none.
@@ -170,7 +172,7 @@ class Trainer:
         self.processes.average_gradients(self.method.parameters())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        top1 = (logits.detach().argmax(1) == targets).double().mean()
+        top1 = _hits(logits.detach(), targets).double().mean()
         means = [torch.stack([torch.ones_like(top1), ~loss.isfinite(), loss, top1])]
         if report is not None:
             means += [
@@ -187,7 +189,7 @@ class Trainer:
 
         The gradients of R processes are averaged: n · R / N, of n valid rows here and N in all.
         """
-        n = (targets != IGNORED).sum().float()
+        n = valid_rows(targets).sum().float()
         return n * self.processes.world_size / self.processes.sum(n.clone()).clamp(min=1)
 
     def _everyones_sums(self) -> Tensor:
@@ -272,6 +274,14 @@ class Trainer:
         torch.set_rng_state(state["random"])
         if self._on_gpu and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    """How far each prediction is right, [B]: 0 or 1, or the probability of the class predicted."""
+    predicted = logits.argmax(1)
+    if targets.dim() == 2:
+        return targets.gather(1, predicted[:, None])[:, 0]
+    return predicted == targets
 
 
 def _parameter_groups(

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classroomkd.loss.methods.base import (
-    IGNORED,
     Method,
     Outputs,
     check_not_negative,
     cross_entropy,
     mean_of_rows,
     select_rows,
+    valid_rows,
 )
 from classroomkd.loss.methods.features import paired_features
 
@@ -47,7 +47,7 @@ class AT(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""
-        valid = targets != IGNORED
+        valid = valid_rows(targets)
         rows = self.ce_weight * cross_entropy(select_rows(student.logits, valid), targets)
         for ours, theirs in paired_features(student, mentors[0], valid):
             distance = (_attention(ours) - _attention(theirs)).square().mean(1)

@@ -41,6 +41,8 @@ class Method(nn.Module):
     """Only the first mentor, the teacher, teaches."""
     uses_features: ClassVar[bool] = False
     """The outputs must hold features, and `prepare` be called before the first of them."""
+    soft_labels: ClassVar[bool] = True
+    """Targets may be class probabilities."""
     reports: ClassVar[bool] = False
     """`backward` gives a report."""
 
@@ -55,7 +57,9 @@ class Method(nn.Module):
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The loss, 0-d: the mean over the rows whose target, of class indices [B], is not -100.
 
-        Such a row may hold anything, also NaN; if there is no other, the loss is 0. Only the
+        Such a row may hold anything, also NaN; if there is no other, the loss is 0. Targets may
+        also be class probabilities [B, C], and then every row counts; UserError is raised where
+        the method does not take them (``soft_labels``). Only the
         student's outputs get a gradient; the mentors' may be tensors of inference mode.
         """
         raise NotImplementedError
@@ -87,13 +91,22 @@ class RowMethod(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The mean over the rows that count."""
-        valid = targets != IGNORED
+        if targets.dim() == 2 and not self.soft_labels:
+            raise UserError(f"{type(self).__name__} takes class indices, not class probabilities")
+        valid = valid_rows(targets)
         rows = self.row_losses(
             select_rows(student.logits, valid),
             [select_rows(mentor.logits.detach(), valid) for mentor in mentors],
             targets,
         )
         return mean_of_rows(rows, valid)
+
+
+def valid_rows(targets: Tensor, ignored: int = IGNORED) -> Tensor:
+    """Which rows count, bool [B]: those of a class index, all of class probabilities [B, C]."""
+    if targets.dim() == 2:
+        return torch.ones_like(targets[:, 0], dtype=torch.bool)
+    return targets != ignored
 
 
 def select_rows(values: Tensor, valid: Tensor) -> Tensor:
@@ -111,7 +124,13 @@ def mean_of_rows(rows: Tensor, valid: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """[B], of logits [B, C] and class indices [B], 0 where the target is -100."""
+    """[B], of logits [B, C] and class indices [B], 0 where the target is -100, or of probabilities.
+
+    These, t [B, C], give −Σ_c t(c) · log softmax(z)(c), where 0 · −∞ is 0.
+    """
+    if targets.dim() == 2:
+        terms = targets.to(logits.dtype) * F.log_softmax(logits, -1)
+        return -torch.where(targets == 0, 0, terms).sum(-1)
     return F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
 
 

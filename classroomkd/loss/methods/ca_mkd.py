@@ -24,8 +24,9 @@ class CAMKD(RowMethod):
     """CE(z_s, y) + alpha · T² · Σ_k w_k · KL(softmax(z_k / T) ‖ softmax(z_s / T)).
 
     In each row w_k = (1 − exp(CE_k) / Σ_j exp(CE_j)) / (K − 1), with CE_k the cross-entropy of
-    teacher k's raw logits; the w_k sum to 1. A single teacher has weight 1. Where the paper has the
-    cross-entropy of two softmaxes, this is their KL, of the same gradient.
+    teacher k's raw logits, for class probabilities too; the w_k sum to 1. A single teacher has
+    weight 1. Where the paper has the cross-entropy of two softmaxes, this is their KL, of the same
+    gradient.
 
     Args:
         temperature: T, above 0 and at most 40.

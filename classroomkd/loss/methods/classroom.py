@@ -20,6 +20,7 @@ from classroomkd.loss.methods.base import (
     check_boolean,
     select_rows,
     standardised,
+    valid_rows,
 )
 from classroomkd.loss.module import ClassroomLoss
 from classroomkd.loss.report import ClassroomReport
@@ -76,7 +77,7 @@ class Classroom(Method):
             self.task = loss([0.0])
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
-        """The loss; targets may be class probabilities [B, C] too."""
+        """The loss."""
         logits, mentor_logits = student.logits, [mentor.logits for mentor in mentors]
         if not self.standardise:
             return self.loss(logits, mentor_logits, targets)
@@ -135,8 +136,5 @@ class Classroom(Method):
 
     def _scores(self, everyone: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
         """The z-scores of logits [B, C] each."""
-        if targets.dim() == 2:
-            valid = torch.ones_like(targets[:, 0], dtype=torch.bool)
-        else:
-            valid = targets != self.loss.options.ignore_index
+        valid = valid_rows(targets, self.loss.options.ignore_index)
         return [standardised(select_rows(logits, valid)) for logits in everyone]

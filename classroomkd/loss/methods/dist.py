@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from classroomkd.loss.methods.base import (
-    IGNORED,
     Method,
     Outputs,
     check_not_negative,
@@ -22,6 +21,7 @@ from classroomkd.loss.methods.base import (
     direction,
     mean_of_rows,
     select_rows,
+    valid_rows,
 )
 
 
@@ -62,7 +62,7 @@ class DIST(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""
-        T, valid = self.temperature, targets != IGNORED
+        T, valid = self.temperature, valid_rows(targets)
         logits = select_rows(student.logits, valid)
         teacher = select_rows(mentors[0].logits.detach(), valid)
         p_s, p_t = F.softmax(logits / T, -1), F.softmax(teacher / T, -1)

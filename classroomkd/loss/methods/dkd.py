@@ -25,8 +25,9 @@ class DKD(RowMethod):
 
     Of p = softmax(z / T), teacher's and student's: TCKD is the KL of the pair (p_y, 1 − p_y); NCKD
     is the KL of the softmaxes of the classes other than y. Without the decoupling beta would be the
-    teacher's 1 − p_y. The published training also raises alpha and beta linearly from 0 in its
-    first 20 epochs; that schedule is not part of this loss.
+    teacher's 1 − p_y. Of class probabilities there is no one y to split at: they are not taken. The
+    published training also raises alpha and beta linearly from 0 in its first 20 epochs; that
+    schedule is not part of this loss.
 
     Args:
         temperature: T, above 0 and at most 40.
@@ -37,6 +38,7 @@ class DKD(RowMethod):
     """
 
     single_mentor = True
+    soft_labels = False
 
     def __init__(
         self,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.loss.methods.base import (
-    IGNORED,
     Method,
     Outputs,
     Shape,
@@ -21,6 +20,7 @@ from classroomkd.loss.methods.base import (
     cross_entropy,
     mean_of_rows,
     select_rows,
+    valid_rows,
 )
 from classroomkd.loss.methods.features import paired, paired_features
 
@@ -76,7 +76,7 @@ class FitNet(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""
-        valid = targets != IGNORED
+        valid = valid_rows(targets)
         guess, hint = paired_features(student, mentors[0], valid)[self._index]
         distance = (self.regressor(guess, valid) - hint).square().mean((1, 2, 3))
         task = cross_entropy(select_rows(student.logits, valid), targets)
