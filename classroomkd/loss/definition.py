@@ -35,8 +35,7 @@ from classroomkd.loss.report import ClassroomReport
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Temperatures stay above 0 where float32 would round them to it. So sharp, softmax picks a class.
-_MIN_TAU = 1e-20
+_MIN_TAU = 1e-20  # above 0 also where float32 would round to it; softmax picks a class by then
 
 
 def classroom_loss(
@@ -192,9 +191,7 @@ def loss_and_grad_by_definition(
     options: LossOptions,
     process_group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor, ClassroomReport]:
-    """`loss_by_definition` without a graph, and its gradient, times ``scale``, in float32 or better
-    until it takes the student's dtype.
-    """
+    """`loss_by_definition`, its gradient times ``scale`` in the student's dtype, and the report."""
     precise = torch.promote_types(student_logits.dtype, torch.float32)
     with torch.enable_grad():
         student = student_logits.detach().to(precise, copy=True).requires_grad_()
