@@ -147,15 +147,15 @@ class Loader(ABC):
         batches = self._batches()[self.first_batch :]
         made = self._iterate(batches, self.epoch)
         if self.mixing:
-            made = self._mixed(made, batches, self.epoch)
+            made = self._mixed(made, batches, self.epoch, self.mixing)
         return self._while_open(made)
 
     def _mixed(
-        self, made: Iterator[Batch], batches: list[np.ndarray], epoch: int
+        self, made: Iterator[Batch], batches: list[np.ndarray], epoch: int, mixing: Mixing
     ) -> Iterator[Batch]:
         for batch, indices in zip(made, batches, strict=True):
             images, targets, samples = batch
-            images, targets = self.mixing(images, targets, self.seed, epoch, indices)
+            images, targets = mixing(images, targets, self.seed, epoch, indices)
             yield images, targets, samples
             del batch, images, targets, samples  # so that their memory may be used for the next
 

@@ -110,8 +110,8 @@ class Mixing:
 
         """
         device, (height, width) = images.device, images.shape[2:]
-        weight, boxes, own = self.draw(seed, epoch, indices, height, width)
-        drawn = torch.from_numpy(np.column_stack((weight, own, boxes)).astype(np.float32))
+        shares, boxes, owns = self.draw(seed, epoch, indices, height, width)
+        drawn = torch.from_numpy(np.column_stack((shares, owns, boxes)).astype(np.float32))
         if device.type == "cuda":
             drawn = drawn.pin_memory().to(device, non_blocking=True)
         weight, own, *box = drawn.T
