@@ -7,6 +7,7 @@ a white ground of its own, so that it is read on light and on dark pages alike.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,18 @@ class Drawing:
             matplotlib.rcdefaults()
             matplotlib.rcParams.update(STYLE)
             self.draw().savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-        return file.getvalue()
+        return _numbered_clips(file.getvalue())
+
+
+def _numbered_clips(svg: bytes) -> bytes:
+    """The same SVG, with clip paths numbered.
+
+    Matplotlib names them by a hash of their coordinates, whose last bits differ among processors.
+    """
+    names = dict.fromkeys(re.findall(rb'<clipPath id="(\w+)"', svg))
+    for number, name in enumerate(names):
+        svg = svg.replace(name, b"clip%d" % number)
+    return svg
 
 
 def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
