@@ -111,7 +111,7 @@ class OurLoop:
             case.batch,
             mean=setting.mean,
             std=setting.std,
-            augmentation=Augmentation(PADDING, recipe.data.flip, recipe.data.cutout),
+            augmentation=Augmentation(PADDING, flip=True),
             shuffle=True,
             drop_last=True,
             dtype=dtype,
