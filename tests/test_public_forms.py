@@ -251,6 +251,7 @@ def test_a_network_that_is_nearly_torchvisions_is_compared_with_it(tmp_path: Pat
         load_network(tmp_path / "depth.pth")
 
 
+@pytest.mark.filterwarnings("ignore")  # classes that a process without Lightning cannot name
 def test_what_the_example_for_lightning_saves(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning")
     example = runpy.run_path(str(EXAMPLE), run_name="example")
