@@ -162,6 +162,27 @@ def test_folders_without_classes_or_images(tmp_path):
     assert f"images in the class folder {tmp_path / 'all' / 'empty'}" in error_of(tmp_path / "all")
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "valid")])
+def test_classes_that_are_split_into_parts_are_not_pooled(tmp_path, names):
+    """Or images of the test part would be trained on."""
+    train, held_out = names
+    for part in names:
+        make_tree(tmp_path / "sets", (f"A/{part}", f"B/{part}"))
+        make_tree(tmp_path / "classes", (f"cat/{part}", f"dog/{part}"), classes=("",))
+    for root, first in (("sets", "A"), ("classes", "cat")):
+        root = tmp_path / root
+        assert error_of(root) == (
+            f"the class folder {root / first} holds {train}/ and {held_out}/, named like parts of "
+            f"a data set: give {root / first} if it is one, or put the parts above the classes, as "
+            f"{root / train / first} and {root / held_out / first}"
+        )
+        assert str(root / first) in refusal(list_source, root)
+    assert len(load(tmp_path / "sets" / "A")[0]) == 6
+    # One name alone may be any sub-folder's.
+    make_tree(tmp_path / "one", ("cat/test", "dog/train"), classes=("",))
+    assert load(tmp_path / "one")[0].classes == ["cat", "dog"]
+
+
 def test_one_class_only(tmp_path):
     make_tree(tmp_path, classes=["cat"])
     assert f"only one class, 'cat', in {tmp_path / 'train'}" in error_of(tmp_path)

@@ -206,11 +206,16 @@ def _folder(path: Path | str, test_share: float, download: str | None = None) ->
     return path
 
 
+def _part(name: str) -> str | None:
+    """The part of a data set that a folder of this name holds, if it is named like one."""
+    return next((part for part, names in _PARTS.items() if name.lower() in names), None)
+
+
 def _part_folders(path: Path) -> dict[str, Path]:
     """The folders below ``path`` that are named like parts of a data set, by the part."""
     found: dict[str, Path] = {}
     for name in _subfolders(path):
-        for part in (part for part, names in _PARTS.items() if name.lower() in names):
+        if part := _part(name):
             if part in found:
                 raise UserError(
                     f"{found[part]} and {path / name} are both named like the {part} part: remove "
@@ -320,6 +325,20 @@ def _folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Itera
         yield from _folders_below(path / name, (*above, this))
 
 
+def _check_is_class(path: Path) -> None:
+    """Raise UserError if the folder is split into parts: its test images would be trained on."""
+    parts: dict[str, str] = {}
+    for name in _subfolders(path):
+        parts.setdefault(_part(name) or "", name)
+    held_out = parts.get("test") or parts.get("validation")
+    if "train" in parts and held_out:
+        raise UserError(
+            f"the class folder {path} holds {parts['train']}/ and {held_out}/, named like parts of "
+            f"a data set: give {path} if it is one, or put the parts above the classes, as "
+            f"{path.parent / parts['train'] / path.name} and {path.parent / held_out / path.name}"
+        )
+
+
 def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
     """The image files below ``path`` with their classes, and the other files."""
     classes = _subfolders(path)
@@ -332,6 +351,7 @@ def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
     loose, others = _files(path)
     for target, name in enumerate(classes):
         before = len(files)
+        _check_is_class(path / name)
         for folder in _folders_below(path / name):
             images, other_files = _files(folder)
             files += images
