@@ -309,6 +309,21 @@ def test_images_and_folders_that_are_not_used_are_counted(tmp_path, capfd):
     assert images.endswith(f"in no class folder: 1 ({tmp_path / 'train' / 'loose.png'} for one)")
 
 
+@pytest.mark.parametrize("below", [".", "images"])  # images/ is Tiny ImageNet's
+def test_a_test_part_without_labels_is_to_be_moved_away(tmp_path, below):
+    make_tree(tmp_path, ("train", "val"))
+    write(tmp_path / "test" / below / "0.png", pixels(0))
+    message = error_of(tmp_path)
+    assert str(tmp_path / "test") in message
+    advice = ", or, if its images have no labels, move test/ away"
+    assert message.endswith(f"{advice} (then val/ is used)")
+    (tmp_path / "test").rename(tmp_path / "unlabelled")
+    assert list_parts(tmp_path).folders["test"] == "val/"
+    (tmp_path / "unlabelled").rename(tmp_path / "test")
+    (tmp_path / "val").rename(tmp_path / "later")
+    assert error_of(tmp_path).endswith(advice)
+
+
 def test_classes_that_differ(tmp_path):
     make_tree(tmp_path)
     write(tmp_path / "val" / "cow" / "0.png", pixels(0))

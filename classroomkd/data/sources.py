@@ -250,7 +250,12 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
     listed = {}
     for part, folder in folders.items():
         passed_over.folders.remove(folder)
-        listed[part], others = _list_classes(folder)
+        remedy = ""
+        if part == "test":
+            remedy = f", or, if its images have no labels, move {folder.name}/ away"
+            if "validation" in folders:
+                remedy += f" (then {folders['validation'].name}/ is used)"
+        listed[part], others = _list_classes(folder, remedy)
         passed_over.others.extend(others.others)
         passed_over.loose.extend(others.loose)
     classes = set(listed["train"].classes)
@@ -339,13 +344,16 @@ def _check_is_class(path: Path) -> None:
         )
 
 
-def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
-    """The image files below ``path`` with their classes, and the other files."""
+def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver]:
+    """The image files below ``path`` with their classes, and the other files.
+
+    ``remedy`` is what else the message advises where there are not two classes.
+    """
     classes = _subfolders(path)
     if not classes:
         raise UserError(
             f"no class folders in {path}: put the images of each class in a folder of its own, in "
-            f"{path.name}/cat/ and {path.name}/dog/ for two"
+            f"{path.name}/cat/ and {path.name}/dog/ for two{remedy}"
         )
     files, targets = [], []
     loose, others = _files(path)
@@ -360,7 +368,9 @@ def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
             raise UserError(f"no PNG, JPEG or WebP images in the class folder {path / name}")
         targets += [target] * (len(files) - before)
     if len(classes) == 1:
-        raise UserError(f"only one class, {classes[0]!r}, in {path}: at least two are needed")
+        raise UserError(
+            f"only one class, {classes[0]!r}, in {path}: at least two are needed{remedy}"
+        )
     return ImageFiles(files, np.array(targets, np.int64), classes), _PassedOver([], loose, others)
 
 
