@@ -84,7 +84,7 @@ def test_tree_with_held_out_part(tmp_path, parts):
         assert len(image_set) == 9
 
 
-def test_files_are_in_natural_order_and_others_are_passed_over(tmp_path, monkeypatch):
+def test_files_are_in_natural_order_and_others_are_ignored(tmp_path, monkeypatch):
     names = ["b2.png", "b10.PNG", "b1.png", "a.webp", "b02.png", "².png"]
     for part in ("train", "val"):
         for i, name in enumerate(names):
@@ -234,7 +234,7 @@ def test_tiny_imagenets_folders(tmp_path, capfd):
     parts = list_parts(tmp_path)
     for part, image_set in (("train", parts.train), ("val", parts.test)):
         assert [str(file) for file in image_set.files] == torchvisions(tmp_path / part)[0]
-    assert "not PNG, JPEG or WebP: 4 " in capfd.readouterr().err
+    assert "(not PNG, JPEG or WebP): 4 " in capfd.readouterr().err
 
 
 def test_links_that_lead_round_in_circles(tmp_path):
@@ -243,6 +243,17 @@ def test_links_that_lead_round_in_circles(tmp_path):
     (tmp_path / "val" / "dog" / "up").mkdir()
     (tmp_path / "val" / "dog" / "up" / "up").symlink_to(tmp_path / "val" / "dog")
     assert [len(part) for part in list_source(tmp_path)] == [6, 6]
+
+
+def test_a_link_to_itself_is_an_ignored_file(tmp_path, capfd):
+    make_tree(tmp_path)
+    for folder in ("train/cat", "train", "."):
+        (tmp_path / folder / "self").symlink_to("self")
+    assert [len(part) for part in list_source(tmp_path)] == [6, 6]
+    assert "files ignored (not PNG, JPEG or WebP): 2 " in capfd.readouterr().err
+    image = tmp_path / "val" / "dog" / "self.png"
+    image.symlink_to("self.png")
+    assert error_of(tmp_path).startswith(f"{image} is no file, or a link")
 
 
 def test_a_set_without_sub_folders_has_the_digest_that_it_had(tmp_path):
@@ -305,8 +316,12 @@ def test_images_and_folders_that_are_not_used_are_counted(tmp_path, capfd):
     write(tmp_path / "train" / "loose.png", pixels(0))
     load(tmp_path)
     folders, images = capfd.readouterr().err.splitlines()
-    assert folders.endswith(f"test part: 1 ({tmp_path / 'extra'} for one)")
-    assert images.endswith(f"in no class folder: 1 ({tmp_path / 'train' / 'loose.png'} for one)")
+    assert folders.endswith(
+        f"ignored (not training, validation or test): 1 ({tmp_path / 'extra'} for one)"
+    )
+    assert images.endswith(
+        f"ignored (in no class folder): 1 ({tmp_path / 'train' / 'loose.png'} for one)"
+    )
 
 
 @pytest.mark.parametrize("below", [".", "images"])  # images/ is Tiny ImageNet's
@@ -353,7 +368,7 @@ def test_damaged_image_is_named(tmp_path, kind, damage):
     assert "more" not in message
 
 
-def test_files_passed_over_are_counted(tmp_path, capfd):
+def test_files_ignored_are_counted(tmp_path, capfd):
     make_tree(tmp_path)
     load(tmp_path)
     assert capfd.readouterr().err == ""
@@ -362,7 +377,7 @@ def test_files_passed_over_are_counted(tmp_path, capfd):
     (tmp_path / "train" / "cat" / ".hidden.gif").touch()
     load(tmp_path)
     (line,) = capfd.readouterr().err.splitlines()
-    assert "not PNG, JPEG or WebP: 3 " in line
+    assert "(not PNG, JPEG or WebP): 3 " in line
     assert str(tmp_path / "train" / "cat" / "a.gif") in line
 
 
@@ -848,7 +863,7 @@ def test_listed_files_are_those_that_are_loaded(tmp_path, capfd):
         (tmp_path, {}),
         (tmp_path / "train", {"seed": 5, "test_share": 0.3}),
     ):
-        assert "passed over" in capfd.readouterr().err or path == tmp_path
+        assert "files ignored" in capfd.readouterr().err or path == tmp_path
         for listed, loaded in zip(list_source(path, **options), load(path, **options), strict=True):
             assert listed.classes == loaded.classes
             np.testing.assert_array_equal(listed.targets, loaded.targets)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, NamedTuple
@@ -18,7 +19,7 @@ from classroomkd.data.decode import SUFFIXES, read_files, resize
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
-LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
+LARGEST = 1024  # pixels per side; larger sets would hardly fit in memory
 _PARTS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -56,18 +57,18 @@ def load_source(
 
     ``path`` is one of
 
-    - a folder with ``train/`` and ``test/`` or ``val/`` (of these two, ``test/`` where both exist;
-      `load_parts` gives the images of ``val/`` too), each with a folder of images a class;
-    - a folder with a folder of images a class, of which each class gives the share ``test_share``
-      (at least one image, at most all but one), chosen by ``seed``, to the held-out part;
+    - a folder with ``train/`` and ``test/`` or ``val/`` (``test/`` is used where both exist;
+      `load_parts` gives the images of ``val/`` too), each with one folder of images per class;
+    - a folder with one folder of images per class. The share ``test_share`` of each class (at
+      least one image, at most all but one), chosen by ``seed``, becomes the held-out part;
     - the folder of CIFAR-10's or CIFAR-100's Python files, or the folder around it.
 
     The parts' folders may also be called ``training``, ``testing``, ``valid`` and ``validation``,
-    in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class; hidden
-    files and folders are left out, and lines on stderr count other files that are passed over.
-    The classes are the sorted folder names, the files of a class in natural order (2 before 10),
-    those of a folder before those of its sub-folders, so
-    the arrays are the same on every machine. Photographs are turned upright, transparent pixels
+    in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class. Hidden
+    files and folders are skipped silently; other files that are ignored are counted on stderr.
+    The classes are the sorted folder names; the files of a class are in natural order (2 before
+    10), those of a folder before those of its sub-folders, so that the arrays are the same on every
+    machine. Photographs are turned upright, transparent pixels
     laid on white, 16-bit grey scaled to 8 bits; an image of another size gives its largest centred
     square, resampled to ``image_size`` with an antialiasing (Lanczos) filter.
 
@@ -278,9 +279,9 @@ class _PassedOver(NamedTuple):
 
     def tell(self) -> None:
         for what, paths in (
-            ("folders passed over, as neither training, validation nor test part", self.folders),
-            ("images passed over, as in no class folder", self.loose),
-            ("files passed over, as not PNG, JPEG or WebP", self.others),
+            ("folders ignored (not training, validation or test)", self.folders),
+            ("images ignored (in no class folder)", self.loose),
+            ("files ignored (not PNG, JPEG or WebP)", self.others),
         ):
             if paths:
                 print(f"{what}: {len(paths)} ({paths[0]} for one)", file=sys.stderr)
@@ -288,7 +289,14 @@ class _PassedOver(NamedTuple):
 
 def _subfolders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
+        return sorted(e.name for e in entries if _is(e.is_dir) and not _is_hidden(e.name))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What an entry says of itself; a link to itself is nothing, and says so by an OSError."""
+    with suppress(OSError):
+        return kind()
+    return False
 
 
 def _is_hidden(name: str) -> bool:
@@ -307,10 +315,10 @@ def _files(path: Path) -> tuple[list[Path], list[Path]]:
     images, others = [], []
     with os.scandir(path) as entries:
         for entry in entries:
-            if _is_hidden(entry.name) or entry.is_dir():
+            if _is_hidden(entry.name) or _is(entry.is_dir):
                 continue
             is_image = entry.name.lower().endswith(SUFFIXES)
-            if is_image and not entry.is_file():
+            if is_image and not _is(entry.is_file):
                 raise UserError(
                     f"{path / entry.name} is no file, or a link to one that is not there: remove it"
                 )
@@ -379,7 +387,7 @@ def split_off(
 ) -> tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]:
     """The rest of ``image_set``, and its validation part: of each class the share ``share``.
 
-    At least one image a class, and at most all but one, chosen by ``seed``. Raises UserError if a
+    At least one image per class, and at most all but one, chosen by ``seed``. Raises UserError if a
     class has only one.
     """
     mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
