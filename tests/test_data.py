@@ -104,7 +104,7 @@ def test_files_are_in_natural_order_and_others_are_ignored(tmp_path, monkeypatch
                 entries = sorted(entries, key=lambda entry: entry.name, reverse=backwards)
             return contextlib.nullcontext(entries)
 
-        monkeypatch.setattr("classroomkd.data.sources.os.scandir", listing)
+        monkeypatch.setattr("classroomkd.data.folders.os.scandir", listing)
         train, _ = load(tmp_path)
         assert train.classes == ["x", "y"]
         np.testing.assert_array_equal(train.images, expected)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, NamedTuple
@@ -15,7 +12,8 @@ import numpy as np
 
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
-from classroomkd.data.decode import SUFFIXES, read_files, resize
+from classroomkd.data.decode import read_files, resize
+from classroomkd.data.folders import files_in, folders_below, subfolders
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
@@ -215,7 +213,7 @@ def _part(name: str) -> str | None:
 def _part_folders(path: Path) -> dict[str, Path]:
     """The folders below ``path`` that are named like parts of a data set, by the part."""
     found: dict[str, Path] = {}
-    for name in _subfolders(path):
+    for name in subfolders(path):
         if part := _part(name):
             if part in found:
                 raise UserError(
@@ -247,7 +245,7 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
         )
     if "test" not in folders:
         folders["test"] = folders.pop("validation")
-    passed_over = _PassedOver([path / name for name in _subfolders(path)], [], [])
+    passed_over = _PassedOver([path / name for name in subfolders(path)], [], [])
     listed = {}
     for part, folder in folders.items():
         passed_over.folders.remove(folder)
@@ -287,61 +285,10 @@ class _PassedOver(NamedTuple):
                 print(f"{what}: {len(paths)} ({paths[0]} for one)", file=sys.stderr)
 
 
-def _subfolders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if _is(e.is_dir) and not _is_hidden(e.name))
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """What an entry says of itself; a link to itself is nothing, and says so by an OSError."""
-    with suppress(OSError):
-        return kind()
-    return False
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether people do not see it; Macs put ``__MACOSX`` with metadata into archives."""
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _natural(name: str) -> tuple[list[int | str], str]:
-    """The key of natural order, in which digits compare as numbers."""
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
-
-
-def _files(path: Path) -> tuple[list[Path], list[Path]]:
-    """A folder's image files in natural order, and the other files; hidden files are neither."""
-    images, others = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name) or _is(entry.is_dir):
-                continue
-            is_image = entry.name.lower().endswith(SUFFIXES)
-            if is_image and not _is(entry.is_file):
-                raise UserError(
-                    f"{path / entry.name} is no file, or a link to one that is not there: remove it"
-                )
-            (images if is_image else others).append(entry.name)
-    images, others = sorted(images, key=_natural), sorted(others)
-    return [path / name for name in images], [path / name for name in others]
-
-
-def _folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """``path`` and all folders below it, also through links, but not round in circles."""
-    status = path.stat()
-    this = status.st_dev, status.st_ino
-    if this in above:
-        return
-    yield path
-    for name in sorted(_subfolders(path), key=_natural):
-        yield from _folders_below(path / name, (*above, this))
-
-
 def _check_is_class(path: Path) -> None:
     """Raise UserError if the folder is split into parts: its test images would be trained on."""
     parts: dict[str, str] = {}
-    for name in _subfolders(path):
+    for name in subfolders(path):
         parts.setdefault(_part(name) or "", name)
     held_out = parts.get("test") or parts.get("validation")
     if "train" in parts and held_out:
@@ -357,19 +304,19 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
 
     ``remedy`` is what else the message advises where there are not two classes.
     """
-    classes = _subfolders(path)
+    classes = subfolders(path)
     if not classes:
         raise UserError(
             f"no class folders in {path}: put the images of each class in a folder of its own, in "
             f"{path.name}/cat/ and {path.name}/dog/ for two{remedy}"
         )
     files, targets = [], []
-    loose, others = _files(path)
+    loose, others = files_in(path)
     for target, name in enumerate(classes):
         before = len(files)
         _check_is_class(path / name)
-        for folder in _folders_below(path / name):
-            images, other_files = _files(folder)
+        for folder in folders_below(path / name):
+            images, other_files = files_in(folder)
             files += images
             others += other_files
         if len(files) == before:
