@@ -104,7 +104,7 @@ def make_parser() -> Parser:
         "--test-share",
         type=SHARE,
         metavar="SHARE",
-        help=f"held out of a data set without test/ and val/ {own.format(DEFAULT_TEST_SHARE)}",
+        help=f"held out if there is neither test/ nor val/ {own.format(DEFAULT_TEST_SHARE)}",
     )
     evaluate.add_argument(
         "--crop",
@@ -212,13 +212,14 @@ def _add_recipe_options(parser: Parser) -> None:
         "--test-share",
         type=SHARE,
         metavar="SHARE",
-        help=f"held out of a data set without test/ and val/ (default: {DEFAULT_TEST_SHARE})",
+        help=f"held out if there is neither test/ nor val/ (default: {DEFAULT_TEST_SHARE})",
     )
     parser.add_argument(
         "--validation",
         type=PART,
         metavar="SHARE",
-        help="of the training images, split off to choose on; 0 trains on all (default: 0.1)",
+        help="of the training images, split off to choose on, unless val/ lies beside test/, whose "
+        "images are then chosen on; 0 does neither (default: 0.1)",
     )
     parser.add_argument(
         "--download", choices=("cifar10", "cifar100"), help="fetch this set into PATH first"
@@ -227,7 +228,7 @@ def _add_recipe_options(parser: Parser) -> None:
         "--no-flip",
         dest="flip",
         action="store_false",
-        help="do not mirror training images (digits, letters, signs)",
+        help="do not mirror training images (letters, signs); of digits that is the default",
     )
     add_device(parser)
 
@@ -319,7 +320,7 @@ def _add_data_commands(commands: Any) -> None:
             type=SHARE,
             default=DEFAULT_TEST_SHARE,
             metavar="SHARE",
-            help=f"held out of a data set without test/ and val/ {_DEFAULT}",
+            help=f"held out if there is neither test/ nor val/ {_DEFAULT}",
         )
         parser.add_argument(
             "--seed",
@@ -384,6 +385,7 @@ def _add_data_commands(commands: Any) -> None:
 _DATA_COMMANDS = "look at data sets, pack them into .beton files, check those"
 _DEFAULT = "(default: %(default)s)"
 _DATA_HELP = (
-    "class folders under train/ and test/ or val/, or in one folder to be split by seed, "
+    "class folders under train/ and test/ or val/ (or all three: val/ is to choose on), or in one "
+    "folder to be split by seed, "
     "or CIFAR's python files, or the word digits"
 )

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
-from classroomkd.loss.definition import classroom_weights, prepare_targets
+from classroomkd.loss.definition import classroom_weights
 from classroomkd.loss.fused import ClassroomReport
 from classroomkd.loss.options import LossOptions
+from classroomkd.loss.targets import prepare_targets
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 

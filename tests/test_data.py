@@ -84,7 +84,7 @@ def test_tree_with_held_out_part(tmp_path, parts):
         assert len(image_set) == 9
 
 
-def test_files_are_in_natural_order_and_others_are_passed_over(tmp_path, monkeypatch):
+def test_files_are_in_natural_order_and_others_are_ignored(tmp_path, monkeypatch):
     names = ["b2.png", "b10.PNG", "b1.png", "a.webp", "b02.png", "².png"]
     for part in ("train", "val"):
         for i, name in enumerate(names):
@@ -104,7 +104,7 @@ def test_files_are_in_natural_order_and_others_are_passed_over(tmp_path, monkeyp
                 entries = sorted(entries, key=lambda entry: entry.name, reverse=backwards)
             return contextlib.nullcontext(entries)
 
-        monkeypatch.setattr("classroomkd.data.sources.os.scandir", listing)
+        monkeypatch.setattr("classroomkd.data.folders.os.scandir", listing)
         train, _ = load(tmp_path)
         assert train.classes == ["x", "y"]
         np.testing.assert_array_equal(train.images, expected)
@@ -162,6 +162,27 @@ def test_folders_without_classes_or_images(tmp_path):
     assert f"images in the class folder {tmp_path / 'all' / 'empty'}" in error_of(tmp_path / "all")
 
 
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "valid")])
+def test_classes_that_are_split_into_parts_are_not_pooled(tmp_path, names):
+    """Or images of the test part would be trained on."""
+    train, held_out = names
+    for part in names:
+        make_tree(tmp_path / "sets", (f"A/{part}", f"B/{part}"))
+        make_tree(tmp_path / "classes", (f"cat/{part}", f"dog/{part}"), classes=("",))
+    for root, first in (("sets", "A"), ("classes", "cat")):
+        root = tmp_path / root
+        assert error_of(root) == (
+            f"the class folder {root / first} holds {train}/ and {held_out}/, named like parts of "
+            f"a data set: give {root / first} if it is one, or put the parts above the classes, as "
+            f"{root / train / first} and {root / held_out / first}"
+        )
+        assert str(root / first) in refusal(list_source, root)
+    assert len(load(tmp_path / "sets" / "A")[0]) == 6
+    # One name alone may be any sub-folder's.
+    make_tree(tmp_path / "one", ("cat/test", "dog/train"), classes=("",))
+    assert load(tmp_path / "one")[0].classes == ["cat", "dog"]
+
+
 def test_one_class_only(tmp_path):
     make_tree(tmp_path, classes=["cat"])
     assert f"only one class, 'cat', in {tmp_path / 'train'}" in error_of(tmp_path)
@@ -213,7 +234,7 @@ def test_tiny_imagenets_folders(tmp_path, capfd):
     parts = list_parts(tmp_path)
     for part, image_set in (("train", parts.train), ("val", parts.test)):
         assert [str(file) for file in image_set.files] == torchvisions(tmp_path / part)[0]
-    assert "not PNG, JPEG or WebP: 4 " in capfd.readouterr().err
+    assert "(not PNG, JPEG or WebP): 4 " in capfd.readouterr().err
 
 
 def test_links_that_lead_round_in_circles(tmp_path):
@@ -222,6 +243,17 @@ def test_links_that_lead_round_in_circles(tmp_path):
     (tmp_path / "val" / "dog" / "up").mkdir()
     (tmp_path / "val" / "dog" / "up" / "up").symlink_to(tmp_path / "val" / "dog")
     assert [len(part) for part in list_source(tmp_path)] == [6, 6]
+
+
+def test_a_link_to_itself_is_an_ignored_file(tmp_path, capfd):
+    make_tree(tmp_path)
+    for folder in ("train/cat", "train", "."):
+        (tmp_path / folder / "self").symlink_to("self")
+    assert [len(part) for part in list_source(tmp_path)] == [6, 6]
+    assert "files ignored (not PNG, JPEG or WebP): 2 " in capfd.readouterr().err
+    image = tmp_path / "val" / "dog" / "self.png"
+    image.symlink_to("self.png")
+    assert error_of(tmp_path).startswith(f"{image} is no file, or a link")
 
 
 def test_a_set_without_sub_folders_has_the_digest_that_it_had(tmp_path):
@@ -284,8 +316,27 @@ def test_images_and_folders_that_are_not_used_are_counted(tmp_path, capfd):
     write(tmp_path / "train" / "loose.png", pixels(0))
     load(tmp_path)
     folders, images = capfd.readouterr().err.splitlines()
-    assert folders.endswith(f"test part: 1 ({tmp_path / 'extra'} for one)")
-    assert images.endswith(f"in no class folder: 1 ({tmp_path / 'train' / 'loose.png'} for one)")
+    assert folders.endswith(
+        f"ignored (not training, validation or test): 1 ({tmp_path / 'extra'} for one)"
+    )
+    assert images.endswith(
+        f"ignored (in no class folder): 1 ({tmp_path / 'train' / 'loose.png'} for one)"
+    )
+
+
+@pytest.mark.parametrize("below", [".", "images"])  # images/ is Tiny ImageNet's
+def test_a_test_part_without_labels_is_to_be_moved_away(tmp_path, below):
+    make_tree(tmp_path, ("train", "val"))
+    write(tmp_path / "test" / below / "0.png", pixels(0))
+    message = error_of(tmp_path)
+    assert str(tmp_path / "test") in message
+    advice = ", or, if its images have no labels, move test/ away"
+    assert message.endswith(f"{advice} (then val/ is used)")
+    (tmp_path / "test").rename(tmp_path / "unlabelled")
+    assert list_parts(tmp_path).folders["test"] == "val/"
+    (tmp_path / "unlabelled").rename(tmp_path / "test")
+    (tmp_path / "val").rename(tmp_path / "later")
+    assert error_of(tmp_path).endswith(advice)
 
 
 def test_classes_that_differ(tmp_path):
@@ -317,7 +368,7 @@ def test_damaged_image_is_named(tmp_path, kind, damage):
     assert "more" not in message
 
 
-def test_files_passed_over_are_counted(tmp_path, capfd):
+def test_files_ignored_are_counted(tmp_path, capfd):
     make_tree(tmp_path)
     load(tmp_path)
     assert capfd.readouterr().err == ""
@@ -326,7 +377,7 @@ def test_files_passed_over_are_counted(tmp_path, capfd):
     (tmp_path / "train" / "cat" / ".hidden.gif").touch()
     load(tmp_path)
     (line,) = capfd.readouterr().err.splitlines()
-    assert "not PNG, JPEG or WebP: 3 " in line
+    assert "(not PNG, JPEG or WebP): 3 " in line
     assert str(tmp_path / "train" / "cat" / "a.gif") in line
 
 
@@ -812,7 +863,7 @@ def test_listed_files_are_those_that_are_loaded(tmp_path, capfd):
         (tmp_path, {}),
         (tmp_path / "train", {"seed": 5, "test_share": 0.3}),
     ):
-        assert "passed over" in capfd.readouterr().err or path == tmp_path
+        assert "files ignored" in capfd.readouterr().err or path == tmp_path
         for listed, loaded in zip(list_source(path, **options), load(path, **options), strict=True):
             assert listed.classes == loaded.classes
             np.testing.assert_array_equal(listed.targets, loaded.targets)

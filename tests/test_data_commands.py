@@ -81,7 +81,7 @@ def test_info(source, capsys):
     ]
 
 
-def test_info_says_once_what_is_passed_over_and_which_folder_is_which(tmp_path, capsys):
+def test_info_says_once_what_is_ignored_and_which_folder_is_which(tmp_path, capsys):
     for part in ("Train", "valid", "test"):
         for name in ("cat", "dog"):
             (tmp_path / part / name).mkdir(parents=True)
@@ -90,7 +90,7 @@ def test_info_says_once_what_is_passed_over_and_which_folder_is_which(tmp_path, 
     assert run("info", tmp_path) == 0
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
-    assert line.startswith("files passed over, as not PNG, JPEG or WebP: 3 ")
+    assert line.startswith("files ignored (not PNG, JPEG or WebP): 3 ")
     assert [" ".join(line.split()) for line in captured.out.splitlines()[2:5]] == [
         "training part 2 images, 1 of each class, from Train/",
         "validation part 2 images, 1 of each class, from valid/",

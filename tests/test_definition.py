@@ -9,12 +9,9 @@ import torch
 
 from classroomkd import classroom_loss
 from classroomkd.limits import MAX_TEMPERATURE
-from classroomkd.loss.definition import (
-    classroom_weights,
-    prepare_targets,
-    weighted_row_loss,
-)
+from classroomkd.loss.definition import classroom_weights, weighted_row_loss
 from classroomkd.loss.options import LossOptions
+from classroomkd.loss.targets import prepare_targets
 from classrooms import OPTIONS, classroom, probabilities
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "loss_released.npz")

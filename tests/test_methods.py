@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from classroomkd.errors import UserError
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import ClassroomLoss, classroom_loss
-from classroomkd.loss.methods import Outputs, catalogue, create, names
+from classroomkd.loss.methods import Method, Outputs, catalogue, create, names
 from classroomkd.loss.options import LossOptions
 
 B, C, M = 7, 6, 3
@@ -795,10 +796,23 @@ def test_the_task_is_linear_in_the_probabilities(name: str, options: dict) -> No
     torch.testing.assert_close(method(student, mentors, targets), expected, rtol=1e-12, atol=0)
 
 
-def test_dkd_has_no_class_to_split_at() -> None:
-    student, mentors, _ = batch(ignored=())
-    with pytest.raises(UserError, match="DKD takes class indices, not class probabilities"):
-        create("dkd")(student, mentors, probabilities())
+class OfIndices(Method):
+    """A method of someone's own that looks up the class's logit."""
+
+    soft_labels = False
+
+    def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        return -student.logits.gather(1, targets[:, None]).mean()
+
+
+@pytest.mark.parametrize("method", [create("dkd"), OfIndices()], ids=["DKD", "OfIndices"])
+def test_class_probabilities_are_refused_where_a_method_needs_the_class(method: Method) -> None:
+    student, mentors, targets = batch(ignored=())
+    name = type(method).__name__
+    for call in (method, method.backward):
+        with pytest.raises(UserError, match=f"{name} takes class indices, not class probabilities"):
+            call(student, mentors, probabilities())
+        call(student, mentors, targets)
 
 
 # The registry.

@@ -186,12 +186,25 @@ def test_each_processs_share_is_its_own_batch(make):  # noqa: F811
                 assert torch.equal(actual, expected)
 
 
+def test_the_smallest_alpha_leaves_nearly_every_image_unmixed():
+    shares, _, _ = Mixing(2, mixup=1e-3).draw(3, 5, np.arange(20_000), 32, 32)
+    mixed = (shares > 2**-23) & (shares < 1 - 2**-23)
+    expected = beta.cdf(1 - 2**-23, 1e-3, 1e-3) - beta.cdf(2**-23, 1e-3, 1e-3)
+    assert 0 < expected < 0.02
+    assert mixed.mean() == pytest.approx(expected, abs=4 * (expected / len(shares)) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "mixup or cutmix must be above 0; without both, pass no mixing"),
-        ({"mixup": -0.1}, "mixup must be from 0 to 1000, got -0.1"),
-        ({"mixup": 1.0, "cutmix": float("nan")}, "cutmix must be from 0 to 1000, got nan"),
+        ({"mixup": -0.1}, "mixup must be 0, or from 0.001 to 1000, got -0.1"),
+        ({"mixup": 1000.1}, "mixup must be 0, or from 0.001 to 1000, got 1000.1"),
+        ({"mixup": 5e-324}, "mixup must be 0, or from 0.001 to 1000, got 5e-324"),
+        (
+            {"mixup": 1.0, "cutmix": float("nan")},
+            "cutmix must be 0, or from 0.001 to 1000, got nan",
+        ),
         ({"num_classes": 0, "mixup": 1.0}, "num_classes must be at least 1, got 0"),
     ],
 )

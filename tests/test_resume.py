@@ -1,5 +1,6 @@
 """Runs that are killed and taken up again end where they would have ended."""
 
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ from test_training import colours, recipe
 from classroomkd.errors import UserError
 from classroomkd.training.checkpoints import Checkpoints, Saver
 from classroomkd.training.classroom import Classroom
+from classroomkd.training.interrupts import Interrupted
 from classroomkd.training.run import Run
 
 TESTS = Path(__file__).parent
@@ -262,6 +264,38 @@ def test_epochs_recorded_before_the_first_state_come_once(tmp_path, monkeypatch)
     assert [(line["phase"], line["epoch"]) for line in lines] == [
         (phase, epoch) for phase in ("mentor", "alone", "classroom") for epoch in (1, 2)
     ]
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ((2, 0), "resnet8 alone: resuming from epoch 2"),
+        ((2, 2), "resnet8 alone: resuming from epoch 2, batch 3 of 4"),
+    ],
+)
+def test_a_resumed_run_says_from_where(tmp_path, monkeypatch, place, line):
+    def hold(resume):
+        said = io.StringIO()
+        classroom = Classroom(recipe("mentors=[]", "method=alone"), Console(file=said, width=200))
+        sets = colours(32), colours(13, seed=1)
+        try:
+            classroom.run(*sets, tmp_path / "run", resume=resume)
+        finally:
+            told = [line.strip() for line in said.getvalue().splitlines()]
+        return [line for line in told if "resuming" in line]
+
+    between_steps = Saver.between_steps
+
+    def interrupted(saver):
+        if (saver.trainer.epoch, saver.trainer.batch) == place:
+            saver.interrupts.received = signal.SIGTERM
+        between_steps(saver)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "between_steps", interrupted)
+        with pytest.raises(Interrupted):
+            hold(resume=False)
+    assert hold(resume=True) == [line]
 
 
 def test_states_go_when_the_network_is_safe(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ Crop       with h = word and p = padding: the image is bordered by p black pixel
 Flip       of the window, left to right, if the lowest bit of h is set.
 Normalise  through a float32 table: the float64 value (v/255 − mean)/std, rounded once to float32
            and from there to the dtype asked for.
-Cutout     with h = word of its own stream: the square of k pixels a side that begins at row
+Cutout     with h = word of its own stream: the square of k pixels per side that begins at row
            (((h >> 17) · H) >> 15) − k div 2 and column ((((h >> 2) & 0x7FFF) · W) >> 15) − k div 2
            of the finished image, as far as it lies inside, is set to 0, the mean colour. (DeVries
            and Taylor, "Improved regularization of convolutional neural networks with cutout".)
@@ -72,7 +72,7 @@ def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:
 class Augmentation:
     """Random crop from an image bordered by ``padding`` black pixels, then a random flip.
 
-    Then ``cutout`` erases a square of so many pixels a side; 0 is none. Raises UserError if
+    Then ``cutout`` erases a square of so many pixels per side; 0 is none. Raises UserError if
     padding or cutout are not within 0..1024.
     """
 

@@ -101,7 +101,7 @@ class Loaders:
 def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     """The ``.beton`` file of ``image_set`` in the cache, packed if it is not there whole.
 
-    Photographs become JPEGs of at most ``max_side`` pixels a side.
+    Photographs become JPEGs of at most ``max_side`` pixels per side.
 
     Raises UserError if FFCV is not installed, there is no space for it or a photograph cannot be
     read; OSError if the cache cannot be written to.

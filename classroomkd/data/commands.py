@@ -197,7 +197,7 @@ def _three(values: tuple[float, float, float]) -> str:
 
 
 def _contact_sheet(image_set: ImageSet) -> Image.Image:
-    """The first images of each of the first classes, a row a class, its name before them."""
+    """The first images of each of the first classes, one row per class, its name before them."""
     font, gap = ImageFont.load_default(), 2
     # Pillow's own font has no other letters, and minds.
     names = [

@@ -69,7 +69,7 @@ class Loader(ABC):
 
     Args:
         count: how many images the set has.
-        batch_size: images a batch; the last one is smaller unless ``drop_last``.
+        batch_size: images per batch; the last one is smaller unless ``drop_last``.
         mean: per RGB channel, of values scaled to 0..1.
         std: likewise; both as ``channel_statistics`` gives them.
         augmentation: random crop, flip and cutout, or None for the images as they are; for

@@ -17,7 +17,7 @@ Both       CutMix for the samples whose h is odd, MixUp for the others.
 Products and sum are rounded one by one, in float32 (in float64 for such images), and once more to
 the images' dtype: every device gives the same bits. (Zhang et al., "mixup: beyond empirical risk
 minimization"; Yun et al., "CutMix: regularization strategy to train strong classifiers with
-localizable features". Both have one λ a batch.)
+localizable features". Both have one λ per batch.)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from classroomkd.data.augment import words
 from classroomkd.errors import UserError
-from classroomkd.limits import MAX_ALPHA
+from classroomkd.limits import ALPHAS, is_alpha
 
 SHARE, BOX = 24, 25  # the streams
 
@@ -41,8 +41,8 @@ SHARE, BOX = 24, 25  # the streams
 class Mixing:
     """Mixes batches of ``num_classes`` classes, by MixUp, by CutMix, or each sample by one of them.
 
-    ``mixup`` and ``cutmix`` are the α of their Beta(α, α), from 0, which is off, to 1000. Raises
-    UserError if one is outside, both are 0, or there is no class.
+    ``mixup`` and ``cutmix`` are the α of their Beta(α, α): 0, which is off, or from 0.001 to 1000.
+    Raises UserError if one is neither, both are 0, or there is no class.
     """
 
     num_classes: int
@@ -51,10 +51,8 @@ class Mixing:
 
     def __post_init__(self) -> None:
         for name in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, name) <= MAX_ALPHA:
-                raise UserError(
-                    f"{name} must be from 0 to {MAX_ALPHA:g}, got {getattr(self, name)}"
-                )
+            if not is_alpha(getattr(self, name)):
+                raise UserError(f"{name} must be {ALPHAS}, got {getattr(self, name)}")
         if not (self.mixup or self.cutmix):
             raise UserError("mixup or cutmix must be above 0; without both, pass no mixing")
         if self.num_classes < 1:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Generic, NamedTuple
@@ -14,11 +12,12 @@ import numpy as np
 
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
-from classroomkd.data.decode import SUFFIXES, read_files, resize
+from classroomkd.data.decode import read_files, resize
+from classroomkd.data.folders import files_in, folders_below, subfolders
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
-LARGEST = 1024  # pixels a side; larger sets would hardly fit in memory
+LARGEST = 1024  # pixels per side; larger sets would hardly fit in memory
 _PARTS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -56,18 +55,18 @@ def load_source(
 
     ``path`` is one of
 
-    - a folder with ``train/`` and ``test/`` or ``val/`` (of these two, ``test/`` where both exist;
-      `load_parts` gives the images of ``val/`` too), each with a folder of images a class;
-    - a folder with a folder of images a class, of which each class gives the share ``test_share``
-      (at least one image, at most all but one), chosen by ``seed``, to the held-out part;
+    - a folder with ``train/`` and ``test/`` or ``val/`` (``test/`` is used where both exist;
+      `load_parts` gives the images of ``val/`` too), each with one folder of images per class;
+    - a folder with one folder of images per class. The share ``test_share`` of each class (at
+      least one image, at most all but one), chosen by ``seed``, becomes the held-out part;
     - the folder of CIFAR-10's or CIFAR-100's Python files, or the folder around it.
 
     The parts' folders may also be called ``training``, ``testing``, ``valid`` and ``validation``,
-    in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class; hidden
-    files and folders are left out, and lines on stderr count other files that are passed over.
-    The classes are the sorted folder names, the files of a class in natural order (2 before 10),
-    those of a folder before those of its sub-folders, so
-    the arrays are the same on every machine. Photographs are turned upright, transparent pixels
+    in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class. Hidden
+    files and folders are skipped silently; other files that are ignored are counted on stderr.
+    The classes are the sorted folder names; the files of a class are in natural order (2 before
+    10), those of a folder before those of its sub-folders, so that the arrays are the same on every
+    machine. Photographs are turned upright, transparent pixels
     laid on white, 16-bit grey scaled to 8 bits; an image of another size gives its largest centred
     square, resampled to ``image_size`` with an antialiasing (Lanczos) filter.
 
@@ -206,11 +205,16 @@ def _folder(path: Path | str, test_share: float, download: str | None = None) ->
     return path
 
 
+def _part(name: str) -> str | None:
+    """The part of a data set that a folder of this name holds, if it is named like one."""
+    return next((part for part, names in _PARTS.items() if name.lower() in names), None)
+
+
 def _part_folders(path: Path) -> dict[str, Path]:
     """The folders below ``path`` that are named like parts of a data set, by the part."""
     found: dict[str, Path] = {}
-    for name in _subfolders(path):
-        for part in (part for part, names in _PARTS.items() if name.lower() in names):
+    for name in subfolders(path):
+        if part := _part(name):
             if part in found:
                 raise UserError(
                     f"{found[part]} and {path / name} are both named like the {part} part: remove "
@@ -241,11 +245,16 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
         )
     if "test" not in folders:
         folders["test"] = folders.pop("validation")
-    passed_over = _PassedOver([path / name for name in _subfolders(path)], [], [])
+    passed_over = _PassedOver([path / name for name in subfolders(path)], [], [])
     listed = {}
     for part, folder in folders.items():
         passed_over.folders.remove(folder)
-        listed[part], others = _list_classes(folder)
+        remedy = ""
+        if part == "test":
+            remedy = f", or, if its images have no labels, move {folder.name}/ away"
+            if "validation" in folders:
+                remedy += f" (then {folders['validation'].name}/ is used)"
+        listed[part], others = _list_classes(folder, remedy)
         passed_over.others.extend(others.others)
         passed_over.loose.extend(others.loose)
     classes = set(listed["train"].classes)
@@ -268,79 +277,55 @@ class _PassedOver(NamedTuple):
 
     def tell(self) -> None:
         for what, paths in (
-            ("folders passed over, as neither training, validation nor test part", self.folders),
-            ("images passed over, as in no class folder", self.loose),
-            ("files passed over, as not PNG, JPEG or WebP", self.others),
+            ("folders ignored (not training, validation or test)", self.folders),
+            ("images ignored (in no class folder)", self.loose),
+            ("files ignored (not PNG, JPEG or WebP)", self.others),
         ):
             if paths:
                 print(f"{what}: {len(paths)} ({paths[0]} for one)", file=sys.stderr)
 
 
-def _subfolders(path: Path) -> list[str]:
-    with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not _is_hidden(e.name))
+def _check_is_class(path: Path) -> None:
+    """Raise UserError if the folder is split into parts: its test images would be trained on."""
+    parts: dict[str, str] = {}
+    for name in subfolders(path):
+        parts.setdefault(_part(name) or "", name)
+    held_out = parts.get("test") or parts.get("validation")
+    if "train" in parts and held_out:
+        raise UserError(
+            f"the class folder {path} holds {parts['train']}/ and {held_out}/, named like parts of "
+            f"a data set: give {path} if it is one, or put the parts above the classes, as "
+            f"{path.parent / parts['train'] / path.name} and {path.parent / held_out / path.name}"
+        )
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether people do not see it; Macs put ``__MACOSX`` with metadata into archives."""
-    return name.startswith(".") or name == "__MACOSX"
+def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver]:
+    """The image files below ``path`` with their classes, and the other files.
 
-
-def _natural(name: str) -> tuple[list[int | str], str]:
-    """The key of natural order, in which digits compare as numbers."""
-    parts = re.split("([0-9]+)", name)
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
-
-
-def _files(path: Path) -> tuple[list[Path], list[Path]]:
-    """A folder's image files in natural order, and the other files; hidden files are neither."""
-    images, others = [], []
-    with os.scandir(path) as entries:
-        for entry in entries:
-            if _is_hidden(entry.name) or entry.is_dir():
-                continue
-            is_image = entry.name.lower().endswith(SUFFIXES)
-            if is_image and not entry.is_file():
-                raise UserError(
-                    f"{path / entry.name} is no file, or a link to one that is not there: remove it"
-                )
-            (images if is_image else others).append(entry.name)
-    images, others = sorted(images, key=_natural), sorted(others)
-    return [path / name for name in images], [path / name for name in others]
-
-
-def _folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """``path`` and all folders below it, also through links, but not round in circles."""
-    status = path.stat()
-    this = status.st_dev, status.st_ino
-    if this in above:
-        return
-    yield path
-    for name in sorted(_subfolders(path), key=_natural):
-        yield from _folders_below(path / name, (*above, this))
-
-
-def _list_classes(path: Path) -> tuple[ImageFiles, _PassedOver]:
-    """The image files below ``path`` with their classes, and the other files."""
-    classes = _subfolders(path)
+    ``remedy`` is what else the message advises where there are not two classes.
+    """
+    classes = subfolders(path)
     if not classes:
         raise UserError(
             f"no class folders in {path}: put the images of each class in a folder of its own, in "
-            f"{path.name}/cat/ and {path.name}/dog/ for two"
+            f"{path.name}/cat/ and {path.name}/dog/ for two{remedy}"
         )
     files, targets = [], []
-    loose, others = _files(path)
+    loose, others = files_in(path)
     for target, name in enumerate(classes):
         before = len(files)
-        for folder in _folders_below(path / name):
-            images, other_files = _files(folder)
+        _check_is_class(path / name)
+        for folder in folders_below(path / name):
+            images, other_files = files_in(folder)
             files += images
             others += other_files
         if len(files) == before:
             raise UserError(f"no PNG, JPEG or WebP images in the class folder {path / name}")
         targets += [target] * (len(files) - before)
     if len(classes) == 1:
-        raise UserError(f"only one class, {classes[0]!r}, in {path}: at least two are needed")
+        raise UserError(
+            f"only one class, {classes[0]!r}, in {path}: at least two are needed{remedy}"
+        )
     return ImageFiles(files, np.array(targets, np.int64), classes), _PassedOver([], loose, others)
 
 
@@ -349,7 +334,7 @@ def split_off(
 ) -> tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]:
     """The rest of ``image_set``, and its validation part: of each class the share ``share``.
 
-    At least one image a class, and at most all but one, chosen by ``seed``. Raises UserError if a
+    At least one image per class, and at most all but one, chosen by ``seed``. Raises UserError if a
     class has only one.
     """
     mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)

@@ -28,7 +28,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
-from classroomkd.limits import MAX_ALPHA
+from classroomkd.limits import ALPHAS, is_alpha
 from classroomkd.loss.methods import catalogue
 from classroomkd.loss.options import LossOptions
 from classroomkd.models.catalogue import is_checkpoint
@@ -99,9 +99,10 @@ class TrainingConfig:
     decay_norms_and_biases: bool = True
     """Whether batch norms and biases decay too."""
     mixup: float = 0.0
-    """The α of MixUp's Beta(α, α); 0 is off, and with CutMix too each image takes one of both."""
+    """The α of MixUp's Beta(α, α), from 0.001 to 1000, or 0: off. With CutMix too, each image takes
+    one of the two."""
     cutmix: float = 0.0
-    """The α of CutMix's Beta(α, α); 0 is off."""
+    """The α of CutMix's Beta(α, α), from 0.001 to 1000, or 0: off."""
 
     def deciding(self) -> dict[str, Any]:
         """All that a training depends on, by name; the mixing only where it is on.
@@ -348,10 +349,7 @@ def _check(recipe: Recipe, where: str) -> None:
             (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
             (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
             (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
-            *(
-                (f"{name}.{key}", alpha, 0 <= alpha <= MAX_ALPHA, f"from 0 to {MAX_ALPHA:g}")
-                for key, alpha in alphas
-            ),
+            *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
         ]
     for key, value, fine, wanted in problems:
         if not fine:

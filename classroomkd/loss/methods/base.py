@@ -42,7 +42,7 @@ class Method(nn.Module):
     uses_features: ClassVar[bool] = False
     """The outputs must hold features, and `prepare` be called before the first of them."""
     soft_labels: ClassVar[bool] = True
-    """Targets may be class probabilities."""
+    """Targets may be class probabilities [B, C] too; False where only class indices [B] may be."""
     reports: ClassVar[bool] = False
     """`backward` gives a report."""
 
@@ -54,13 +54,19 @@ class Method(nn.Module):
         Raises UserError if the method's options do not fit the shapes.
         """
 
+    def __call__(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        """`forward`, for targets that the method takes; `backward` comes through here too."""
+        if targets.dim() == 2 and not self.soft_labels:
+            raise UserError(f"{type(self).__name__} takes class indices, not class probabilities")
+        return super().__call__(student, mentors, targets)
+
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The loss, 0-d: the mean over the rows whose target, of class indices [B], is not -100.
 
         Such a row may hold anything, also NaN; if there is no other, the loss is 0. Targets may
-        also be class probabilities [B, C], and then every row counts; UserError is raised where
-        the method does not take them (``soft_labels``). Only the
-        student's outputs get a gradient; the mentors' may be tensors of inference mode.
+        also be class probabilities [B, C], and then every row counts; a call of the method raises
+        UserError where it does not take them (``soft_labels``). Only the student's outputs get a
+        gradient; the mentors' may be tensors of inference mode.
         """
         raise NotImplementedError
 
@@ -91,8 +97,6 @@ class RowMethod(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The mean over the rows that count."""
-        if targets.dim() == 2 and not self.soft_labels:
-            raise UserError(f"{type(self).__name__} takes class indices, not class probabilities")
         valid = valid_rows(targets)
         rows = self.row_losses(
             select_rows(student.logits, valid),

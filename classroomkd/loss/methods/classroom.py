@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
-from classroomkd.loss.definition import prepare_targets, rank_and_filter, standing
+from classroomkd.loss.definition import rank_and_filter, standing
 from classroomkd.loss.methods.base import (
     Method,
     Outputs,
@@ -24,6 +24,7 @@ from classroomkd.loss.methods.base import (
 )
 from classroomkd.loss.module import ClassroomLoss
 from classroomkd.loss.report import ClassroomReport
+from classroomkd.loss.targets import prepare_targets
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
