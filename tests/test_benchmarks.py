@@ -453,7 +453,7 @@ def step_setting(tmp_path, monkeypatch):
 def test_trainer_and_loop_take_the_same_step(step_setting):
     ours = step_rows.OurLoop(step_setting, STEP_CASE, step_rows.TRAINERS[step.THIS])
     loop = step_rows.StraightforwardLoop(step_setting, STEP_CASE)
-    # In float64: with float32 a ReLU at 0 falls to one side or the other by the processor's rounding.
+    # In float64: in float32 the rounding of the processor decides on which side of 0 a ReLU falls.
     for network in (ours.trainer.network, loop._network, *loop._mentors):
         network.double()
     before = [parameter.clone() for parameter in loop._network.parameters()]

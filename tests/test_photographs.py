@@ -167,7 +167,7 @@ def test_what_a_recipe_makes_of_photographs():
 def batches_of(backend: str, data: DataConfig, training: bool, seed: int = 0, **others):
     sets = read_images(data, 0)
     image_set = sets[0] if training else sets[1]
-    loaders = open_loaders(backend, list(sets), data.image_size, "cpu")
+    loaders = open_loaders(backend, list(sets.sets().values()), data.image_size, "cpu")
     assert loaders.backend == backend
     crop = training_augmentation(data) if training else evaluation_crop(image_set, data.image_size)
     options = {"shuffle": training, "drop_last": False, "augmentation": crop, "seed": seed}

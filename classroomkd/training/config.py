@@ -72,6 +72,12 @@ class DataConfig:
     """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
     in memory, else "torch"."""
 
+    def flips(self) -> bool:
+        """Whether training images are mirrored, also where ``flip`` is not given."""
+        if self.flip is None:
+            return self.source not in NAMED_SOURCES or NAMED_SOURCES[self.source].flip
+        return self.flip
+
 
 @dataclass
 class TrainingConfig:
@@ -249,8 +255,7 @@ def load_recipe(
     data = recipe.data
     if data.padding is None:
         data.padding = data.image_size // 8
-    if data.flip is None:
-        data.flip = data.source not in NAMED_SOURCES or NAMED_SOURCES[data.source].flip
+    data.flip = data.flips()
     if data.crop == "resize" and data.mean is None:
         data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
     if data.source not in ("", *NAMED_SOURCES):

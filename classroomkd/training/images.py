@@ -60,8 +60,8 @@ def open_loaders(
 def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
     """What becomes of an image that a network trains on."""
     if data.crop == "resize":
-        return RandomResizedCrop(data.image_size, data.flip)
-    return Augmentation(data.padding, data.flip, data.cutout)
+        return RandomResizedCrop(data.image_size, data.flips())
+    return Augmentation(data.padding, data.flips(), data.cutout)
 
 
 def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None:
