@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, files, load_network, names, save_network
+from classroomkd.models.catalogue import split_entry
 from zoo_weights import fill, probe
 
 INFO = NetworkInfo(
@@ -376,9 +377,9 @@ def test_names_with_colons(tmp_path: Path, network: nn.Module) -> None:
     torch.save({"model": create("resnet14").state_dict()}, tmp_path / "epoch")
     assert load_network(path)[2] == "resnet8"
     assert load_network(f"{tmp_path / 'epoch'}:model")[2] == "resnet14"
-    assert files.split_entry(path) == (path, None)
-    assert files.split_entry("C:\\weights.pth") == (Path("C:\\weights.pth"), None)
-    assert files.split_entry("no.pth:model") == (Path("no.pth"), "model")
+    assert split_entry(path) == (path, None)
+    assert split_entry("C:\\weights.pth") == (Path("C:\\weights.pth"), None)
+    assert split_entry("no.pth:model") == (Path("no.pth"), "model")
 
 
 def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path, network: nn.Module) -> None:
