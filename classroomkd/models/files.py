@@ -16,7 +16,7 @@ from classroomkd.errors import UserError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file holds: of a .safetensors its tensors and, as ``__metadata__``, its metadata.
+    """What the file holds: of safetensors the tensors and, as ``__metadata__``, the metadata.
 
     Values are tensors on the CPU, numbers, text, and containers of such. Nothing that a file holds
     is run: of other common classes an empty stand-in is made, which keeps no value.
@@ -28,7 +28,9 @@ def read(path: Path) -> dict[str, Any]:
         start = file.read(512)
     if other := _other_kind(start):
         raise UserError(f"{path} {other}")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, start)
+    # The length of a header of JSON, in eight bytes, and the header.
+    is_safetensors = start[5:9] == b"\0\0\0{"
+    return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
 
 
 def _other_kind(start: bytes) -> str:
@@ -69,9 +71,13 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
     if start.startswith(b"PK\x03\x04"):
         _check_archive(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
+        with (
+            path.open("rb") as file,  # of a path torch.load would look at the suffix
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_ALLOWED),
+        ):
             warnings.simplefilter("ignore")  # about pickle protocols, before the error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle can fail in any way
@@ -84,7 +90,9 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint of tensors, or is truncated or damaged"
         ) from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {name: value for name, value in content.items() if name != "__metadata__"}
 
 
 def _check_archive(path: Path) -> None:
