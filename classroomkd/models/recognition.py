@@ -26,7 +26,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 # A count of classes that no other size in a network equals, by which classifiers are known.
 _CLASSES = 9973
-_TOLERANCE = 8  # parameters of other shapes in a network that can still be the nearest
+# Parameters of other shapes in a network under construction that can still be the one looked for,
+# since constructors of timm make a few that they discard, and in one that can be the nearest.
+_DISCARDED, _NEAR = 2, 8
 # What public repositories call the parts of the zoo's networks. Each set is taken as a whole.
 _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
@@ -87,7 +89,7 @@ def find_in_zoo(shapes: Shapes) -> Match | None:
 
 def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
     """Likewise the network of "tv" or "timm"; of several, the one with the shortest name."""
-    near = _near(library, *_traits(shapes), tolerance=0)
+    near = _near(library, *_traits(shapes), tolerance=_DISCARDED)
     found = [match for name in near if (match := _fit(shapes, near[name], name))]
     found.sort(key=lambda match: (len(match.architecture), match.architecture))
     if found:
@@ -166,7 +168,7 @@ def nearest(shapes: Shapes) -> Nearest:
     """The network that shares the largest part of its names and shapes with ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
     for library in ("tv", "timm"):
-        candidates |= _near(library, *_traits(shapes), tolerance=_TOLERANCE)
+        candidates |= _near(library, *_traits(shapes), tolerance=_NEAR)
 
     def compared(name: str) -> Nearest:
         ours, theirs = candidates[name].items(), shapes.items()
