@@ -25,7 +25,15 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
-from classroomkd.models import NetworkInfo, create, files, load_network, names, save_network
+from classroomkd.models import (
+    NetworkInfo,
+    create,
+    external,
+    files,
+    load_network,
+    names,
+    save_network,
+)
 from classroomkd.models.catalogue import split_entry
 from classroomkd.torchvision import import_torchvision
 from zoo_weights import fill, probe
@@ -419,6 +427,14 @@ def test_plain_weights_come_before_those_that_are_recognised_sooner(tmp_path: Pa
         assert architecture == "tv:resnet18"
         assert_same_state(model, student.state_dict())
         assert f"model taken, not {other} (choose by {path}:{other})" in told[0]
+
+
+def test_other_libraries_are_not_asked_for_a_network_of_the_zoo(
+    tmp_path: Path, network: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(external, "named")  # which imports timm
+    torch.save(network.state_dict(), tmp_path / "a.pth")
+    assert load_network(tmp_path / "a.pth")[2] == "resnet8"
 
 
 def test_an_entry_is_looked_for_at_the_start_first(tmp_path: Path, network: nn.Module) -> None:

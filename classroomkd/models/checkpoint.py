@@ -26,7 +26,7 @@ from classroomkd.files import atomic_write
 from classroomkd.models import external, files, recognition
 from classroomkd.models.catalogue import is_external, split_entry
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.recognition import Match, shapes_of
+from classroomkd.models.recognition import Match, Shapes, shapes_of
 from classroomkd.models.registry import ZOO, build
 from classroomkd.models.states import COUNTER, State, entries, states, summary
 
@@ -159,9 +159,9 @@ def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Matc
 
 def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> tuple[State, Match]:
     """The tensors of the lowest rank that fit a network, the zoo's before others."""
-    said = external.named(set(_texts(content)))
+    texts = set(_texts(content))
     for _, group in itertools.groupby(found, key=lambda state: state.rank):
-        if recognised := _first(list(group), said):
+        if recognised := _first(list(group), texts):
             return recognised
     nearest = {state.entry: recognition.nearest(shapes_of(state.tensors)) for state in found}
     state = max(found, key=lambda state: nearest[state.entry].similarity)
@@ -175,18 +175,21 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     )
 
 
-def _first(found: list[State], said: list[str]) -> tuple[State, Match] | None:
-    """The first that fits a network of the zoo, else one of those ``said``, else any other."""
-    ways = (
-        recognition.find_in_zoo,
-        *(functools.partial(recognition.fit, architecture=name) for name in said),
-        *(functools.partial(recognition.find_elsewhere, library=each) for each in ("tv", "timm")),
-    )
-    for way in ways:
+def _first(found: list[State], texts: set[str]) -> tuple[State, Match] | None:
+    """The first that fits a network of the zoo, else one that ``texts`` name, else any other."""
+    for way in _ways(texts):
         for state in found:
             if match := way(shapes_of(state.tensors)):
                 return state, match
     return None
+
+
+def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
+    yield recognition.find_in_zoo
+    for name in external.named(texts):  # imports timm, which takes seconds
+        yield functools.partial(recognition.fit, architecture=name)
+    for library in ("tv", "timm"):
+        yield functools.partial(recognition.find_elsewhere, library=library)
 
 
 def _told(
