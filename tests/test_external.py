@@ -17,6 +17,7 @@ from classroomkd.errors import UserError
 from classroomkd.models import (
     NetworkInfo,
     create,
+    external,
     load_network,
     load_pretrained,
     names,
@@ -88,6 +89,33 @@ def test_a_network_on_the_cpu_has_its_librarys_initialisation() -> None:
     torch.manual_seed(0)
     theirs = torchvision_models.mobilenet_v2(num_classes=7)
     assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_building_without_values_draws_no_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = external._build
+
+    def read_values(name: str, num_classes: int) -> torch.nn.Module:
+        network = build(name, num_classes)
+        if next(network.parameters()).is_meta:
+            raise NotImplementedError
+        return network
+
+    monkeypatch.setattr(external, "_build", read_values)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        network = external.build("tv:squeezenet1_1", 7)
+    assert next(network.parameters()).is_meta
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@with_timm
+def test_timms_names_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    with torch.device("meta"):
+        create("timm:resnet18", 7)
+        monkeypatch.delattr(timm, "list_pretrained")
+        create("timm:resnet18", 7)
 
 
 def test_unknown_names_are_told_the_nearest() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import os
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,16 +68,17 @@ def is_external(name: str) -> bool:
 
 
 def split_entry(source: str | Path) -> tuple[Path, str | None]:
-    """The path and the entry that ``FILE:ENTRY`` names.
+    """The path, with ``~`` expanded, and the entry that ``FILE:ENTRY`` names.
 
-    The entry is None of a path that exists as it is, and where no file is named before the colon.
+    The entry is None of a path that exists as it is, and where no file is named before a colon.
     """
-    path, text = Path(source), str(source)
-    file, colon, entry = text.rpartition(":")
-    names_file = Path(file).is_file() or Path(file).suffix in SUFFIXES
-    if colon and entry and names_file and not path.exists():
-        return Path(file), entry
-    return path, None
+    text = os.path.expanduser(source)
+    if not Path(text).exists():
+        for colon in re.finditer(":(?=.)", text):
+            file = Path(text[: colon.start()])
+            if file.is_file() or file.suffix in SUFFIXES:
+                return file, text[colon.end() :]
+    return Path(text), None
 
 
 def is_checkpoint(source: str) -> bool:

@@ -7,6 +7,8 @@ recognised by the names and shapes of its tensors (``recognition``).
 from __future__ import annotations
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import warnings
@@ -24,7 +26,7 @@ from classroomkd.files import atomic_write
 from classroomkd.models import external, files, recognition
 from classroomkd.models.catalogue import is_external, split_entry
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.recognition import Match, shapes_of
+from classroomkd.models.recognition import Match, Shapes, shapes_of
 from classroomkd.models.registry import ZOO, build
 from classroomkd.models.states import COUNTER, State, entries, states, summary
 
@@ -93,6 +95,7 @@ def load_network(
     if not found:
         raise UserError(f"{path} holds no state dict, neither bare nor under any key")
     state, match = _recognised(found, content, path) if info is None else _own(found, info, path)
+    _require_weights(state, match, path)
     if num_classes not in (None, match.classes):
         raise UserError(
             f"{path} is a {match.architecture} for {match.classes} classes, but {num_classes} are "
@@ -111,6 +114,28 @@ def load_network(
     return model.eval(), info, match.architecture
 
 
+def _require_weights(state: State, match: Match, path: Path) -> None:
+    """Raise UserError if what fits a network by its names and shapes cannot be its weights."""
+    if match.classes == 0:
+        raise UserError(f"{path} is a {match.architecture} for 0 classes, which predicts nothing")
+    for name, theirs in match.names.items():
+        tensor = state.tensors[theirs]
+        wrong = (
+            "on the meta device, without values"
+            if tensor.is_meta
+            else "not dense"
+            if tensor.layout != torch.strided
+            else f"{tensor.dtype}"
+            if not tensor.is_floating_point() and not name.endswith(COUNTER)
+            else ""
+        )
+        if wrong:
+            raise UserError(
+                f"{path} is a {match.architecture} whose {theirs} is {wrong}: save its weights as "
+                "dense floating-point tensors"
+            )
+
+
 def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Match]:
     """The tensors of the network that a file of ours says it holds."""
     architecture, classes = info.architecture, len(info.classes)
@@ -127,24 +152,17 @@ def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Matc
             f"{min(wrong, key=len)}"
         )
     state = found[wrong.index("")]
-    names = {name: name for name in wanted if name in state.tensors}
+    given = shapes_of(state.tensors)
+    names = {name: name for name, shape in wanted.items() if given.get(name) == shape}
     return state, Match(architecture, classes, names)
 
 
 def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> tuple[State, Match]:
-    """The first tensors that fit a network, the zoo's before others."""
-    for state in found:
-        if match := recognition.find_in_zoo(shapes_of(state.tensors)):
-            return state, match
-    said = external.named(set(_texts(content)))
-    for state in found:
-        for name in said:
-            if match := recognition.fit(shapes_of(state.tensors), name):
-                return state, match
-    for library in ("tv", "timm"):
-        for state in found:
-            if match := recognition.find_elsewhere(shapes_of(state.tensors), library):
-                return state, match
+    """The tensors of the lowest rank that fit a network, the zoo's before others."""
+    texts = set(_texts(content))
+    for _, group in itertools.groupby(found, key=lambda state: state.rank):
+        if recognised := _first(list(group), texts):
+            return recognised
     nearest = {state.entry: recognition.nearest(shapes_of(state.tensors)) for state in found}
     state = max(found, key=lambda state: nearest[state.entry].similarity)
     near = nearest[state.entry]
@@ -157,6 +175,23 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     )
 
 
+def _first(found: list[State], texts: set[str]) -> tuple[State, Match] | None:
+    """The first that fits a network of the zoo, else one that ``texts`` name, else any other."""
+    for way in _ways(texts):
+        for state in found:
+            if match := way(shapes_of(state.tensors)):
+                return state, match
+    return None
+
+
+def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
+    yield recognition.find_in_zoo
+    for name in external.named(texts):  # imports timm, which takes seconds
+        yield functools.partial(recognition.fit, architecture=name)
+    for library in ("tv", "timm"):
+        yield functools.partial(recognition.find_elsewhere, library=library)
+
+
 def _told(
     path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
 ) -> Iterator[str]:
@@ -165,18 +200,14 @@ def _told(
         yield f"recognised as {match.architecture} by its names and shapes"
     if match.alike:
         yield (
-            f"{summary(match.alike)} would have the same: its logits are {match.architecture}'s "
-            "only if it is one"
+            f"{summary(match.alike)} would have the same: the logits are right only if it is "
+            f"{match.architecture}"
         )
+    beside = [other for other in found if not (state.holds(other) or other.holds(state))]
     others = [
         other.entry
-        for other in found
-        if not f"{other.entry}.".startswith(f"{state.entry}.")
-        and not f"{state.entry}.".startswith(f"{other.entry}.")
-        and (
-            recognition.find_in_zoo(shapes_of(other.tensors))
-            or recognition.fit(shapes_of(other.tensors), match.architecture)
-        )
+        for other in beside
+        if other.may_be_network and not any(o.holds(other) for o in beside if o is not other)
     ]
     if others:
         yield f"{state.entry} taken, not {summary(others)} (choose by {path}:{others[0]})"

@@ -73,7 +73,7 @@ def with_parts(library: str, parts: frozenset[str]) -> list[str]:
 def _words(module: str) -> frozenset[str]:
     """The words in the source of a module of timm and of those that it takes blocks from."""
     source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
-    words = set(re.findall(r"\w+", source))
+    words = set(re.findall(r"[A-Za-z_]\w*", source))
     return frozenset(
         words.union(*map(_words, set(re.findall(r"^from \.(\w+) import", source, re.M))))
     )
@@ -88,7 +88,7 @@ def build(name: str, num_classes: int) -> nn.Module:
         return _build(name, num_classes)
     except NotImplementedError:  # some constructors read tensors' values; meta tensors have none
         device = torch.get_default_device()
-        with torch.device("cpu"):
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return _build(name, num_classes).to(device)
 
 
@@ -163,13 +163,13 @@ def _find(name: str) -> tuple[ModuleType, str]:
     prefix, _, architecture = name.partition(":")
     models = import_torchvision("models")  # timm needs it too, and would not find it by itself
     if prefix == "tv":
-        library, known = models, models.list_models(module=models)
+        library, known = models, [name[len("tv:") :] for name in architectures("tv")]
     else:
         try:
             import timm as library
         except ImportError:
             raise UserError(f"{name} needs timm: pip install timm") from None
-        known = library.list_models() + library.list_pretrained()
+        known = _names_in_timm()
     if architecture not in known:
         nearest = difflib.get_close_matches(architecture.lower(), known, cutoff=0.0)
         raise UserError(
@@ -177,6 +177,14 @@ def _find(name: str) -> tuple[ModuleType, str]:
             + ", ".join(f"{prefix}:{near}" for near in nearest)
         )
     return library, architecture
+
+
+@functools.cache
+def _names_in_timm() -> dict[str, None]:
+    """All that timm builds, with or without a tag that says which weights."""
+    import timm
+
+    return dict.fromkeys(timm.list_models() + timm.list_pretrained())
 
 
 def _fetch(name: str, url: str, file_name: str, sha256: str | None = None) -> Path:

@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
-import importlib
-import pathlib
 import re
-import typing
 import warnings
 import zipfile
-from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import torch
 
@@ -24,10 +16,10 @@ from classroomkd.errors import UserError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file holds: of a .safetensors its tensors and, as ``__metadata__``, its metadata.
+    """What the file holds: of safetensors the tensors and, as ``__metadata__``, the metadata.
 
     Values are tensors on the CPU, numbers, text, and containers of such. Nothing that a file holds
-    is run: of classes only those of `_harmless` are made.
+    is run: of other common classes an empty stand-in is made, which keeps no value.
 
     Raises UserError, saying what the file is, if it is no checkpoint, is damaged, or holds another
     class; OSError if it cannot be read.
@@ -36,13 +28,15 @@ def read(path: Path) -> dict[str, Any]:
         start = file.read(512)
     if other := _other_kind(start):
         raise UserError(f"{path} {other}")
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path, start)
+    # The length of a header of JSON, in eight bytes, and the header.
+    is_safetensors = start[5:9] == b"\0\0\0{"
+    return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
 
 
 def _other_kind(start: bytes) -> str:
     """What the file is that begins so, if that is told at once and it is no checkpoint."""
     if not start:
-        return "is not a checkpoint: it is empty, or is damaged: fetch it again"
+        return "is not a checkpoint: it is empty: fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the checkpoint itself: run git lfs pull"
     text = start.lstrip().lower()
@@ -69,7 +63,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
             return content | {"__metadata__": file.metadata() or {}}
     except safetensors.SafetensorError as error:
         raise UserError(
-            f"{path} is not a safetensors file, is cut off, or is damaged: {error}"
+            f"{path} is not a safetensors file, or is truncated or damaged: {error}"
         ) from error
 
 
@@ -77,9 +71,13 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
     if start.startswith(b"PK\x03\x04"):
         _check_archive(path)
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_harmless()):
+        with (
+            path.open("rb") as file,  # of a path torch.load would look at the suffix
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(_ALLOWED),
+        ):
             warnings.simplefilter("ignore")  # about pickle protocols, before the error below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # bytes that are no pickle can fail in any way
@@ -90,19 +88,21 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
                 "loaded: save the network's state_dict() alone, where you trust the file"
             ) from error
         raise UserError(
-            f"{path} is not a checkpoint of tensors, is cut off, or is damaged"
+            f"{path} is not a checkpoint of tensors, or is truncated or damaged"
         ) from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    return {name: value for name, value in content.items() if name != "__metadata__"}
 
 
 def _check_archive(path: Path) -> None:
-    """Raise UserError of a zip archive that is cut off, or is not one of tensors."""
+    """Raise UserError of a zip archive that is truncated, or is not one of tensors."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2] for name in archive.namelist()}
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is not a whole archive: it is cut off, or is damaged: fetch it again"
+            f"{path} is not a whole archive: it is truncated or damaged: fetch it again"
         ) from error
     if "constants.pkl" in members:
         raise UserError(
@@ -113,43 +113,35 @@ def _check_archive(path: Path) -> None:
         raise UserError(f"{path} is a zip archive, not a checkpoint: unpack it")
 
 
-@functools.cache
-def _harmless() -> list[Any]:
-    """Classes and functions that may be called while a file is read; none runs code of the file's.
+class _Unread:
+    """Stands for a value beside the weights that is not looked at: nothing of it is kept."""
 
-    Paths are made as names only, of whatever system. Classes are listed under the names that older
-    and newer versions of their libraries give them, too.
-    """
-    allowed: list[Any] = [
-        argparse.Namespace,
-        np.dtype,
-        np.ndarray,
-        *{type(np.dtype(code)) for code in np.typecodes["All"] if code != "O"},
-        datetime.date,
-        datetime.datetime,
-        datetime.time,
-        datetime.timedelta,
-        datetime.timezone,
-    ]
-    for name in ("scalar", "_reconstruct"):
-        function = getattr(importlib.import_module("numpy.core.multiarray"), name)
-        allowed += [(function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")]
-    for name in ("PosixPath", "WindowsPath"):
-        pure = pathlib.PurePosixPath if name == "PosixPath" else pathlib.PureWindowsPath
-        allowed += [
-            (pure, f"{module}.{prefix}{name}")
-            for module in ("pathlib", "pathlib._local")
-            for prefix in ("", "Pure")
-        ]
-    with suppress(ImportError):
-        from omegaconf import DictConfig, ListConfig, base, nodes
+    def __init__(self, *_: object) -> None:
+        pass
 
-        # Their values are not looked at, so that no interpolation is resolved.
-        allowed += [DictConfig, ListConfig, base.Metadata, base.ContainerMetadata, typing.Any]
-        allowed += [kind for kind in vars(nodes).values() if _is_node(kind, base.Node)]
-        allowed += [defaultdict, bool, bytes, dict, float, int, list, str, tuple]
-    return allowed
+    def __setstate__(self, _: object) -> None:
+        pass
 
 
-def _is_node(kind: object, node: type) -> bool:
-    return isinstance(kind, type) and issubclass(kind, node)
+_UNREAD = {
+    "builtins": "bool bytes dict float frozenset int list str tuple",
+    "collections": "defaultdict",
+    "datetime": "date datetime time timedelta timezone",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "_reconstruct scalar",
+    "numpy._core.multiarray": "_reconstruct scalar",
+    "omegaconf.base": "ContainerMetadata Metadata UnionNode",
+    "omegaconf.dictconfig": "DictConfig",
+    "omegaconf.listconfig": "ListConfig",
+    "omegaconf.nodes": "AnyNode BooleanNode BytesNode EnumNode FloatNode IntegerNode "
+    "InterpolationResultNode PathNode StringNode",
+    "pathlib": "PosixPath PurePosixPath PureWindowsPath WindowsPath",
+    "pathlib._local": "PosixPath PurePosixPath PureWindowsPath WindowsPath",
+    "typing": "Any",
+}
+# The real ones would do more than hold a value: NumPy's states of arrays are trusted with memory,
+# and OmegaConf runs what an interpolation names. A Namespace may name the architecture.
+_ALLOWED: list[Any] = [
+    argparse.Namespace,
+    *((_Unread, f"{module}.{name}") for module in _UNREAD for name in _UNREAD[module].split()),
+]

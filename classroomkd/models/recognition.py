@@ -26,7 +26,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 # A count of classes that no other size in a network equals, by which classifiers are known.
 _CLASSES = 9973
-_TOLERANCE = 8  # parameters of other shapes in a network that still counts as near
+# Parameters of other shapes in a network under construction that can still be the one looked for,
+# since constructors of timm make a few that they discard, and in one that can be the nearest.
+_DISCARDED, _NEAR = 2, 8
 # What public repositories call the parts of the zoo's networks. Each set is taken as a whole.
 _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
@@ -86,8 +88,8 @@ def find_in_zoo(shapes: Shapes) -> Match | None:
 
 
 def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
-    """Likewise the network of "tv" or "timm"; of several the one of the shortest name."""
-    near = _near(library, *_traits(shapes))
+    """Likewise the network of "tv" or "timm"; of several, the one with the shortest name."""
+    near = _near(library, *_traits(shapes), tolerance=_DISCARDED)
     found = [match for name in near if (match := _fit(shapes, near[name], name))]
     found.sort(key=lambda match: (len(match.architecture), match.architecture))
     if found:
@@ -114,7 +116,11 @@ def _fit(shapes: Shapes, wanted: Shapes, architecture: str) -> Match | None:
             continue
         if found := _head(heads, rest):
             head, classes = found
-            names = {name: called[name] for name in wanted if name in called and name not in heads}
+            names = {
+                name: called[name]
+                for name, shape in wanted.items()  # a counter may be missing, or of another shape
+                if name not in heads and name in called and shapes[called[name]] == shape
+            }
             names |= {name: called[other] for name, other in head.items()}
             return Match(architecture, classes, names)
     return None
@@ -161,7 +167,8 @@ class Nearest(NamedTuple):
 def nearest(shapes: Shapes) -> Nearest:
     """The network that shares the largest part of its names and shapes with ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
-    candidates |= _near("tv", *_traits(shapes)) | _near("timm", *_traits(shapes))
+    for library in ("tv", "timm"):
+        candidates |= _near(library, *_traits(shapes), tolerance=_NEAR)
 
     def compared(name: str) -> Nearest:
         ours, theirs = candidates[name].items(), shapes.items()
@@ -209,13 +216,15 @@ def _traits(shapes: Shapes) -> tuple[Counts, frozenset[str]]:
 
 
 @functools.lru_cache(maxsize=16)
-def _near(library: str, counts: Counts, parts: frozenset[str]) -> dict[str, Shapes]:
-    """The networks of a library whose parts and parameters' shapes are nearly these."""
+def _near(
+    library: str, counts: Counts, parts: frozenset[str], *, tolerance: int
+) -> dict[str, Shapes]:
+    """The networks of a library whose parts are these, and all but a few parameters' shapes."""
     if sum(count for _, count in counts) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
         return {}
     found = {}
     for name in external.with_parts(library, parts):
-        with suppress(_DifferentError), _construction_of(Counter(dict(counts))):
+        with suppress(_DifferentError), _construction_of(Counter(dict(counts)), tolerance):
             found[name] = expected(name)
     return found
 
@@ -225,8 +234,8 @@ class _DifferentError(Exception):
 
 
 @contextmanager
-def _construction_of(shapes: Counter[tuple[int, ...]]) -> Iterator[None]:
-    """Building a network within it raises _DifferentError as soon as it is not near ``shapes``.
+def _construction_of(shapes: Counter[tuple[int, ...]], tolerance: int) -> Iterator[None]:
+    """Building a network within it raises _DifferentError once more parameters differ.
 
     So all of a library's networks can be tried: most of them differ within a few layers.
     """
@@ -240,7 +249,7 @@ def _construction_of(shapes: Counter[tuple[int, ...]]) -> Iterator[None]:
         if not _is_head(shape):
             left[shape] -= 1
             wrong += left[shape] < 0
-            if wrong > _TOLERANCE:
+            if wrong > tolerance:
                 raise _DifferentError
 
     handle = register_module_parameter_registration_hook(count)

@@ -14,12 +14,19 @@ _DEPTH = 4  # dicts within dicts
 FEWEST = 6  # tensors of a network that is looked for among others
 _SHOWN = 3  # names listed of each kind
 # Words of the names of what is no weight of a network: losses and metrics, what profilers count,
-# what averaging counts, and heads for the training only.
+# what averaging counts, what images are normalised by, and heads for the training only.
 _OTHER = re.compile(
     r"(^|[._])(criterion|loss|losses|metric|metrics|accuracy|acc)\d*([._]|$)"
-    r"|(^|\.)(n_averaged|total_ops|total_params|AuxLogits|aux\d|aux_logits|aux_classifier)(\.|$)"
+    r"|(^|\.)((pixel_)?(mean|std)$)|(^|\.)(n_averaged|total_ops|total_params|AuxLogits|aux\d|aux_logits|aux_classifier)(\.|$)"
 )
-_NOT_PLAIN = re.compile(r"ema|averag|swa|teacher|momentum|polyak|shadow", re.IGNORECASE)
+# Keys and prefixes of averages of weights, of another network's and of what an optimiser holds: a
+# word at the end of one, or before another that only says that these are weights.
+_NOT_PLAIN = re.compile(
+    r"(^|[._])(ema|swa|shadow|polyak|teacher|momentum|averaged?|avg|optimi[sz]er)\d*"
+    r"(_(model|net|network|module|backbone|encoder|state|states|dict|weights?|params?|parameters|"
+    r"buffers?|sq))*(\.|$)",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -27,24 +34,33 @@ class State:
     """Tensors by name, found at ``entry``: keys and prefixes joined by dots, "" for the file.
 
     ``left_out`` are the names, as in the file, of what lies beside them and is not among them.
+    ``rank`` is 0 of what was asked for: plain weights, at the entry given and not deeper.
     """
 
     entry: str
     tensors: dict[str, Tensor]
     left_out: list[str] = field(default_factory=list)
+    rank: int = 0
 
     @property
-    def is_plain(self) -> bool:
-        """Whether nothing says that these weights are averages of others, or another network's."""
-        return not _NOT_PLAIN.search(self.entry)
+    def may_be_network(self) -> bool:
+        """Whether there are enough tensors, and one that takes images."""
+        return len(self.tensors) >= FEWEST and _takes_images(self.tensors)
+
+    def holds(self, other: State) -> bool:
+        """Whether the other lies within this one, or is the same."""
+        return not self.entry or f"{other.entry}.".startswith(f"{self.entry}.")
 
 
 def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
-    """All that may be the state dict of a network, the plain ones first; of ``entry`` if given."""
+    """All that may be the state dict of a network, by rank; of ``entry`` if given."""
     found = [state for path, tensors in _holders(content) for state in _within(path, tensors)]
-    if entry is not None:
-        found = [state for state in found if f".{entry}." in f".{state.entry}."]
-    return sorted(found, key=lambda state: not state.is_plain)
+    asked = f".{entry}." if entry else "."
+    found = [state for state in found if asked in f".{state.entry}."]
+    for state in found:
+        before, _, beyond = f".{state.entry}.".partition(asked)
+        state.rank = 2 * bool(before) + bool(_NOT_PLAIN.search(f"{before}.{beyond}"))
+    return sorted(found, key=lambda state: state.rank)
 
 
 def entries(content: Mapping[str, Any]) -> list[str]:
@@ -65,7 +81,7 @@ def _holders(
     tensors = {
         name: value
         for name, value in content.items()
-        if isinstance(name, str) and isinstance(value, Tensor)
+        if isinstance(name, str) and isinstance(value, Tensor) and not value.is_nested
     }
     if tensors:
         yield path, tensors

@@ -177,7 +177,7 @@ def _require_images(source: str) -> None:
 def _require_checkpoint(source: str) -> None:
     """Raise UserError if there is no file or folder at ``source``."""
     path, _ = split_entry(source)
-    if not path.expanduser().exists():
+    if not path.exists():
         raise UserError(f"there is no checkpoint {path}")
 
 
