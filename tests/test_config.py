@@ -101,6 +101,7 @@ def test_defaults_are_the_published_recipe():
         ("trainings=3", "no key trainings: classroomkd config lists all keys$"),
         ("loss.ranking=class", "loss.ranking: .*'class'.*'sample', 'batch'"),
         ("loss.temperature=0", "loss: temperature must be greater than 0"),
+        ("loss.task_weight=-1", r"loss: task_weight must not be negative, got -1\.0$"),
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
         ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
         ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
@@ -183,6 +184,16 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
     again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
     assert again.method_options == catalogue.entry(method).options or method == "classroom"
     assert replace(again, method_options={}) == recipe
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_whole_numbers_weigh_the_task(tmp_path, weight):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"loss: {{task_weight: {weight}}}")
+    overrides = (f"loss.task_weight={weight}", f"loss={{task_weight: {weight}}}")
+    for recipe in (load_recipe(path), *(load_recipe(None, [one]) for one in overrides)):
+        assert recipe.loss.task_weight == weight
+        assert isinstance(recipe.loss.task_weight, float)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,9 @@ def layer(values: Mapping[str, Any]) -> Any:
         values["mentors"] = [
             mentor(one) if isinstance(one, str) else one for one in values["mentors"]
         ]
+    if isinstance(loss := values.get("loss"), Mapping) and type(loss.get("task_weight")) is int:
+        # OmegaConf takes a whole number for a float, but not where it could also be a text.
+        values["loss"] = {**loss, "task_weight": float(loss["task_weight"])}
     return OmegaConf.create(values)
 
 
@@ -54,8 +57,10 @@ def mentor(text: str) -> dict[str, Any]:
 
 def override(recipe: Any, key: str, value: Any) -> None:
     """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
-    if key == "mentors":
+    if key in ("mentors", "loss"):
         value = layer({key: value})[key]
+    elif key == "loss.task_weight":
+        value = layer({"loss": {"task_weight": value}}).loss.task_weight
     one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
     if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
