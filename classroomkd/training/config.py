@@ -15,6 +15,7 @@ of a key is the docstring below its field, which ``classroomkd config`` prints (
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -230,6 +231,12 @@ def load_recipe(
         if not says_mentor_epochs:
             merged.mentor_training.epochs = merged.training.epochs
         recipe = OmegaConf.to_object(merged)
+        # Of a file, whose method may be overridden, loss is kept; an override would do nothing.
+        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+        if idle and recipe.method != "classroom":
+            from classroomkd.training.keys import unused_loss
+
+            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
             key: layers.value_of(value) if isinstance(value, str) else value
