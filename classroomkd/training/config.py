@@ -216,14 +216,14 @@ def load_recipe(
         method = chosen[-1] if chosen else merged.method
         for item in overrides:
             key, equals, _ = item.partition("=")
-            if not equals:
+            if not equals or not key:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
                 layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
-                reason = str(error).splitlines()[0]
+                reason = " ".join(str(error).split())
                 raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
         says_mentor_epochs |= any(
             item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
@@ -249,8 +249,7 @@ def load_recipe(
 
         raise UserError(f"{where}{unknown_key(error.full_key, method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{key}{layers.reason(error)}") from None
+        raise UserError(f"{where}{layers.reason(error)}") from None
     _check(recipe, where)
     data = recipe.data
     if data.padding is None:
