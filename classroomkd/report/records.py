@@ -130,20 +130,25 @@ def label(phase: str, name: str, method: str = "classroom") -> str:
     return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, taught)
 
 
-def read_run(folder: Path) -> Run:
-    """Read ``folder``; raises UserError if its records or summary cannot be read."""
-    folder = Path(folder)
+def require_records(folder: Path) -> None:
+    """Raise UserError if there is no ``folder`` or it holds no metrics.jsonl."""
     if not folder.is_dir():
         raise UserError(
             f"no run folder at {folder}: give the folder that a training run has written"
         )
-    metrics, summary, config = (
-        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
-    )
-    if not metrics.is_file():
+    if not (folder / "metrics.jsonl").is_file():
         raise UserError(
             f"no metrics.jsonl in {folder}: give the folder that a training run has written"
         )
+
+
+def read_run(folder: Path) -> Run:
+    """Read ``folder``; raises UserError if its records or summary cannot be read."""
+    folder = Path(folder)
+    require_records(folder)
+    metrics, summary, config = (
+        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
+    )
     try:
         finished = _summary(summary) if summary.is_file() else None
         curves, unreadable = _read_metrics(metrics)

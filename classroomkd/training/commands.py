@@ -308,6 +308,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page of a run, or one that compares several."""
+    from classroomkd.report.records import require_records
+
+    for folder in arguments.runs:  # before the plots' library is imported, which takes long
+        require_records(folder)
     from classroomkd.report import write_report
 
     print(f"report: {write_report(arguments.runs, arguments.out)}")
