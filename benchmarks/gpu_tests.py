@@ -67,8 +67,12 @@ def main() -> int:
             log.seek(0)
             lines = log.read().splitlines()
             skipped |= {line for line in lines if line.startswith("SKIPPED")}
-            totals.update({what: int(n) for n, what in re.findall(r"(\d+) (\w+)", lines[-1])})
-            out_of_time = any("out of time" in line for line in lines)
+            totals.update(
+                {what: int(n) for n, what in re.findall(r"(\d+) (\w+)", "".join(lines[-1:]))}
+            )
+            out_of_time = any(
+                re.fullmatch(r"!+ Interrupted: out of time !+", line) for line in lines
+            )
             if code not in (0, 5) and not (code == 2 and out_of_time):  # 5: no test in its share
                 failed = True
                 print(*lines, sep="\n")

@@ -8,9 +8,9 @@
 # each benchmark (JSON), of the reproduction, and log.txt with all that was printed.
 #
 # Nothing is installed or downloaded. Parts need torch with its Triton, and: tests pytest, loaders
-# numpy and numba, step and reproduce what the trainer needs. What lacks a package is left out, and
-# the summary says so. With liger-kernel, torchvision, or FFCV and opencv-python-headless there are
-# more rows; FFCV_WHEEL=FILE in the environment installs FFCV first, from what
+# numpy and numba, step and reproduce what the trainer needs. Where the trainer lacks a package its
+# parts are left out, and the summary says so. With liger-kernel, torchvision, or FFCV and
+# opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the environment installs FFCV first, from what
 # scripts/build_ffcv_wheel.sh built. With DATA=FOLDER, class folders, reproduce compares students on
 # them over EPOCHS (24); their runs go to OUT-runs, where a further call goes on. PYTHON names the
 # interpreter. Without a GPU it takes small sizes on the CPU, which shows only that the scripts work.
@@ -36,6 +36,7 @@ while [[ $# -gt 0 ]]; do
         ;;
     --parts)
         parts=${2//,/ }
+        [[ ${parts// /} ]] || usage "--parts: no part is named"
         for name in $parts; do
             [[ -n ${weights[$name]-} ]] || usage "--parts: no part '$name'"
         done
@@ -105,7 +106,7 @@ part() {
     elif [[ $code -ne 0 ]]; then
         absent=$(tail -n 1 "$scratch/log" | sed -nE "s/.*No module named '?([A-Za-z0-9_]+).*/\1/p")
         case $absent in
-        omegaconf | yaml | rich | safetensors | PIL | plotly | numpy | numba | pytest | sklearn)
+        omegaconf | yaml | rich | safetensors | PIL | plotly | sklearn)
             result="left out: needs $absent"
             ;;
         *)

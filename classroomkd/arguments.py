@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, as every other mistake of the user's."""
 
     intermixed = False  # positional arguments that come in several places, before and after options
-    names: Callable[[], str] | None = None  # the end of the help, which takes longer to make
+    more_help: Callable[[], str] | None = None  # the end of the help, which takes longer to make
     keys: Callable[[str], list[str]] | None = None  # of a recipe, that an unknown option may mean
     _parsing = False
 
@@ -59,8 +59,8 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def format_help(self) -> str:
-        if self.names:
-            self.epilog = self.names()
+        if self.more_help:
+            self.epilog = self.more_help()
         return super().format_help()
 
 

@@ -42,8 +42,8 @@ def methods(_: argparse.Namespace) -> None:
     for name in catalogue.names():
         entry = catalogue.entry(name)
         print(f"method={name}")
-        heard = " Only the first mentor teaches." if entry.single_mentor else ""
-        for paragraph in (f"{entry.title}{heard}", f"loss: {entry.loss}", entry.source):
+        note = " Only the first mentor teaches." if entry.single_mentor else ""
+        for paragraph in (f"{entry.title}{note}", f"loss: {entry.loss}", entry.source):
             _print(paragraph, 2)
         for key in options(name):
             print(f"    {key.name}={key.value}  ({key.kind})")

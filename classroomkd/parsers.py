@@ -133,7 +133,7 @@ def make_parser() -> Parser:
     def listing(name: str, what: str) -> Parser:
         return command_of(commands, "classroomkd.listings", name, what)
 
-    listing("recipes", "list the recipes that come along")
+    listing("recipes", "list the packaged recipes")
     listing("models", "list the networks of the zoo and how many parameters they have")
     listing("methods", "list the methods of distillation with their options")
     listing("config", "list every key of a recipe with its value and meaning").add_argument(
@@ -150,7 +150,7 @@ def make_parser() -> Parser:
 
 def _add_recipe_options(parser: Parser) -> None:
     """What makes a recipe. None has a default, for those are the recipe's."""
-    parser.names = names.networks
+    parser.more_help = names.networks
     parser.keys = names.keys
     parser.intermixed = True
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the networks' lines
@@ -239,7 +239,7 @@ def _add_reproduce(commands: Any) -> None:
     parser.keys = names.keys_of_tables
     parser.intermixed = True
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
-    parser.names = names.variants
+    parser.more_help = names.variants
     parser.add_argument(
         "table",
         metavar="TABLE",

@@ -738,6 +738,7 @@ def test_run_gpu_takes_parts_by_name(tmp_path):
     assert {part for part, command in PARTS.items() if command in lines} == {"step", "roofline"}
     for options, reason in (
         (("out", "--parts", "lose"), "no part 'lose'"),
+        (("out", "--parts", ""), "no part is named"),
         (("out", "--parts", "reproduce"), "reproduce needs DATA=FOLDER"),
         (("out", "--minutes", "a"), "a whole number, not 'a'"),
         (("out", "--minute", "3"), "--minute"),
@@ -768,6 +769,21 @@ def test_run_gpu_says_what_it_left_out(tmp_path):
     assert absent in (tmp_path / "out/log.txt").read_text()
     result = run_gpu(tmp_path, "out", "--parts", "step")
     assert result.returncode == 0
+
+
+def test_run_gpu_fails_without_what_it_measures_with(tmp_path):
+    """numba and pytest are its own needs: to leave those parts out would pass for a whole run."""
+    scripted(
+        tmp_path,
+        """case "$*" in
+        *loaders.py*) echo "ModuleNotFoundError: No module named 'numba'" >&2; exit 1;;
+        *gpu_tests.py*) echo "No module named pytest" >&2; exit 1;;
+        esac""",
+    )
+    result = run_gpu(tmp_path, "out", "--parts", "tests,loaders")
+    assert result.returncode == 1
+    for part in ("tests", "loaders"):
+        assert re.search(rf"^{part} .* failed \(1\)", result.stdout, re.MULTILINE)
 
 
 def test_run_gpu_ends_in_time(tmp_path):

@@ -316,6 +316,12 @@ def test_config_lists_the_values_of_a_recipe(tmp_path, capsys):
     assert "the nearest are small-large-batch" in capsys.readouterr().err
 
 
+def test_report_looks_at_its_folders_first(tmp_path):
+    result = without_torch("report", "nope", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no run folder at nope" in result.stderr
+
+
 def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """The command in a process in which torch, and what else takes long, cannot be imported."""
     blocked = ("torch", "torchvision", "triton", "numba", "sklearn", "timm", "plotly")

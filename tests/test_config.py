@@ -101,6 +101,7 @@ def test_defaults_are_the_published_recipe():
         ("trainings=3", "no key trainings: classroomkd config lists all keys$"),
         ("loss.ranking=class", "loss.ranking: .*'class'.*'sample', 'batch'"),
         ("loss.temperature=0", "loss: temperature must be greater than 0"),
+        ("loss.task_weight=-1", r"loss: task_weight must not be negative, got -1\.0$"),
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
         ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
         ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
@@ -125,6 +126,13 @@ def test_defaults_are_the_published_recipe():
         ("mentors.7.epochs=1", "there are 2 mentors, counted from 0"),
         ("threads=0", "threads must be 1 to 1024, not 0"),
         ("threads=99999999999", "threads must be 1 to 1024, not 99999999999"),
+        ("=3", "an override is like training.epochs=60, not '=3'"),
+        ("seed=???", r"seed: needs a value: \?\?\? stands for none$"),
+        ("method=[a]", r"method: must be one text, not \['a'\]$"),
+        ("student=${nope}", r"student: there is no key nope for \$\{nope\} to stand for$"),
+        ("student=${", r"cannot take the override 'student=\$\{': \$\{…\} is for another key"),
+        ("loss=foo", "recipe.yaml: loss must be like {name: value}, not foo$"),
+        ("training.epochs={a: b", "it is not YAML: .*; quote it or close its brackets"),
         ("mentors.x=3", r"cannot take the override 'mentors\.x=3'"),
         ("student=[", r"cannot take the override 'student=\['"),
         ("training.weight_decay=inf", r"training\.weight_decay must be ≥ 0, not inf"),
@@ -146,6 +154,9 @@ def test_values_that_cannot_be(file, override, message):
         ("method=dkd alpha=2", "did you mean method_options.alpha=2?"),
         ("method=dkd method_options.alpa=2", "temperature, alpha, beta, ce_weight"),
         ("alpha=2", "method_options.alpha is for method=ca_mkd, method=dtkd or method=dkd"),
+        ("method=kd loss.temperature=4", "did you mean method_options.temperature=4?"),
+        ("loss.ranking=batch method=kd", "loss.ranking is for method=classroom, not method=kd: "),
+        ("method=kd loss={}", "classroomkd config method=kd lists its options"),
         ("method=dkd ranking=batch", "loss.ranking is for method=classroom"),
         (
             "weight_decay=0",
@@ -160,7 +171,7 @@ def test_values_that_cannot_be(file, override, message):
 )
 def test_a_key_that_there_is_not_hints_at_those_there_are(file, override, hint):
     with pytest.raises(UserError) as caught:
-        load_recipe(file, override.split() if "{" not in override else [override])
+        load_recipe(file, override.split() if ": " not in override else [override])
     assert hint in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -186,7 +197,18 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
     }
     again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
     assert again.method_options == catalogue.entry(method).options or method == "classroom"
-    assert replace(again, method_options={}) == recipe
+    loss = again.loss if method == "classroom" else recipe.loss  # which only a file sets there
+    assert replace(again, method_options={}, loss=loss) == recipe
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_whole_numbers_weigh_the_task(tmp_path, weight):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"loss: {{task_weight: {weight}}}")
+    overrides = (f"loss.task_weight={weight}", f"loss={{task_weight: {weight}}}")
+    for recipe in (load_recipe(path), *(load_recipe(None, [one]) for one in overrides)):
+        assert recipe.loss.task_weight == weight
+        assert isinstance(recipe.loss.task_weight, float)
 
 
 @pytest.mark.parametrize(

@@ -73,9 +73,9 @@ def test_only_the_mentors_that_a_method_asks_for_are_trained(
         assert "mentors" not in records(tmp_path / "run")[-1]
 
 
-def test_who_is_not_heard_is_told(tmp_path):
+def test_mentors_that_are_not_used_are_told(tmp_path):
     _, text = hold(tmp_path / "run", "mentors=[resnet8,resnet14]", "method=kd", "training.epochs=1")
-    assert "method kd hears resnet8 only: the others are left out" in text
+    assert "method kd uses the mentor resnet8 only; the others are not loaded" in text
 
 
 def test_without_the_student_alone(tmp_path, trained):

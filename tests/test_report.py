@@ -430,6 +430,41 @@ def test_folder_that_is_not_a_run(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text", ['{"data": 3, "results": 4}', "{}", "[]", "3", '{"data": {}, "results": []}']
+)
+def test_summary_of_no_run(tmp_path, text):
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").write_text(text)
+    with pytest.raises(UserError, match=r"summary\.json is no run's summary: delete it"):
+        write_report(tmp_path / "run")
+
+
+@pytest.mark.parametrize("damage", [{"test_top1": "x"}, {"epoch": "x"}, {"mentors": {"a": 3}}])
+def test_damaged_records_are_told_and_left_out(tmp_path, damage):
+    records, _ = make_run(tmp_path / "run")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(records[-1] | damage) + "\n")
+    page = write_report(tmp_path / "run").read_text()
+    assert f"left out: line {len(records) + 1} of metrics.jsonl" in page
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml", "starts.jsonl"])
+def test_files_that_may_not_be_read_are_named(tmp_path, monkeypatch, name):
+    make_run(tmp_path / "run")
+    denied, opened = tmp_path / "run" / name, io.open
+    denied.touch()
+
+    def deny(path, *args, **kwargs):
+        if Path(path) == denied:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", deny)  # root may read whatever its permissions
+    with pytest.raises(UserError, match=rf"cannot read .*{name}: Permission denied"):
+        write_report(tmp_path / "run")
+
+
 CLASSES = [f"class {number}" for number in range(9)] + ["<b>&amp;"]
 
 

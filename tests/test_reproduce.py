@@ -346,6 +346,20 @@ def test_published_numbers_are_those_of_recipes():
         assert numbers.alone < numbers.kd < numbers.best
 
 
+def test_the_loss_given_for_all_rows_is_of_those_that_have_it(tiny):
+    plan = make_plan(
+        "main",
+        classrooms=[str(tiny)],
+        method_names=["kd", "classroom"],
+        seeds=[0],
+        overrides=["loss.temperature=7"],
+    )
+    kd, classroom = plan.runs
+    assert "loss.temperature=7" not in kd.arguments
+    assert "loss.temperature=7" in classroom.arguments
+    assert classroom.recipe.loss.temperature == 7
+
+
 def test_the_estimate(tmp_path, tiny):
     plan = make_plan("main", classrooms=[str(tiny)], method_names=["alone", "kd"], seeds=[0])
     alone, kd = plan.runs

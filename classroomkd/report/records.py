@@ -130,30 +130,60 @@ def label(phase: str, name: str, method: str = "classroom") -> str:
     return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, taught)
 
 
-def read_run(folder: Path) -> Run:
-    """Read ``folder``; raises UserError if it holds no records or a summary that is not JSON."""
-    folder = Path(folder)
+def require_records(folder: Path) -> None:
+    """Raise UserError if there is no ``folder`` or it holds no metrics.jsonl."""
     if not folder.is_dir():
         raise UserError(
             f"no run folder at {folder}: give the folder that a training run has written"
         )
-    metrics, summary, config = (
-        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
-    )
-    if not metrics.is_file():
+    if not (folder / "metrics.jsonl").is_file():
         raise UserError(
             f"no metrics.jsonl in {folder}: give the folder that a training run has written"
         )
+
+
+def read_run(folder: Path) -> Run:
+    """Read ``folder``; raises UserError if its records or summary cannot be read."""
+    folder = Path(folder)
+    require_records(folder)
+    metrics, summary, config = (
+        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
+    )
     try:
-        finished = json.loads(summary.read_bytes()) if summary.is_file() else None
+        finished = _summary(summary) if summary.is_file() else None
+        curves, unreadable = _read_metrics(metrics)
+        text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
+        starts = _starts(folder / "starts.jsonl")
+    except OSError as error:
+        raise UserError(
+            f"cannot read {error.filename}: {error.strerror}; make it readable to report the run"
+        ) from None
+    return Run(folder, text, _digests(folder), finished, curves, unreadable, starts)
+
+
+def _summary(path: Path) -> dict:
+    """A finished run's summary; UserError if the report cannot be made from it."""
+    try:
+        found = json.loads(path.read_bytes())
     except ValueError as error:
         raise UserError(
-            f"{summary} is not JSON ({error}): delete it to report the run without it"
+            f"{path} is not JSON ({error}): delete it to report the run without it"
         ) from None
-    curves, unreadable = _read_metrics(metrics)
-    text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
-    starts = _starts(folder / "starts.jsonl")
-    return Run(folder, text, _digests(folder), finished, curves, unreadable, starts)
+    try:
+        data, results = found["data"], found["results"]
+        fine = (
+            isinstance(data["name"], str)
+            and all(isinstance(data[key], int) for key in ("classes", "test_images"))
+            and data["test_images"] > 0
+            and isinstance(results, list)
+            and all({"phase", "name", "epochs"} <= result.keys() for result in results)
+            and not any(isinstance(result.get("top1"), str) for result in results)
+        )
+    except (AttributeError, KeyError, TypeError):
+        fine = False
+    if not fine:
+        raise UserError(f"{path} is no run's summary: delete it to report the run without it")
+    return found
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -171,15 +201,28 @@ def _starts(path: Path) -> list[dict]:
     return [start for start in found if isinstance(start, dict)]
 
 
+def _require_epoch(record: Any) -> None:
+    """Raise KeyError or TypeError for what is no record of an epoch."""
+    texts = {name for name, value in record.items() if isinstance(value, str)}
+    mentors = record.get("mentors") or {}
+    if (
+        texts != {"phase", "name"}
+        or not isinstance(record["epoch"], int)
+        or not all(isinstance(of, dict) for of in mentors.values())
+    ):
+        raise TypeError
+
+
 def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[int]]:
     epochs: dict[tuple[str, str], dict[int, dict]] = {}
     unreadable = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity are gaps
+            _require_epoch(record)
             # A resumed run may record again an epoch that it had not yet saved: the last stands.
             epochs.setdefault((record["phase"], record["name"]), {})[record["epoch"]] = record
-        except (ValueError, KeyError, TypeError):  # a killed run leaves half a line
+        except (ValueError, AttributeError, KeyError, TypeError):  # a killed run leaves half a line
             unreadable.append(number)
     curves = {
         key: [by_epoch[epoch] for epoch in sorted(by_epoch)]

@@ -187,6 +187,8 @@ def _epochs(recipe: Recipe, epochs: int | None) -> list[str]:
 def _settled(classroom: str, common: list[str], variant: Variant) -> tuple[tuple[str, ...], Recipe]:
     """The arguments that make a variant of a classroom, all but the seed, and its recipe."""
     overrides = [*common, *variant.overrides, f"method={variant.method}"]
+    if variant.method != "classroom":  # whose options, given for all rows, other methods lack
+        overrides = [item for item in overrides if not item.startswith(("loss.", "loss="))]
     recipe = load_recipe(recipes.find(classroom), overrides)
     return ("train", "--recipe", classroom, *overrides), recipe
 

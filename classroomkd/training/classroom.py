@@ -134,10 +134,12 @@ class Classroom:
         """
         recipe, data = self.recipe, self.recipe.data
         if len(self.mentors) < len(recipe.mentors):
-            heard = (
-                f"{self.mentors[0].name} only: the others" if self.mentors else "no mentor: they"
+            used = (
+                f"the mentor {self.mentors[0].name} only; the others"
+                if self.mentors
+                else "no mentor; they"
             )
-            self._print(f"method {recipe.method} hears {heard} are left out")
+            self._print(f"method {recipe.method} uses {used} are not loaded")
         mean, std = (data.mean, data.std) if data.mean else channel_statistics(train_set)
         self._info = NetworkInfo(
             recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size

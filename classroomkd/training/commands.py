@@ -63,7 +63,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
             "threads": 1,
         }
     )
-    _hold(recipe, arguments.out, "quickstart")
+    _train_recipe(recipe, arguments.out, "quickstart")
 
 
 # The options of train that stand for values of its recipe.
@@ -102,13 +102,13 @@ def train(arguments: argparse.Namespace) -> None:
     recipe = _recipe(arguments)
     if not recipe.student:
         _lacks(arguments, "--student")
-    _hold(recipe, arguments.out, "train", download=_given(arguments).get("download"))
+    _train_recipe(recipe, arguments.out, "train", download=_given(arguments).get("download"))
 
 
 def mentors(arguments: argparse.Namespace) -> None:
     """Train the mentors of a recipe one after another, so that runs find them in the store."""
     download = _given(arguments).get("download")
-    _hold(mentors_recipe(arguments), arguments.out, "mentors", download=download)
+    _train_recipe(mentors_recipe(arguments), arguments.out, "mentors", download=download)
 
 
 def mentors_recipe(arguments: argparse.Namespace) -> Recipe:
@@ -189,7 +189,7 @@ def _lacks(arguments: argparse.Namespace, option: str) -> None:
     arguments.parser.error(f"{option} is required, here or in a --recipe")
 
 
-def _hold(
+def _train_recipe(
     recipe: Recipe,
     out: Path | None,
     default_out: str,
@@ -308,6 +308,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Write the page of a run, or one that compares several."""
+    from classroomkd.report.records import require_records
+
+    for folder in arguments.runs:  # before the plots' library is imported, which takes long
+        require_records(folder)
     from classroomkd.report import write_report
 
     print(f"report: {write_report(arguments.runs, arguments.out)}")

@@ -15,6 +15,7 @@ of a key is the docstring below its field, which ``classroomkd config`` prints (
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -222,14 +223,14 @@ def load_recipe(
         method = chosen[-1] if chosen else merged.method
         for item in overrides:
             key, equals, _ = item.partition("=")
-            if not equals:
+            if not equals or not key:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
                 layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
-                reason = str(error).splitlines()[0]
+                reason = " ".join(str(error).split())
                 raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
         says_mentor_epochs |= any(
             item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
@@ -237,6 +238,12 @@ def load_recipe(
         if not says_mentor_epochs:
             merged.mentor_training.epochs = merged.training.epochs
         recipe = OmegaConf.to_object(merged)
+        # Of a file, whose method may be overridden, loss is kept; an override would do nothing.
+        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+        if idle and recipe.method != "classroom":
+            from classroomkd.training.keys import unused_loss
+
+            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
             key: layers.value_of(value) if isinstance(value, str) else value
@@ -249,8 +256,7 @@ def load_recipe(
 
         raise UserError(f"{where}{unknown_key(error.full_key, method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
-        key = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
-        raise UserError(f"{where}{key}{layers.reason(error)}") from None
+        raise UserError(f"{where}{layers.reason(error)}") from None
     _check(recipe, where)
     data = recipe.data
     if data.padding is None:

@@ -63,9 +63,8 @@ def recorded_source(network: Path) -> str:
 def _recorded(network: Path) -> tuple[dict[str, Any], str]:
     for folder in (network, *network.absolute().parents[:3]):
         config = None
-        if (folder / "config.yaml").is_file():
-            with suppress(yaml.YAMLError):
-                config = yaml.safe_load((folder / "config.yaml").read_bytes())
+        with suppress(OSError, yaml.YAMLError):
+            config = yaml.safe_load((folder / "config.yaml").read_bytes())
         if isinstance(config, dict):
             data = config["data"] if isinstance(config.get("data"), dict) else {}
             seed, share = data.get("split_seed"), data.get("test_share")

@@ -47,7 +47,7 @@ class Key:
 
 
 def keys(recipe: Recipe) -> list[Key]:
-    """All keys, in order, with the values of ``recipe``; of its method's options all too."""
+    """All keys, in order, with the values of ``recipe``, and all options of its method alone."""
     return list(_keys(Recipe, recipe, ""))
 
 
@@ -63,6 +63,8 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
         meanings = catalogue.entry("classroom").meanings
     for name, hint in get_type_hints(kind).items():
         value = None if values is None else getattr(values, name)
+        if hint is LossConfig and values.method != "classroom":
+            continue
         if is_dataclass(hint):
             yield from _keys(hint, value, f"{prefix}{name}.")
             continue
@@ -120,8 +122,7 @@ def suggestions(name: str, method: str = "classroom") -> list[str]:
     method that the recipe does not have are none of them.
     """
     recipe = Recipe(method=method if method in catalogue.names() else "classroom")
-    unused = "method_options." if recipe.method == "classroom" else "loss."
-    known = [key.name for key in keys(recipe) if not key.name.startswith(unused)]
+    known = [key.name for key in keys(recipe)]
     likeness = {key: _likeness(key, name) for key in known}
     if same := [key for key in known if _last(key) == _last(name)]:
         return sorted(same, key=lambda key: -likeness[key])
@@ -157,6 +158,18 @@ def unknown_key(name: str, method: str, override: str = "") -> str:
     else:
         hint = "classroomkd config lists all keys"
     return f"there is no key {key}: {hint}"
+
+
+def unused_loss(override: str, method: str) -> str:
+    """What is wrong with an ``override`` of loss in a recipe of another ``method``."""
+    key, _, value = override.partition("=")
+    option, known = _last(key), catalogue.entry(method).options
+    hint = (
+        f"did you mean method_options.{option}={value}?"
+        if option in known
+        else f"classroomkd config method={method} lists its options"
+    )
+    return f"{key} is for method=classroom, not method={method}: {hint}"
 
 
 def _last(name: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import GrammarParseError
 
 from classroomkd.errors import UserError
 
@@ -41,6 +42,9 @@ def layer(values: Mapping[str, Any]) -> Any:
         values["mentors"] = [
             mentor(one) if isinstance(one, str) else one for one in values["mentors"]
         ]
+    if isinstance(loss := values.get("loss"), Mapping) and type(loss.get("task_weight")) is int:
+        # OmegaConf takes a whole number for a float, but not where it could also be a text.
+        values["loss"] = {**loss, "task_weight": float(loss["task_weight"])}
     return OmegaConf.create(values)
 
 
@@ -54,8 +58,10 @@ def mentor(text: str) -> dict[str, Any]:
 
 def override(recipe: Any, key: str, value: Any) -> None:
     """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
-    if key == "mentors":
+    if key in ("mentors", "loss"):
         value = layer({key: value})[key]
+    elif key == "loss.task_weight":
+        value = layer({"loss": {"task_weight": value}}).loss.task_weight
     one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
     if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
@@ -66,14 +72,29 @@ def override(recipe: Any, key: str, value: Any) -> None:
 
 
 def value_of(text: str) -> Any:
-    """As OmegaConf reads values, in which 1e-4 is a number."""
-    return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
+    """As OmegaConf reads values, in which 1e-4 is a number; ValueError if it cannot be read."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(
+            f"it is not YAML: {error.problem}; quote it or close its brackets"
+        ) from None
+    except GrammarParseError:
+        raise ValueError("${…} is for another key, like ${seed}") from None
 
 
 def reason(error: Exception) -> str:
-    """What OmegaConf says of a value, in words of recipes where it speaks of its own classes."""
-    text = str(error).splitlines()[0]
+    """Which key OmegaConf refuses and why, in words of recipes where it speaks of its classes."""
+    text, key = str(error).splitlines()[0], getattr(error, "full_key", None)
+    where = f"{key}: " if key else ""
     if "is not a ListConfig" in text:
-        return "must be a list, like [a,b]"
-    wrong = re.search(r"is not a subclass of (\w+)Config\. value: (.*)", text)
-    return f"{wrong[1].lower()} must be like {{name: value}}, not {wrong[2]}" if wrong else text
+        return f"{where}must be a list, like [a,b]"
+    if "Cannot convert" in text and "to string" in text:
+        return f"{where}must be one text, not {text.partition('string: ')[2][1:-1]}"
+    if "missing mandatory value" in text:
+        return f"{where}needs a value: ??? stands for none"
+    if name := re.search(r"Interpolation key '(.*)' not found", text):
+        return f"{where}there is no key {name[1]} for ${{{name[1]}}} to stand for"
+    if wrong := re.search(r"is not a subclass of (\w+)Config\. value: (.*)", text):
+        return f"{key or wrong[1].lower()} must be like {{name: value}}, not {wrong[2]}"
+    return f"{where}{text}"

@@ -3,8 +3,8 @@
     method = create("kd", temperature=4.0)
     loss, report = method.backward(Outputs(student_logits), [Outputs(teacher_logits)], targets)
 
-A file a method; ``base`` has the interface and the terms that several share, ``registry`` builds
-one by its name, and ``catalogue`` says without torch which there are, and what they take.
+One file per method; ``base`` has the interface and the terms that several share, ``registry``
+builds one by its name, and ``catalogue`` says without torch which there are, and what they take.
 """
 
 from typing import TYPE_CHECKING
