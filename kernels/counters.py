@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -60,12 +61,14 @@ class _Counters:
 
 
 _counters: dict[torch.device, _Counters] = {}
+_lock = threading.Lock()  # streams are per thread: several may ask at once
 
 
 def counter(device: torch.device) -> Tensor:
     """A counter for a launch on the device's current stream."""
     if device.type != "cuda":  # the interpreter, or tensors that only describe a launch
         return torch.zeros(1, dtype=torch.int32, device=device)
-    if device not in _counters:
-        _counters[device] = _Counters(device)
-    return _counters[device].take(torch.cuda.current_stream(device))
+    with _lock:
+        if device not in _counters:
+            _counters[device] = _Counters(device)
+        return _counters[device].take(torch.cuda.current_stream(device))

@@ -129,9 +129,11 @@ def plan_lesson(
 
     if MENTORING == "dtkd":
         both_positive = (s_max > 0.0) & (m_max > 0.0)
-        middle = 0.5 * s_max + 0.5 * m_max
-        tau_m = tl.where(both_positive, m_max / middle * temperature, temperature)
-        tau_s = tl.where(both_positive, s_max / middle * temperature, temperature)
+        # Of 2 · T · x_m / (x_s + x_m) the sum may be beyond float32, and its half may be 0.
+        tau_m = 2.0 * temperature / (1.0 + s_max / m_max)
+        tau_s = 2.0 * temperature / (1.0 + m_max / s_max)
+        tau_m = tl.where(both_positive, tau_m, temperature)
+        tau_s = tl.where(both_positive, tau_s, temperature)
     else:
         if MENTORING == "adaptive":
             tau_m = 1.0 + temperature * lead

@@ -1,6 +1,6 @@
 """Launching the kernels: block sizes, strides, outputs. Nothing here reads a value off the device.
 
-Tensors come checked (``classroomkd/loss/options.py``) and are float32, float16 or bfloat16.
+Tensors come checked (``classroomkd/loss/inputs.py``) and are float32, float16 or bfloat16.
 """
 
 from __future__ import annotations

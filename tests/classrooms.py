@@ -75,3 +75,7 @@ def probabilities(n_rows: int, n_classes: int, seed: int = 0) -> Tensor:
     values = torch.where(values < 0.3, 0.0, values)
     values[:, 0] += 1e-3
     return values / values.sum(1, keepdim=True)
+
+
+# Largest logits of student and mentor half of whose sum, or whose sum, float32 cannot hold.
+EXTREME_MAXIMA = [(1e-45, 1e-45), (1e-45, 3e-45), (1e-45, 1.0), (1.0, 1e-45), (2e38, 3e38)]

@@ -12,7 +12,7 @@ from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss.definition import classroom_weights, weighted_row_loss
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
-from classrooms import OPTIONS, classroom, probabilities
+from classrooms import EXTREME_MAXIMA, OPTIONS, classroom, probabilities
 
 GOLDEN = np.load(Path(__file__).parent / "data" / "loss_released.npz")
 GOLDEN_OPTIONS = {
@@ -190,6 +190,15 @@ def test_float32_bears_every_temperature(n_classes, temperature, mentoring):
             exact = classroom_loss(student.double(), [mentor.double()], targets, **options)
             assert (loss >= 0).all()
             assert ((loss - exact).abs() <= 1e-3 * exact.clamp_min(1.0)).all()
+
+
+@pytest.mark.parametrize(("x_s", "x_m"), EXTREME_MAXIMA)
+def test_dtkd_of_extreme_maxima(x_s, x_m):
+    student, mentor = torch.tensor([[x_s, -1.0, -2.0]]), torch.tensor([[x_m, -3.0, -1.0]])
+    options = {"mentoring": "dtkd", "knowledge_filter": "none"}
+    exact = classroom_loss(student.double(), [mentor.double()], torch.tensor([0]), **options)
+    loss = classroom_loss(student, [mentor], torch.tensor([0]), **options)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 def test_ignored_rows_count_nowhere():

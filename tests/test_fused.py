@@ -20,7 +20,7 @@ from classroomkd import (
     fused_classroom_loss_and_grad,
 )
 from classroomkd.loss import fused
-from classrooms import OPTIONS, Classroom, classroom, probabilities
+from classrooms import EXTREME_MAXIMA, OPTIONS, Classroom, classroom, probabilities
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -327,6 +327,17 @@ def test_the_kernels_bear_every_temperature(device, n_classes, mentoring):
             ).cpu()
             assert (loss >= 0).all()
             assert ((loss - exact).abs() <= 1e-3 * exact.clamp_min(1.0)).all()
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize(("x_s", "x_m"), EXTREME_MAXIMA)
+def test_dtkd_of_extreme_maxima(device, x_s, x_m):
+    student, mentor = torch.tensor([[x_s, -1.0, -2.0]]), torch.tensor([[x_m, -3.0, -1.0]])
+    options = {"mentoring": "dtkd", "knowledge_filter": "none"}
+    exact = classroom_loss(student.double(), [mentor.double()], torch.tensor([0]), **options)
+    student, mentor, targets = (t.to(device) for t in (student, mentor, torch.tensor([0])))
+    loss = fused_classroom_loss(student, [mentor], targets, **options)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 @pytest.mark.usefixtures("kernels_ran")

@@ -17,6 +17,7 @@ from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import ClassroomLoss, classroom_loss
 from classroomkd.loss.methods import Method, Outputs, catalogue, create, names
 from classroomkd.loss.options import LossOptions
+from classrooms import EXTREME_MAXIMA
 
 B, C, M = 7, 6, 3
 IGNORED_ROWS = (1, 4)
@@ -254,6 +255,15 @@ def test_dtkd_where_a_largest_logit_is_not_positive() -> None:
     loss = create("dtkd")(student, mentors, targets)
     expected = expected_loss("dtkd", student, mentors, targets)
     assert loss.item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("x_s", "x_t"), EXTREME_MAXIMA)
+def test_dtkd_of_extreme_maxima(x_s: float, x_t: float) -> None:
+    student, teacher = torch.tensor([[x_s, -1.0, -2.0]]), torch.tensor([[x_t, -3.0, -1.0]])
+    method, targets = create("dtkd"), torch.tensor([0])
+    exact = method.row_losses(student.double(), [teacher.double()], targets)
+    loss = method.row_losses(student, [teacher], targets)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
 
 
 SMOOTH = [(name, options) for name, options in CASES if name not in ("classroom", "dtkd")]

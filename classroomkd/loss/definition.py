@@ -284,9 +284,9 @@ def _temperatures(
     if options.mentoring == "dtkd":
         x_s, x_m = student.amax(-1), mentors.amax(-1)
         both_positive = (x_s > 0) & (x_m > 0)
-        middle = x_s / 2 + x_m / 2  # their sum may be beyond float32
-        tau_m = x_m / middle * options.temperature
-        tau_s = x_s / middle * options.temperature
+        # Of 2 · T · x_m / (x_s + x_m) the sum may be beyond float32, and its half may be 0.
+        tau_m = 2 * options.temperature / (1 + x_s / x_m)
+        tau_s = 2 * options.temperature / (1 + x_m / x_s)
         tau_m = torch.where(both_positive, tau_m, options.temperature)
         tau_s = torch.where(both_positive, tau_s, options.temperature)
         return tau_m, tau_s

@@ -20,6 +20,8 @@ from classroomkd.loss.methods.base import (
     tempered_kl,
 )
 
+_MIN_TEMPERATURE = 1e-20  # softmax picks a class by then
+
 
 class DTKD(RowMethod):
     """alpha · T_s T_t KL_dynamic + beta · T² KL_T + gamma · CE(z_s, y).
@@ -62,8 +64,11 @@ class DTKD(RowMethod):
         T, teacher = self.temperature, mentors[0]
         x_s, x_t = student.detach().amax(-1, keepdim=True), teacher.amax(-1, keepdim=True)
         both_positive = (x_s > 0) & (x_t > 0)
-        T_s, T_t = (torch.where(both_positive, 2 * x / (x_s + x_t) * T, T) for x in (x_s, x_t))
-        dynamic = kl(F.softmax(teacher / T_t, -1), F.log_softmax(student / T_s, -1))
+        # x_s + x_t may be beyond float32, and a quotient, so that the temperature would be 0.
+        T_s = torch.where(both_positive, 2 * T / (1 + x_t / x_s), T).clamp_min(_MIN_TEMPERATURE)
+        T_t = torch.where(both_positive, 2 * T / (1 + x_s / x_t), T).clamp_min(_MIN_TEMPERATURE)
+        p_t = F.softmax((teacher - x_t) / T_t, -1)
+        dynamic = kl(p_t, F.log_softmax((student - x_s) / T_s, -1))
         return (
             self.alpha * (T_s * T_t).squeeze(-1) * dynamic
             + self.beta * T**2 * tempered_kl(student, teacher, T)
