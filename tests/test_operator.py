@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from torch import multiprocessing
+from torch import library, multiprocessing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from classroomkd import (
@@ -154,7 +154,7 @@ def test_compile_loss_and_grad_on_a_cpu(name):
         expected = fused_classroom_loss_and_grad(*batch, scale=scale, **options)
         torch.testing.assert_close(fast(*batch, scale=scale, **options), expected)
     arguments = (student, [*mentors], targets, None, torch.tensor(2.0))
-    torch.library.opcheck(
+    library.opcheck(
         operators.definition_and_grad, (*arguments, *fused._flat(ClassroomLoss().options))
     )
 

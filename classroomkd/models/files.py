@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
 def _other_kind(start: bytes) -> str:
     """What the file is that begins so, if that is told at once and it is no checkpoint."""
     if not start:
-        return "is not a checkpoint: it is empty: fetch it again"
+        return "is not a checkpoint but an empty file: fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the checkpoint itself: run git lfs pull"
     text = start.lstrip().lower()
@@ -143,5 +143,9 @@ _UNREAD = {
 # and OmegaConf runs what an interpolation names. A Namespace may name the architecture.
 _ALLOWED: list[Any] = [
     argparse.Namespace,
-    *((_Unread, f"{module}.{name}") for module in _UNREAD for name in _UNREAD[module].split()),
+    *(
+        type(name, (_Unread,), {"__module__": module})  # found by these two in every torch
+        for module in _UNREAD
+        for name in _UNREAD[module].split()
+    ),
 ]
