@@ -36,7 +36,7 @@ def read(path: Path) -> dict[str, Any]:
 def _other_kind(start: bytes) -> str:
     """What the file is that begins so, if that is told at once and it is no checkpoint."""
     if not start:
-        return "is not a checkpoint but an empty file: fetch it again"
+        return "is not a checkpoint, it is empty: fetch it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the checkpoint itself: run git lfs pull"
     text = start.lstrip().lower()
