@@ -658,7 +658,7 @@ def test_interruption_before_anything_is_written(split: Path, tmp_path: Path, ca
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("classroomkd.training.images.load_source", interrupt)
+    monkeypatch.setattr("classroomkd.training.images.load_parts", interrupt)
     assert train(split, tmp_path / "run") == 130
     assert capsys.readouterr().err == "classroomkd: interrupted: nothing was written\n"
 

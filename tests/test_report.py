@@ -818,7 +818,7 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
     rows = {row[0]: row for row in table_rows(browser)}
     assert list(rows) == ["a/run", "killed", "b/run"], "those of one recipe stand together"
     # run, data, epochs, seed, top-1, best, alone and gain
-    assert rows["b/run"][1] == nasty
+    assert rows["b/run"][1] == f"data={nasty}"
     assert rows["killed"][2] == "4 of 5"
     assert rows["killed"][4:6] == ["–", "–"]
     assert rows["killed"][6].endswith("%"), "the student alone has finished"
