@@ -21,7 +21,7 @@ from bars import BARS, on_gpu
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.document import markdown_table
-from classroomkd.report.results import COLUMNS, evidence, result_rows
+from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.reproduce import page
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings

@@ -4,7 +4,7 @@
 
 Needs of packages beside torch's only pytest: test files that need another which is not installed
 are skipped, and it says so. The kernels of the loss come first, from a fixed set; see
-tests/test_fused_kernels.py. Without a GPU it runs the definition's tests alone.
+tests/loss/test_fused_kernels.py. Without a GPU it runs the definition's tests alone.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from classroomkd.data import ImageSet
-from classroomkd.data._ffcv import import_ffcv
+from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.torchvision import import_torchvision
 
 Statistics = tuple[float, float, float]

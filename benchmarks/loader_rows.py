@@ -113,7 +113,7 @@ def _torch(setting: Setting, workers: int) -> Opener:
 
 def _ffcv(setting: Setting, workers: int) -> Opener:
     def open_it() -> Iterable:
-        from classroomkd.data.ffcv_loader import FFCVLoader
+        from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
         return FFCVLoader(setting.beton, setting.batch, workers=workers, **_options(setting))
 

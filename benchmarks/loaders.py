@@ -167,7 +167,7 @@ def read_images(source: str, count: int, size: int) -> ImageSet:
     Raises UserError if it cannot be read.
     """
     if source.endswith(".beton"):
-        from classroomkd.data.beton import open_beton
+        from classroomkd.data.ffcv.beton import open_beton
 
         found = from_dataset(open_beton(source))
     else:
@@ -201,7 +201,7 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
 def pack_beton(setting: Setting) -> None:
     """Write the images as .beton, if that can be done."""
     try:
-        from classroomkd.data.beton import pack
+        from classroomkd.data.ffcv.beton import pack
 
         pack(setting.images(), setting.beton)
     except (UserError, ImportError) as error:  # the rows that need it will meet it again

@@ -18,10 +18,11 @@ from classroomkd import models
 from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
 from classroomkd.loss.methods import create
 from classroomkd.models import NetworkInfo
-from classroomkd.training.config import DataConfig, Recipe, TrainingConfig
+from classroomkd.runs.machine import find_precision
+from classroomkd.runs.recipe import DataConfig, Recipe
+from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.graph import CapturedStep
-from classroomkd.training.machine import find_precision
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.trainer import Trainer
 from loader_baselines import TorchvisionTransforms

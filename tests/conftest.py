@@ -1,19 +1,14 @@
-"""Where the kernels run: in Triton's interpreter without a GPU, on the GPU where there is one.
+"""Fixtures of all tests, and what pytest skips where a package is missing."""
 
-Triton decides when a kernel is defined whether it will be interpreted, so one process can do only
-one of the two. CPU tensors still take the definition, except in tests that ask for ``device``.
-"""
-
-import contextlib
-import importlib.util
 import math
-import os
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+
+from classroomkd.loss import fused
+from interpreter import INTERPRETED, TRITON
 
 # What a machine that is lent for its GPU may lack; tests that need it are skipped.
 _OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
@@ -60,43 +55,6 @@ def pytest_pycollect_makemodule(module_path, parent):
     return _Module.from_parent(parent, path=module_path)
 
 
-def _round_bfloat16_to_nearest():
-    """Make the interpreter round float32 to bfloat16 as GPUs do; by itself it truncates."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounding(data, source, destination, mode):
-        if (source, destination) != (tl.float32, tl.bfloat16):
-            return convert(data, source, destination, mode)
-        rounded = torch.from_numpy(np.array(data)).to(torch.bfloat16)
-        return rounded.view(torch.uint16).numpy()
-
-    interpreter._convert_float = rounding
-
-
-TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = TRITON and (
-    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
-)
-
-if INTERPRETED:
-    os.environ["TRITON_INTERPRET"] = "1"
-    import classroomkd.kernels.augment
-    import classroomkd.kernels.launch  # noqa: F401
-
-    with contextlib.suppress(ImportError):  # Triton imports it at the first launch, and minds
-        import triton.experimental.gluon  # noqa: F401
-    _round_bfloat16_to_nearest()
-# Commands that tests start must not inherit it: there CPU tensors take the definition.
-os.environ.pop("TRITON_INTERPRET", None)
-
-from classroomkd.loss import fused  # noqa: E402
-
-fused._INTERPRET = False
-
-
 @pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """A device on which `fused_classroom_loss` runs its kernels."""
@@ -140,7 +98,7 @@ def store(tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def trained(monkeypatch) -> list[str]:
     """The names of the networks that are trained."""
-    from classroomkd.training import networks
+    from classroomkd.runs import networks
 
     names = []
 
@@ -156,6 +114,17 @@ def trained(monkeypatch) -> list[str]:
 @pytest.fixture
 def states_kept(monkeypatch) -> None:
     """Finished networks keep their training states, as if killed just before they go."""
-    from classroomkd.training.checkpoints import Checkpoints
+    from classroomkd.runs.checkpoints import Checkpoints
 
     monkeypatch.setattr(Checkpoints, "clear", lambda _: None)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Makes any kind of loader, closed when the test ends."""
+    from loader_cases import Makers
+
+    makers = Makers(tmp_path)
+    yield makers
+    for loader in makers.opened:
+        loader.close()

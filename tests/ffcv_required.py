@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from classroomkd.data._ffcv import import_ffcv
+from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.errors import UserError
 
 try:

@@ -29,7 +29,7 @@ from classroomkd.lazy import exports
 
 if TYPE_CHECKING:
     from classroomkd.data.backends import BACKENDS, Loaders
-    from classroomkd.data.ffcv_loader import FFCVLoader
+    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
     from classroomkd.data.loader import Loader, channel_statistics
     from classroomkd.data.mixing import Mixing
     from classroomkd.data.resident import ResidentLoader

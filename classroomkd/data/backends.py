@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from classroomkd.data.beton import MAX_SIDE, QUALITY
 from classroomkd.data.cache import cache_folder
+from classroomkd.data.ffcv.beton import MAX_SIDE, QUALITY
 from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
@@ -91,7 +91,7 @@ class Loaders:
         if not places:
             raise UserError("this image set is none of those that the loaders were made for")
         if self.backend == "ffcv":
-            from classroomkd.data.ffcv_loader import FFCVLoader
+            from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
             return FFCVLoader(self._files[places[0]], batch_size, **options)
         kind = ResidentLoader if self.backend == "resident" else TorchLoader
@@ -106,7 +106,7 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     Raises UserError if FFCV is not installed, there is no space for it or a photograph cannot be
     read; OSError if the cache cannot be written to.
     """
-    from classroomkd.data.beton import pack
+    from classroomkd.data.ffcv.beton import pack
 
     content, options = image_set.digest(), {}
     if isinstance(image_set, ImageFiles):
@@ -125,7 +125,7 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
 
 def _is_whole(path: Path, digest: str | None) -> bool:
     """Whether there is a file with its side file, of the samples of that ``digest`` if given."""
-    from classroomkd.data.beton import open_beton
+    from classroomkd.data.ffcv.beton import open_beton
 
     try:
         found = open_beton(path).sha256 if path.exists() else None

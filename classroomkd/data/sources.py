@@ -12,8 +12,8 @@ import numpy as np
 
 from classroomkd.data import cifar
 from classroomkd.data.augment import SPLIT, words
+from classroomkd.data.class_folders import files_in, folders_below, subfolders
 from classroomkd.data.decode import read_files, resize
-from classroomkd.data.folders import files_in, folders_below, subfolders
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 

@@ -15,10 +15,10 @@ from classroomkd.lazy import exports
 if TYPE_CHECKING:
     from classroomkd.report.page import write_report
     from classroomkd.report.records import label
-    from classroomkd.report.results import results_table
+    from classroomkd.report.run_table import results_table
 
 __all__ = ["label", "results_table", "write_report"]
 if not TYPE_CHECKING:  # checkers would take every name to be there
     __getattr__, __dir__ = exports(
-        __name__, {"page": "write_report", "records": "label", "results": "results_table"}
+        __name__, {"page": "write_report", "records": "label", "run_table": "results_table"}
     )

@@ -11,13 +11,13 @@ from plotly.subplots import make_subplots
 
 from classroomkd.report.figures import COLOURS, MANY_CLASSES, Plot, over_classes
 from classroomkd.report.numbers import spread
-from classroomkd.report.records import Run
+from classroomkd.report.records import RunRecords
 
 _MOST_ROWS = 40  # epochs in a map
 _GAP = 34  # pixels between two maps, where a mentor's name stands
 
 
-def taught_plot(run: Run, order: Sequence[int]) -> Plot | None:
+def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
     """Of each mentor classes × epochs: on what share of a class's images it would teach."""
     taught = {
         record["epoch"]: {name: numbers["taught"] for name, numbers in mentors.items()}
@@ -110,7 +110,7 @@ def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
 
 
 def gain_plot(
-    pairs: Sequence[tuple[Run, Run]], order: Sequence[int], most: float | None = None
+    pairs: Sequence[tuple[RunRecords, RunRecords]], order: Sequence[int], most: float | None = None
 ) -> Plot | None:
     """Per class, top-1 taught by mentors less that alone, in points; the mean over ``pairs``.
 
@@ -152,12 +152,12 @@ def gain_plot(
     return Plot("gain", "Gain per class", note, figure, wide=len(bars) > MANY_CLASSES)
 
 
-def _names(run: Run) -> list[str]:
+def _names(run: RunRecords) -> list[str]:
     data = (run.summary or {}).get("data", {})
     return data.get("class_names") or [str(number) for number in range(data.get("classes", 0))]
 
 
-def gains(run: Run, alone_in: Run) -> list[float | None]:
+def gains(run: RunRecords, alone_in: RunRecords) -> list[float | None]:
     """Top-1 of each class's images, less that of the student alone; empty if one is not known."""
     classroom, alone = (
         of.result(phase).get("per_class") or []

@@ -31,12 +31,12 @@ from classroomkd.report.figures import (
 )
 from classroomkd.report.numbers import UNKNOWN, differences, percent, spread
 from classroomkd.report.plots import lessons
-from classroomkd.report.records import Run, incomplete
+from classroomkd.report.records import RunRecords, incomplete
 
 COLUMNS = ("run", "what differs", "data", "epochs", "seed", "top-1", "best", "alone", "gain")
 
 
-def comparison(runs: Sequence[Run]) -> tuple[str, str]:
+def comparison(runs: Sequence[RunRecords]) -> tuple[str, str]:
     """The title and the HTML body of the page that compares ``runs``."""
     entries = entries_of(runs)
     groups = by_recipe(entries)

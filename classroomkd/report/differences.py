@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from classroomkd.report.records import Run
+from classroomkd.report.records import RunRecords
 
 # What a run's numbers do not depend on by design, or by more than its seed.
 _NOT_RECIPE = (
@@ -23,7 +23,7 @@ _NOT_RECIPE = (
 )
 
 
-def recipe(run: Run) -> dict[str, str]:
+def recipe(run: RunRecords) -> dict[str, str]:
     """What decides a run beside its seed and where its data lies: dotted names with their values.
 
     Of a run without a configuration it is what its records tell.
@@ -35,7 +35,7 @@ def recipe(run: Run) -> dict[str, str]:
     return {key: str(value) for key, value in told.items() if value} | values
 
 
-def what_differs(runs: Sequence[Run]) -> list[str]:
+def what_differs(runs: Sequence[RunRecords]) -> list[str]:
     """Of each run, where its recipe is not everyone's.
 
     Of runs that have one recipe and one seed it is whatever else there is in their configurations.

@@ -11,7 +11,7 @@ from pathlib import Path
 from classroomkd.report.differences import recipe, what_differs
 from classroomkd.report.figures import ALONE, COLOURS, MARKERS
 from classroomkd.report.numbers import UNKNOWN, counted
-from classroomkd.report.records import Run
+from classroomkd.report.records import RunRecords
 
 TEST = "the test images"  # in a run's digests
 
@@ -38,10 +38,10 @@ class Entry:
     only, and ``differs`` says how the run's configuration differs from the others'.
     """
 
-    run: Run
+    run: RunRecords
     name: str
     data: str
-    alone: Run
+    alone: RunRecords
     student: str
     group: str
     differs: str
@@ -68,14 +68,14 @@ class Entry:
         return last, best, None if taught == "alone" else alone
 
 
-def _last(run: Run, phase: str) -> float | None:
+def _last(run: RunRecords, phase: str) -> float | None:
     if result := run.result(phase):
         return result.get("top1")
     *_, last = run.student_curve(phase) or [{}]
     return last.get("test_top1") if last and last["epoch"] == last.get("epochs") else None
 
 
-def _recipe(run: Run, data: str, without: Sequence[str] = ()) -> str | None:
+def _recipe(run: RunRecords, data: str, without: Sequence[str] = ()) -> str | None:
     """Equal in runs that differ in their seed only; None if the configuration is not known."""
     if not run.settings:
         return None
@@ -98,7 +98,7 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
     return [shortest(own) for own in parts]
 
 
-def entries_of(runs: Sequence[Run]) -> list[Entry]:
+def entries_of(runs: Sequence[RunRecords]) -> list[Entry]:
     """What each run is in their comparison."""
     names = unique_names([_absolute(run.folder) for run in runs])
     # A data set is where it lies, or the same as another if it has the same held-out images.
@@ -140,7 +140,7 @@ def entries_of(runs: Sequence[Run]) -> list[Entry]:
     ]
 
 
-def _colour(run: Run, number: int) -> str:
+def _colour(run: RunRecords, number: int) -> str:
     return ALONE if run.method == "alone" else COLOURS[number % len(COLOURS)]
 
 

@@ -13,8 +13,8 @@ from classroomkd.report.comparison import comparison
 from classroomkd.report.document import GENERATOR, Row, document, sections, table, warning
 from classroomkd.report.numbers import counted, duration, image_counts
 from classroomkd.report.plots import colour, plots
-from classroomkd.report.records import Run, incomplete, label, read_run
-from classroomkd.report.results import COLUMNS, evidence, result_rows
+from classroomkd.report.records import RunRecords, incomplete, label, read_run
+from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
@@ -55,7 +55,7 @@ def _require_ours(out: Path) -> None:
                 )
 
 
-def _page(run: Run) -> str:
+def _page(run: RunRecords) -> str:
     heading, facts = _title(run)
     body = f"""<p>{escape(facts)}</p>
 {warning(incomplete(run) + ".") if run.unreadable else ""}
@@ -67,7 +67,7 @@ def _page(run: Run) -> str:
     return document(heading, body)
 
 
-def _title(run: Run) -> tuple[str, str]:
+def _title(run: RunRecords) -> tuple[str, str]:
     """What was trained on what, and how."""
     heading = "Mentors" if run.student is None else f"Classroom of {run.student}"
     if run.student and run.method != "classroom":
@@ -83,7 +83,7 @@ def _title(run: Run) -> tuple[str, str]:
     return heading, " · ".join(facts)
 
 
-def _starts(run: Run) -> str:
+def _starts(run: RunRecords) -> str:
     """How long it took, and what it was started with, on what, each time."""
     times = {"mentors": run.seconds(mentors=True), "student": run.seconds(mentors=False)}
     told = [f"{who} {duration(seconds)}" for who, seconds in times.items() if seconds]
@@ -103,7 +103,7 @@ def _starts(run: Run) -> str:
     return f"<h2>How it was run</h2>{''.join(blocks)}"
 
 
-def _results(run: Run) -> str:
+def _results(run: RunRecords) -> str:
     rows = [
         Row(
             cells,
@@ -115,7 +115,7 @@ def _results(run: Run) -> str:
     return f'{table(COLUMNS, rows)}<p class="note">{escape(evidence(run.summary))}</p>'
 
 
-def _progress(run: Run) -> str:
+def _progress(run: RunRecords) -> str:
     done = "".join(
         f"<li>{escape(label(*key, run.method))}: epoch {last['epoch']} of {last.get('epochs')}</li>"
         for key, (*_, last) in run.curves.items()

@@ -17,17 +17,17 @@ from classroomkd.report.figures import (
     is_filled,
     over_epochs,
 )
-from classroomkd.report.records import Run, label
+from classroomkd.report.records import RunRecords, label
 
 STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "classroom": {"color": "#111111"}}
 
 
-def colour(run: Run, phase: str, name: str) -> str:
+def colour(run: RunRecords, phase: str, name: str) -> str:
     """The network's colour, the same in every plot and in the table."""
     return _line(phase, name, run.mentors)["color"]
 
 
-def plots(run: Run) -> list[Plot]:
+def plots(run: RunRecords) -> list[Plot]:
     """Every plot that the records so far can fill."""
     drawn = []
     if run.curves:
@@ -74,7 +74,7 @@ def plots(run: Run) -> list[Plot]:
 
 
 def lessons(
-    runs: Sequence[Run], mentors: Sequence[str], keys: Sequence[str] | None = None
+    runs: Sequence[RunRecords], mentors: Sequence[str], keys: Sequence[str] | None = None
 ) -> list[Plot]:
     """What the mentors of runs that differ in the seed only did over time.
 
@@ -129,7 +129,7 @@ def _statistic(name: str, key: str) -> Callable[[dict], float | None]:
     return lambda record: ((record.get("mentors") or {}).get(name) or {}).get(key)
 
 
-def _networks(run: Run, key: str) -> list[go.Scatter]:
+def _networks(run: RunRecords, key: str) -> list[go.Scatter]:
     return [
         trace
         for (phase, name), records in run.curves.items()
@@ -138,7 +138,7 @@ def _networks(run: Run, key: str) -> list[go.Scatter]:
 
 
 def _traces(
-    run: Run,
+    run: RunRecords,
     phase: str,
     name: str,
     courses: Sequence[list[dict]],

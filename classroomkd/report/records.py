@@ -16,7 +16,7 @@ from classroomkd.errors import UserError
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecords:
     """The records of one run, from its ``folder``.
 
     ``config`` is the text of config.yaml, empty without one; ``digests`` tell its images, part by
@@ -117,7 +117,7 @@ class Run:
         return list(dict.fromkeys([*listed, *teaching, *trained]))
 
 
-def incomplete(run: Run) -> str:
+def incomplete(run: RunRecords) -> str:
     """Which lines of the run's metrics.jsonl are ``unreadable``, in words."""
     lines = "line" if len(run.unreadable) == 1 else "lines"
     numbers = ", ".join(map(str, run.unreadable))
@@ -142,7 +142,7 @@ def require_records(folder: Path) -> None:
         )
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunRecords:
     """Read ``folder``; raises UserError if its records or summary cannot be read."""
     folder = Path(folder)
     require_records(folder)
@@ -158,7 +158,7 @@ def read_run(folder: Path) -> Run:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; make it readable to report the run"
         ) from None
-    return Run(folder, text, _digests(folder), finished, curves, unreadable, starts)
+    return RunRecords(folder, text, _digests(folder), finished, curves, unreadable, starts)
 
 
 def _summary(path: Path) -> dict:

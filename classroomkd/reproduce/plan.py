@@ -16,7 +16,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.models.catalogue import SIZES, is_checkpoint, is_external
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
-from classroomkd.training.config import MentorConfig, Recipe, load_recipe, teaching, wherever
+from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe, teaching, wherever
 
 # All seeds share the mentors and the images that are held out.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")

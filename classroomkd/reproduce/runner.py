@@ -30,7 +30,7 @@ from classroomkd.reproduce.status import (
     status,
     tasks_left,
 )
-from classroomkd.training.interrupts import Interrupted, Interrupts
+from classroomkd.runs.interrupts import Interrupted, Interrupts
 
 _LOOK_EVERY = 0.5  # seconds
 _TAIL = 15  # lines of a failed run's output

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 from classroomkd import recipes
-from classroomkd.training.config import MentorConfig, Recipe, load_recipe
+from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
-"""Training: from a recipe and images to trained networks, and the records of how they came to be.
+"""The training step: one loop over batches, and the measurement of what it has trained.
 
-``commands`` reads what was asked into a recipe (``config``; files and overrides are its ``layers``,
-``keys`` lists it), looks at the ``folders``, and only then imports torch: the images
-(``images``) and the recipe go to ``classroom``, which knows the order of things: mentors
-(``mentors``, ``store``), then the student. ``networks`` brings one network to its last epoch, from
-wherever it stands, with ``checkpoints`` and ``evaluation``; ``trainer`` is the one loop over
-batches, whose step is mentors (``mentor_bank``, ``fold``), method and optimizer, captured on a GPU
-(``graph``). ``run`` writes the folder that ``classroomkd.report`` reads. What a loss is, or a
-loader, is not decided here.
+``trainer`` is the loop: images and targets from a loader, mentors (``mentor_bank``, with their
+batch norms folded by ``fold``), a method's loss, and the optimizer, on a ``schedule``; captured on
+a GPU (``graph``) and shared among processes (``distributed``). ``evaluation`` measures a network,
+``config`` has the values that decide a training. Runs, files and the command line are not known
+here.
 """

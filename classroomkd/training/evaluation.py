@@ -11,12 +11,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
+from classroomkd.data import CentreCrop, ImageFiles, ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.training.distributed import Processes
-from classroomkd.training.images import evaluation_crop
 
 _BATCH_SIZE = 256  # changes speed and memory only
 _BINS = 15
@@ -172,3 +171,8 @@ def require_finite(measured: Evaluation, what: str) -> None:
         raise UserError(
             f"{what}: its loss on the images is {measured.loss}: take another checkpoint"
         )
+
+
+def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
+    """What becomes of an image that a network is measured on."""
+    return CentreCrop(size) if isinstance(image_set, ImageFiles) else None

@@ -1,0 +1,160 @@
+"""What the command lines are made of: the parser, and the values its options take."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from classroomkd.errors import UserError
+from classroomkd.limits import MAX_TEMPERATURE
+
+DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
+DATA_HELP = (
+    "class folders under train/ and test/ or val/ (or all three: val/ is to choose on), or in one "
+    "folder to be split by seed, "
+    "or CIFAR's python files, or the word digits"
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong command line in one line, as every other mistake of the user's."""
+
+    intermixed = False  # positional arguments that come in several places, before and after options
+    more_help: Callable[[], str] | None = None  # the end of the help, which takes longer to make
+    keys: Callable[[str], list[str]] | None = None  # of a recipe, that an unknown option may mean
+    _parsing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._parsing:  # intermixed arguments, which come back here
+            return super().parse_known_args(args, namespace)
+        args = sys.argv[1:] if args is None else list(args)
+        self._parsing = True
+        parse = self.parse_known_intermixed_args if self.intermixed else super().parse_known_args
+        try:
+            namespace, unknown = parse(args, namespace)
+        finally:
+            self._parsing = False
+        if unknown:  # told here, where it is known which command's they are
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0], args)}")
+        return namespace, unknown
+
+    def _hint(self, unknown: str, args: Sequence[str]) -> str:
+        """What an unknown option was probably meant to be."""
+        option, equals, value = unknown.partition("=")
+        if not option.startswith("--"):
+            return ""
+        known = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)
+        name = option.removeprefix("--").replace("-", "_")
+        keys = self.keys(name) if self.keys else []
+        if keys and (not known or _last(keys[0]) == _last(name)):
+            if not equals:
+                following = args[args.index(unknown) + 1 :]
+                value = next((text for text in following[:1] if not text.startswith("-")), "VALUE")
+            return f": values of a recipe are given as {' or '.join(f'{k}={value}' for k in keys)}"
+        return f": did you mean {known[0]}?" if known else ""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self) -> str:
+        if self.more_help:
+            self.epilog = self.more_help()
+        return super().format_help()
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if holds(value := convert(text)):
+                return value
+        raise argparse.ArgumentTypeError(f"must be {wanted}, not {text}")
+
+    return parse
+
+
+COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
+NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
+POSITIVE = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
+TEMPERATURE = _checked(
+    float,
+    lambda value: 0 < value <= MAX_TEMPERATURE,
+    f"a number above 0, at most {MAX_TEMPERATURE:g}",
+)
+PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
+PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")
+QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")
+SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
+PART = _checked(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Mappings within mappings, of dotted names."""
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        *parents, last = name.split(".")
+        inner = result
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = value
+    return result
+
+
+def not_empty(text: str) -> str:
+    """The text of an argument, which as a path would be this folder if it were empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, not empty")
+    return text
+
+
+def path_option(text: str) -> Path:
+    """A path as an option gives it."""
+    return Path(not_empty(text))
+
+
+def add_command(
+    commands: Any, function: Callable[[argparse.Namespace], int | None], what: str
+) -> Parser:
+    """Add the command that ``function`` carries out, named after it."""
+    parser = commands.add_parser(function.__name__, help=what, description=what, allow_abbrev=False)
+    parser.set_defaults(run=function, parser=parser)
+    return parser
+
+
+def add_run_options(parser: Parser, name: str) -> None:
+    """Seed, loader and folder; where the parser's options have no default, nor have the first."""
+    none = parser.argument_default
+    parser.add_argument(
+        "--seed",
+        type=NATURAL,
+        default=none or DEFAULT_SEED,
+        metavar="N",
+        help=f"(default: {DEFAULT_SEED})",
+    )
+    parser.add_argument(
+        "--loader",
+        choices=("auto", "ffcv", "resident", "torch"),
+        default=none or "auto",
+        help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
+        "installed, else resident where they fit in memory, else torch)",
+    )
+    parser.add_argument(
+        "--out",
+        type=path_option,
+        default=None,
+        metavar="DIR",
+        help=f"run folder (default: runs/{name}, or -2, -3, …)",
+    )
+
+
+def add_device(parser: Parser) -> None:
+    parser.add_argument("--device", metavar="NAME", help="(default: cuda if there is one, or cpu)")

@@ -1,0 +1,52 @@
+"""What can be wrong with a command line that is found without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from classroomkd.errors import UserError
+
+if TYPE_CHECKING:
+    from classroomkd.runs.recipe import Recipe
+
+
+def require_networks(recipe: Recipe) -> None:
+    """Raise UserError for a student or mentor that is neither a name of the zoo nor there."""
+    from classroomkd.models.catalogue import is_checkpoint, is_external, require_known
+    from classroomkd.runs.recipe import teaching
+
+    for name in (recipe.student, *(mentor.source for mentor in teaching(recipe))):
+        if is_checkpoint(name):
+            require_checkpoint(name)
+        elif name and not is_external(name):
+            require_known(name)
+
+
+def require_images(source: str) -> None:
+    """Raise UserError if there is no data set at ``source``."""
+    from classroomkd.data import NAMED_SOURCES
+
+    if source not in NAMED_SOURCES and not Path(source).expanduser().exists():
+        raise UserError(f"no such folder: {source}")
+
+
+def require_checkpoint(source: str) -> None:
+    """Raise UserError if there is no file or folder at ``source``."""
+    from classroomkd.models.catalogue import split_entry
+
+    path, _ = split_entry(source)
+    if not path.exists():
+        raise UserError(f"there is no checkpoint {path}")
+
+
+def is_override(text: str) -> bool:
+    """Whether ``text`` is like KEY=VALUE, and no file."""
+    return "=" in text and not Path(text).exists()
+
+
+def default_device() -> str:
+    """The kind of device that is used where none is named."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,98 @@
+"""`classroomkd mentors`: the mentors of a recipe, trained for the store."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from classroomkd.cli.arguments import COUNT, add_command, add_run_options
+from classroomkd.cli.checks import default_device
+from classroomkd.cli.recipe_options import add_recipe_options, given_options, lacks, recipe_of
+from classroomkd.cli.train import train_recipe
+from classroomkd.errors import UserError
+
+if TYPE_CHECKING:
+    from classroomkd.runs.recipe import Recipe
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "train only the mentors of a recipe that are not in the store yet"
+    parser = add_command(commands, mentors, what)
+    add_recipe_options(parser)
+    add_run_options(parser, "mentors")
+    parser.add_argument(
+        "--at-once",
+        type=COUNT,
+        default=1,
+        metavar="N",
+        help="train so many side by side on the device, a process each, which serves GPUs that one "
+        "of them does not fill; with --out the same command goes on where it ended, without it the "
+        "folder goes when all are in the store (default: 1)",
+    )
+
+
+def mentors(arguments: argparse.Namespace) -> int:
+    """Train the mentors of a recipe, several at once if asked; 1 if a training failed, else 0."""
+    if arguments.at_once == 1:
+        download = given_options(arguments).get("download")
+        train_recipe(_mentors_recipe(arguments), arguments.out, "mentors", download=download)
+        return 0
+    import shutil
+
+    import yaml
+    from rich.console import Console
+
+    from classroomkd.files import atomic_write
+    from classroomkd.reproduce.plan import mentors_plan
+    from classroomkd.reproduce.runner import Runner, check_devices
+    from classroomkd.runs.paths import choose_folder
+    from classroomkd.runs.recipe import load_recipe, to_dict
+
+    recipe, console = _mentors_recipe(arguments), Console()
+    if getattr(arguments, "download", None):
+        raise UserError("--download and --at-once do not go together: fetch the images first")
+    device = recipe.device or default_device()
+    check_devices([device])
+    out = arguments.out or choose_folder(None, "mentors")
+    out.mkdir(parents=True, exist_ok=arguments.out is not None)  # what is chosen here goes again
+    file = out / "recipe.yaml"
+    if file.exists() and load_recipe(file) != recipe:
+        raise UserError(f"{out} was begun with another recipe: give --out a new folder")
+    atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
+    plan = mentors_plan(recipe, file)
+    runner = Runner(plan, out, [device] * arguments.at_once, console)
+    try:
+        runner.run()
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (f"all runs are kept in {out}: the same command with --out {out} goes on",)
+        raise
+    if runner.failed:
+        return 1
+    from classroomkd.runs.store import MentorStore
+
+    store = MentorStore()
+    kept = store.holds_all(out.rglob("mentors/*.safetensors"))
+    where = (
+        f"the mentors are in {store.folder}"
+        if kept
+        else f"not all mentors are in the store: see {out}"
+    )
+    console.print(where, markup=False, highlight=False, soft_wrap=True)
+    if kept and arguments.out is None:
+        shutil.rmtree(out)
+        with suppress(OSError):  # unless there are other runs
+            out.parent.rmdir()
+    return 0
+
+
+def _mentors_recipe(arguments: argparse.Namespace) -> Recipe:
+    """The recipe that file, options and overrides make, without its student."""
+    recipe = recipe_of(arguments)
+    if not recipe.mentors:
+        lacks(arguments, "--mentors")
+    if not recipe.store:
+        raise UserError("mentors are trained for the store: leave out store=false")
+    return replace(recipe, student="")

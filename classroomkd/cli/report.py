@@ -1,0 +1,34 @@
+"""`classroomkd report`: the page of a run, or of several."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from classroomkd.cli.arguments import add_command, path_option
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "write the page of a run, or one that compares several"
+    parser = add_command(commands, report, what)
+    parser.add_argument(
+        "runs", type=path_option, nargs="+", metavar="RUN", help="run folders, finished or not"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_option,
+        metavar="FILE.html",
+        help="(default: RUN/report.html; of several runs ./comparison.html)",
+    )
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Write the page of a run, or one that compares several."""
+    from classroomkd.report.records import require_records
+
+    for folder in arguments.runs:  # before the plots' library is imported, which takes long
+        require_records(folder)
+    from classroomkd.report import write_report
+
+    print(f"report: {write_report(arguments.runs, arguments.out)}")

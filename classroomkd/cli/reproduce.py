@@ -1,0 +1,226 @@
+"""`classroomkd reproduce`: the runs of a table, several at once, and the table."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from classroomkd.cli import names
+from classroomkd.cli.arguments import COUNT, DATA_HELP, NATURAL, add_command, path_option
+from classroomkd.cli.checks import default_device, is_override, require_networks
+from classroomkd.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from classroomkd.reproduce.plan import Plan
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "run the students of a table, and write it with the published numbers beside"
+    parser = add_command(commands, reproduce, what)
+    parser.keys = names.keys_of_tables
+    parser.intermixed = True
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
+    parser.more_help = names.variants
+    parser.add_argument(
+        "table",
+        metavar="TABLE",
+        choices=("main", "ablation", "methods", "temperature", "peers", "multi-teacher"),
+        help="%(choices)s",
+    )
+    parser.add_argument(
+        "override",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="for every run, a value of its recipe, by its dotted name; on a CPU that has several "
+        "runs at once threads=1",
+    )
+    parser.add_argument("--data", type=path_option, metavar="PATH", help=DATA_HELP)
+    parser.add_argument(
+        "--seeds",
+        type=NATURAL,
+        nargs="+",
+        default=[0, 1, 2],
+        metavar="N",
+        help="of the students; they share their mentors (default: 0 1 2)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=COUNT,
+        metavar="N",
+        help="of the students; their schedules and the mentors' are scaled (default: the recipe's)",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="variants of the table, see below, or other methods, in place of all its variants",
+    )
+    parser.add_argument(
+        "--classrooms",
+        nargs="+",
+        default=[],
+        metavar="NAME|FILE",
+        help="recipes in place of the table's own (classroomkd recipes lists what comes along)",
+    )
+    parser.add_argument(
+        "--devices",
+        nargs="+",
+        default=None,
+        metavar="NAME",
+        help="one run at a time on each, like cuda:0 cuda:1; one that is named twice has two "
+        "(default: cuda if there is one, or cpu)",
+    )
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        help="only the I-th, from 1, of N parts of the runs, and the mentors that it needs; parts "
+        "that share --out merge by themselves, and so do their run folders when copied together",
+    )
+    parser.add_argument("--out", type=path_option, metavar="DIR", help="(default: reproduce/TABLE)")
+    parser.add_argument(
+        "--plan", action="store_true", help="show what is done and what is left, and run nothing"
+    )
+
+
+def reproduce(arguments: argparse.Namespace) -> int:
+    """Run what is left of a table and write it; 1 if a run failed, else 0."""
+    from rich.console import Console
+
+    from classroomkd.data import NAMED_SOURCES, cifar, list_source
+    from classroomkd.reproduce.collect import write_results
+    from classroomkd.reproduce.plan import make_plan, require_same_recipe
+    from classroomkd.reproduce.runner import Runner, check_devices
+
+    console = Console()
+    lists = ("methods", "classrooms", "devices")  # options that take what follows them
+    given = {name: list(getattr(arguments, name) or ()) for name in lists}
+    overrides = list(arguments.override)
+    for values in given.values():
+        overrides += [text for text in values if is_override(text)]
+        values[:] = [text for text in values if not is_override(text)]
+    check_devices(given["devices"])
+    shard = _shard(arguments.shard) if arguments.shard else (1, 1)
+    if arguments.data is not None:
+        _require_folder(str(arguments.data))
+    whole = make_plan(
+        arguments.table,
+        data=arguments.data,
+        seeds=arguments.seeds,
+        epochs=arguments.epochs,
+        classrooms=given["classrooms"],
+        method_names=given["methods"],
+        overrides=overrides,
+    )
+    plan = whole.shard(*shard) if arguments.shard else whole
+    out = arguments.out or Path("reproduce") / arguments.table
+    for task in plan.runs:
+        require_networks(task.recipe)
+        if (out / task.id / "config.yaml").exists():
+            require_same_recipe(task, out / task.id)
+    for run in plan.runs:
+        source = run.recipe.data.source
+        if not source and not arguments.plan:
+            arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
+    for source in {run.recipe.data.source for run in plan.runs} - {""}:
+        _require_folder(source)
+        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
+            list_source(source)  # which says what is wrong with it
+    _print_plan(plan, out, len(given["devices"]) or 1, console)
+    if arguments.plan:
+        return 0
+    from classroomkd.reproduce.page import write_tables
+
+    devices = given["devices"] or [default_device()]
+    out.mkdir(parents=True, exist_ok=True)
+    runner = Runner(plan, out, devices, console)
+    order = [run.id for run in whole.runs]
+    try:
+        runner.run()
+    except KeyboardInterrupt as interrupt:
+        write_tables(write_results(arguments.table, out, order), out)
+        interrupt.args = (f"all runs are kept in {out}: the same command goes on",)
+        raise
+    results = write_results(arguments.table, out, order)
+    pages = write_tables(results, out)
+    _print_results(results, console)
+    for path in (out / "results.json", out / "results.csv", *pages):
+        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+    if runner.failed:
+        names = ", ".join(task.id for task in runner.failed)
+        console.print(f"failed: {names}", markup=False, highlight=False, soft_wrap=True)
+    return 1 if runner.failed else 0
+
+
+def _require_folder(source: str) -> None:
+    """Raise UserError if there is no folder of images at ``source``."""
+    from classroomkd.data import NAMED_SOURCES
+
+    if source not in NAMED_SOURCES and not Path(source).expanduser().is_dir():
+        raise UserError(
+            f"no folder at {Path(source).expanduser().absolute()}: give --data one with the images"
+        )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise UserError(f"--shard must be like 1/4, the first of four, not {text}")
+    return number, count
+
+
+def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from classroomkd.report.numbers import duration
+    from classroomkd.reproduce.status import seconds_left, status, tasks_left
+
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for column in ("", "done", "begun", "left"):
+        table.add_column(column, justify="right" if column else "left")
+    states = {task.id: status(task, out) for task in (*plan.mentors, *plan.runs)}
+    lines: dict[str, Counter[str]] = {}
+    for task in (*plan.mentors, *plan.runs):
+        state = states[task.id]
+        is_run = task.id.startswith("runs/")
+        name = task.id.removeprefix("runs/").rpartition("/")[0] if is_run else "mentors"
+        kind = "done" if state.finished else "begun" if state.epochs else "left"
+        lines.setdefault(name, Counter())[kind] += 1
+    for name, counts in lines.items():
+        table.add_row(name, *(str(counts[kind] or "–") for kind in ("done", "begun", "left")))
+    console.print(table)
+    left = tasks_left(plan, out)
+    mentors = sum(task in plan.mentors for task in left)
+    time = duration(seconds_left(plan, out, at_once))
+    console.print(
+        f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
+        f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _print_results(results: Mapping[str, Any], console: Console) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from classroomkd.reproduce.page import result_cells
+
+    columns, rows = result_cells(results)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    kept = [columns.index(name) for name in ("classroom", "variant", "seeds", "last", "best")]
+    for place in kept:
+        table.add_column(columns[place], justify="left" if place < 2 else "right")
+    for row in rows:
+        table.add_row(*(row[place] for place in kept))
+    console.print(table)

@@ -1,0 +1,116 @@
+"""`classroomkd train`: mentors and a student, by a recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from classroomkd.cli.arguments import add_command, add_run_options, path_option
+from classroomkd.cli.checks import require_images
+from classroomkd.cli.recipe_options import (
+    add_recipe_options,
+    given_options,
+    lacks,
+    recipe_of,
+)
+from classroomkd.errors import UserError
+
+if TYPE_CHECKING:
+    from classroomkd.runs.images import Sets
+    from classroomkd.runs.recipe import Recipe
+    from classroomkd.runs.training_run import TrainingRun
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "train mentors and a student on your own images"
+    parser = add_command(commands, train, what)
+    add_recipe_options(parser)
+    add_run_options(parser, "train")
+    parser.add_argument(
+        "--resume",
+        type=path_option,
+        default=None,
+        metavar="DIR",
+        help="go on with the run in this folder, whatever stopped it; takes no other option",
+    )
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train on the recipe that file, options and overrides make, or go on with a run."""
+    if arguments.resume is not None:
+        others = sorted(given_options(arguments).keys() - {"resume"})
+        if others:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            options = options.replace("--override", "KEY=VALUE")
+            arguments.parser.error(
+                f"--resume takes all other options from the run: leave out {options}"
+            )
+        _resume(arguments.resume)
+        return
+    recipe = recipe_of(arguments)
+    if not recipe.student:
+        lacks(arguments, "--student")
+    train_recipe(recipe, arguments.out, "train", download=given_options(arguments).get("download"))
+
+
+def train_recipe(
+    recipe: Recipe,
+    out: Path | None,
+    default_out: str,
+    *,
+    download: str | None = None,
+) -> None:
+    """Train and report; the folder is looked at before the data, which may take long to read."""
+    from classroomkd.runs.paths import choose_folder
+
+    folder = choose_folder(out, default_out)
+    run = _run_of(recipe)
+    if out is None and run.processes.together:
+        raise UserError("several processes need to be told where to write: give --out")
+    run.processes.wait()  # until each has looked at the folder
+    _carry_out(run, _read_data(recipe, download), folder)
+
+
+def _resume(out: Path) -> None:
+    """Go on with the run in ``out``; of a finished one there is its page, if that is missing."""
+    from classroomkd.runs.paths import unfinished
+    from classroomkd.runs.recipe import load_recipe
+
+    if (out / "summary.json").exists() and not (out / "report.html").exists():
+        from classroomkd.report import write_report
+
+        print(f"the run in {out} is finished\nreport: {write_report([out])}")
+        return
+    recipe = load_recipe(unfinished(out))
+    require_images(recipe.data.source)
+    run = _run_of(recipe)
+    _carry_out(run, _read_data(recipe), out, resume=True)
+
+
+def _run_of(recipe: Recipe) -> TrainingRun:
+    from rich.console import Console
+
+    from classroomkd.runs.training_run import TrainingRun
+
+    return TrainingRun(recipe, Console())
+
+
+def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
+    from classroomkd.runs.images import read_images
+    from classroomkd.runs.recipe import split_seed
+
+    return read_images(recipe.data, split_seed(recipe), download)
+
+
+def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
+    from classroomkd.report import results_table
+
+    summary = run.run(
+        sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
+    )
+    run.console.print(results_table(summary))
+    run.console.print(
+        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
+    )

@@ -1,0 +1,305 @@
+"""``.beton`` files packed from images, and compared with them.
+
+`classroomkd.data.ffcv.beton_file` says what is in such a file and beside it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from classroomkd.data.decode import bombs_refused
+from classroomkd.data.ffcv.beton_file import (
+    JPEG,
+    RAW,
+    Beton,
+    decode_jpeg,
+    open_alone,
+    open_beton,
+    progress_bar,
+    read_record,
+    side_file,
+)
+from classroomkd.data.ffcv.bindings import import_ffcv
+from classroomkd.data.image_sets import ImageFiles, ImageSet
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_file, atomic_write, sync
+
+__all__ = ["JPEG", "RAW", "Beton", "check_free", "open_beton", "pack", "side_file", "verify"]
+
+QUALITY, MAX_SIDE = 90, 500  # of photographs, in pixels the second
+JPEG_ERROR = 8.0  # mean levels, of 255, by which two encoders' results for one image may differ
+
+_SMALLEST_PAGE, _LARGEST_PAGE = 1 << 21, 1 << 27  # bytes; the first is FFCV's own bound
+_LONGEST_SIDE = 65535  # the format has 16 bits for it
+_PROBED = 32  # images encoded to estimate the space that all will take
+
+
+def pack(
+    images: ImageSet | ImageFiles,
+    path: Path | str,
+    *,
+    overwrite: bool = False,
+    jpeg: bool = False,
+    quality: int = QUALITY,
+    max_side: int | None = None,
+) -> Beton:
+    """Write ``images`` to the ``.beton`` file ``path`` and its side file, and open it.
+
+    Images whose longer side is above ``max_side`` pixels are shrunk to it. Each is stored as its
+    pixels, or with ``jpeg`` at that ``quality`` (1..100). The same images give the same bytes (as
+    JPEG, with the same release of OpenCV). Whatever happens, an interruption too, ``path`` is
+    afterwards either as it was or complete.
+
+    Raises UserError if ``path`` exists and ``overwrite`` is not set, there is no image or not
+    enough space, or, naming it, an image that cannot be read or stored; OSError, naming ``path``,
+    as the system does.
+    """
+    path = Path(path).expanduser()
+    check_free(path, overwrite)
+    if not len(images):
+        raise UserError(f"there are no images to pack into {path}")
+    import_ffcv()
+    from ffcv.fields import IntField, RGBImageField
+
+    from classroomkd.data.ffcv.beton_writer import InProcessWriter
+
+    field = RGBImageField(write_mode="jpg" if jpeg else "raw", jpeg_quality=quality)
+    page_size = _page_size(images, max_side)
+    _check_space(images, path, field, page_size, max_side)
+    try:
+        with atomic_file(path) as temporary:
+            with (
+                progress_bar(f"Packing {len(images):,} images", len(images)) as advance,
+                closing(_read_ahead(images, max_side, page_size)) as samples,
+            ):
+                fields = {"image": field, "label": IntField()}
+                writer = InProcessWriter(str(temporary), fields, page_size, advance)
+                writer.from_indexed_dataset(_InOrder(samples, len(images)), chunksize=64)
+            beton = open_alone(temporary, images.classes)
+            record = {
+                "classes": images.classes,
+                "images": len(images),
+                "bytes": temporary.stat().st_size,
+                "sha256": beton.digest(),
+            }
+            sync(temporary)
+            following = {"inode": temporary.stat().st_ino, "record": record}
+            _write_side(path, _record_of(path) | {"next": following})
+        _write_side(path, record)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    return open_beton(path)
+
+
+def _record_of(path: Path) -> dict[str, Any]:
+    """The record of the file at ``path``, as far as there is one."""
+    try:
+        return read_record(path, path.stat().st_ino) or {}
+    except (FileNotFoundError, UserError):
+        return {}
+
+
+def _write_side(path: Path, content: dict[str, Any]) -> None:
+    atomic_write(side_file(path), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_free(
+    path: Path, overwrite: bool, remedy: str = "give another name, or overwrite=True to replace it"
+) -> None:
+    """Raise UserError unless a file can be written at ``path``, replacing none unless told.
+
+    ``remedy`` is what its message advises where there is a file.
+    """
+    if path.is_dir() or not path.name:
+        raise UserError(f"{path} is a folder: give the name of a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"no such folder: {path.parent}")
+    if path.exists() and not overwrite:
+        raise UserError(f"{path} exists already: {remedy}")
+
+
+def verify(
+    path: Path | str,
+    source: ImageSet | ImageFiles | None = None,
+    *,
+    quality: int = QUALITY,
+    max_side: int | None = None,
+) -> Beton:
+    """Compare a ``.beton`` file with the images it was packed from, and with its side file.
+
+    Raw images must equal the source's (shrunk to ``max_side`` as in packing) in every pixel. A JPEG
+    must have the same bytes as the source's image compressed at ``quality``, or the same size and
+    pixels that differ from that by at most `JPEG_ERROR` levels in the mean, for releases of OpenCV
+    compress in slightly different ways. Without ``source`` only the SHA-256 is compared.
+
+    Raises UserError that names the first index that differs, or if there is nothing to compare.
+    """
+    beton = open_beton(path)
+    if source is None and beton.sha256 is None:
+        raise UserError(
+            f"{beton.path} has no {side_file(beton.path).name} beside it to be compared with: give "
+            "the data set that it was packed from"
+        )
+    if source is not None:
+        _compare(beton, source, quality, max_side)
+    if beton.sha256 is not None and beton.digest() != beton.sha256:
+        raise UserError(
+            f"{beton.path} has other targets or pixels than were packed, by the SHA-256 in "
+            f"{side_file(beton.path).name}: pack it again"
+        )
+    return beton
+
+
+def _compare(
+    beton: Beton, source: ImageSet | ImageFiles, quality: int, max_side: int | None
+) -> None:
+    from ffcv.fields.rgb_image import encode_jpeg
+
+    if len(beton) != len(source):
+        raise UserError(f"{beton.path} has {len(beton):,} images, the data set {len(source):,}")
+    if beton.sha256 is not None and beton.classes != source.classes:
+        raise UserError(f"{beton.path} has other classes than the data set")
+    for i in np.flatnonzero(beton.targets != source.targets)[:1]:
+        raise UserError(
+            f"{beton.path}: the target of image {i} is {beton.targets[i]}, in the data set "
+            f"{source.targets[i]}"
+        )
+    with (
+        progress_bar(f"Comparing {len(beton):,} images", len(beton)) as advance,
+        closing(_read_ahead(source, max_side)) as samples,
+    ):
+        for i, (wanted, _) in enumerate(samples):
+            advance(1)
+            shape = (int(beton.heights[i]), int(beton.widths[i]), 3)
+            if shape != wanted.shape:
+                raise UserError(
+                    f"{beton.path}: image {i} is {list(shape)}, {_name(source, i)} in the data set "
+                    f"{list(wanted.shape)}"
+                )
+            if beton.modes[i] == JPEG:
+                wanted = encode_jpeg(wanted, quality)
+                if np.array_equal(beton.stored(i), wanted):
+                    continue
+                wanted = decode_jpeg(wanted)
+            found, _ = beton[i]
+            if np.array_equal(found, wanted):
+                continue
+            difference = np.abs(found.astype(np.int16) - wanted)
+            what = f"{beton.path}: image {i} differs from {_name(source, i)} in the data set"
+            if beton.modes[i] == RAW:
+                row, column = np.argwhere(difference.any(2))[0]
+                raise UserError(f"{what}, first at row {row}, column {column}")
+            if difference.mean() > JPEG_ERROR:
+                raise UserError(
+                    f"{what} by {difference.mean():.1f} levels in the mean, more than "
+                    f"{JPEG_ERROR:g}"
+                )
+
+
+def _name(images: ImageSet | ImageFiles, index: int) -> str:
+    return str(images.files[index]) if isinstance(images, ImageFiles) else f"image {index}"
+
+
+class _InOrder:
+    """An iterator as the indexable that FFCV's writer asks for samples 0, 1, 2, …"""
+
+    def __init__(self, samples: Iterator, count: int) -> None:
+        self._samples, self._count = samples, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, _: int) -> tuple[np.ndarray, int]:
+        return next(self._samples)
+
+
+def _read_ahead(
+    images: ImageSet | ImageFiles, max_side: int | None, most: int = _LARGEST_PAGE
+) -> Iterator[tuple[np.ndarray, int]]:
+    """All samples in order, as they are to be stored; files are decoded by threads, ahead."""
+    if isinstance(images, ImageSet):
+        for i in range(len(images)):
+            yield _to_store(images, i, max_side, most)
+        return
+    workers = min(os.cpu_count() or 1, 8)
+    with bombs_refused(), ThreadPoolExecutor(workers) as pool:
+        ahead: deque = deque()
+        try:
+            for i in range(len(images)):
+                ahead.append(pool.submit(_to_store, images, i, max_side, most))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _to_store(
+    images: ImageSet | ImageFiles, index: int, max_side: int | None, most: int
+) -> tuple[np.ndarray, int]:
+    """A sample, shrunk by FFCV as its own field would; UserError if the format cannot hold it."""
+    from ffcv.fields.rgb_image import resizer
+
+    image, target = images[index]
+    height, width = image.shape[:2]
+    longer, shorter = max(height, width), min(height, width)
+    if max_side is not None and shorter * max_side < longer:
+        raise UserError(
+            f"{_name(images, index)} is {height}×{width} pixels: shrunk to {max_side} nothing is "
+            "left of its shorter side; remove it"
+        )
+    image = resizer(image, max_side)
+    if max(image.shape) > _LONGEST_SIDE or image.nbytes > most:
+        raise UserError(
+            f"{_name(images, index)} is {height}×{width} pixels, which is too large to be packed: "
+            "give a --max-side, or a smaller one"
+        )
+    return image, target
+
+
+def _page_size(images: ImageSet | ImageFiles, max_side: int | None) -> int:
+    """Bytes of the pages that a file is made of, which no image may cross: a power of two.
+
+    Eight of the largest images, so that little is lost at their ends, as far as that is known.
+    """
+    if isinstance(images, ImageSet):
+        largest = images.images[0].nbytes
+    else:
+        largest = 3 * max_side**2 if max_side is not None else _SMALLEST_PAGE
+    return min(max(1 << (8 * largest - 1).bit_length(), _SMALLEST_PAGE), _LARGEST_PAGE)
+
+
+def _check_space(
+    images: ImageSet | ImageFiles, path: Path, field: Any, page_size: int, max_side: int | None
+) -> None:
+    """Raise UserError if the file would not fit, as far as a few images spread evenly tell."""
+    sizes = []
+
+    def measure(size: int) -> tuple[int, np.ndarray]:
+        sizes.append(size)
+        return 0, np.empty(size, np.uint8)
+
+    for i in np.unique(np.linspace(0, len(images) - 1, _PROBED).astype(int)):
+        image, _ = _to_store(images, i, max_side, page_size)
+        field.encode(np.zeros(1, field.metadata_type), image, measure)
+    per_page = page_size // math.ceil(sum(sizes) / len(sizes))
+    pages = 1 + math.ceil(len(images) / per_page)  # the first is for the tables
+    needed, free = pages * page_size + 48 * len(images), shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise UserError(
+            f"{path} will need about {needed / 1e6:,.0f} MB, but {path.parent} has "
+            f"{free / 1e6:,.0f} MB free: free some space, or pack elsewhere"
+        )

@@ -1,0 +1,297 @@
+"""``.beton`` files, the format of FFCV, opened with every table checked.
+
+A file has the fields ``image`` (RGB, each raw or as JPEG) and ``label`` (integer) and nothing that
+FFCV itself would not write, so any of its users can read it. What it has no place for stands in a
+side file, ``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their
+indices: all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then
+each image's stored bytes, all little-endian. It depends on nothing but the samples.
+
+No two files can be replaced at once. So before a ``.beton`` file is replaced, its side file is
+given the new one's record too, as ``next`` with its inode, and the inode says which record counts.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from classroomkd.data.ffcv.bindings import import_ffcv
+from classroomkd.data.image_sets import samples_digest
+from classroomkd.errors import UserError
+
+JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+
+_Read = TypeVar("_Read")
+
+_FIELDS = [("image", 2), ("label", 1)]  # names, and FFCV's numbers for their types
+_MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is soon above it
+
+
+@dataclass(frozen=True, eq=False)
+class Beton:
+    """An open ``.beton`` file of N images; every offset in it has been checked.
+
+    Attributes:
+        path: of the file.
+        classes: their names; "0", "1", … where there is no side file.
+        targets: class indices, int64 [N].
+        heights: in pixels, int64 [N].
+        widths: in pixels, int64 [N].
+        modes: `JPEG` or `RAW`, uint8 [N].
+        starts: where each image's bytes begin in the file, int64 [N].
+        sizes: how many they are, int64 [N]; 3 · height · width for raw ones.
+        sha256: of the samples, as the side file has it; None without one.
+        data: the whole file, uint8, mapped into memory for reading.
+    """
+
+    path: Path
+    classes: list[str]
+    targets: np.ndarray
+    heights: np.ndarray
+    widths: np.ndarray
+    modes: np.ndarray
+    starts: np.ndarray
+    sizes: np.ndarray
+    sha256: str | None
+    data: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def stored(self, index: int) -> np.ndarray:
+        """The bytes of an image as they are stored, a uint8 view of the file."""
+        return self.data[self.starts[index] : self.starts[index] + self.sizes[index]]
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """The image, uint8 [H, W, 3], and the class index of a sample.
+
+        Raises UserError if a JPEG cannot be decoded, or has another size than its entry.
+        """
+        shape = (int(self.heights[index]), int(self.widths[index]), 3)
+        if self.modes[index] == RAW:
+            image = self.stored(index).reshape(shape).copy()
+        else:
+            image = self._read(index, decode_jpeg)
+            self._require_shape(index, image.shape)
+        return image, int(self.targets[index])
+
+    def check_jpeg(self, index: int) -> None:
+        """Raise UserError unless the header of an image's JPEG has the size that its entry has."""
+        self._require_shape(index, self._read(index, jpeg_shape))
+
+    def _read(self, index: int, read: Callable[[np.ndarray], _Read]) -> _Read:
+        try:
+            return read(self.stored(index))
+        except Exception as error:  # decoders raise almost anything on damaged bytes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.path}: image {index} cannot be read ({reason})") from error
+
+    def _require_shape(self, index: int, shape: tuple[int, int, int]) -> None:
+        expected = (int(self.heights[index]), int(self.widths[index]), 3)
+        if shape != expected:
+            raise UserError(
+                f"{self.path}: image {index} is {list(shape)}, its entry says {list(expected)}: "
+                "the file is corrupt, pack it again"
+            )
+
+    def digest(self) -> str:
+        """The SHA-256 of the samples (see the module), in hexadecimal."""
+
+        def images() -> Iterator[np.ndarray]:
+            with progress_bar(f"Summing {len(self):,} images", len(self)) as advance:
+                for i in range(len(self)):
+                    yield self.stored(i)
+                    advance(1)
+
+        return samples_digest(self.targets, self.modes, self.heights, self.widths, images())
+
+
+def side_file(path: Path) -> Path:
+    """Where the class names and the SHA-256 of the ``.beton`` file at ``path`` are."""
+    return path.with_name(f"{path.name}.json")
+
+
+def open_beton(path: Path | str) -> Beton:
+    """Open a ``.beton`` file of images and labels, and check all of its tables.
+
+    Raises UserError, naming the file and where there is one the index, if it is not there, was cut
+    off, is no such file, has other fields, or says what cannot be, or if the side file is another
+    file's.
+    """
+    path = Path(path).expanduser()
+    import_ffcv()
+    if not path.is_file():
+        raise UserError(
+            f"{path} is a folder: give a .beton file" if path.is_dir() else f"no such file: {path}"
+        )
+    while True:
+        with path.open("rb") as file:
+            opened = os.fstat(file.fileno())
+            record = read_record(path, opened.st_ino)
+            if os.path.samestat(opened, path.stat()):
+                return _open_recorded(path, file, record)
+        # It was replaced since, and the record may be its successor's: once more.
+
+
+def read_record(path: Path, inode: int) -> dict[str, Any] | None:
+    """What the side file of ``path`` says of the file with that inode; None if it says nothing.
+
+    Raises UserError if it is damaged.
+    """
+    side = side_file(path)
+    try:
+        record = json.loads(side.read_text(encoding="utf-8"))
+        if "next" in record:
+            following = record.pop("next")
+            record = following["record"] if following["inode"] == inode else record
+            if not record:
+                return None
+        classes = record["classes"]
+        if not isinstance(classes, list) or {type(name) for name in classes} != {str}:
+            raise TypeError("classes must be a list of names")
+        images, size = int(record["images"]), int(record["bytes"])
+        return record | {"images": images, "bytes": size, "sha256": str(record["sha256"])}
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{side} is damaged ({type(error).__name__}: {error}): remove it, or pack again"
+        ) from error
+
+
+def _open_recorded(path: Path, file: BinaryIO, record: dict[str, Any] | None) -> Beton:
+    if record is None:
+        return _open(path, file, None, None)
+    size, name = os.fstat(file.fileno()).st_size, side_file(path).name
+    if record["bytes"] != size:
+        raise UserError(
+            f"{path} has {size:,} bytes, but {name} says {record['bytes']:,}: it was cut off or is "
+            "another file; pack it again"
+        )
+    beton = _open(path, file, record["classes"], record["sha256"])
+    if record["images"] != len(beton):
+        raise UserError(f"{path} has {len(beton):,} images, but {name} says {record['images']:,}")
+    return beton
+
+
+def open_alone(path: Path, classes: list[str]) -> Beton:
+    """Open a file without a look at its side file."""
+    with path.open("rb") as file:
+        return _open(path, file, classes, None)
+
+
+def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | None) -> Beton:
+    from ffcv.types import (
+        ALLOC_TABLE_TYPE,
+        CURRENT_VERSION,
+        FieldDescType,
+        HeaderType,
+        get_handlers,
+        get_metadata_type,
+    )
+
+    size = os.fstat(file.fileno()).st_size
+    if size < HeaderType.itemsize:
+        raise UserError(f"{path} is no .beton file: it has only {size} bytes")
+    data = np.asarray(np.memmap(file, np.uint8, mode="r"))
+
+    def table(dtype: np.dtype, start: int, count: int) -> np.ndarray:
+        """As many of ``count`` entries as the file has there."""
+        part = data[start : start + count * dtype.itemsize]
+        return part[: len(part) // dtype.itemsize * dtype.itemsize].view(dtype)
+
+    header = table(HeaderType, 0, 1)[0]
+    count, end, page_size = (
+        int(header[name]) for name in ("num_samples", "alloc_table_ptr", "page_size")
+    )
+    if header["version"] != CURRENT_VERSION:
+        raise UserError(f"{path} is no .beton file, or not of FFCV's format {CURRENT_VERSION}")
+    if end == 0:
+        raise UserError(f"{path} was never finished: pack it again")
+    described = table(FieldDescType, HeaderType.itemsize, int(header["num_fields"]))
+    fields = [
+        (field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace"), field["type_id"])
+        for field in described
+    ]
+    if fields != _FIELDS:
+        names = ", ".join(name for name, _ in fields) or "none"
+        raise UserError(
+            f"{path} has other fields ({names}) than image, of RGB images, and label, of integers"
+        )
+    expected = end + count * ALLOC_TABLE_TYPE.itemsize
+    if size != expected:
+        what = "was cut off" if size < expected else "is damaged"
+        raise UserError(
+            f"{path} {what}: it has {size:,} bytes instead of {expected:,}; pack it again"
+        )
+    corrupt = f"{path} is corrupt: {{}}; pack it again"
+    tables = HeaderType.itemsize + described.nbytes
+    begin = tables + 24 * count  # a line of the table of samples has 24 bytes
+    if count == 0 or begin > end or page_size == 0 or end % page_size:
+        raise UserError(corrupt.format("its header contradicts itself"))
+    samples = table(get_metadata_type(get_handlers(described)), tables, count)
+    image, targets = (samples[name] for name in samples.dtype.names)
+    places = table(ALLOC_TABLE_TYPE, end, count)
+    places = places[np.argsort(places["sample_id"], kind="stable")]
+    if not np.array_equal(places["sample_id"], np.arange(count)):
+        raise UserError(corrupt.format("its allocation table does not have each image once"))
+
+    def check(wrong: np.ndarray, what: str) -> None:
+        if wrong.any():
+            raise UserError(corrupt.format(f"image {np.flatnonzero(wrong)[0]} {what}"))
+
+    starts, sizes = places["ptr"], places["size"]
+    check(starts != image["data_ptr"], "is at two places")
+    check((starts < begin) | (starts > end) | (sizes > end), "lies outside the file")
+    starts, sizes = starts.astype(np.int64), sizes.astype(np.int64)
+    check(starts + sizes > end, "lies outside the file")
+    order = np.argsort(starts, kind="stable")
+    overlap = np.zeros(count, bool)
+    overlap[order[1:]] = (starts + sizes)[order[:-1]] > starts[order[1:]]
+    check(overlap, "overlaps another")
+    heights, widths = (image[name].astype(np.int64) for name in ("height", "width"))
+    modes = image["mode"].copy()
+    check((heights == 0) | (widths == 0) | (sizes == 0), "has no pixels")
+    check((modes != JPEG) & (modes != RAW), "is stored in no known way")
+    check((modes == RAW) & (sizes != 3 * heights * widths), "has another size than its pixels")
+    targets = targets.astype(np.int64)
+    most = _MOST_CLASSES if classes is None else len(classes)
+    check((targets < 0) | (targets >= most), f"has a target outside its {most:,} classes")
+    if classes is None:
+        classes = [str(k) for k in range(int(targets.max()) + 1)]
+    return Beton(path, classes, targets, heights, widths, modes, starts, sizes, sha256, data)
+
+
+def decode_jpeg(data: np.ndarray) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return np.array(image.convert("RGB"))
+
+
+def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and 3, as the header says, for nothing is decoded."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+        return image.height, image.width, 3
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, if that is a terminal, and the function that moves it on."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

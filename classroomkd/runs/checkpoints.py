@@ -1,0 +1,180 @@
+"""Training states on disk: written whole, the last few kept, a damaged one passed over."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write
+from classroomkd.models import NetworkInfo, save_network
+from classroomkd.runs.interrupts import Interrupted, Interrupts
+from classroomkd.runs.jobs import best
+from classroomkd.training.trainer import READ_EVERY, Trainer
+
+_NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
+
+
+class Checkpoints:
+    """The training states of one network, in a folder of its own.
+
+    A file's name has its step and the beginning of its SHA-256, so that damage is seen before
+    anything is read from it.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def save(self, state: Mapping[str, Any], step: int) -> Path:
+        """Write ``state`` as of ``step`` atomically, then remove all but the last ``keep``."""
+        buffer = io.BytesIO()
+        torch.save(dict(state), buffer)
+        content = buffer.getvalue()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step-{step:09}-{hashlib.sha256(content).hexdigest()[:16]}.pt"
+        atomic_write(path, content)
+        for old in self._files()[self.keep :]:
+            old.unlink(missing_ok=True)
+        return path
+
+    def keep_best(self, network: nn.Module, info: NetworkInfo, epoch: int) -> None:
+        """Write the weights of an epoch that is the best yet."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_network(self.best(epoch), network, info)
+
+    def forget_bests_but(self, epochs: Collection[int]) -> None:
+        """Remove the weights of other epochs."""
+        kept = set(map(self.best, epochs))
+        for path in self.folder.glob(self.best("*").name):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all of it, once the training is done and nobody goes on from here any more."""
+        self.forget_bests_but([])
+        for path in self._files():
+            path.unlink(missing_ok=True)
+
+    def best(self, epoch: int | str) -> Path:
+        """Where the weights of an epoch are while it is the best."""
+        return self.folder / f"best-{epoch}.safetensors"
+
+    def newest(self) -> Path | None:
+        """The file of the last step, if there is any."""
+        return next(iter(self._files()), None)
+
+    def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
+        """The state of the last step whose file is whole; ``warn`` is told of damaged ones."""
+        files = self._files()
+        for path, earlier in zip_longest(files, files[1:]):
+            content = path.read_bytes()
+            if hashlib.sha256(content).hexdigest()[:16] == _NAME.fullmatch(path.name)[2]:
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            warn(f"{path} is damaged: " + ("taking the one before it" if earlier else "beginning"))
+        return None
+
+    def _files(self) -> list[Path]:
+        """The checkpoints, newest first."""
+        found = [path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+
+
+class Saver:
+    """Saves a trainer's state, with the ``records`` of its epochs, when it is time.
+
+    That is after every ``epochs`` epochs, when the last time is ``minutes`` ago, and when a signal
+    asked to stop. With ``keeps_best`` the weights of the epoch that does best on the validation
+    images are kept beside.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        trainer: Trainer,
+        info: NetworkInfo,
+        interrupts: Interrupts,
+        *,
+        epochs: int,
+        minutes: float,
+        keeps_best: bool = False,
+    ) -> None:
+        self.checkpoints, self.trainer, self.info = checkpoints, trainer, info
+        self.interrupts, self.epochs, self.seconds = interrupts, epochs, 60 * minutes
+        self.keeps_best = keeps_best
+        self._bests: deque[int | None] = deque(maxlen=checkpoints.keep)
+        self.records: list[dict[str, Any]] = []
+        self._saved = time.monotonic()
+
+    def best_epoch(self) -> int | None:
+        """The epoch with the highest top-1 on the validation images, if there are any."""
+        return best(self.records).get("chosen_epoch") if self.records else None
+
+    def restore(self, warn: Callable[[str], None]) -> None:
+        """Take up the last state there is; ``warn`` is told of damaged ones.
+
+        Raises UserError for one of another version.
+        """
+        state = self.checkpoints.load(warn)
+        if state is None:
+            return
+        if missing := {*self.trainer.state_dict(), "records"} - state.keys():
+            raise UserError(
+                f"the training states in {self.checkpoints.folder} are another version's, without "
+                f"{', '.join(sorted(missing))}: start a new run"
+            )
+        self.trainer.load_state_dict(state)
+        self.records = state["records"]
+
+    def between_steps(self) -> None:
+        """Save if it is time; raises Interrupted after having saved, if asked to stop."""
+        stop = self.interrupts.received is not None
+        due = time.monotonic() - self._saved >= self.seconds
+        processes = self.trainer.processes
+        if processes.together:  # they must agree, and now and then is enough
+            if self.trainer.batch % READ_EVERY:
+                return
+            stop, due = processes.any(stop), processes.any(due)
+        if stop or due:
+            self.save()
+        if stop:
+            raise Interrupted(self.interrupts.received or signal.SIGTERM)
+
+    def after_epoch(self) -> None:
+        """Likewise, at the end of an epoch, when its record is in ``records``."""
+        epoch, main = self.trainer.epoch - 1, self.trainer.processes.is_main
+        if self.keeps_best and main and self.best_epoch() == epoch:
+            self.checkpoints.keep_best(self.trainer.network, self.info, epoch)
+        if (self.trainer.epoch - 1) % self.epochs == 0:
+            self.save()
+        self.between_steps()
+
+    def save(self) -> None:
+        """Save now; raises UserError instead if the state is not worth it."""
+        trainer = self.trainer
+        trainer.require_finite()
+        state = trainer.state_dict() | {"records": self.records, "info": asdict(self.info)}
+        if trainer.processes.is_main:
+            step = (trainer.epoch - 1) * len(trainer.loader) + trainer.batch
+            self.checkpoints.save(state, step)
+            self._bests.append(self.best_epoch())
+            if self.keeps_best and len(self._bests) == self.checkpoints.keep:
+                # Nobody goes back further, to where another epoch was the best.
+                self.checkpoints.forget_bests_but([epoch for epoch in self._bests if epoch])
+        self._saved = time.monotonic()
+
+    def last_good(self) -> str:
+        """The end of an error message: what is left to go back to."""
+        newest = self.checkpoints.newest()
+        return f" (the last good state is in {newest})" if newest else ""

@@ -1,0 +1,71 @@
+"""A recipe's images: where they come from, and what becomes of them on their way to a network."""
+
+from __future__ import annotations
+
+import torch
+
+from classroomkd.data import (
+    NAMED_SOURCES,
+    Augmentation,
+    ImageFiles,
+    ImageSet,
+    Loaders,
+    Mixing,
+    Parts,
+    RandomResizedCrop,
+    list_parts,
+    load_parts,
+)
+from classroomkd.errors import UserError
+from classroomkd.runs.recipe import DataConfig
+from classroomkd.training.config import TrainingConfig
+
+Sets = Parts[ImageSet] | Parts[ImageFiles]
+
+_MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
+
+
+def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
+    """The parts of the images, split by ``seed`` where the source does not say.
+
+    They are decoded at ``data.image_size``, or files still, to be cropped and resized. Raises
+    UserError as `load_parts` and `list_parts` do, or if there are no files to crop.
+    """
+    if data.crop == "resize":
+        if data.source in NAMED_SOURCES or download is not None:
+            source = download or f"the {data.source}"
+            raise UserError(f"{source} are no photographs to crop and resize: take data.crop=pad")
+        return list_parts(data.source, seed, data.test_share)
+    if data.source in NAMED_SOURCES:
+        return Parts(*NAMED_SOURCES[data.source].read(seed, data.test_share))
+    return load_parts(
+        data.source,
+        image_size=data.image_size,
+        seed=seed,
+        test_share=data.test_share,
+        download=download,
+    )
+
+
+def open_loaders(
+    backend: str, sets: list[ImageSet | ImageFiles], size: int, device: torch.device | str
+) -> Loaders:
+    """Loaders of ``sets`` for networks that take images of ``size`` × ``size`` pixels.
+
+    Raises UserError as `Loaders` does.
+    """
+    return Loaders(backend, sets, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+
+
+def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
+    """What becomes of an image that a network trains on."""
+    if data.crop == "resize":
+        return RandomResizedCrop(data.image_size, data.flips())
+    return Augmentation(data.padding, data.flips(), data.cutout)
+
+
+def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None:
+    """How the images of a training are mixed with each other."""
+    if training.mixup or training.cutmix:
+        return Mixing(num_classes, training.mixup, training.cutmix)
+    return None

@@ -1,0 +1,63 @@
+"""What a run says of its networks in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from classroomkd.training.evaluation import Evaluation
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What a network is in the run.
+
+    ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
+    epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
+    ``at``.
+    """
+
+    phase: str
+    name: str
+    architecture: str
+    epochs: int | None = None
+    at: int | None = None
+    number: int = 0
+
+    @property
+    def last(self) -> int | None:
+        """The last epoch that it is trained for."""
+        return self.at or self.epochs
+
+    def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
+        """The network's entry in summary.json."""
+        return {
+            "phase": self.phase,
+            "name": self.name,
+            "architecture": self.architecture,
+            "parameters": sum(parameter.numel() for parameter in network.parameters()),
+            "top1": measured.top1,
+            "top5": measured.top5,
+            "loss": measured.loss,
+            "calibration_error": measured.calibration_error,
+            "per_class": measured.per_class,
+            "trained": self.epochs is not None,
+            "epochs": self.last,
+        }
+
+
+def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What epochs that are chosen afterwards would have given, for the summary.
+
+    ``best_test_top1`` is the highest top-1 on the held-out images, chosen on these, as papers print
+    it; ``chosen_top1``, where there are validation images, that of the ``chosen_epoch``, which has
+    the highest on them.
+    """
+    kept = {"best_test_top1": max(record["test_top1"] for record in records)}
+    if "validation_top1" in records[0]:
+        chosen = max(records, key=lambda record: record["validation_top1"])
+        kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
+    return kept

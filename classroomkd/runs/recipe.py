@@ -1,0 +1,341 @@
+"""A recipe: every value that decides a run, in one YAML file, overridden by dotted names.
+
+    student: resnet8
+    mentors: [resnet20, mobilenetv2]
+    data: {source: photos/}
+    training: {epochs: 60}
+
+What a file leaves out has the defaults below, which are the published CIFAR recipe; mentors are
+trained for as many epochs as the student if it does not say otherwise. A mentor is a
+name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
+``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``. The meaning
+of a key is the docstring below its field, which ``classroomkd config`` prints (see ``keys``).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from classroomkd.data import NAMED_SOURCES
+from classroomkd.errors import UserError
+from classroomkd.limits import ALPHAS, is_alpha
+from classroomkd.loss.methods import catalogue
+from classroomkd.loss.options import LossOptions
+from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.runs import recipe_layers as layers
+from classroomkd.training.config import TrainingConfig
+
+_MENTOR_EPOCHS = "mentor_training.epochs"
+
+
+@dataclass
+class DataConfig:
+    """The images and what becomes of them."""
+
+    source: str = ""
+    """The folder of the images, or the word digits; ``--data``."""
+    image_size: int = 32
+    """Height and width, in pixels."""
+    test_share: float = 0.2
+    """Held out of a data set without a test part, by the seed."""
+    validation: float = 0.1
+    """Share of the training images split off by the seed to choose on; nobody trains on it. A
+    source with ``val/`` beside ``test/`` gives the images of ``val/`` instead, unless it is 0."""
+    split_seed: int | None = None
+    """The seed of both splits; the recipe's ``seed`` where it is not given."""
+    crop: Literal["pad", "resize"] = "pad"
+    """How training images are cropped at random: "pad" decodes all at the image size first, and
+    crops from within a border; "resize" decodes photographs when they are used, and resizes a part
+    of them, for evaluation their centre."""
+    padding: int | None = None
+    """The border of the crop "pad", in pixels; an eighth of the image size if not given."""
+    flip: bool | None = None
+    """Whether half of the training images, at random, are mirrored; if not given, all but
+    digits are."""
+    cutout: int = 0
+    """Side of the erased square in pixels; 0 is none."""
+    mean: list[float] | None = None
+    """Of each RGB channel, of values scaled to 0..1; if not given the training images' own, or with
+    the crop "resize" ImageNet's."""
+    std: list[float] | None = None
+    """The standard deviations, likewise; given with ``mean``."""
+    loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
+    in memory, else "torch"."""
+
+    def flips(self) -> bool:
+        """Whether training images are mirrored, also where ``flip`` is not given."""
+        if self.flip is None:
+            return self.source not in NAMED_SOURCES or NAMED_SOURCES[self.source].flip
+        return self.flip
+
+
+@dataclass
+class LossConfig:
+    """The options of the method "classroom"; what they mean stands in `classroom_loss`."""
+
+    temperature: float = 12.0
+    ranking: Literal["sample", "batch"] = "sample"
+    knowledge_filter: Literal["better", "correct", "correct_and_better", "none"] = "better"
+    mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
+    weighting: Literal["rank", "uniform"] = "rank"
+    task_weight: float | str = "confidence"
+    rank_decimals: int | None = None
+    label_smoothing: float = 0.0
+    standardise: bool = False
+
+
+@dataclass
+class MentorConfig:
+    """A mentor: a name or a checkpoint, and how long it is trained if not as usual."""
+
+    source: str = MISSING
+    """A network of the zoo, tv:NAME, timm:NAME, a checkpoint or a run folder."""
+    epochs: int | None = None
+    """The epochs that its schedule is made for; ``mentor_training.epochs`` if not given."""
+    at: int | None = None
+    """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
+
+
+@dataclass
+class Recipe:
+    """A run. Building one through `load_recipe` checks every value.
+
+    Without a ``student`` only the mentors are trained.
+    """
+
+    student: str = ""
+    """A network of the zoo, or tv:NAME or timm:NAME with weights to be trained; ``--student``."""
+    mentors: list[MentorConfig] = field(default_factory=list)
+    """By name; the first is the teacher of methods that have one; ``--mentors``."""
+    method: str = "classroom"
+    """What the student is trained by; ``classroomkd methods`` lists the methods."""
+    method_options: dict[str, Any] = field(default_factory=dict)
+    """The options of another method than the classroom, whose own are under ``loss``."""
+    alone: bool = True
+    """Whether the student is also trained without mentors, to compare."""
+    data: DataConfig = field(default_factory=DataConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    mentor_training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(learning_rate=None, schedule="steps")
+    )
+    loss: LossConfig = field(default_factory=LossConfig)
+    seed: int = 0
+    """The seed of first weights, batches, augmentation and splits."""
+    mentor_seed: int | None = None
+    """The seed of the mentors' weights and batches; the ``seed`` where it is not given."""
+    device: str | None = None
+    """As torch names it; the GPU if there is one, where it is not given."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """The dtype of activations; "auto" is bfloat16 on GPUs that have it."""
+    compile: bool = False
+    """Whether student and mentors go through torch.compile."""
+    cuda_graph: bool = True
+    """Whether a GPU replays the step as one graph."""
+    ranking_across_processes: bool = True
+    """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
+    store: bool = True
+    """Whether mentors are taken from the store in the cache, and kept there once trained."""
+    tensorboard: bool = False
+    """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
+    threads: int | None = None
+    """Threads of the CPU, on which a run's bits depend; as many as torch takes if not given."""
+    checkpoint_epochs: int = 1
+    """After how many epochs a training's state is saved."""
+    checkpoint_minutes: float = 5.0
+    """After how many minutes within an epoch it is saved too."""
+    checkpoint_keep: int = 2
+    """How many of a training's last states are kept until it is done."""
+
+
+def load_recipe(
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of a YAML file, of ``values`` in its place, or both, and of dotted overrides.
+
+    ``overrides`` are like ``training.epochs=60`` or ``mentors=[resnet20,resnet8]``, and win.
+
+    Raises UserError, in one line that names the value, if there is no such key or the value cannot
+    be.
+    """
+    where = f"{file}: " if file else ""
+    method, item = "", ""
+    try:
+        begun, says_mentor_epochs = _begun(file, None if file is None else layers.read(file))
+        merged = deepcopy(begun)
+        if values is not None:
+            given = layers.layer(values)
+            merged = OmegaConf.merge(merged, given)
+            says_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
+        method = chosen[-1] if chosen else merged.method
+        for item in overrides:
+            key, equals, _ = item.partition("=")
+            if not equals or not key:
+                raise UserError(f"an override is like training.epochs=60, not {item!r}")
+            try:
+                layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
+            except OmegaConfBaseException:  # which may be a ValueError too, and names the key
+                raise
+            except (TypeError, ValueError, yaml.YAMLError) as error:
+                reason = " ".join(str(error).split())
+                raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
+        says_mentor_epochs |= any(
+            item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
+        )
+        if not says_mentor_epochs:
+            merged.mentor_training.epochs = merged.training.epochs
+        recipe = OmegaConf.to_object(merged)
+        # Of a file, whose method may be overridden, loss is kept; an override would do nothing.
+        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+        if idle and recipe.method != "classroom":
+            from classroomkd.runs.recipe_keys import unused_loss
+
+            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+        # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
+        recipe.method_options = {
+            key: layers.value_of(value) if isinstance(value, str) else value
+            for key, value in recipe.method_options.items()
+        }
+    except UserError:
+        raise
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
+
+        raise UserError(f"{where}{unknown_key(error.full_key, method, item)}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"{where}{layers.reason(error)}") from None
+    _check(recipe, where)
+    data = recipe.data
+    if data.padding is None:
+        data.padding = data.image_size // 8
+    data.flip = data.flips()
+    if data.crop == "resize" and data.mean is None:
+        data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+    if data.source not in ("", *NAMED_SOURCES):
+        data.source = str(Path(data.source).expanduser().absolute())
+    return recipe
+
+
+def split_seed(recipe: Recipe) -> int:
+    """The seed by which test and validation images are split off."""
+    return recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, for YAML."""
+    return OmegaConf.to_container(OmegaConf.structured(recipe))
+
+
+def teaching(recipe: Recipe) -> list[MentorConfig]:
+    """The mentors that the method asks for: all, the first one, or none; all without a student."""
+    if not recipe.student:
+        return recipe.mentors
+    if recipe.method == "alone":
+        return []
+    return recipe.mentors[:1] if catalogue.entry(recipe.method).single_mentor else recipe.mentors
+
+
+def wherever(mentor: MentorConfig) -> MentorConfig:
+    """The same mentor, with a path that holds in any working folder."""
+    if is_checkpoint(mentor.source):
+        return replace(mentor, source=str(Path(mentor.source).expanduser().absolute()))
+    return mentor
+
+
+@cache  # merging takes long, and a plan of many runs has few files
+def _begun(file: Path | None, content: bytes | None) -> tuple[DictConfig, bool]:
+    """A file's values over the defaults, and whether it says for how long mentors are trained."""
+    if file is None or content is None:
+        return OmegaConf.structured(Recipe), False
+    given = layers.layer(layers.yaml_mapping(file, content))
+    says_mentor_epochs = OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+    return OmegaConf.merge(_begun(None, None)[0], given), says_mentor_epochs
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    """Raise UserError for a value out of its range."""
+    data, threads = recipe.data, recipe.threads
+    problems = [
+        ("mentors", len(recipe.mentors), len(recipe.mentors) <= 16, "at most 16"),
+        ("seed", recipe.seed, recipe.seed >= 0, "a whole number of at least 0"),
+        ("data.image_size", data.image_size, 1 <= data.image_size <= 1024, "1 to 1024 pixels"),
+        ("data.test_share", data.test_share, 0 < data.test_share < 1, "between 0 and 1"),
+        ("data.validation", data.validation, 0 <= data.validation < 1, "from 0 to below 1"),
+        ("data.padding", data.padding, 0 <= (data.padding or 0) <= 1024, "0 to 1024 pixels"),
+        ("data.cutout", data.cutout, 0 <= data.cutout <= 1024, "0 to 1024 pixels"),
+        ("data.cutout", data.cutout, data.crop == "pad" or data.cutout == 0, "0 with crop: resize"),
+        ("data.mean", data.mean, data.mean is None or len(data.mean) == 3, "three numbers"),
+        (
+            "data.std",
+            data.std,
+            data.std is None or (len(data.std) == 3 and min(data.std) > 0),
+            "three positive numbers",
+        ),
+        ("data.std", data.std, (data.mean is None) == (data.std is None), "given with data.mean"),
+        ("mentor_seed", recipe.mentor_seed, (recipe.mentor_seed or 0) >= 0, "at least 0"),
+        ("data.split_seed", data.split_seed, (data.split_seed or 0) >= 0, "at least 0"),
+        ("checkpoint_keep", recipe.checkpoint_keep, recipe.checkpoint_keep >= 1, "at least 1"),
+        ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
+        ("checkpoint_minutes", recipe.checkpoint_minutes, recipe.checkpoint_minutes > 0, "above 0"),
+        ("threads", threads, threads is None or 1 <= threads <= 1024, "1 to 1024"),
+    ]
+    for index, mentor in enumerate(recipe.mentors):
+        epochs = mentor.epochs or recipe.mentor_training.epochs
+        fine = mentor.epochs is None or mentor.epochs >= 1
+        problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
+        fine = mentor.at is None or 1 <= mentor.at <= epochs
+        problems.append((f"mentors.{index}.at", mentor.at, fine, f"an epoch from 1 to {epochs}"))
+    for name in ("training", "mentor_training"):
+        how = getattr(recipe, name)
+        rate, alphas = how.learning_rate, (("mixup", how.mixup), ("cutmix", how.cutmix))
+        in_order = all(0 < m < 1 for m in how.milestones) and how.milestones == sorted(
+            how.milestones
+        )
+        is_warm = 0 <= how.warmup_epochs <= how.epochs
+        fits = how.momentum > 0 or not how.nesterov
+        problems += [
+            (f"{name}.epochs", how.epochs, how.epochs >= 1, "at least 1"),
+            (f"{name}.batch_size", how.batch_size, how.batch_size >= 1, "at least 1"),
+            (
+                f"{name}.learning_rate",
+                rate,
+                rate is None or 0 < rate < math.inf,
+                "a number above 0",
+            ),
+            (f"{name}.milestones", how.milestones, in_order, "shares between 0 and 1 in order"),
+            (f"{name}.warmup_epochs", how.warmup_epochs, is_warm, "from 0 to the epochs"),
+            (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
+            (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
+            (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
+            *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
+        ]
+    for key, value, fine, wanted in problems:
+        if not fine:
+            raise UserError(f"{where}{key} must be {wanted}, not {value}")
+    try:
+        LossOptions(**{k: v for k, v in vars(recipe.loss).items() if k != "standardise"})
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{where}loss: {error}") from None
+    if recipe.method == "classroom" and recipe.method_options:
+        names = ", ".join(recipe.method_options)
+        raise UserError(
+            f"{where}method_options: the classroom's options are under loss, not {names}"
+        )
+    try:
+        catalogue.check(recipe.method, recipe.method_options)
+    except UserError as error:
+        raise UserError(f"{where}{error}") from None

@@ -1,0 +1,186 @@
+"""The folder that a training run writes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import yaml
+from torch import nn
+
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write, lock, remove_leftovers, unlock
+from classroomkd.models import NetworkInfo, save_network
+from classroomkd.runs.checkpoints import Checkpoints
+from classroomkd.runs.tensorboard import TensorBoardWriter
+
+_PATIENCE = 10.0  # seconds, for a killed process's children to end
+
+
+class RunFolder:
+    """Writes one run: its records as they come, and its networks, each file atomically.
+
+    With ``resume`` the folder is one that an earlier process has left. Of several processes only
+    one ``writes``; for the others what would write does nothing. Raises UserError if it cannot be
+    written to, or TensorBoard is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: Mapping[str, Any],
+        resume: bool = False,
+        writes: bool = True,
+        tensorboard: bool = False,
+    ) -> None:
+        self.path, self.writes = path, writes
+        self._lines: list[Mapping[str, Any]] = []
+        self._claim: TextIO | None = None
+        self._board = TensorBoardWriter(path / "tensorboard") if tensorboard and writes else None
+        if not writes:
+            return
+        if resume:
+            self._claim = _claimed(path)
+            for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
+                remove_leftovers(folder)
+            for done in (path / "checkpoints").glob("*/done.json"):
+                Checkpoints(done.parent).clear()
+            return
+        try:
+            for folder in (path, path / "checkpoints", path / "mentors"):
+                folder.mkdir(parents=True, exist_ok=True)
+            (path / "metrics.jsonl").touch(exist_ok=False)  # claims it from a run started beside
+            atomic_write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {path}: {error.strerror}: choose another --out"
+            ) from None
+        self._claim = _claimed(path)
+
+    def require_same(self, inputs: Mapping[str, str]) -> None:
+        """Note the digests of what the run reads, or raise UserError if they are others now."""
+        path = self.path / "inputs.json"
+        if not self.writes:
+            return
+        if not path.exists():
+            atomic_write(path, json.dumps(dict(inputs), indent=2) + "\n")
+            return
+        for name, digest in _read(path).items():
+            if inputs.get(name) != digest:
+                raise UserError(f"{name} changed since {self.path} was begun: start a new run")
+
+    def begin(self, start: Mapping[str, Any]) -> None:
+        """Note that a process goes to work on the run; what its `start` says stays for the page."""
+        if self.writes:
+            _append(self.path / "starts.jsonl", start)
+
+    def record(self, line: Mapping[str, Any]) -> None:
+        """Append ``line`` to metrics.jsonl at once; a number that is not finite becomes null."""
+        if not self.writes:
+            return
+        self._lines.append(line)
+        _append(self.path / "metrics.jsonl", line)
+        if self._board:
+            self._board.record(line)
+
+    def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Record lines of an earlier process; what it wrote beyond them is no longer there."""
+        if not self.writes:
+            return
+        self._lines += lines
+        atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
+        for line in lines if self._board else ():
+            self._board.record(line)
+
+    def checkpoints(self, phase: str, name: str, keep: int = 2) -> Checkpoints:
+        """The training states of one network, of which the last ``keep`` stay."""
+        return Checkpoints(self.path / "checkpoints" / f"{phase}-{name}", keep)
+
+    def network_path(self, phase: str, name: str) -> Path:
+        """Where a trained network's weights are."""
+        files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
+        return self.path / files.get(phase, f"mentors/{name}.safetensors")
+
+    def keep_best(self, phase: str, name: str, weights: Path) -> None:
+        """Keep the file of a network's best epoch beside the one of its last."""
+        path = self.network_path(phase, name)
+        if self.writes and weights.exists():  # unless damaged states made it go back further
+            atomic_write(path.with_stem(f"{path.stem}_best"), weights.read_bytes())
+
+    def finish_network(
+        self,
+        phase: str,
+        name: str,
+        network: nn.Module,
+        info: NetworkInfo,
+        done: Mapping[str, Any],
+    ) -> None:
+        """Write a trained network's weights, then ``done``, which `finished` gives from now on.
+
+        Its training states go: there is nothing left to go on with.
+        """
+        if not self.writes:
+            return
+        save_network(self.network_path(phase, name), network, info)
+        checkpoints = self.checkpoints(phase, name)
+        checkpoints.folder.mkdir(exist_ok=True)
+        atomic_write(checkpoints.folder / "done.json", json.dumps(done))
+        checkpoints.clear()
+
+    def finished(self, phase: str, name: str) -> dict[str, Any] | None:
+        """What `finish_network` was given, or None if that network has not been trained."""
+        path = self.checkpoints(phase, name).folder / "done.json"
+        return _read(path) if path.exists() else None
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self._claim:
+            unlock(self._claim)
+            self._claim = None
+
+    def finish(self, summary: Mapping[str, Any]) -> None:
+        """Write summary.json."""
+        if not self.writes:
+            return
+        if self._board:
+            self._board.close()
+        text = json.dumps(_finite(summary), allow_nan=False, indent=2)
+        atomic_write(self.path / "summary.json", text + "\n")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): start a new run") from None
+
+
+def _claimed(run: Path) -> TextIO:
+    """A file that is locked until this process ends; raises UserError if another one has it."""
+    file = (run / "config.yaml").open("r+")
+    try:
+        lock(file, _PATIENCE)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"another process is at work on {run}: wait for it, or stop it") from None
+    return file
+
+
+def _append(path: Path, record: Mapping[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(_line(record))
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,137 @@
+"""Trained mentors, kept under all that decided their training, so that none is trained twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from classroomkd.data import cache_folder
+from classroomkd.errors import UserError
+from classroomkd.files import atomic_write, lock, unlock
+from classroomkd.models import NetworkInfo, load_network, save_network
+from classroomkd.runs.interrupts import Interrupted, Interrupts
+from classroomkd.runs.machine import versions
+
+_PAUSE = 0.5  # seconds between two looks at what another process has claimed
+
+
+class MentorStore:
+    """Networks in a folder, each under the digest of its ``deciding`` values.
+
+    Those hold, as plain values, the digest of the very images that it was trained on (so neither
+    its student's validation nor its test images are among them), what became of the images, the
+    architecture, the training and the seed. An entry has the weights, and beside them the values,
+    the SHA-256 of the weights, the records of its epochs and its results.
+    """
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder or cache_folder() / "mentors"
+
+    def find(
+        self, deciding: Mapping[str, Any], warn: Callable[[str], None]
+    ) -> tuple[nn.Module, NetworkInfo, dict[str, Any]] | None:
+        """The network trained so, on the CPU, its info and what was kept of it, or None.
+
+        ``warn`` is told of an entry that is damaged, which counts as missing.
+        """
+        weights, beside = self._paths(deciding)
+        if not beside.exists():
+            return None
+        try:
+            kept = json.loads(beside.read_bytes())
+            if _sha256(weights) != kept["sha256"]:
+                raise UserError("its weights are others than were kept")
+            network, info, _ = load_network(weights)
+            return network, info, kept["done"]
+        except (OSError, ValueError, KeyError) as error:
+            warn(f"{weights} is damaged ({error}): training it again")
+            return None
+
+    @contextmanager
+    def claim(
+        self, deciding: Mapping[str, Any], notify: Callable[[str], None], interrupts: Interrupts
+    ) -> Iterator[None]:
+        """Within it no other process claims the same training, of whichever epoch; waits for it.
+
+        Raises Interrupted if a signal asks to stop meanwhile. A folder that cannot be written to
+        is no hindrance: then nothing is kept anyway.
+        """
+        weights, _ = self._paths({**deciding, "epoch": None})
+        path = weights.with_suffix(".lock")
+        with ExitStack() as held:
+            with suppress(OSError):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                _wait_for(path, deciding["architecture"], held, notify, interrupts)
+            yield
+            with suppress(OSError):
+                path.unlink()
+
+    def add(
+        self,
+        deciding: Mapping[str, Any],
+        network: nn.Module,
+        info: NetworkInfo,
+        done: Mapping[str, Any],
+    ) -> Path:
+        """Keep a trained network, and of it ``done``: plain values, its records and results."""
+        weights, beside = self._paths(deciding)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_network(weights, network, info)
+        kept = {
+            "deciding": dict(deciding),
+            "sha256": _sha256(weights),
+            "versions": versions(),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "done": dict(done),
+        }
+        atomic_write(beside, json.dumps(kept, indent=1))
+        return weights
+
+    def holds_all(self, files: Iterable[Path]) -> bool:
+        """Whether the very weights of all these files are kept."""
+        kept, wanted = (set(map(_sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
+        return wanted <= kept
+
+    def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
+        digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
+        weights = self.folder / f"{deciding['architecture']}-{digest[:24]}.safetensors"
+        return weights, weights.with_suffix(".json")
+
+
+def _sha256(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest()
+
+
+def _wait_for(
+    path: Path,
+    what: str,
+    held: ExitStack,
+    notify: Callable[[str], None],
+    interrupts: Interrupts,
+) -> None:
+    """Lock the file at ``path`` until ``held`` is left."""
+    told = False
+    while True:
+        file = path.open("w")
+        held.callback(unlock, file)
+        while True:
+            try:
+                lock(file, _PAUSE)
+                break
+            except BlockingIOError:
+                if not told:
+                    notify(f"waiting for {what}, which another process trains")
+                told = True
+                if interrupts.received is not None:
+                    raise Interrupted(interrupts.received) from None
+        # The one before may have removed it, and others may have locked the one after it.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return

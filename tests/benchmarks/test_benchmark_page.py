@@ -1,0 +1,314 @@
+"""docs/benchmarks.md is what its command gives, lists every bar, and takes in a GPU's records."""
+
+import importlib.metadata
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from classroomkd.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+import document  # noqa: E402
+import figures  # noqa: E402
+import loss  # noqa: E402
+import step  # noqa: E402
+import step_rows  # noqa: E402
+import tables  # noqa: E402
+
+PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+COMPILED = json.loads((ROOT / "benchmarks/results/compiled.json").read_text())
+H100 = {
+    "device": "NVIDIA H100 80GB HBM3",
+    **{"multiprocessors": 132, "memory_gib": 79.1, "l2_mib": 50.0, "cpu_threads": 16},
+    **{"torch": "2.13.0", "cuda": "13.0", "triton": "3.7.1", "date": "2026-01-02T03:04:05+00:00"},
+}
+
+
+def test_the_page_is_what_the_command_gives():
+    assert document.document(document.read(document.RESULTS), COMPILED) == PAGE, (
+        "run: python benchmarks/document.py"
+    )
+
+
+def test_the_tables_of_reproductions_are_what_the_command_gives():
+    text = document.REPRODUCTION.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.reproduction(text, document.read(document.RESULTS)) == text
+
+
+def test_links_and_figures_are_there():
+    targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
+    assert any(target.startswith("figures/") for target in targets)
+    for target in targets:
+        assert (ROOT / "docs" / target).exists(), target
+
+
+def test_figures_are_what_the_command_gives():
+    pytest.importorskip("matplotlib")
+    pinned = re.findall(r"^matplotlib==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    if pinned != [importlib.metadata.version("matplotlib")]:
+        pytest.skip("another matplotlib may draw otherwise")
+    for device, records in document.read(document.RESULTS).items():
+        for name, record in records.items():
+            for file, drawing in figures.drawings(device, name, record).items():
+                assert drawing.svg() == (ROOT / "docs/figures" / file).read_bytes(), file
+
+
+# What is wanted: of what, how much, and the stretch, as the page must name them.
+WANTED = [
+    ("Loss and gradient in one launch, B 64–512, C 100, M 6: GPU time", "≤ 4.5 µs (3.5)"),
+    ("Loss and gradient in one launch, B 64–512, C 100, M 6: beside eager", "≥ 15× (25×)"),
+    ("M 6: beside the best mode of `torch.compile`", "≥ 2× (4×)"),
+    ("host time beside eager", "≥ 10×"),
+    ("C 1,000, float32", "≥ 80 % (90)"),
+    ("C 1,000, bfloat16", "≥ 50 % (70)"),
+    ("C 4,096, float32", "≥ 80 % (90)"),
+    ("C 4,096, bfloat16", "≥ 50 % (70)"),
+    ("C ≥ 16,384, float32", "≥ 95 %"),
+    ("C ≥ 16,384, bfloat16", "≥ 88 % (93)"),
+    ("What the report adds to one launch, B 8192", "≤ 3 µs"),
+    ("Extra memory of the loss", "≤ 2 gradients + O(B·M)"),
+    ("Resident loader, batch 512, CIFAR images to bfloat16", "≥ 50 million images/s (150)"),
+    ("FFCV loader beside the torch DataLoader, same cores", "≥ 5×"),
+    ("resnet20 ← resnet56 and 5 peers, batch 64: images/s", "≥ 8× (15×)"),
+    ("batch 64: time outside the networks' own forward and backward", "≤ 10 %"),
+    ("The 240-epoch run of that classroom", "≤ 8 min (4)"),
+]
+
+
+def judgements(page):
+    """Bar, device, measured and verdict of every line of the first table."""
+    table = page.split("## ")[1]
+    lines = re.findall(r"^\| (.*) \|$", table, re.MULTILINE)[2:]
+    return [tuple(cell.strip() for cell in line.split(" | ")) for line in lines]
+
+
+@pytest.mark.parametrize(("what", "bar"), WANTED)
+def test_every_bar_is_listed(what, bar):
+    found = [line for line in judgements(PAGE) if what in line[0]]
+    assert found
+    assert {line[1] for line in found} == {bar}
+    for _, _, device, measured, verdict in found:
+        assert verdict.strip("*") in (
+            *("met", "met, the stretch too", "not met", "not measured", "not measured in full"),
+            "not an H100",
+        )
+        assert (device == "–") <= (verdict == "not measured" and "python benchmarks/" in measured)
+
+
+def test_nothing_else_is_listed():
+    assert len({line[0] for line in judgements(PAGE)}) == len(WANTED)
+
+
+def test_without_records_nothing_is_said_to_be_measured():
+    text = document.document({}, COMPILED)
+    assert {line[2:] for line in judgements(text)} == {
+        ("–", f"`{document.SECTIONS[name][1]}`", "not measured")
+        for name in ("loss", "loaders", "step")
+    }
+    assert "**Nothing has been measured on a GPU yet.**" in text
+    missing = text.split("## Not measured")[1]
+    for command in ("run_gpu.sh OUT", "classroomkd quickstart", "classroomkd reproduce main"):
+        assert command in missing
+
+
+# ---------------------------------------------------------------- a GPU
+
+
+def loss_rows(case, title, names, monkeypatch, times):
+    """Rows as the benchmark writes them, of times made up."""
+
+    def measure(case, name, *_):
+        if isinstance(times[name], Exception):
+            raise times[name]
+        device, host = times[name]
+        return {
+            **{"device_time_us": device, "device_time_by": "graph", "host_time_us": host},
+            **{"gigabytes_per_second": 1.0, "gigaexponentials_per_second": 1.0},
+            "roofline_percent": 80.0 if case.n_mentors > 1 else 76.0,
+            "peak_extra_mib": case.n_rows * case.n_classes * case.dtype.itemsize / 2**20,
+            **{"loss_relative_error": 1e-7, "grad_relative_error": 1e-7},
+        }
+
+    monkeypatch.setattr(loss, "_prepare", lambda case: ([], []))
+    monkeypatch.setattr(loss, "measure", measure)
+    monkeypatch.setattr(loss, "not_here", lambda name: None)
+    return list(loss.rows(case, title, names, {}, float("inf")))
+
+
+TIMES = {
+    loss.THIS: (4.0, 31.0),
+    loss.REPORTED: (4.25, 33.0),
+    "fused_classroom_loss + backward": (6.0, 60.0),
+    "eager": (64.0, 200.0),
+    "compile default": (12.0, 100.0),
+    "per-mentor loop": (90.0, 2000.0),
+    "Liger KL": (40.0, 400.0),
+    "compile reduce-overhead": (10.0, 100.0),
+    "compile max-autotune": RuntimeError("a | b\nc"),
+}
+
+
+@pytest.fixture
+def gpu_records(monkeypatch):
+    rows = [
+        row
+        for phase in loss.phases(small=False)
+        for case, title, names in phase
+        for row in loss_rows(case, title, names, monkeypatch, TIMES)
+    ]
+    ceilings = {"copy_gigabytes_per_second": 2900.0, "gigaexponentials_per_second": 3600.0}
+    common = {"environment": H100, "roofline": ceilings}
+
+    loaders = json.loads((ROOT / "benchmarks/results/cpu/loaders.json").read_text())
+    kernel = {"size": 32, "batch": 512, "status": "ok", "images": 50_000, "graph_us": 8.0}
+    kernel |= {"profiler_us": 8.1, "back_to_back_us": 11.0, "host_us": 30.0, "floor_percent": 30}
+    kernel |= {"images_per_second": 64e6}
+    loaders |= {"environment": loaders["environment"] | H100, "kernel": [kernel]}
+
+    parts = dict.fromkeys((*step_rows.PARTS[:-1], step_rows.REST, step_rows.LOADER), 0.1)
+    steps = []
+    for student, mentors in step.CLASSROOMS.items():
+        case = step_rows.Case(student, mentors, 64)
+        for name in (*step_rows.TRAINERS, step_rows.LOOP):
+            row = {"classroom": case.classroom, "batch": 64, "implementation": name}
+            row |= {"status": "ok", "rounds": [800.0], "images_per_second": 800.0}
+            row |= {"projected_minutes": 7.5, "times_the_loop": 16.0, "start_seconds": 1.0}
+            row |= {"parts_status": "ok", "parts_ms": parts, "outside_networks_percent": 12.0}
+            steps.append(row | {"loader": "ffcv", "dtype": "bfloat16"})
+    whole = {"classroom": steps[0]["classroom"], "batch": 64, "status": "ok"}
+    whole |= {"epochs": 5, "train_seconds": 8.0, "evaluation_seconds": 0.5}
+    return {
+        "roofline": {"benchmark": "roofline"} | common,
+        "loss": {"benchmark": "loss", "rows": rows} | common,
+        "loaders": loaders,
+        "step": {"benchmark": "step", "images": 50_000, "size": [32, 32], "rows": steps}
+        | {"environment": H100, "whole": [whole]},
+        "reproduction-methods": {"table": "methods", "groups": [], "runs": []},
+    }
+
+
+EXPECTED = [
+    ("4.25 µs (B 64, C 100, M 6, float32, report) to 4.00 µs, 12 values", "met"),
+    ("16.0× (CIFAR, eager) to 16.0×, 2 values", "met"),
+    (
+        "2.5× (CIFAR, compile reduce-overhead) to 3.0×, 4 values; CIFAR, compile max-autotune: "
+        r"failed: RuntimeError('a / b\nc'); CIFAR, 512 rows, compile max-autotune: "
+        r"failed: RuntimeError('a / b\nc')",
+        "not measured in full",
+    ),
+    ("6.5× (CIFAR, eager) to 6.5×, 2 values", "**not met**"),
+    ("76 % (B 8192, C 1000, M 1, float32) to 80 %, 4 values", "**not met**"),
+    ("76 % (B 8192, C 1000, M 1, bfloat16) to 80 %, 4 values", "met, the stretch too"),
+    ("76 % (B 8192, C 4096, M 1, float32) to 80 %, 4 values", "**not met**"),
+    ("76 % (B 8192, C 4096, M 1, bfloat16) to 80 %, 4 values", "met, the stretch too"),
+    ("76 % (B 4096, C 16384, M 1, float32) to 80 %, 12 values", "**not met**"),
+    ("76 % (B 4096, C 16384, M 1, bfloat16) to 80 %, 12 values", "**not met**"),
+    ("0.25 µs", "met"),
+    ("1.00 gradients (B 8192, C 1000, M 1, float32) to 1.00 gradients, 40 values", "met"),
+    ("64 million images/s", "met"),
+    ("5.5× (2 workers)", "met"),
+    ("16.0×", "met, the stretch too"),
+    ("12 %", "**not met**"),
+    ("6.8 min (5 epochs trained)", "met"),
+]
+
+
+def test_a_gpus_records_fill_their_places(gpu_records):
+    cpu = document.read(document.RESULTS)["cpu"]
+    text = document.document({"h100": gpu_records, "cpu": cpu}, COMPILED)
+    lines = [line for line in judgements(text) if line[2] == "h100"]
+    assert [(measured, verdict) for *_, measured, verdict in lines] == EXPECTED
+    assert "Nothing has been measured on a GPU" not in text
+    for name in ("roofline", "loss", "loaders", "step"):
+        assert tables.markdown(gpu_records[name]).strip() in text
+    assert "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79.1 GiB, 50.0 MiB of L2 cache" in text
+    assert "2900 GB/s copied, 3600 Gexp/s." in text
+    assert text.index("## h100") < text.index("## cpu")
+    assert "\n### Reproduction: Methods\n" in text
+    page = document.reproduction(f"# Title\n\n{document.MARK}\nold", {"h100": gpu_records})
+    assert page.startswith(f"# Title\n\n{document.MARK}\n\n## Methods\n")
+    assert "h100/reproduction-methods.json" in page
+    missing = text.split("## Not measured")[1]
+    assert "reproduce methods" not in missing
+    assert "reproduce main" in missing
+    assert "| h100 |" not in missing
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        assert len({line.count(" | ") for line in table.splitlines() if "|  |" not in line}) == 1
+
+
+def test_bars_of_one_device_are_not_judged_on_another(gpu_records):
+    for record in gpu_records.values():
+        if "environment" in record:
+            record["environment"] = H100 | {"device": "NVIDIA A100"}
+    verdicts = {
+        line[1]: line[-1] for line in judgements(document.document({"a": gpu_records}, COMPILED))
+    }
+    assert verdicts["≤ 4.5 µs (3.5)"] == verdicts["≤ 8 min (4)"] == "not an H100"
+    assert verdicts["≥ 15× (25×)"] == "met"
+
+
+def test_a_run_that_was_not_whole_is_only_projected(gpu_records):
+    gpu_records["step"]["whole"] = []
+    *_, last = judgements(document.document({"h100": gpu_records}, COMPILED))
+    assert last[2:] == ("h100", "projected from a round, training alone: 7.5 min", "not measured")
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "texts"),
+    [
+        (
+            "loss",
+            ["h100-loss.svg", "h100-implementations.svg"],
+            ["device time of one call, µs", "share of the roofline, %", "M = 12, ranked by batch"],
+        ),
+        ("loaders", ["h100-loaders.svg"], ["images/s", "ffcv, 2", "513,859"]),
+        ("step", ["h100-step.svg"], ["trainer, compiled", "0.70 ms", "next, %"]),
+        ("roofline", [], []),
+        ("reproduction-methods", [], []),
+    ],
+)
+def test_figures_of_a_gpu(gpu_records, name, files, texts):
+    found = figures.drawings("h100", name, gpu_records[name])
+    assert list(found) == files
+    pytest.importorskip("matplotlib")
+    drawn = [drawing.svg() for drawing in found.values()]
+    assert drawn == [drawing.svg() for drawing in found.values()]
+    for text in texts:
+        assert any(f"{text}" in svg.decode() for svg in drawn), text
+
+
+def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
+    out, results = tmp_path / "out", tmp_path / "results"
+    out.mkdir()
+    with pytest.raises(UserError, match="holds no records"):
+        document.take(out, results)
+    for name in ("loss", "step"):
+        (out / f"{name}.json").write_text(json.dumps(gpu_records[name]))
+    (out / "other.json").write_text("{}")
+    reproduction = json.dumps(gpu_records["reproduction-methods"])
+    (out / "reproduction-methods.json").write_text(reproduction)
+    folder = document.take(out, results)
+    assert folder == results / "nvidia-h100-80gb-hbm3"
+    names = ["loss.json", "reproduction-methods.json", "step.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert document.read(results)[folder.name]["step"] == gpu_records["step"]
+
+    (results / "compiled.json").write_text(json.dumps(COMPILED))
+    monkeypatch.setattr(document, "RESULTS", results)
+    monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
+    monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
+    document.REPRODUCTION.write_text(document.MARK)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert document.main([str(out)]) == 1  # the page is whole without matplotlib
+    text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
+    assert text == document.document(document.read(results), COMPILED)
+
+    loaders = json.loads((ROOT / "benchmarks/results/cpu/loaders.json").read_text())
+    (out / "loaders.json").write_text(json.dumps(loaders))
+    with pytest.raises(UserError, match=r"of several devices \(cpu, nvidia-h100-80gb-hbm3\)"):
+        document.take(out, results)

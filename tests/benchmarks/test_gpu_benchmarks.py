@@ -1,0 +1,235 @@
+"""The benchmarks' lines for a GPU run, in a stand-in for one, and measure what bars are set for."""
+
+import json
+import sys
+from argparse import Namespace
+from concurrent.futures import Future
+
+import pytest
+import torch
+from fake_cuda import CUDA, FakeCuda, HereProcess
+
+import bars
+import loader_rows
+import loaders
+import loss
+import measure
+import roofline
+import step
+import step_rows
+from classroomkd.runs.recipe import DataConfig
+from patience import LAST_RESORT
+
+
+class HerePool:
+    """A pool whose jobs are done where they are handed in."""
+
+    def __init__(self, processes, mp_context):
+        assert processes >= 1
+
+    def submit(self, function, *arguments):
+        job = Future()
+        job.set_result(function(*arguments))
+        return job
+
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """The stand-in, found by every benchmark."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    fake = FakeCuda(monkeypatch)
+    for module in (measure, roofline, loss, step):
+        monkeypatch.setattr(module, "GPU", True)
+    monkeypatch.setattr(measure, "profile", fake.profile)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return fake
+
+
+def test_roofline(cuda, monkeypatch):
+    """The exponentials' kernel in its interpreter would take minutes: one program, few steps."""
+    launched = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda x, out, BLOCK, STEPS: launched.append((grid, BLOCK, STEPS))
+
+    monkeypatch.setattr(roofline, "exponentials_kernel", Kernel())
+    found = roofline.measure()
+    assert all(value > 0 for value in found.values())
+    assert set(launched) == {((64,), roofline.BLOCK, roofline.STEPS)}
+    assert cuda.calls["replay"] > 20
+    assert cuda.calls["mem_get_info"] == 1
+
+
+def test_the_loss(cuda, monkeypatch, tmp_path, capsys):
+    """Every implementation by its way of timing; rows that bars are set for before all others."""
+    cases = [loss.Case(n, 100, 6, torch.float32, r) for n in (64, 512) for r in ("sample", "batch")]
+    cases += [loss.Case(4, 30, 2, torch.bfloat16, "sample")]
+    ceilings = {"copy_gigabytes_per_second": 1e3, "gigaexponentials_per_second": 1e3}
+    monkeypatch.setattr(loss, "grid", lambda small: cases)
+    monkeypatch.setattr(loss, "NAMED", {"CIFAR": cases[0], "other": cases[-1]})
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", HerePool)
+    monkeypatch.setattr(roofline, "measure", lambda: ceilings)
+    monkeypatch.setattr(loss, "not_here", lambda name: None)
+    liger = "profiler", loss.partial(loss.differentiated, loss.per_mentor_loop)
+    monkeypatch.setitem(loss.IMPLEMENTATIONS, "Liger KL", liger)
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--out", str(tmp_path)])
+    written = []
+    write = measure.write_json
+
+    def counted(out, name, record):
+        written.append(len(record["rows"]))
+        write(out, name, record)
+
+    monkeypatch.setattr(loss, "write_json", counted)
+    assert loss.main() == 0
+    record = json.loads((tmp_path / "loss.json").read_text())
+    rows = record["rows"]
+    assert written == list(range(1, len(rows) + 1))  # a kill would leave every row before it
+    assert {row["status"] for row in rows} == {"ok"}
+    assert {row["implementation"] for row in rows if row["case"]} == {*loss.IMPLEMENTATIONS}
+    ways = {row["implementation"]: row["device_time_by"] for row in rows}
+    assert ways == {name: by for name, (by, _) in loss.IMPLEMENTATIONS.items()}
+    own_graph = [row["peak_extra_mib"] for row in rows if row["device_time_by"] == "own graph"]
+    assert {row["peak_extra_mib"] for row in rows if row["peak_extra_mib"]} == {1.0}
+    assert own_graph == [None] * 2
+    barred = [
+        bars.is_barred(row) and row["implementation"] in (loss.THIS, loss.REPORTED, "eager")
+        for row in rows
+    ]
+    assert barred == sorted(barred, reverse=True)
+    verdicts = {bar.what: bar.judge(record)[1] for bar in bars.BARS if bar.record == "loss"}
+    for what, verdict in verdicts.items():
+        assert (verdict == "not measured") == ("B·C ≥ 2²²" in what or "8192" in what), what
+    for name in ("CUDAGraph", "graph", "replay", "profile", "Event", "empty_cache", "synchronize"):
+        assert cuda.calls[name], name
+    assert loss.THIS in capsys.readouterr().out
+
+
+def test_out_of_time_every_row_says_so(cuda, monkeypatch, tmp_path):
+    """And nothing is compiled any more."""
+    monkeypatch.setattr(loss, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(roofline, "measure", dict)
+    monkeypatch.setattr(loss, "terminal", str)
+    monkeypatch.setattr(sys, "argv", ["loss.py", "--out", str(tmp_path), "--seconds", "-1"])
+    assert loss.main() == 0
+    rows = json.loads((tmp_path / "loss.json").read_text())["rows"]
+    missing = {row["status"] for row in rows}
+    assert missing <= {"not run: out of time", "not installed: liger-kernel"}
+    kinds = [(row["case"], *(row[key] for key in loss.size(loss.NAMED["CIFAR"]))) for row in rows]
+    assert {kind[1:] for kind in kinds} == {tuple(loss.size(c).values()) for c in loss.grid(False)}
+
+
+def test_what_comes_first_in_the_loss():
+    """Each bar has its rows, all before any that no bar is set for; tuning comes last."""
+    phases = loss.phases(small=False)
+    first = [
+        (loss.size(case), title, names) for phase in phases[:2] for case, title, names in phase
+    ]
+    grid = [(size, names) for size, title, names in first if not title]
+    assert all(bars.is_barred(size) for size, _ in grid)
+    for rows in (64, 128, 512):
+        found = [names for size, names in grid if (size["rows"], size["classes"]) == (rows, 100)]
+        assert found == [(loss.THIS, loss.REPORTED)] * 2
+    for _, least, most, dtype, *_ in bars.ROOFLINE_BARS:
+        mentors = {
+            size["mentors"]
+            for size, _ in grid
+            if least <= size["classes"] <= most and size["dtype"] == dtype
+        }
+        assert mentors == {1, 2, 6, 12}
+    assert [names for size, names in grid if size["rows"] == 8192 and len(names) == 2]
+    assert {name for _, _, names in phases[-1] for name in names} == {"compile max-autotune"}
+    todo = [
+        (case, title, name) for phase in phases for case, title, names in phase for name in names
+    ]
+    assert len(todo) == len(set(todo))
+    measured = {case for case, title, name in todo if not title and name == loss.THIS}
+    assert measured == set(loss.grid(small=False))
+    for title in loss.NAMED:
+        assert {name for _, t, name in todo if t == title} == {*loss.IMPLEMENTATIONS}
+
+
+@pytest.fixture
+def setting(tmp_path, monkeypatch):
+    """32 images of 8×8 for a GPU."""
+    monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
+    half = (0.5, 0.5, 0.5)
+    setting = loader_rows.Setting(tmp_path, 32, (8, 8, 3), 16, 1, CUDA, half, half)
+    setting.save(loaders.random_images(32, 8))
+    return setting
+
+
+def gather(images, targets, order, table, **options):
+    """The resident loader's kernel without augmentation: an image's border is black."""
+    values = table[torch.arange(3), images[order].long()]
+    values[:, 0] = table[:, 0]
+    return values.permute(0, 3, 1, 2), targets[order]
+
+
+def test_the_loaders(cuda, setting, monkeypatch):
+    monkeypatch.setattr(loaders, "Process", HereProcess)
+    monkeypatch.setattr(loaders, "KERNEL_SIZES", (8,))
+    monkeypatch.setattr(loaders, "pack_beton", lambda setting: None)
+    monkeypatch.setattr(loader_rows, "SHORTEST", 0.0)
+    monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
+    rows = loaders.row_names(setting)
+    assert rows[:3] == [("device copy", 0), ("pinned copy", 0), ("resident", 0)]
+    monkeypatch.setattr(loaders, "row_names", lambda setting: rows[:3])
+    reports = []
+    with cuda.on_cuda():
+        record = loaders.run(setting, 2, 300.0, lambda record: reports.append(str(record)))
+    assert {row["status"] for row in record["rows"]} == {"ok"}, record["rows"]
+    (kernel,) = record["kernel"]
+    assert kernel["status"] == "ok"
+    assert kernel["images_per_second"] > 0
+    assert kernel["floor_percent"] > 0
+    assert "'images_per_second'" in reports[0]  # the kernel's, before all else
+    assert "first_batch" not in reports[0]
+    assert len(reports) == 1 + 1 + 3 + 2 * 3 + 1
+    assert all(row["gpu_mib"] is not None for row in record["rows"])
+    for name in ("Event", "profile", "replay", "mem_get_info", "max_memory_allocated"):
+        assert cuda.calls[name], name
+
+
+def test_the_step(cuda, setting, monkeypatch):
+    monkeypatch.setattr(step, "Process", HereProcess)
+    monkeypatch.setattr(step, "CLASSROOMS", step.SMALL_CLASSROOMS)
+    monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
+    monkeypatch.setattr(step_rows, "WARM_UP", 4)  # the fourth captures
+    resident = {"data": DataConfig(loader="resident")}
+    trainers = {name: options | resident for name, options in step.TRAINERS.items()}
+    monkeypatch.setattr(step_rows, "TRAINERS", trainers)
+    names = [name for name in step.implementations() if name != step.LOOP]
+    monkeypatch.setattr(step, "implementations", lambda: names)
+    arguments = Namespace(
+        **{
+            "minutes": LAST_RESORT / 60,
+            "small": False,
+            "student": None,
+            "batch": [16],
+            "rounds": 1,
+        },
+        **{"seconds": 0.0, "whole": 1},
+    )
+    orders = []
+
+    def report(record):
+        orders.append((len(record["rows"]), len(record["whole"])))
+
+    with cuda.on_cuda():
+        record = step.run(arguments, setting, report)
+    assert [row["status"] for row in record["rows"]] == ["ok"] * (len(names) + 1)
+    assert {row["parts_status"] for row in record["rows"]} == {"ok"}
+    for row in record["rows"]:
+        assert row["gpu_mib"] == 4
+        assert row["dtype"] == ("float32" if "float32" in row["implementation"] else "bfloat16")
+    assert [row["epochs"] for row in record["whole"]] == [1]
+    assert (len(names), 1) in orders  # whole epochs before what compiles for minutes
+    assert record["rows"][-1]["implementation"] == step.COMPILED
+    for name in ("CUDAGraph", "graph", "replay", "stream", "max_memory_reserved"):
+        assert cuda.calls[name], name

@@ -1,0 +1,99 @@
+"""What the pages under docs/ show must run, each block by itself, and their links lead somewhere.
+
+So must the README's and the pages' commands of ``classroomkd``, one after another as printed, with
+less work. Of other commands only the files are looked at here: each has a test of its own.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from classroomkd.cli import main
+from classroomkd.cli.parser import make_parser
+from classroomkd.runs.recipe import load_recipe
+from image_folders import make_cifar
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+LESS = {"train": ["--epochs", "1", "mentor_training.epochs=1"], "reproduce": ["--plan"]}
+
+
+def blocks(language: str) -> list:
+    """The code blocks of a language, each with the page and line that it begins at."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            line = text[: block.start(1)].count("\n")
+            name = f"{page.name}:{line}"
+            found.append(pytest.param("\n" * line + block[1], str(page), id=name))
+    return found
+
+
+@pytest.mark.parametrize(("code", "page"), blocks("python"))
+def test_python_blocks_run(code, page):
+    exec(compile(code, page, "exec"), {"__name__": "example"})
+
+
+@pytest.mark.parametrize(("code", "page"), blocks("yaml"))
+def test_yaml_blocks_are_recipes(code, page):
+    load_recipe(values=yaml.safe_load(code))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Where the commands are given: with small sets of images under the names that they use."""
+    folder = tmp_path / "commands"
+    rng = np.random.default_rng(0)
+    for name in ("photos", "tinyimagenet20", "imagenet"):
+        for part, count in (("train", 6), ("test", 2)):
+            for label in ("cat", "dog"):
+                (folder / name / part / label).mkdir(parents=True)
+                for i in range(count):
+                    pixels = rng.integers(0, 256, (240, 260, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / name / part / label / f"{i}.jpg")
+    make_cifar(folder / "cifar", "cifar100")
+    return folder
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_commands_run(page, folder, monkeypatch, capsys):
+    def no_network(url: str, *_: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("TORCH_HOME", str(folder / "torch"))
+    monkeypatch.setattr("torch.hub.download_url_to_file", no_network)
+    for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text("utf-8"), re.DOTALL | re.M):
+        for line in block.splitlines():
+            words = shlex.split(line.replace(".venv/bin/", ""), comments=True)
+            if words[0] == "torchrun":  # tests/training/test_distributed.py starts processes
+                assert make_parser().parse_args(words[words.index("classroomkd") + 1 :]).data
+            elif words[0] != "classroomkd":  # .ci/run, or a test of what the script does, runs it
+                paths = [ROOT / word for word in words if re.match("(scripts|benchmarks)/", word)]
+                assert all(
+                    os.access(path, os.X_OK if path.suffix == ".sh" else os.F_OK) for path in paths
+                )
+            elif words[1] != "data" or importlib.util.find_spec("ffcv"):
+                status = main([*words[1:], *LESS.get(words[1], [])])
+                error = capsys.readouterr().err
+                if "imagenet/resnet34-resnet18" in words:  # whose teacher is torchvision's
+                    assert "cannot download the weights of tv:resnet34 (no network)" in error
+                elif "cuda:0" in words and status:
+                    assert "no device 'cuda:" in error
+                else:
+                    assert status == 0, f"{line}: {error}"

@@ -1,0 +1,90 @@
+"""The examples run as their docstrings say, and learn; where there is no GPU, on the CPU."""
+
+import ast
+import importlib.util
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from patience import LAST_RESORT
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+# Less work than by default, and what the held-out accuracy of every network must then be above;
+# chance is 0.1, 0.1 and 0.25.
+LESS = {"plain": (3, 0.4), "lightning_module": (8, 0.6), "hugging_face": (1, 0.5)}
+
+
+def docstring_commands(example: Path) -> list[list[str]]:
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
+    return [line.split() for line in re.findall(r"^    (.+)$", docstring, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+def test_example_learns(example):
+    install, command = docstring_commands(example)
+    assert install[:6] == ["pip", "install", "-c", "constraints.txt", "-e", "."]
+    for package in install[6:]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    epochs, at_least = LESS[example.stem]
+
+    assert command == ["python", f"examples/{example.name}"]
+    done = subprocess.run(
+        [sys.executable, *command[1:], "--epochs", str(epochs)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=LAST_RESORT,
+    )
+    assert done.returncode == 0, done.stderr
+    (line,) = re.findall(r"^held-out accuracy: .*$", done.stdout, re.MULTILINE)
+    accuracies = [float(number) for number in re.findall(r"\d\.\d+", line)]
+    assert len(accuracies) >= 3
+    assert all(at_least < accuracy <= 1 for accuracy in accuracies), line
+
+
+def test_gradient_accumulation_is_a_larger_batch(tmp_path, monkeypatch):
+    """In the Trainer of the example, which says itself how its loss is scaled."""
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    example = runpy.run_path(str(ROOT / "examples/hugging_face.py"), run_name="example")
+
+    def weights_after_a_step(accumulated: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        student, mentor = example["bert"](8, layers=1), example["bert"](16, layers=1)
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        settings = example["TrainingArguments"](
+            str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=32 // accumulated,
+            gradient_accumulation_steps=accumulated,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        data = example["sentences"](32)
+        before = torch.nn.utils.parameters_to_vector(student.parameters()).clone()
+        example["ClassroomTrainer"](
+            student, mentors=[mentor], args=settings, train_dataset=data
+        ).train()
+        return torch.nn.utils.parameters_to_vector(student.parameters()) - before
+
+    whole, accumulated = weights_after_a_step(1), weights_after_a_step(4)
+    assert whole.abs().max() > 1e-3
+    torch.testing.assert_close(accumulated, whole, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,46 @@
+"""What the README shows must run; what it counts must be in the record it names."""
+
+import json
+import re
+from pathlib import Path
+from statistics import mean, stdev
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_python_blocks_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_two_commands_are_there_once():
+    """.ci/run takes them from here."""
+    for last in ("quickstart", "pytest"):
+        pattern = rf"^python3 -m venv \.venv && .*{last}$"
+        assert len(re.findall(pattern, README, re.MULTILINE)) == 1
+
+
+def test_the_quickstart_table_is_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu/quickstart.json").read_text())
+    shown = re.findall(r"^\|.*\| (\d+\.\d\d) % \|$", README, re.MULTILINE)
+    assert shown == [f"{100 * result['top1']:.2f}" for result in record["results"]]
+    assert f"on {record['data']['test_images']} held-out digits" in README
+
+
+def test_the_table_over_seeds_is_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu/reproduction-methods.json").read_text())
+    runs = [run for run in record["runs"] if run["classroom"] == "small"]
+    assert {(run["epochs"], run["test_images"], run["classes"]) for run in runs} == {(30, 1000, 20)}
+    shown = re.findall(r"^\|.*\| (\d+\.\d\d) ± (\d+\.\d\d) \|$", README, re.MULTILINE)
+    for numbers, variant in zip(shown, ("alone", "kd", "classroom"), strict=True):
+        last = [100 * run["last"] for run in runs if run["variant"] == variant]
+        assert len(last) == 3
+        assert numbers == (f"{mean(last):.2f}", f"{stdev(last):.2f}")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target

@@ -1,0 +1,49 @@
+"""Triton's interpreter, made ready before the kernels are defined.
+
+Triton decides when a kernel is defined whether it will be interpreted, so one process can do only
+one of the two. CPU tensors still take the definition, except in tests that ask for ``device``.
+"""
+
+import contextlib
+import importlib.util
+import os
+
+import numpy as np
+import torch
+
+
+def _round_bfloat16_to_nearest():
+    """Make the interpreter round float32 to bfloat16 as GPUs do; by itself it truncates."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounding(data, source, destination, mode):
+        if (source, destination) != (tl.float32, tl.bfloat16):
+            return convert(data, source, destination, mode)
+        rounded = torch.from_numpy(np.array(data)).to(torch.bfloat16)
+        return rounded.view(torch.uint16).numpy()
+
+    interpreter._convert_float = rounding
+
+
+TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = TRITON and (
+    not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+)
+
+if INTERPRETED:
+    os.environ["TRITON_INTERPRET"] = "1"
+    import classroomkd.kernels.augment
+    import classroomkd.kernels.launch  # noqa: F401
+
+    with contextlib.suppress(ImportError):  # Triton imports it at the first launch, and minds
+        import triton.experimental.gluon  # noqa: F401
+    _round_bfloat16_to_nearest()
+# Commands that tests start must not inherit it: there CPU tensors take the definition.
+os.environ.pop("TRITON_INTERPRET", None)
+
+from classroomkd.loss import fused  # noqa: E402
+
+fused._INTERPRET = False

@@ -1,0 +1,142 @@
+"""A fixed set of the loss's kernels against the definition in float64, on any numbers.
+
+So few that a GPU compiles them in a minute or two, and chosen so that each value of each option,
+each dtype, layout and kind of target, one class and many, one mentor and 16, rows in registers and
+rows in tiles occur. ``test_fused_properties.py`` draws many more for the interpreter.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
+from classrooms import classroom, probabilities
+from fused_cases import EXTREMES, Case, assert_right, decided, laid_out, launch
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+N_ROWS = 6
+NUMBERS = ((0, 3.0), (1, 0.3), (2, 1.0), (3, 10.0))  # seed and scale
+
+
+class Kernel(NamedTuple):
+    """What a kernel is compiled for."""
+
+    n_classes: int
+    n_mentors: int
+    options: Mapping[str, Any] = MappingProxyType({})
+    dtypes: tuple[torch.dtype, ...] = (FLOAT32,)  # the student's, then the mentors' in turn
+    layout: str = "contiguous"
+    soft: bool = False  # targets are class probabilities
+    tiled: bool = False
+    weighted: bool = False
+
+    def case(self, seed: int, scale: float, extreme: str = "") -> Case:
+        """A call of it on random numbers; with an extreme in a row of all, or of one mentor."""
+        student, mentors, indices = classroom(
+            self.n_mentors, N_ROWS, self.n_classes, scale=scale, seed=seed
+        )
+        everyone = [
+            logits.to(self.dtypes[i % len(self.dtypes)])
+            for i, logits in enumerate([student, *mentors])
+        ]
+        if extreme:
+            at = min(2, self.n_classes - 1)
+            for logits in everyone:
+                EXTREMES[extreme](logits[1], at)
+            EXTREMES[extreme](everyone[-1][4], at)
+        soft = probabilities(N_ROWS, self.n_classes, seed).to(self.dtypes[0])
+        options = dict(self.options)
+        if self.weighted:
+            options["mentor_weight"] = torch.tensor([0.3, 0.0, 2.0] * 6)[: self.n_mentors]
+        everyone = [laid_out(logits, self.layout).contiguous() for logits in everyone]
+        layouts = [self.layout] * len(everyone)
+        targets = soft if self.soft else indices
+        return Case(everyone[0], everyone[1:], targets, options, layouts, self.tiled)
+
+
+KERNELS = {
+    "defaults": Kernel(100, 6),
+    "one class, one mentor": Kernel(1, 1, dtypes=(BFLOAT16,)),
+    "16 mentors": Kernel(33, 16, {"reduction": "sum"}, weighted=True),
+    "released": Kernel(100, 3, {"ranking": "batch", "rank_decimals": 2}),
+    "ablation": Kernel(
+        *(10, 3),
+        {
+            **{"ranking": "batch", "knowledge_filter": "none", "weighting": "uniform"},
+            **{"mentoring": "none", "task_weight": 1.0},
+        },
+        dtypes=(FLOAT16,),
+    ),
+    "right, fixed": Kernel(
+        *(129, 2),
+        {"knowledge_filter": "correct", "mentoring": "fixed", "label_smoothing": 0.1},
+        dtypes=(BFLOAT16, FLOAT32),
+        layout="padded",
+    ),
+    "right and ahead, dtkd": Kernel(
+        *(64, 3),
+        {"knowledge_filter": "correct_and_better", "mentoring": "dtkd", "temperature": 4.0},
+        soft=True,
+    ),
+    "rows": Kernel(16, 2, {"reduction": "none", "rank_decimals": 3}, layout="transposed"),
+    "tiles": Kernel(100, 3, tiled=True, dtypes=(BFLOAT16,)),
+    "tiles, released": Kernel(
+        *(70, 2), {"ranking": "batch", "rank_decimals": 2, "task_weight": 0.7}, tiled=True
+    ),
+    "tiles, smoothed probabilities, dtkd": Kernel(
+        *(45, 3),
+        {
+            **{"label_smoothing": 0.1, "mentoring": "dtkd", "knowledge_filter": "correct"},
+            "weighting": "uniform",
+        },
+        dtypes=(FLOAT32, FLOAT16),
+        layout="every other row",
+        soft=True,
+        tiled=True,
+        weighted=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_on_any_numbers(device, name):
+    numbers = NUMBERS if device.type == "cuda" else NUMBERS[:1]  # the interpreter takes its time
+    cases = [KERNELS[name].case(*each) for each in numbers]
+    compared = [assert_right(case, device) for case in cases if decided(case)]
+    assert any(compared)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_on_extremes(device, name):
+    extremes = EXTREMES if device.type == "cuda" else ("one NaN",)
+    cases = [KERNELS[name].case(4, 3.0, extreme) for extreme in extremes]
+    compared = [assert_right(case, device) for case in cases if decided(case)]
+    assert any(compared)
+
+
+def test_class_indices_that_wrap_around(device, monkeypatch):
+    """Class 156 as uint8 has the bits of -100, the index that is ignored, as int8."""
+    student, mentors, _ = classroom(n_rows=3, n_classes=200).to(device)
+    targets = torch.tensor([156, 3, 199], device=device)
+    for most in (1, 1024):
+        monkeypatch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", most)
+        expected = fused_classroom_loss_and_grad(student, mentors, targets)
+        narrow = fused_classroom_loss_and_grad(student, mentors, targets.to(torch.uint8))
+        assert all(map(torch.equal, narrow, expected))
+
+
+@pytest.mark.parametrize(("n_mentors", "decimals", "rounded"), [(1, 0, 0), (3, 1, 2), (7, 2, 12)])
+def test_halves_are_rounded_to_even(device, n_mentors, decimals, rounded):
+    """Mentors that equal the student have shares of exactly 1/2, 1/4, 1/8."""
+    student, _, targets = classroom().to(device)
+    _, report = fused_classroom_loss(
+        student, [student] * n_mentors, targets, rank_decimals=decimals, return_report=True
+    )
+    rank = torch.full((n_mentors,), n_mentors * rounded / 10**decimals, device=device)
+    torch.testing.assert_close(report.rank_weight, rank, rtol=1e-6, atol=0)
+    assert report.active_share.tolist() == [1.0] * n_mentors

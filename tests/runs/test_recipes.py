@@ -1,0 +1,173 @@
+"""The recipes for CIFAR-100, and the small one: what was published, and each can be trained."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+
+from classroomkd import cli, models, recipes
+from classroomkd.data import Augmentation, ImageSet, ResidentLoader
+from classroomkd.errors import UserError
+from classroomkd.loss import methods
+from classroomkd.runs.mentors import find_mentors
+from classroomkd.runs.recipe import load_recipe
+from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.schedule import learning_rate, peak_learning_rate
+from classroomkd.training.trainer import Trainer
+
+_FIVE = "resnet8 resnet14 resnet20 shufflenetv1 shufflenetv2"
+_LIGHT = "resnet8 resnet14 shufflenetv2 mobilenetv2 shufflenetv1"
+_WIDE = "resnet8 resnet14 resnet20 mobilenetv2 shufflenetv2"
+_STRONG = "resnet20 mobilenetv2 shufflenetv2 resnet56 vgg13"
+CLASSROOMS = {
+    "resnet50-mobilenetv2": _FIVE,
+    "vgg13-mobilenetv2": _FIVE,
+    "resnet56-resnet20": _LIGHT,
+    "resnet110-resnet20": _LIGHT,
+    "resnet110-resnet32": _LIGHT,
+    "wrn_40_2-wrn_16_2": _WIDE,
+    "wrn_40_2-wrn_40_1": _WIDE,
+    "vgg13-vgg8": _FIVE,
+    "resnet32x4-shufflenetv1": _WIDE,
+    "wrn_40_2-shufflenetv1": _WIDE,
+    "resnet32x4-shufflenetv2": "resnet8 resnet14 resnet20 mobilenetv2 shufflenetv1",
+    "resnet32x4-resnet8x4": _FIVE,
+    "wrn_40_2-wrn_16_2-strong-peers": _STRONG,
+    "wrn_40_2-shufflenetv1-strong-peers": _STRONG,
+    "wrn_40_2-wrn_16_8-strong-peers": _STRONG,
+    "wrn_40_2-resnet34-strong-peers": _STRONG,
+    "wrn_40_2-resnet50-strong-peers": _STRONG,
+    "resnet56-resnet20-six-equal": " ".join(["resnet56"] * 5),
+    "vgg13-vgg8-six-equal": " ".join(["vgg13"] * 5),
+    "wrn_40_2-wrn_16_2-six-equal": " ".join(["wrn_40_2"] * 5),
+}
+NAMES = [name for name in recipes.names() if name.startswith("cifar100/")]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def mentor(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return models.create(name).eval()
+
+
+def test_all_classrooms_are_there():
+    assert {*NAMES} == {f"cifar100/{name}" for name in [*CLASSROOMS, "large-batch"]}
+
+
+@pytest.mark.parametrize("name", CLASSROOMS)
+def test_a_classroom_is_the_published_one(name):
+    recipe = load_recipe(recipes.find(f"cifar100/{name}"))
+    teacher, student = name.split("-")[:2]
+    assert recipe.student == student
+    assert [m.source for m in recipe.mentors] == [teacher, *CLASSROOMS[name].split()]
+    data, training, mentors = recipe.data, recipe.training, recipe.mentor_training
+    assert (data.image_size, data.padding, data.flip, data.cutout) == (32, 4, True, 0)
+    assert data.mean == [0.5071, 0.4867, 0.4408]
+    assert data.std == [0.2675, 0.2565, 0.2761]
+    for one in (training, mentors):
+        assert (one.epochs, one.batch_size, one.momentum, one.nesterov) == (240, 64, 0.9, False)
+        assert (one.weight_decay, one.decay_norms_and_biases) == (5e-4, True)
+    peak = peak_learning_rate(training, student)
+    rates = [learning_rate(training, peak, epoch) for epoch in (0, 60, 120, 149, 150, 180, 210)]
+    assert rates == pytest.approx([0.05, 0.03, 0.01, 0.01, 1e-3, 1e-4, 1e-5])
+    for source, peak in (("resnet56", 0.05), ("mobilenetv2", 0.01), ("shufflenetv1", 0.01)):
+        assert peak_learning_rate(mentors, source) == peak
+        rates = [learning_rate(mentors, peak, epoch) for epoch in (0, 149, 150, 180, 210)]
+        assert rates == pytest.approx([peak, peak, peak / 10, peak / 100, peak / 1000])
+    assert recipe.method == "classroom"
+    assert recipe.loss == type(recipe.loss)()  # the paper's, which are the defaults
+
+
+def test_the_large_batch_takes_an_eighth_of_the_steps():
+    small, large = (
+        load_recipe(recipes.find(f"cifar100/{name}"))
+        for name in ("resnet56-resnet20", "large-batch")
+    )
+    assert large.training.batch_size == 8 * small.training.batch_size
+    assert large.training.learning_rate == pytest.approx(8 * small.training.learning_rate)
+    assert large.training.nesterov
+    assert not large.training.decay_norms_and_biases
+    rates = [learning_rate(large.training, 0.4, epoch) for epoch in (1, 4, 120)]
+    warm = [0.4 * (1 + np.cos(np.pi * epoch / 240)) / 2 * epoch / 5 for epoch in (1, 4)]
+    assert rates == pytest.approx([*warm, 0.2])
+    assert large.mentor_training == small.mentor_training  # the same mentors, from the store
+    assert (large.mentors, large.data, large.loss) == (small.mentors, small.data, small.loss)
+
+
+@pytest.mark.parametrize("name", [*NAMES, "small", "small-large-batch"])
+def test_two_steps_of_a_recipe(name):
+    recipe = load_recipe(recipes.find(name))
+    found = find_mentors(recipe.mentors, recipe.mentor_training.epochs, print)
+    bank = MentorBank({m.name: mentor(m.architecture) for m in found}, 100, device="cpu")
+    assert len(bank) == len(recipe.mentors)
+    torch.manual_seed(1)
+    student = models.create(recipe.student)
+    before = {key: value.clone() for key, value in student.state_dict().items()}
+    data, size = recipe.data, recipe.data.image_size
+    images = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), dtype=np.uint8)
+    image_set = ImageSet(images, np.arange(8) * 12, [str(number) for number in range(100)])
+    with ResidentLoader(
+        image_set,
+        4,
+        mean=data.mean or (0.5,) * 3,
+        std=data.std or (0.25,) * 3,
+        augmentation=Augmentation(data.padding, data.flip, data.cutout),
+        shuffle=True,
+        drop_last=True,
+    ) as loader:
+        trainer = Trainer(
+            student,
+            loader,
+            recipe.training,
+            name=recipe.student,
+            peak=peak_learning_rate(recipe.training, recipe.student),
+            method=methods.create(recipe.method, **vars(recipe.loss)),
+            mentors=bank,
+        )
+        record = trainer.train_epoch()
+    momenta = trainer.optimizer.state_dict()["state"]
+    assert len(momenta) == len(list(student.parameters()))
+    assert np.isfinite(record["train_loss"])
+    assert record["train_loss"] > 0
+    assert list(record["mentors"]) == [m.name for m in found]
+    after = student.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    counts = [after[key] for key in after if key.endswith("num_batches_tracked")]
+    assert all(count == 2 for count in counts)
+    assert all((after[k] != before[k]).any() for k in after if k.endswith("weight"))
+
+
+def test_a_file_wins_over_a_packaged_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = recipes.find("cifar100/vgg13-vgg8")
+    assert packaged.read_text().startswith("# vgg8 taught by vgg13")
+    (tmp_path / "cifar100").mkdir()
+    own = tmp_path / "cifar100" / "vgg13-vgg8"
+    own.write_text("student: resnet8")
+    assert recipes.find("cifar100/vgg13-vgg8").samefile(own)
+
+
+def test_a_recipe_that_is_not_there(capsys):
+    with pytest.raises(UserError, match=r"resnet20-resnet56 is neither .*cifar100/resnet110-res"):
+        recipes.find("resnet20-resnet56")
+    assert cli.main(["train", "--data", "x", "--recipe", "cifar100/resnet56-resnet2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cifar100/resnet56-resnet20" in line
+
+
+def test_the_list(capsys):
+    assert cli.main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = [line.split()[0] for line in lines if line.strip()]
+    assert set(recipes.names()) <= set(listed)
+    (line,) = [line for line in lines if line.startswith("cifar100/resnet110-resnet32 ")]
+    assert "resnet32" in line.split()

@@ -1,0 +1,354 @@
+"""Runs that are killed and taken up again end where they would have ended."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from classroomkd.errors import UserError
+from classroomkd.runs.checkpoints import Checkpoints, Saver
+from classroomkd.runs.interrupts import Interrupted
+from classroomkd.runs.run_folder import RunFolder
+from classroomkd.runs.training_run import TrainingRun
+from patience import LAST_RESORT
+from small_runs import colours, recipe
+
+TESTS = Path(__file__).parents[1]
+FILES = ("student.safetensors", "student_alone.safetensors", "mentors/resnet8.safetensors")
+
+# A process that has trained nothing itself, so that the children it forks can.
+PREAMBLE = f"""
+    import itertools, os, random, signal, sys, time
+    from pathlib import Path
+    sys.path.insert(0, {str(TESTS)!r})
+    import torch
+    from rich.console import Console
+    from small_runs import colours, recipe
+    from classroomkd.runs.training_run import TrainingRun
+    import classroomkd.files
+
+    OUT = Path(sys.argv[1])
+    RECIPE = recipe(
+        "mentors=[resnet8]", "training.epochs=4", "checkpoint_minutes=0.0003", "data.validation=0.1"
+    )
+    SETS = colours(64), colours(13, seed=1)
+
+    def hold():
+        with open(os.devnull, "w") as nothing:
+            resume = (OUT / "inputs.json").exists()
+            TrainingRun(RECIPE, Console(file=nothing)).run(*SETS, OUT, resume=resume)
+
+    def child(before=lambda: None):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                before()
+                hold()
+            except BaseException as error:
+                print(repr(error), file=sys.stderr)
+                os._exit(1)
+            os._exit(0)
+        return pid
+
+    def ended(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+"""
+
+
+def run(code, out):
+    """Run ``code`` after the preamble; returns what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(PREAMBLE) + textwrap.dedent(code), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=LAST_RESORT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert (result.returncode, result.stderr) == (0, ""), result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run("assert ended(child()) == 0", out)
+    return out
+
+
+def assert_same(out, undisturbed):
+    for file in FILES:
+        assert (out / file).read_bytes() == (undisturbed / file).read_bytes(), file
+    kept = {}
+    for folder in (out, undisturbed):
+        summary = json.loads((folder / "summary.json").read_text())
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            del line["seconds"], line["images_per_second"]
+        kept[folder] = summary["results"], lines
+    assert kept[out] == kept[undisturbed]
+
+
+def test_killed_at_random_moments(tmp_path, undisturbed):
+    """SIGKILL twenty times at least, whatever the process is doing."""
+    out = tmp_path / "run"
+    printed = run(
+        """
+        draw = random.Random(0)
+        kills = 0
+        while kills < 20:
+            pid = child()
+            # It must get to its next checkpoint now and then; until one is there, for certain.
+            wait = draw.uniform(0.1, 0.5) if (OUT / "inputs.json").exists() else 0.5
+            time.sleep(wait)
+            os.kill(pid, signal.SIGKILL)
+            code = ended(pid)
+            assert code in (0, -signal.SIGKILL), code
+            if code == 0:
+                break
+            kills += 1
+            if not (OUT / "inputs.json").exists() and OUT.exists():
+                import shutil
+                shutil.rmtree(OUT)  # killed before there was anything to go on with
+        if not (OUT / "summary.json").exists():
+            assert ended(child()) == 0
+        print(kills)
+        """,
+        out,
+    )
+    assert int(printed) >= 12
+    assert_same(out, undisturbed)
+
+
+def test_killed_during_every_write(tmp_path, undisturbed):
+    """At the n-th sync or rename of the n-th life: files half there, or not renamed."""
+    out = tmp_path / "run"
+    printed = run(
+        """
+        def dying(nth):
+            def install():
+                count = itertools.count(1)
+                for name in ("fsync", "replace"):
+                    def wrapped(*arguments, do=getattr(os, name)):
+                        if next(count) == nth:
+                            os.kill(os.getpid(), signal.SIGKILL)
+                        return do(*arguments)
+                    setattr(classroomkd.files.os, name, wrapped)
+            return install
+
+        hold_first = child(lambda: None)
+        while not (OUT / "checkpoints" / "mentor-resnet8").exists():
+            assert os.waitpid(hold_first, os.WNOHANG) == (0, 0)  # it has not failed
+            time.sleep(0.01)
+        os.kill(hold_first, signal.SIGKILL)
+        ended(hold_first)
+        kills = 0
+        for nth in itertools.count(5):
+            code = ended(child(dying(nth)))
+            if code == 0:
+                break
+            assert code == -signal.SIGKILL, code
+            kills += 1
+        print(kills)
+        """,
+        out,
+    )
+    assert int(printed) >= 8
+    assert_same(out, undisturbed)
+    assert not [path for path in out.rglob(".*") if path.is_file()]  # half-written files
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_save_first(tmp_path, number):
+    """In the middle of an epoch, from the command line; the exit status tells which it was."""
+    command = [sys.executable, "-m", "classroomkd"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    train = [*command, "quickstart", "--epochs", "2", "--out", "run", "--loader", "resident"]
+    process = subprocess.Popen(
+        train, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n")) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=LAST_RESORT)
+    assert process.returncode == 128 + number, errors
+    assert b"classroomkd train --resume run goes on" in errors
+    state = Checkpoints(tmp_path / "run" / "checkpoints" / "mentor-resnet20").load(print)
+    assert state["epoch"] == 2 or len(state["records"]) == 1
+    resume = [*command, "train", "--resume", "run"]
+    again = subprocess.run(resume, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    subprocess.run(train, cwd=whole, env=environment, check=True, capture_output=True)
+    for file in ("student.safetensors", "mentors/resnet14.safetensors"):
+        assert (tmp_path / "run" / file).read_bytes() == (whole / "run" / file).read_bytes()
+    finished = subprocess.run(resume, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 2
+    assert "is finished" in finished.stderr
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_the_last_few_are_kept(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (1, 5, 30, 200):
+        checkpoints.save({"step": step, "weights": torch.full((3,), float(step))}, step)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert checkpoints.load(print)["step"] == 200
+    assert checkpoints.newest().name.startswith("step-000000200-")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, damage):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save({"step": step, "weights": torch.full((300,), float(step))}, step)
+    newest = checkpoints.newest()
+    content = bytearray(newest.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+    newest.write_bytes(content[: {"cut": len(content) - 1, "flip": None, "empty": 0}[damage]])
+    warnings = []
+    assert checkpoints.load(warnings.append)["step"] == 1
+    assert warnings == [f"{newest} is damaged: taking the one before it"]
+
+
+def test_no_checkpoint_yet(tmp_path):
+    assert Checkpoints(tmp_path / "nowhere").load(print) is None
+    assert Checkpoints(tmp_path / "nowhere").newest() is None
+
+
+def test_a_run_does_not_go_on_with_other_inputs(tmp_path):
+    def hold(train_set, resume):
+        with open(os.devnull, "w") as nothing:
+            classroom = TrainingRun(recipe(), Console(file=nothing))
+            return classroom.run(train_set, colours(13, seed=1), tmp_path / "run", resume=resume)
+
+    hold(colours(28), resume=False)
+    with pytest.raises(UserError, match="the train images changed since"):
+        hold(colours(28, seed=5), resume=True)
+
+
+def test_epochs_recorded_before_the_first_state_come_once(tmp_path, monkeypatch):
+    """A process may die after an epoch's record and before anything was saved."""
+    out = tmp_path / "run"
+
+    def hold(resume):
+        with open(os.devnull, "w") as nothing:
+            short = recipe("mentors=[resnet8]", "checkpoint_epochs=3")
+            sets = colours(28), colours(13, seed=1)
+            return TrainingRun(short, Console(file=nothing)).run(*sets, out, resume=resume)
+
+    def die(_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "after_epoch", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            hold(resume=False)
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
+    hold(resume=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["phase"], line["epoch"]) for line in lines] == [
+        (phase, epoch) for phase in ("mentor", "alone", "classroom") for epoch in (1, 2)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "line"),
+    [
+        ((2, 0), "resnet8 alone: resuming from epoch 2"),
+        ((2, 2), "resnet8 alone: resuming from epoch 2, batch 3 of 4"),
+    ],
+)
+def test_a_resumed_run_says_from_where(tmp_path, monkeypatch, place, line):
+    def hold(resume):
+        said = io.StringIO()
+        classroom = TrainingRun(recipe("mentors=[]", "method=alone"), Console(file=said, width=200))
+        sets = colours(32), colours(13, seed=1)
+        try:
+            classroom.run(*sets, tmp_path / "run", resume=resume)
+        finally:
+            told = [line.strip() for line in said.getvalue().splitlines()]
+        return [line for line in told if "resuming" in line]
+
+    between_steps = Saver.between_steps
+
+    def interrupted(saver):
+        if (saver.trainer.epoch, saver.trainer.batch) == place:
+            saver.interrupts.received = signal.SIGTERM
+        between_steps(saver)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "between_steps", interrupted)
+        with pytest.raises(Interrupted):
+            hold(resume=False)
+    assert hold(resume=True) == [line]
+
+
+def test_states_go_when_the_network_is_safe(tmp_path, monkeypatch):
+    """And with the next process, where this one died before they were gone."""
+    out = tmp_path / "run"
+
+    def hold(resume):
+        with open(os.devnull, "w") as nothing:
+            sets = colours(28), colours(13, seed=1)
+            return TrainingRun(recipe("mentors=[]", "method=alone"), Console(file=nothing)).run(
+                *sets, out, resume=resume
+            )
+
+    def die(checkpoints):
+        assert (checkpoints.folder / "done.json").exists()
+        assert checkpoints.newest() is not None
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "clear", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            hold(resume=False)
+    assert list(out.rglob("step-*.pt"))
+    hold(resume=True)
+    assert not list(out.rglob("step-*.pt"))
+
+
+@pytest.mark.parametrize("key", ["method", "records", "optimizer"])
+def test_a_state_of_another_version_is_named(tmp_path, monkeypatch, key):
+    out, short = tmp_path / "run", recipe("mentors=[]", "method=alone")
+
+    def hold(resume):
+        with open(os.devnull, "w") as nothing:
+            sets = colours(28), colours(13, seed=1)
+            return TrainingRun(short, Console(file=nothing)).run(*sets, out, resume=resume)
+
+    def die(*_):
+        raise RuntimeError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "finish_network", die)
+        with pytest.raises(RuntimeError, match="killed"):
+            hold(resume=False)
+    checkpoints = Checkpoints(out / "checkpoints" / "alone-resnet8")
+    state = checkpoints.load(print)
+    del state[key]
+    checkpoints.save(state, 1000)
+    message = f"the training states in {checkpoints.folder} are another version's, without {key}:"
+    with pytest.raises(UserError, match=re.escape(message)):
+        hold(resume=True)
+
+
+def test_a_finished_run_keeps_no_training_states(undisturbed):
+    """Only what tells that its networks are done."""
+    kept = {path.name for path in (undisturbed / "checkpoints").rglob("*") if path.is_file()}
+    assert kept == {"done.json"}

@@ -1,0 +1,171 @@
+"""Two gloo processes train as one process with the whole batch does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from patience import LAST_RESORT
+
+TESTS = Path(__file__).parents[1]
+
+# One epoch of a network without batch norm, some of whose rows do not count; argv: where to save,
+# batch size of each process, kind of loss.
+SCRIPT = f"""
+    import sys
+    sys.path.insert(0, {str(TESTS)!r})
+    import torch
+    import torch.distributed as dist
+    from torch import nn
+    from small_runs import colours
+    from classroomkd.loss.methods import Method, create
+    from classroomkd.data import Augmentation, ResidentLoader
+    from classroomkd.training.config import TrainingConfig
+    from classroomkd.training.distributed import Processes
+    from classroomkd.training.mentor_bank import MentorBank
+    from classroomkd.training.trainer import Trainer
+
+    torch.set_num_threads(1)
+    path, batch_size, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+
+    def network(seed):
+        torch.manual_seed(seed)
+        layers = nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(72, 3)
+        return nn.Sequential(*layers)
+
+    class Loader(ResidentLoader):
+        def _iterate(self, *arguments):
+            for images, targets, indices in super()._iterate(*arguments):
+                # More rows of the first share than of the second do not count.
+                yield images, torch.where(indices % 5 < 2, -100, targets), indices
+
+    processes = Processes(torch.device("cpu"))
+    loader = Loader(
+        colours(96),
+        batch_size,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        augmentation=Augmentation(1, True),
+        shuffle=True,
+        drop_last=True,
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    class Scaled(Method):
+        # Cross entropy of logits at a temperature that is learnt with the network.
+
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, student, mentors, targets):
+            return nn.functional.cross_entropy(student.logits / self.temperature, targets)
+
+    mentors, method = None, Scaled() if kind == "scaled" else create("alone")
+    if kind in ("sample", "batch"):
+        mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
+        group = dist.group.WORLD if processes.together else None
+        method = create("classroom", ranking=kind, process_group=group)
+    trainer = Trainer(
+        network(0), loader, TrainingConfig(epochs=1), name="toy", peak=0.1,
+        mentors=mentors, method=method, processes=processes,
+    )
+    record = trainer.train_epoch()
+    network_weights = trainer.network.state_dict()
+    if processes.is_main:
+        torch.save({{"weights": network_weights | method.state_dict(), "record": record}}, path)
+"""
+
+
+def launch(script, processes, *arguments, cwd=None):
+    """Run ``script`` in so many processes, as torchrun would; returns what they print to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, *script, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if processes > 1:
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment |= {"WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+    started = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=cwd,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+
+    def outcome(process):
+        try:
+            return process.communicate(timeout=LAST_RESORT)
+        finally:
+            if process.returncode != 0:  # the others would wait for it
+                for other in started:
+                    other.kill()
+
+    with ThreadPoolExecutor(processes) as pool:
+        outcomes = list(pool.map(outcome, started))
+    codes = [process.returncode for process in started]
+    assert not any(codes), (codes, [errors for _, errors in outcomes])
+    return [output for output, _ in outcomes]
+
+
+@pytest.mark.parametrize("kind", ["alone", "sample", "batch", "scaled"])
+def test_two_processes_train_as_one(tmp_path, kind):
+    script = ["-c", textwrap.dedent(SCRIPT)]
+    launch(script, 1, tmp_path / "one.pt", 16, kind)
+    launch(script, 2, tmp_path / "two.pt", 8, kind)
+    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
+    for name, weights in one["weights"].items():
+        torch.testing.assert_close(two["weights"][name], weights, rtol=1e-5, atol=1e-6)
+    start = torch.nn.Conv2d(3, 8, 3, stride=2)
+    torch.manual_seed(0)
+    start.reset_parameters()
+    assert (one["weights"]["0.weight"] - start.weight).abs().max() > 0.01  # it did learn
+    assert kind != "scaled" or abs(one["weights"]["temperature"] - 2) > 0.01
+
+
+def test_a_whole_run_in_two_processes(tmp_path):
+    """From the command line: one folder, written once, with what all images give."""
+    options = ["--epochs", "1", "--out", "run", "--loader", "resident"]
+    (main, other) = launch(["-m", "classroomkd"], 2, "quickstart", *options, cwd=tmp_path)
+    assert "report: run/report.html" in main
+    assert other == ""
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 5
+    for result in summary["results"]:
+        hits = 599 * result["top1"]
+        assert hits == pytest.approx(round(hits), abs=1e-6)
+    assert summary["data"]["test_images"] == 599
+
+
+STORE = f"""
+    import os, sys
+    from pathlib import Path
+    os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache" + os.environ.get("RANK", "0")
+    sys.path.insert(0, {str(TESTS)!r})
+    from small_runs import stored_run
+    for run in ("first", "second"):
+        _, text = stored_run(Path(sys.argv[1]) / run, "alone=false", "training.batch_size=8")
+        print(run, "taken from" in text)
+"""
+
+
+def test_the_main_processs_store_serves_all(tmp_path):
+    """Each machine may have a cache of its own: a mentor is in one of them, and taken by all."""
+    main, _ = launch(["-c", textwrap.dedent(STORE)], 2, tmp_path)
+    assert main.split() == ["first", "False", "second", "True"]
+    assert len(list((tmp_path / "cache0" / "mentors").glob("*.safetensors"))) == 1
+    assert not (tmp_path / "cache1" / "mentors").exists()
