@@ -17,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bars import BARS, on_gpu
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.document import markdown_table
@@ -25,6 +24,7 @@ from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.reproduce import page
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
+from summary import on_gpu
 from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,12 +74,12 @@ def _is_gpu(records: Mapping[str, Record]) -> bool:
 
 def document(devices: Records, compiled: Record) -> str:
     """The page."""
-    blocks = [_HEAD, "## What is wanted, and what was measured", _judgements(devices)]
-    blocks.append(_NOT_YET if not any(map(_is_gpu, devices.values())) else _JUDGED)
+    blocks = [_HEAD]
+    if not any(map(_is_gpu, devices.values())):
+        blocks.append(_NOT_YET)
     for device, records in devices.items():
         blocks += [f"## {device}", *_of_device(device, records)]
     blocks += ["## Compiled kernels", *_of_compiled(compiled)]
-    blocks += ["## Not measured", *_missing(devices)]
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
@@ -93,28 +93,9 @@ _HEAD = f"""# Benchmarks
 python benchmarks/document.py OUT
 ```
 
-measures everything that needs one, within nine minutes, and takes it in; `--parts loss --minutes 9`
-gives all the time to one benchmark."""
+measures everything that needs one, within nine minutes, and adds its records;
+`--parts loss --minutes 9` gives all the time to one benchmark."""
 _NOT_YET = "**Nothing has been measured on a GPU yet.**"
-_JUDGED = (
-    "Of several values, the worst and the best; a bar is met if all keep it. How each was taken is "
-    "said with its device's tables."
-)
-
-
-def _judgements(devices: Records) -> str:
-    """Each bar with what every device's records say of it."""
-    lines = []
-    for bar in BARS:
-        found = []
-        for device, records in devices.items():
-            if bar.record in records:
-                measured, verdict = bar.judge(records[bar.record])
-                if measured or verdict != "not measured":
-                    found.append([device, measured, verdict])
-        for place in found or [["–", f"`{SECTIONS[bar.record][1]}`", "not measured"]]:
-            lines.append([bar.what, bar.text, *place])
-    return markdown_table(("what", "bar (stretch)", "device", "measured", "verdict"), lines)
 
 
 def _of_device(device: str, records: Mapping[str, Record]) -> Iterator[str]:
@@ -179,31 +160,6 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
     yield markdown_table(
         ("target", "mode", "C", "M", "dtype", "bytes a thread"),
         [[str(kernel[key]) for key in keys] for kernel in spilling],
-    )
-
-
-def _missing(devices: Records) -> Iterator[str]:
-    """What has no record, and what would measure it."""
-    lines = []
-    if not any(map(_is_gpu, devices.values())):
-        lines.append(["a GPU", "everything that needs one", ON_A_GPU])
-    for device, records in devices.items():
-        lines += [
-            [device, heading, command]
-            for name, (heading, command) in SECTIONS.items()
-            if name not in records and name != "quickstart"
-        ]
-    somewhere = {name for records in devices.values() for name in records}
-    lines += [
-        ["any", heading, command]
-        for name, (heading, command) in (SECTIONS | REPRODUCTIONS).items()
-        if (name in REPRODUCTIONS or name == "quickstart") and name not in somewhere
-    ]
-    if not lines:
-        yield "Every benchmark has a record of every device above."
-        return
-    yield markdown_table(
-        ("device", "what", "by"), [[device, what, f"`{by}`"] for device, what, by in lines]
     )
 
 

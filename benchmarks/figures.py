@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from bars import OURS, on_gpu, roofline_bar
+from summary import THIS, on_gpu
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +88,7 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
     found = {}
     rows = [row for row in record.get("rows", []) if row["status"] == "ok"]
     if name == "loss" and on_gpu(record):
-        grid = [row for row in rows if not row["case"] and row["implementation"] == OURS]
+        grid = [row for row in rows if not row["case"] and row["implementation"] == THIS]
         named = [row for row in rows if row["case"]]
         if len(_sizes(grid)) > 1:
             found["loss"] = Drawing(
@@ -158,14 +158,6 @@ def _loss(rows: Rows) -> Figure:
             }
             time.plot(places, [row["device_time_us"] for row in line], **style)
             share.plot(places, [row["roofline_percent"] for row in line], **style)
-        wanted = {
-            (row["rows"], row["classes"]): bar[0]
-            for row in of_dtype
-            if (bar := roofline_bar(row)) is not None
-        }
-        for number, (place, percent) in enumerate(wanted.items()):
-            x, label = sizes.index(place), None if number else "wanted, ranked by row"
-            share.plot([x - 0.4, x + 0.4], [percent] * 2, color="black", linewidth=2, label=label)
         time.set_yscale("log")
         time.set_title(f"{dtype}: device time")
         time.set_ylabel("device time of one call, µs")

@@ -139,8 +139,8 @@ done
 [[ ! -f $runs/results.json ]] || cp "$runs/results.json" "$out/reproduction-methods.json"
 
 {
-    echo "=== the bars, as far as they were measured"
-    "$python" "$repo/benchmarks/bars.py" "$out"
+    echo "=== the headline numbers"
+    "$python" "$repo/benchmarks/summary.py" "$out"
     "$python" -c 'import torch; print("===", torch.cuda.get_device_name() if torch.cuda.is_available()
         else "NO GPU HERE: small sizes on the CPU")'
     printf '%s\n' "${results[@]}"

@@ -242,7 +242,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
         print(case.classroom, case.batch, *about, file=sys.stderr, flush=True)
         grown()
 
-    for case in cases:  # the first is what bars are set for, of its whole epochs too
+    for case in cases:  # the first is the headline, of its whole epochs too
         rows(case, implementations())
         if arguments.whole and case.batch == min(arguments.batch):
             row = Row(setting, case, THIS, arguments.seconds)

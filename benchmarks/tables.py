@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bars import REPORTED
+from summary import REPORTED
 
 Row = dict[str, Any]
 

@@ -716,7 +716,7 @@ def test_run_gpu_takes_the_readmes_python(tmp_path):
     assert all(begun)
     assert [line.start() for line in begun] == sorted(line.start() for line in begun)
     assert (tmp_path / "out/log.txt").exists()
-    summary = result.stdout.split("=== the bars")[1]
+    summary = result.stdout.split("=== the headline numbers")[1]
     assert all(re.search(rf"^{part} .* passed", summary, re.MULTILINE) for part in PARTS)
 
 
@@ -761,7 +761,7 @@ def test_run_gpu_says_what_it_left_out(tmp_path):
     )
     result = run_gpu(tmp_path, "out", "--parts", "loaders,step,loss")
     assert result.returncode == 1
-    summary = result.stdout.split("=== the bars")[1]
+    summary = result.stdout.split("=== the headline numbers")[1]
     assert re.search(r"^loaders .* failed \(1\)", summary, re.MULTILINE)
     assert re.search(r"^step .* left out: needs omegaconf", summary, re.MULTILINE)
     assert re.search(r"^loss .* passed", summary, re.MULTILINE)
@@ -829,7 +829,7 @@ sys.meta_path.insert(0, Absent())
             timeout=LAST_RESORT,
         )
 
-    result = bare("-c", f"import roofline, loss, loaders, bars; {tests}")
+    result = bare("-c", f"import roofline, loss, loaders, summary; {tests}")
     assert result.returncode == 0, result.stderr
     files = result.stdout.split()
     # Hypothesis's plugin is hidden with it; where it is not installed, there is none.

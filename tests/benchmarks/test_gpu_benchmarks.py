@@ -1,5 +1,6 @@
-"""The benchmarks' lines for a GPU run, in a stand-in for one, and measure what bars are set for."""
+"""The benchmarks' lines for a GPU run, in a stand-in for one, and measure the headline sizes."""
 
+import itertools
 import json
 import sys
 from argparse import Namespace
@@ -7,9 +8,7 @@ from concurrent.futures import Future
 
 import pytest
 import torch
-from fake_cuda import CUDA, FakeCuda, HereProcess
 
-import bars
 import loader_rows
 import loaders
 import loss
@@ -17,7 +16,9 @@ import measure
 import roofline
 import step
 import step_rows
+import summary
 from classroomkd.runs.recipe import DataConfig
+from fake_cuda import CUDA, FakeCuda, HereProcess
 from patience import LAST_RESORT
 
 
@@ -66,7 +67,7 @@ def test_roofline(cuda, monkeypatch):
 
 
 def test_the_loss(cuda, monkeypatch, tmp_path, capsys):
-    """Every implementation by its way of timing; rows that bars are set for before all others."""
+    """Every implementation by its way of timing; the headline sizes before all others."""
     cases = [loss.Case(n, 100, 6, torch.float32, r) for n in (64, 512) for r in ("sample", "batch")]
     cases += [loss.Case(4, 30, 2, torch.bfloat16, "sample")]
     ceilings = {"copy_gigabytes_per_second": 1e3, "gigaexponentials_per_second": 1e3}
@@ -97,14 +98,11 @@ def test_the_loss(cuda, monkeypatch, tmp_path, capsys):
     own_graph = [row["peak_extra_mib"] for row in rows if row["device_time_by"] == "own graph"]
     assert {row["peak_extra_mib"] for row in rows if row["peak_extra_mib"]} == {1.0}
     assert own_graph == [None] * 2
-    barred = [
-        bars.is_barred(row) and row["implementation"] in (loss.THIS, loss.REPORTED, "eager")
+    first = [
+        summary.is_headline(row) and row["implementation"] in (loss.THIS, loss.REPORTED, "eager")
         for row in rows
     ]
-    assert barred == sorted(barred, reverse=True)
-    verdicts = {bar.what: bar.judge(record)[1] for bar in bars.BARS if bar.record == "loss"}
-    for what, verdict in verdicts.items():
-        assert (verdict == "not measured") == ("B·C ≥ 2²²" in what or "8192" in what), what
+    assert first == sorted(first, reverse=True)
     for name in ("CUDAGraph", "graph", "replay", "profile", "Event", "empty_cache", "synchronize"):
         assert cuda.calls[name], name
     assert loss.THIS in capsys.readouterr().out
@@ -125,21 +123,21 @@ def test_out_of_time_every_row_says_so(cuda, monkeypatch, tmp_path):
 
 
 def test_what_comes_first_in_the_loss():
-    """Each bar has its rows, all before any that no bar is set for; tuning comes last."""
+    """The headline sizes, for every number of mentors; tuning comes last."""
     phases = loss.phases(small=False)
     first = [
         (loss.size(case), title, names) for phase in phases[:2] for case, title, names in phase
     ]
     grid = [(size, names) for size, title, names in first if not title]
-    assert all(bars.is_barred(size) for size, _ in grid)
+    assert all(summary.is_headline(size) for size, _ in grid)
     for rows in (64, 128, 512):
         found = [names for size, names in grid if (size["rows"], size["classes"]) == (rows, 100)]
         assert found == [(loss.THIS, loss.REPORTED)] * 2
-    for _, least, most, dtype, *_ in bars.ROOFLINE_BARS:
+    for classes, dtype in itertools.product((1000, 4096, 32_768, 128_256), ("float32", "bfloat16")):
         mentors = {
             size["mentors"]
             for size, _ in grid
-            if least <= size["classes"] <= most and size["dtype"] == dtype
+            if (size["classes"], size["dtype"]) == (classes, dtype)
         }
         assert mentors == {1, 2, 6, 12}
     assert [names for size, names in grid if size["rows"] == 8192 and len(names) == 2]

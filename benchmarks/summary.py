@@ -1,0 +1,106 @@
+"""The headline numbers of a folder of records, in a few lines.
+
+    python benchmarks/summary.py OUT
+
+`run_gpu.sh` ends with it; docs/benchmarks.md has everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+THIS = "fused_classroom_loss_and_grad"
+REPORTED = f"{THIS}, report"
+
+
+def size(row: Record) -> str:
+    """A row of the loss benchmark in short."""
+    return "B {rows}, C {classes}, M {mentors}, {dtype}".format(**row)
+
+
+def is_cifar(row: Record) -> bool:
+    """Whether it is of the size of CIFAR-100's training, at which all implementations compete."""
+    return (row["classes"], row["mentors"]) == (100, 6) and 64 <= row["rows"] <= 512
+
+
+def is_headline(row: Record) -> bool:
+    """Whether a row of the loss benchmark counts first: CIFAR's sizes and large ones, by sample."""
+    return row["ranking"] == "sample" and (is_cifar(row) or row["rows"] * row["classes"] >= 2**22)
+
+
+def on_gpu(record: Record) -> bool:
+    """Whether a benchmark's record is of a GPU."""
+    return "multiprocessors" in record.get("environment", {})
+
+
+def _loss(record: Record) -> Iterator[str]:
+    rows = [row for row in record["rows"] if is_headline(row)]
+    times: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] != "ok":
+            yield f"{size(row)}, {row['implementation']}: {row['status']}"
+            continue
+        if row["device_time_us"] is not None:
+            of_size = times.setdefault((row["case"], size(row)), {})
+            of_size[row["implementation"]] = row["device_time_us"]
+            if row["implementation"] == THIS and row.get("roofline_percent") is not None:
+                of_size["percent"] = row["roofline_percent"]
+    for (case, where), found in times.items():
+        if THIS not in found:
+            continue
+        text = f"{where}: {found[THIS]:.2f} µs"
+        if REPORTED in found:
+            text += f" ({found[REPORTED]:.2f} with the report)"
+        if "percent" in found:
+            text += f", {found['percent']:.0f} % of the roofline"
+        compiled = [time for name, time in found.items() if name.startswith("compile")]
+        others = {
+            "eager": found.get("eager"),
+            "the best torch.compile": min(compiled, default=None),
+        }
+        for name, time in others.items():
+            text += f", {time / found[THIS]:.1f}× {name}" if time else ""
+        yield text + (f" [{case}]" if case else "")
+
+
+def _loaders(record: Record) -> Iterator[str]:
+    for row in record.get("kernel", []):
+        rate = row.get("images_per_second")
+        text = f"{rate / 1e6:.1f} million images/s" if rate else row["status"]
+        yield f"resident, {row['size']} pixels, batch {row['batch']}: {text}"
+    for row in record["rows"]:
+        rate = row.get("images_per_second")
+        text = f"{rate:,.0f} images/s" if rate else row["status"]
+        yield f"{row['loader']}, {row['workers'] or 'no'} workers: {text}"
+
+
+def _step(record: Record) -> Iterator[str]:
+    for row in record["rows"]:
+        what = f"{row['classroom']}, batch {row['batch']}, {row['implementation']}"
+        if row["status"] != "ok":
+            yield f"{what}: {row['status']}"
+            continue
+        text = f"{row['images_per_second']:,.0f} images/s, {row['times_the_loop']:.1f}× the loop"
+        outside = row.get("outside_networks_percent")
+        text += "" if outside is None else f", {outside:.0f} % outside the networks"
+        yield f"{what}: {text}"
+
+
+def main() -> None:
+    """Print the headline numbers of each record in a folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="a folder that benchmarks wrote")
+    out = parser.parse_args().out
+    for name, lines in {"loss": _loss, "loaders": _loaders, "step": _step}.items():
+        if (path := out / f"{name}.json").exists():
+            for line in lines(json.loads(path.read_text(encoding="utf-8"))):
+                print(f"{name:8} {line[:150]}")
+
+
+if __name__ == "__main__":
+    main()
