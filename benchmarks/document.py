@@ -21,7 +21,7 @@ from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.document import markdown_table
 from classroomkd.report.run_table import COLUMNS, evidence, result_rows
-from classroomkd.reproduce import page
+from classroomkd.report.table_page import markdown as reproduction_markdown
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
 from summary import on_gpu
@@ -120,7 +120,9 @@ def reproduction(text: str, devices: Records) -> str:
     blocks = [head + mark]
     for device, records in devices.items():
         for name in filter(records.__contains__, REPRODUCTIONS):
-            blocks.append(page.markdown(records[name]))
+            blocks.append(
+                reproduction_markdown(records[name], TABLES[records[name]["table"]].title)
+            )
             blocks.append(f"From [{name}.json]({LINK}/{device}/{name}.json).")
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 

@@ -137,20 +137,21 @@ def reproduce(arguments: argparse.Namespace) -> int:
     _print_plan(plan, out, len(given["devices"]) or 1, console)
     if arguments.plan:
         return 0
-    from classroomkd.reproduce.page import write_tables
+    from classroomkd.report.table_page import write_tables
+    from classroomkd.reproduce.tables import TABLES
 
     devices = given["devices"] or [default_device()]
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
-    order = [run.id for run in whole.runs]
+    order, title = [run.id for run in whole.runs], TABLES[arguments.table].title
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        write_tables(write_results(arguments.table, out, order), out)
+        write_tables(write_results(arguments.table, out, order), title, out)
         interrupt.args = (f"all runs are kept in {out}: the same command goes on",)
         raise
     results = write_results(arguments.table, out, order)
-    pages = write_tables(results, out)
+    pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
         console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
@@ -214,7 +215,7 @@ def _print_results(results: Mapping[str, Any], console: Console) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from classroomkd.reproduce.page import result_cells
+    from classroomkd.report.table_page import result_cells
 
     columns, rows = result_cells(results)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)

@@ -1,11 +1,11 @@
-"""What runs have recorded, as pages: of one run, or of several beside each other.
+"""What runs have recorded, as pages: of one run, of several beside each other, of a table.
 
-Data goes one way. ``records`` reads a run's folder; ``results`` makes rows of its summary, for the
-terminal too; ``plots`` and ``classes`` make figures in the style of ``figures``; ``page`` (one run)
-and ``comparison`` (several, each an entry of ``entries`` with its ``differences``) put them
-together, ``numbers`` says how a number is printed, and ``document`` is the HTML around it all.
-``tensorboard`` writes records for that viewer while a run
-goes on. Nothing here trains or measures: what a page says stands in the run's folder.
+``records`` reads a run's folder. ``run_table`` makes rows of its summary, for the terminal too;
+``plots`` and ``classes`` make figures in the style of ``figures``. ``page`` (one run),
+``comparison`` (several, each an entry of ``entries`` with its ``differences``) and ``table_page``
+(a table of `classroomkd reproduce`, over its ``seeds``, beside what is ``published``) put them
+together. ``numbers`` says how a number is printed, and ``document`` is the HTML around it all.
+Nothing here trains or measures.
 """
 
 from typing import TYPE_CHECKING

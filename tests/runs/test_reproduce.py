@@ -26,12 +26,13 @@ from classroomkd.errors import UserError
 from classroomkd.files import lock
 from classroomkd.models import create
 from classroomkd.recipes import find
+from classroomkd.report.published import PUBLISHED
+from classroomkd.report.seeds import aggregate
+from classroomkd.report.table_page import markdown
 from classroomkd.reproduce import runner
-from classroomkd.reproduce.collect import aggregate
-from classroomkd.reproduce.page import markdown
 from classroomkd.reproduce.plan import forward_flops, make_plan
 from classroomkd.reproduce.status import add_seconds_waited, seconds_left
-from classroomkd.reproduce.tables import PUBLISHED, TABLES, variant_names
+from classroomkd.reproduce.tables import TABLES, variant_names
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.store import MentorStore
 from image_folders import write_classes
@@ -249,7 +250,7 @@ def test_means_and_deviations_by_hand():
 
 
 def test_the_markdown():
-    assert markdown({"table": "main", "groups": aggregate(ROWS), "runs": ROWS}) == EXPECTED
+    assert markdown({"groups": aggregate(ROWS), "runs": ROWS}, TABLES["main"].title) == EXPECTED
 
 
 EXPECTED = """\
@@ -289,12 +290,12 @@ RepDistiller's tables; best is NTCE-KD's, which augments more strongly.
 
 def test_on_cifar100_there_is_no_warning():
     rows = [row("alone", 0, 0.69, cifar100=True, epochs=240, data="cifar-100-python")]
-    text = markdown({"table": "main", "groups": aggregate(rows), "runs": rows})
+    text = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["main"].title)
     assert "Not to be compared" not in text
     assert "Seed: 0. 1 run on" in text
     others = {"epochs": 1, "test_digest": "b", "validation_images": 900, "chosen": 0.6}
     rows = [row("alone", 1, 0.69, **others), *(run | {"chosen": 0.5} for run in rows)]
-    text = markdown({"table": "main", "groups": aggregate(rows), "runs": rows})
+    text = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["main"].title)
     assert "**Not all runs were measured on the same held-out images.**" in text
     assert "Training: 1 epoch (mentors 30), 240 epochs" in text
     assert "50,000 training, 900 validation and 5,000 held-out images" in text
@@ -308,7 +309,7 @@ def test_several_classrooms_stand_in_lines_of_one_table():
         row("fancy", 0, 0.45, classroom="own", student="resnet8", teacher_last=0.7),
     ]
     rows = ROWS + other
-    lines = markdown({"table": "main", "groups": aggregate(rows), "runs": rows}).splitlines()
+    lines = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["main"].title).splitlines()
     (head,) = [number for number, line in enumerate(lines) if "| teacher | alone | kd" in line]
     assert [cell.strip() for cell in lines[head].strip("|").split("|")] == [
         *("", "teacher", "alone", "kd", "classroom", "fancy", "published teacher"),
@@ -329,7 +330,7 @@ def test_more_variants_than_a_page_is_wide_are_lines():
         for classroom in ("one", "two")
         for place, variant in enumerate(variants)
     ]
-    text = markdown({"table": "temperature", "groups": aggregate(rows), "runs": rows})
+    text = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["temperature"].title)
     lines = text[text.index("|  | one | two |") :].splitlines()
     assert lines[1:4] == [
         "| --- | ---: | ---: |",
@@ -424,7 +425,7 @@ def test_two_shards_and_their_table(tiny, data, tmp_path, capsys):
     with (outs[0] / "results.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert [float(line["last"]) for line in table] == [run["last"] for run in results["runs"]]
-    assert (outs[0] / "tables" / "main.md").read_text() == markdown(results)
+    assert (outs[0] / "tables" / "main.md").read_text() == markdown(results, TABLES["main"].title)
     assert "plotly" in (outs[0] / "tables" / "main.html").read_text()
 
     # Another recipe does not go on with these runs, and other methods stand beside them.

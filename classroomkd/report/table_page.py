@@ -27,11 +27,10 @@ from classroomkd.report.numbers import (
     image_counts,
     percent,
 )
-from classroomkd.reproduce.tables import (
+from classroomkd.report.published import (
     PUBLISHED,
     PUBLISHED_EPOCHS,
     PUBLISHED_FROM,
-    TABLES,
     Published,
 )
 
@@ -48,19 +47,19 @@ _NOTES = {
 }
 
 
-def write_tables(results: Mapping[str, Any], out: Path) -> list[Path]:
+def write_tables(results: Mapping[str, Any], title: str, out: Path) -> list[Path]:
     """Write tables/TABLE.md and tables/TABLE.html in ``out``, of what results.json holds."""
     name = results["table"]
     (out / "tables").mkdir(parents=True, exist_ok=True)
     paths = [out / "tables" / f"{name}.{kind}" for kind in ("md", "html")]
-    atomic_write(paths[0], markdown(results))
-    atomic_write(paths[1], _page(results))
+    atomic_write(paths[0], markdown(results, title))
+    atomic_write(paths[1], _page(results, title))
     return paths
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+def markdown(results: Mapping[str, Any], title: str) -> str:
     """The table as Markdown, below a heading of the second level."""
-    blocks = [f"## {TABLES[results['table']].title}", *_facts(results)]
+    blocks = [f"## {title}", *_facts(results)]
     blocks += [f"**{line}**" for line in _warnings(results)]
     blocks += [_note(results), *(markdown_table(*filled(*part)) for part in _parts(results))]
     if _published(results):
@@ -68,14 +67,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _page(results: Mapping[str, Any]) -> str:
+def _page(results: Mapping[str, Any], title: str) -> str:
     body = "".join(f"<p>{escape(line)}</p>" for line in _facts(results))
     body += "".join(map(warning, _warnings(results)))
     for columns, rows in _parts(results):
         body += table(columns, [Row(row) for row in rows])
     notes = [_note(results), *([PUBLISHED_FROM] if _published(results) else [])]
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return document(TABLES[results["table"]].title, body + sections(_plots(results)))
+    return document(title, body + sections(_plots(results)))
 
 
 def _note(results: Mapping[str, Any]) -> str:
