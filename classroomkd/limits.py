@@ -1,4 +1,9 @@
-"""Limits that the command line tells without importing what they belong to."""
+"""Values that are accepted, where they can be read without importing what they belong to."""
+
+from typing import Literal
+
+Backend = Literal["auto", "ffcv", "resident", "torch"]
+"""What feeds a run with images."""
 
 # float32 bears it: at this temperature each lesson τ²·KL is still within 1e-3 of its value, or
 # within a thousandth of it where it is above 1 (docs/method.md). The error grows with τ².

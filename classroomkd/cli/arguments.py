@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from classroomkd.errors import UserError
-from classroomkd.limits import MAX_TEMPERATURE
+from classroomkd.limits import Backend
 
 DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 DATA_HELP = (
@@ -84,17 +83,10 @@ def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callab
 
 COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
-POSITIVE = _checked(float, lambda value: 0 < value < math.inf, "a number above 0")
-TEMPERATURE = _checked(
-    float,
-    lambda value: 0 < value <= MAX_TEMPERATURE,
-    f"a number above 0, at most {MAX_TEMPERATURE:g}",
-)
 PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
 PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")
 QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")
 SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
-PART = _checked(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +134,7 @@ def add_run_options(parser: Parser, name: str) -> None:
     )
     parser.add_argument(
         "--loader",
-        choices=("auto", "ffcv", "resident", "torch"),
+        choices=get_args(Backend),
         default=none or "auto",
         help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
         "installed, else resident where they fit in memory, else torch)",

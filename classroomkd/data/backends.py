@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -18,8 +19,9 @@ from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
 from classroomkd.errors import UserError
 from classroomkd.files import lock, remove_leftovers, unlock
+from classroomkd.limits import Backend
 
-BACKENDS = ("auto", "ffcv", "resident", "torch")
+BACKENDS = get_args(Backend)
 
 _SHARE = 0.5  # of a GPU's free memory that images may take, for networks need the rest
 

@@ -29,7 +29,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
-from classroomkd.limits import ALPHAS, is_alpha
+from classroomkd.limits import ALPHAS, Backend, is_alpha
 from classroomkd.loss.methods import catalogue
 from classroomkd.loss.options import LossOptions
 from classroomkd.models.catalogue import is_checkpoint
@@ -70,7 +70,7 @@ class DataConfig:
     the crop "resize" ImageNet's."""
     std: list[float] | None = None
     """The standard deviations, likewise; given with ``mean``."""
-    loader: Literal["auto", "ffcv", "resident", "torch"] = "auto"
+    loader: Backend = "auto"
     """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
     in memory, else "torch"."""
 
