@@ -1,4 +1,4 @@
-"""The command line: what becomes of a command, its errors and its exit status."""
+"""The command line: runs a command and turns its errors into messages and exit statuses."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from classroomkd.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
 
-    0 is success, 1 that some of many runs failed, 2 a mistake of the user's or a refusal of the
-    system's, told in one line on stderr, 130 an interruption (143 by SIGTERM), 141 that nobody
-    reads the output any more.
+    0: success. 1: some of many runs failed. 2: a user or system error, reported in one line on
+    stderr. 130: interrupted (143 by SIGTERM). 141: the output's reader has closed the pipe.
     """
     try:
         arguments = make_parser().parse_args(argv)
         status = arguments.run(arguments) or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output, head for one, has seen enough
-        # What is left in the buffer must go somewhere, or Python complains of it at the exit.
+    except BrokenPipeError:  # the reader of the output, head for example, has closed it
+        # Python flushes the buffer at exit, and would report the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (UserError, OSError) as error:

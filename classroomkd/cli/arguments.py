@@ -1,4 +1,4 @@
-"""What the command lines are made of: the parser, and the values its options take."""
+"""The argument parser of every command, and the types of option values."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from classroomkd.limits import Backend
 
 DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 DATA_HELP = (
-    "class folders under train/ and test/ or val/ (or all three: val/ is to choose on), or in one "
-    "folder to be split by seed, "
-    "or CIFAR's python files, or the word digits"
+    "class folders under train/ and test/ or val/ (with all three, val/ is the validation set), "
+    "class folders in one folder, split by seed, CIFAR's Python files, or the word digits"
 )
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, as every other mistake of the user's."""
+    """Raises UserError for a wrong command line, with a hint at what was meant."""
 
-    intermixed = False  # positional arguments that come in several places, before and after options
-    more_help: Callable[[], str] | None = None  # the end of the help, which takes longer to make
-    keys: Callable[[str], list[str]] | None = None  # of a recipe, that an unknown option may mean
+    intermixed = False  # whether positional arguments may stand between options
+    more_help: Callable[[], str] | None = None  # the end of the help, made on demand
+    keys: Callable[[str], list[str]] | None = None  # recipe keys that an option may mean
     _parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        if self._parsing:  # intermixed arguments, which come back here
+        if self._parsing:  # called again by parse_known_intermixed_args
             return super().parse_known_args(args, namespace)
         args = sys.argv[1:] if args is None else list(args)
         self._parsing = True
@@ -39,12 +38,12 @@ class Parser(argparse.ArgumentParser):
             namespace, unknown = parse(args, namespace)
         finally:
             self._parsing = False
-        if unknown:  # told here, where it is known which command's they are
+        if unknown:  # reported here, where the command is known
             self.error(f"unrecognized arguments: {' '.join(unknown)}{self._hint(unknown[0], args)}")
         return namespace, unknown
 
     def _hint(self, unknown: str, args: Sequence[str]) -> str:
-        """What an unknown option was probably meant to be."""
+        """The end of the error message: what an unknown option probably means."""
         option, equals, value = unknown.partition("=")
         if not option.startswith("--"):
             return ""
@@ -55,7 +54,7 @@ class Parser(argparse.ArgumentParser):
             if not equals:
                 following = args[args.index(unknown) + 1 :]
                 value = next((text for text in following[:1] if not text.startswith("-")), "VALUE")
-            return f": values of a recipe are given as {' or '.join(f'{k}={value}' for k in keys)}"
+            return f": recipe values are given as {' or '.join(f'{k}={value}' for k in keys)}"
         return f": did you mean {known[0]}?" if known else ""
 
     def error(self, message: str) -> NoReturn:
@@ -90,7 +89,7 @@ SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Mappings within mappings, of dotted names."""
+    """Turn a mapping with dotted names into nested mappings."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         *parents, last = name.split(".")
@@ -102,51 +101,53 @@ def nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def not_empty(text: str) -> str:
-    """The text of an argument, which as a path would be this folder if it were empty."""
+    """Check that an argument is not empty: as a path that would mean the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, not empty")
     return text
 
 
 def path_option(text: str) -> Path:
-    """A path as an option gives it."""
+    """The type of options that take a path."""
     return Path(not_empty(text))
 
 
 def add_command(
     commands: Any, function: Callable[[argparse.Namespace], int | None], what: str
 ) -> Parser:
-    """Add the command that ``function`` carries out, named after it."""
+    """Add a command named after ``function``, which runs it."""
     parser = commands.add_parser(function.__name__, help=what, description=what, allow_abbrev=False)
     parser.set_defaults(run=function, parser=parser)
     return parser
 
 
 def add_run_options(parser: Parser, name: str) -> None:
-    """Seed, loader and folder; where the parser's options have no default, nor have the first."""
+    """Add --seed, --loader and --out; without defaults where the parser's options have none."""
     none = parser.argument_default
     parser.add_argument(
         "--seed",
         type=NATURAL,
         default=none or DEFAULT_SEED,
         metavar="N",
-        help=f"(default: {DEFAULT_SEED})",
+        help=f"random seed (default: {DEFAULT_SEED})",
     )
     parser.add_argument(
         "--loader",
         choices=get_args(Backend),
         default=none or "auto",
-        help="what feeds the images, each with the same bits (default: auto: ffcv where it is "
-        "installed, else resident where they fit in memory, else torch)",
+        help="image loader; all give the same bits (default: auto, which is ffcv if installed, else "
+        "resident if the images fit in memory, else torch)",
     )
     parser.add_argument(
         "--out",
         type=path_option,
         default=None,
         metavar="DIR",
-        help=f"run folder (default: runs/{name}, or -2, -3, …)",
+        help=f"run folder to create (default: runs/{name}, then runs/{name}-2, …)",
     )
 
 
 def add_device(parser: Parser) -> None:
-    parser.add_argument("--device", metavar="NAME", help="(default: cuda if there is one, or cpu)")
+    parser.add_argument(
+        "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if available)"
+    )

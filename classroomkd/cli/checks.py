@@ -1,4 +1,4 @@
-"""What can be wrong with a command line that is found without torch."""
+"""Checks of a command line that need no torch, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def require_networks(recipe: Recipe) -> None:
-    """Raise UserError for a student or mentor that is neither a name of the zoo nor there."""
+    """Raise UserError if a student or mentor is neither a known name nor an existing file."""
     from classroomkd.models.catalogue import is_checkpoint, is_external, require_known
     from classroomkd.runs.recipe import teaching
 
@@ -24,7 +24,7 @@ def require_networks(recipe: Recipe) -> None:
 
 
 def require_images(source: str) -> None:
-    """Raise UserError if there is no data set at ``source``."""
+    """Raise UserError if ``source`` is neither a named data set nor an existing path."""
     from classroomkd.data import NAMED_SOURCES
 
     if source not in NAMED_SOURCES and not Path(source).expanduser().exists():
@@ -32,7 +32,7 @@ def require_images(source: str) -> None:
 
 
 def require_checkpoint(source: str) -> None:
-    """Raise UserError if there is no file or folder at ``source``."""
+    """Raise UserError if the checkpoint ``source`` does not exist."""
     from classroomkd.models.catalogue import split_entry
 
     path, _ = split_entry(source)
@@ -41,12 +41,12 @@ def require_checkpoint(source: str) -> None:
 
 
 def is_override(text: str) -> bool:
-    """Whether ``text`` is like KEY=VALUE, and no file."""
+    """Whether ``text`` has the form KEY=VALUE and is not a file."""
     return "=" in text and not Path(text).exists()
 
 
 def default_device() -> str:
-    """The kind of device that is used where none is named."""
+    """The device type to use if none is given."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

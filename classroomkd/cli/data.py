@@ -36,19 +36,16 @@ _PARTS = {
     "test": "the held-out part",
     "all": "all parts",
 }
-_INFO = "show the classes, counts, sizes and statistics of a data set"
-_PACK = "write a part of a data set into a .beton file, the format of FFCV"
-_VERIFY = "check a .beton file against its checksum and its source"
 _DEFAULT = "(default: %(default)s)"
 
 
 def add_to(commands: Any) -> None:
     """Add the commands and their options."""
-    what = "look at data sets, pack them into .beton files, check those"
+    what = "show a data set, pack it into a .beton file, verify such a file"
     group = commands.add_parser("data", help=what, description=what)
     commands = group.add_subparsers(metavar="command", required=True)
     parser = add_command(
-        commands, info, "show the classes, counts, sizes and statistics of a data set"
+        commands, info, "show classes, image counts, sizes and statistics of a data set"
     )
     parser.add_argument(
         "source", type=not_empty, metavar="SOURCE", help=f"{DATA_HELP}, or a .beton file"
@@ -58,11 +55,11 @@ def add_to(commands: Any) -> None:
         "--contact-sheet",
         type=path_option,
         metavar="OUT.png",
-        help="draw images of the first classes into this file",
+        help="write a contact sheet of the first classes to this file",
     )
 
     parser = add_command(
-        commands, pack, "write a part of a data set into a .beton file, the format of FFCV"
+        commands, pack, "pack a part of a data set into a .beton file, FFCV's format"
     )
     parser.add_argument("source", type=not_empty, metavar="SOURCE", help=DATA_HELP)
     parser.add_argument("out", type=path_option, metavar="OUT.beton")
@@ -78,7 +75,7 @@ def add_to(commands: Any) -> None:
         type=not_empty,
         nargs="?",
         metavar="SOURCE",
-        help="what it was packed from, to be compared in every pixel; with the same options",
+        help="the data set it was packed from, to compare pixel by pixel, with pack's options",
     )
     _add_packing(parser)
 
@@ -88,7 +85,7 @@ def _add_loading(parser: Parser) -> None:
         "--image-size",
         type=PIXELS,
         metavar="PIXELS",
-        help="width and height that images are brought to "
+        help="width and height that images are resized to "
         f"(default: {DEFAULT_IMAGE_SIZE}; digits 16)",
     )
     parser.add_argument(
@@ -96,14 +93,14 @@ def _add_loading(parser: Parser) -> None:
         type=SHARE,
         default=DEFAULT_TEST_SHARE,
         metavar="SHARE",
-        help=f"held out if there is neither test/ nor val/ {_DEFAULT}",
+        help=f"share to hold out if there is no test/ or val/ {_DEFAULT}",
     )
     parser.add_argument(
         "--seed",
         type=NATURAL,
         default=DEFAULT_SEED,
         metavar="N",
-        help=f"of that split {_DEFAULT}",
+        help=f"seed of that split {_DEFAULT}",
     )
 
 
@@ -112,22 +109,23 @@ def _add_packing(parser: Parser) -> None:
         "--part",
         choices=("train", "validation", "test", "all"),
         default="train",
-        help=_DEFAULT,
+        help=f"part to pack {_DEFAULT}",
     )
     _add_loading(parser)
-    parser.add_argument(
-        "--photos", action="store_true", help="images keep their shapes and become JPEGs"
-    )
+    parser.add_argument("--photos", action="store_true", help="keep the shapes of images, as JPEGs")
     parser.add_argument(
         "--max-side",
         type=PHOTO_SIDE,
         metavar="PIXELS",
-        help="photos with a longer side are shrunk to it (default: 500)",
+        help="shrink photos with a longer side to this length (default: 500)",
     )
     parser.add_argument(
-        "--quality", type=QUALITY, metavar="N", help="of their JPEGs, 1 to 100 (default: 90)"
+        "--quality",
+        type=QUALITY,
+        metavar="N",
+        help="JPEG quality of photos, 1 to 100 (default: 90)",
     )
-    parser.add_argument("--raw", action="store_true", help="photos as pixels, not as JPEGs")
+    parser.add_argument("--raw", action="store_true", help="store photos as pixels, not as JPEGs")
 
 
 def info(arguments: argparse.Namespace) -> None:

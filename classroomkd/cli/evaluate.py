@@ -1,4 +1,4 @@
-"""`classroomkd evaluate`: how well a trained network does on held-out images."""
+"""`classroomkd evaluate`: the accuracy of a trained network on held-out images."""
 
 from __future__ import annotations
 
@@ -24,43 +24,49 @@ from classroomkd.errors import UserError
 
 def add_to(commands: Any) -> None:
     """Add the command and its options."""
-    parser = add_command(commands, evaluate, "measure a trained student on held-out images")
+    parser = add_command(
+        commands, evaluate, "measure the accuracy of a trained network on held-out images"
+    )
     parser.add_argument(
         "student",
         type=path_option,
         metavar="STUDENT",
-        help="a run folder, a .safetensors file or another checkpoint; FILE:ENTRY of several in it",
+        help="run folder, .safetensors file or another checkpoint; FILE:ENTRY picks one of several "
+        "networks in a file",
     )
     parser.add_argument(
         "--data",
         type=path_option,
         metavar="PATH",
-        help=f"{DATA_HELP} (default: the images of the run folder STUDENT lies in)",
+        help=f"{DATA_HELP} (default: the images of STUDENT's run)",
     )
-    own = "(default: that of the run folder STUDENT lies in, else {})"
+    own = "(default: that of STUDENT's run, else {})"
     parser.add_argument(
-        "--seed", type=NATURAL, metavar="N", help=f"of the split {own.format(DEFAULT_SEED)}"
+        "--seed",
+        type=NATURAL,
+        metavar="N",
+        help=f"seed of the train–test split {own.format(DEFAULT_SEED)}",
     )
     parser.add_argument(
         "--test-share",
         type=SHARE,
         metavar="SHARE",
-        help=f"held out if there is neither test/ nor val/ {own.format(DEFAULT_TEST_SHARE)}",
+        help=f"share to hold out if there is no test/ or val/ {own.format(DEFAULT_TEST_SHARE)}",
     )
     parser.add_argument(
         "--crop",
         choices=("pad", "resize"),
-        help="resize: photographs, of which the centre is measured; pad: images decoded at one "
-        f"size {own.format('pad')}",
+        help="resize: take the centre of each photograph; pad: all images have one size "
+        f"{own.format('pad')}",
     )
     parser.add_argument(
-        "--all", action="store_true", help="measure every image, those of the training part too"
+        "--all", action="store_true", help="measure on every image, including the training set"
     )
     add_device(parser)
 
 
 def evaluate(arguments: argparse.Namespace) -> None:
-    """Print how well a network does on held-out images."""
+    """Print accuracy, loss and calibration error."""
     require_checkpoint(str(arguments.student))
     source = _source(arguments)
 
@@ -80,7 +86,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
     if info is None and arguments.data is None:
         raise UserError(
-            f"{arguments.student} is of no run, though it lies in the folder of one: give --data"
+            f"{arguments.student} lies in a run folder but was not written by the run: give --data"
         )
     split = _split(arguments, ours=info is not None)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
@@ -123,7 +129,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _source(arguments: argparse.Namespace) -> str:
-    """The images that are given, or those of the run that the network comes from."""
+    """The given images, or those of the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
     from classroomkd.runs.paths import recorded_source
 
@@ -141,11 +147,10 @@ def _source(arguments: argparse.Namespace) -> str:
 
 
 def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
-    """Seed, share and crop, by default those of the run that ``ours`` comes from, and the loader.
+    """Seed, share and crop of the split and the loader; by default the run's, if it is ``ours``.
 
-    With another split a network would be measured on images that it was trained on. Loaders resize
-    photographs each in its own way, so those are loaded as in the run; of other images all make the
-    same.
+    With another split a network would be measured on images that it was trained on. Loaders differ
+    in how they resize photographs, so those are loaded as in the run.
     """
     from classroomkd.runs.paths import recorded_split
 

@@ -1,4 +1,4 @@
-"""The commands that list what there is. None of them needs torch."""
+"""`classroomkd recipes`, `models`, `methods` and `config`, none of which needs torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from classroomkd.cli.arguments import add_command
 def add_to(commands: Any) -> None:
     """Add the commands and their options."""
     add_command(commands, recipes, "list the packaged recipes")
-    add_command(commands, models, "list the networks of the zoo and how many parameters they have")
-    add_command(commands, methods, "list the methods of distillation with their options")
-    what = "list every key of a recipe with its value and meaning"
+    add_command(commands, models, "list the networks of the zoo and their numbers of parameters")
+    add_command(commands, methods, "list the distillation methods and their options")
+    what = "list every recipe key with its value and meaning"
     add_command(commands, config, what).add_argument(
         "recipe",
         nargs="?",
         metavar="RECIPE",
-        help="a YAML file, or one that comes along, whose values to show in place of the defaults",
+        help="YAML file or packaged recipe whose values to show instead of the defaults",
     )
 
 
@@ -37,7 +37,7 @@ def recipes(_: argparse.Namespace) -> None:
         mentors = (m if isinstance(m, dict) else mentor(m) for m in values["mentors"])
         lines.append((name, values["student"], " ".join(each["source"] for each in mentors)))
     first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, student, mentors in lines:  # too long for a table of 80 characters
+    for name, student, mentors in lines:  # too wide for a table
         print(f"{name:{first}}  {student:{second}}  {mentors}")
 
 

@@ -1,4 +1,4 @@
-"""`classroomkd mentors`: the mentors of a recipe, trained for the store."""
+"""`classroomkd mentors`: train the mentors of a recipe into the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command and its options."""
-    what = "train only the mentors of a recipe that are not in the store yet"
+    what = "train the mentors of a recipe that are not in the store yet"
     parser = add_command(commands, mentors, what)
     add_recipe_options(parser)
     add_run_options(parser, "mentors")
@@ -28,14 +28,14 @@ def add_to(commands: Any) -> None:
         type=COUNT,
         default=1,
         metavar="N",
-        help="train so many side by side on the device, a process each, which serves GPUs that one "
-        "of them does not fill; with --out the same command goes on where it ended, without it the "
-        "folder goes when all are in the store (default: 1)",
+        help="train N mentors in parallel on the device, one process each, for GPUs that one does "
+        "not fill; with --out, the same command resumes; without, the run folder is removed once "
+        "all are in the store (default: 1)",
     )
 
 
 def mentors(arguments: argparse.Namespace) -> int:
-    """Train the mentors of a recipe, several at once if asked; 1 if a training failed, else 0."""
+    """Train the mentors, in parallel if asked. Returns 1 if a training failed, else 0."""
     if arguments.at_once == 1:
         download = given_options(arguments).get("download")
         train_recipe(_mentors_recipe(arguments), arguments.out, "mentors", download=download)
@@ -53,21 +53,23 @@ def mentors(arguments: argparse.Namespace) -> int:
 
     recipe, console = _mentors_recipe(arguments), Console()
     if getattr(arguments, "download", None):
-        raise UserError("--download and --at-once do not go together: fetch the images first")
+        raise UserError("--download and --at-once cannot be combined: download the images first")
     device = recipe.device or default_device()
     check_devices([device])
     out = arguments.out or choose_folder(None, "mentors")
-    out.mkdir(parents=True, exist_ok=arguments.out is not None)  # what is chosen here goes again
+    out.mkdir(
+        parents=True, exist_ok=arguments.out is not None
+    )  # a folder chosen here is removed again
     file = out / "recipe.yaml"
     if file.exists() and load_recipe(file) != recipe:
-        raise UserError(f"{out} was begun with another recipe: give --out a new folder")
+        raise UserError(f"{out} was started with another recipe: give --out a new folder")
     atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
     plan = mentors_plan(recipe, file)
     runner = Runner(plan, out, [device] * arguments.at_once, console)
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        interrupt.args = (f"all runs are kept in {out}: the same command with --out {out} goes on",)
+        interrupt.args = (f"all runs are kept in {out}: the same command with --out {out} resumes",)
         raise
     if runner.failed:
         return 1

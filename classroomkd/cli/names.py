@@ -1,4 +1,4 @@
-"""What a command line may name: networks, variants and keys, for its help and its hints."""
+"""Names of networks, variants and recipe keys, for help texts and hints."""
 
 from __future__ import annotations
 
@@ -8,33 +8,33 @@ from collections.abc import Iterable
 
 
 def networks() -> str:
-    """How networks are named."""
+    """How to name networks."""
     from classroomkd.models import names
 
     return _wrapped(
         [
             "networks:",
-            "  NAME          of the zoo: " + ", ".join(names()),
-            "  tv:NAME       of torchvision, like tv:resnet34; a mentor comes with its pretrained "
-            "weights, a student is trained from new ones",
-            "  timm:NAME     of timm, likewise",
-            "  NAME@60       a mentor: what the network was after epoch 60 of its training",
-            "  PATH          a mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
-            "dict; FILE:ENTRY of several in one), or the folder of a run, for its student",
+            "  NAME          from the zoo: " + ", ".join(names()),
+            "  tv:NAME       from torchvision, for example tv:resnet34; mentors are pretrained, a "
+            "student starts from random weights",
+            "  timm:NAME     from timm, likewise",
+            "  NAME@60       mentor: the network after epoch 60 of its training",
+            "  PATH          mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
+            "dict; FILE:ENTRY picks one of several), or a run folder, for its student",
         ],
         indent=16,
     )
 
 
 def keys(name: str) -> list[str]:
-    """The keys of a recipe that an unknown option may mean."""
+    """The recipe keys that an unknown option may mean."""
     from classroomkd.runs.recipe_keys import suggestions
 
     return suggestions(name)
 
 
 def keys_of_tables(name: str) -> list[str]:
-    """Likewise, but for those that `reproduce` has options for."""
+    """Likewise, without those that `reproduce` has options for."""
     from classroomkd.reproduce.plan import DECIDED
 
     return [key for key in keys(name) if key not in DECIDED]

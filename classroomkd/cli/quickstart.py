@@ -18,7 +18,8 @@ def add_to(commands: Any) -> None:
         type=COUNT,
         default=12,
         metavar="N",
-        help="of student and teacher (default: %(default)s); the peers get a third and a fifth",
+        help="training epochs of student and teacher (default: %(default)s); the peers train for a "
+        "third and a fifth as many",
     )
     add_run_options(parser, "quickstart")
 
@@ -47,11 +48,11 @@ def quickstart(arguments: argparse.Namespace) -> None:
             "training": {"epochs": epochs},
             "mentor_training": {"epochs": epochs},
             "seed": arguments.seed,
-            "store": False,  # it shows all of the way
+            "store": False,  # show the whole process every time
             "device": "cpu",
-            # Networks this small gain little from a second thread, but on a machine that is busy
-            # they lose most of their speed waiting for it; and so the numbers do not depend on the
-            # count of cores.
+            # Networks this small gain little from a second thread, and on a busy machine they lose
+            # most of their speed waiting for it. One thread also makes the numbers independent of
+            # the number of cores.
             "threads": 1,
         }
     )

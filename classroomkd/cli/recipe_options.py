@@ -1,4 +1,4 @@
-"""The options of the commands that train by a recipe, and the recipe that they make."""
+"""The options of `train` and `mentors`, and the recipe that they build."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from classroomkd.cli.checks import is_override, require_images, require_networks
 if TYPE_CHECKING:
     from classroomkd.runs.recipe import Recipe
 
-# The options of train that stand for values of its recipe.
+# Options that are short for recipe keys.
 _SHORT_FOR = {
     "data": ("data.source",),
     "student": ("student",),
@@ -36,55 +36,60 @@ _SHORT_FOR = {
 
 
 def add_recipe_options(parser: Parser) -> None:
-    """What makes a recipe. None has a default, for those are the recipe's."""
+    """Add the options that build a recipe; the defaults are the recipe's."""
     parser.more_help = names.networks
     parser.keys = names.keys
     parser.intermixed = True
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the networks' lines
+    parser.formatter_class = (
+        argparse.RawDescriptionHelpFormatter
+    )  # keeps the lines of the list of networks
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="any value of the recipe, by its dotted name, like training.weight_decay=1e-4 or "
-        "method=kd (classroomkd config lists them all, classroomkd methods the methods)",
+        help="set any recipe value by its dotted key, for example training.weight_decay=1e-4 or "
+        "method=kd (classroomkd config lists all keys, classroomkd methods all methods)",
     )
     parser.add_argument(
         "--recipe",
         type=path_option,
         metavar="NAME|FILE",
-        help="to begin with: a YAML file, or one that comes along (classroomkd recipes lists them)",
+        help="start from a YAML file or a packaged recipe (classroomkd recipes lists those)",
     )
     parser.add_argument("--data", type=path_option, metavar="PATH", help=DATA_HELP)
-    parser.add_argument("--student", metavar="NAME", help="the network to train, see below")
+    parser.add_argument("--student", metavar="NAME", help="network to train (see below)")
     parser.add_argument(
         "--mentors",
         nargs="+",
         metavar="NAME|FILE",
-        help="networks to train first, pretrained ones, or checkpoints, see below",
+        help="networks to train first, pretrained networks, or checkpoints (see below)",
     )
     parser.add_argument(
         "--epochs",
         type=COUNT,
         metavar="N",
-        help="of the student, and of mentors that no --recipe says otherwise of (default: 240)",
+        help="training epochs of the student, and of the mentors unless a --recipe sets theirs "
+        "(default: 240)",
     )
-    parser.add_argument("--batch-size", type=COUNT, metavar="N", help="(default: 64)")
+    parser.add_argument(
+        "--batch-size", type=COUNT, metavar="N", help="images per step (default: 64)"
+    )
     parser.add_argument(
         "--image-size",
         type=PIXELS,
         metavar="PIXELS",
-        help=f"width and height that images are brought to (default: {DEFAULT_IMAGE_SIZE})",
+        help=f"width and height that images are resized to (default: {DEFAULT_IMAGE_SIZE})",
     )
     parser.add_argument(
-        "--download", choices=("cifar10", "cifar100"), help="fetch this set into PATH first"
+        "--download", choices=("cifar10", "cifar100"), help="download this data set into PATH first"
     )
     add_device(parser)
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that file, options and overrides make, with all checks that need no torch."""
+    """Build the recipe from file, options and overrides, with all checks that need no torch."""
     from classroomkd.recipes import find as find_recipe
     from classroomkd.runs.recipe import load_recipe
 
@@ -92,11 +97,11 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if "data" in given:
         given["data"] = str(arguments.data)
     overrides = list(given.get("override", ()))
-    if "mentors" in given:  # an option that takes what follows it, overrides too
+    if "mentors" in given:  # nargs="+" takes the overrides that follow too
         overrides += [text for text in given["mentors"] if is_override(text)]
         given["mentors"] = [text for text in given["mentors"] if not is_override(text)]
     short = {key: given[name] for name, keys in _SHORT_FOR.items() if name in given for key in keys}
-    if "recipe" in given:  # a file says what mentors are to have
+    if "recipe" in given:  # --epochs does not change what a file sets for mentors
         short = {key: value for key, value in short.items() if "mentor_training" not in key}
     file = find_recipe(given["recipe"]) if "recipe" in given else None
     recipe = load_recipe(file, overrides, nested(short))
@@ -111,7 +116,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
 
 
 def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that were given."""
+    """The options given on the command line, by name."""
     default = arguments.parser.get_default
     return {
         name: value
@@ -121,5 +126,5 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def lacks(arguments: argparse.Namespace, option: str) -> NoReturn:
-    """Raise the error of an option that neither command line nor recipe gives."""
+    """Report that neither the command line nor the recipe gives a required value."""
     arguments.parser.error(f"{option} is required, here or in a --recipe")

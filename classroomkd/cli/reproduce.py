@@ -1,4 +1,4 @@
-"""`classroomkd reproduce`: the runs of a table, several at once, and the table."""
+"""`classroomkd reproduce`: run everything that a table needs, and write the table."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ if TYPE_CHECKING:
 
 def add_to(commands: Any) -> None:
     """Add the command and its options."""
-    what = "run the students of a table, and write it with the published numbers beside"
+    what = "run everything that a table needs, and write it beside the published numbers"
     parser = add_command(commands, reproduce, what)
     parser.keys = names.keys_of_tables
     parser.intermixed = True
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # of the names' lines
+    parser.formatter_class = (
+        argparse.RawDescriptionHelpFormatter
+    )  # keeps the lines of the list of names
     parser.more_help = names.variants
     parser.add_argument(
         "table",
@@ -39,8 +41,8 @@ def add_to(commands: Any) -> None:
         nargs="*",
         default=[],
         metavar="KEY=VALUE",
-        help="for every run, a value of its recipe, by its dotted name; on a CPU that has several "
-        "runs at once threads=1",
+        help="set a recipe value of every run by its dotted key; use threads=1 for several runs at "
+        "once on a CPU",
     )
     parser.add_argument("--data", type=path_option, metavar="PATH", help=DATA_HELP)
     parser.add_argument(
@@ -49,50 +51,54 @@ def add_to(commands: Any) -> None:
         nargs="+",
         default=[0, 1, 2],
         metavar="N",
-        help="of the students; they share their mentors (default: 0 1 2)",
+        help="seeds of the students, which share their mentors (default: 0 1 2)",
     )
     parser.add_argument(
         "--epochs",
         type=COUNT,
         metavar="N",
-        help="of the students; their schedules and the mentors' are scaled (default: the recipe's)",
+        help="training epochs of the students; all schedules are scaled (default: the recipe's)",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         default=[],
         metavar="NAME",
-        help="variants of the table, see below, or other methods, in place of all its variants",
+        help="run only these variants of the table (see below), or other methods",
     )
     parser.add_argument(
         "--classrooms",
         nargs="+",
         default=[],
         metavar="NAME|FILE",
-        help="recipes in place of the table's own (classroomkd recipes lists what comes along)",
+        help="use these recipes instead of the table's (see classroomkd recipes)",
     )
     parser.add_argument(
         "--devices",
         nargs="+",
         default=None,
         metavar="NAME",
-        help="one run at a time on each, like cuda:0 cuda:1; one that is named twice has two "
-        "(default: cuda if there is one, or cpu)",
+        help="devices to use, one run at a time on each, for example cuda:0 cuda:1; a device named "
+        "twice takes two (default: cuda if available, else cpu)",
     )
     parser.add_argument(
         "--shard",
         metavar="I/N",
-        help="only the I-th, from 1, of N parts of the runs, and the mentors that it needs; parts "
-        "that share --out merge by themselves, and so do their run folders when copied together",
+        help="run only the I-th of N parts (from 1) and the mentors it needs; parts merge if they "
+        "share --out or their run folders are copied into one",
     )
-    parser.add_argument("--out", type=path_option, metavar="DIR", help="(default: reproduce/TABLE)")
     parser.add_argument(
-        "--plan", action="store_true", help="show what is done and what is left, and run nothing"
+        "--out", type=path_option, metavar="DIR", help="output folder (default: reproduce/TABLE)"
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="show what is done and what is left, without running anything",
     )
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    """Run what is left of a table and write it; 1 if a run failed, else 0."""
+    """Run what is left of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
     from classroomkd.data import NAMED_SOURCES, cifar, list_source
@@ -148,7 +154,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         runner.run()
     except KeyboardInterrupt as interrupt:
         write_tables(write_results(arguments.table, out, order), title, out)
-        interrupt.args = (f"all runs are kept in {out}: the same command goes on",)
+        interrupt.args = (f"all runs are kept in {out}: the same command resumes",)
         raise
     results = write_results(arguments.table, out, order)
     pages = write_tables(results, title, out)

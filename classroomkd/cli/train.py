@@ -1,4 +1,4 @@
-"""`classroomkd train`: mentors and a student, by a recipe."""
+"""`classroomkd train`: train mentors and a student as a recipe says."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def add_to(commands: Any) -> None:
         type=path_option,
         default=None,
         metavar="DIR",
-        help="go on with the run in this folder, whatever stopped it; takes no other option",
+        help="resume the interrupted run in this folder; takes no other option",
     )
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train on the recipe that file, options and overrides make, or go on with a run."""
+    """Train as file, options and overrides say, or resume a run."""
     if arguments.resume is not None:
         others = sorted(given_options(arguments).keys() - {"resume"})
         if others:
@@ -62,19 +62,19 @@ def train_recipe(
     *,
     download: str | None = None,
 ) -> None:
-    """Train and report; the folder is looked at before the data, which may take long to read."""
+    """Train and report. The folder is checked before the data is read, which may take long."""
     from classroomkd.runs.paths import choose_folder
 
     folder = choose_folder(out, default_out)
     run = _run_of(recipe)
     if out is None and run.processes.together:
-        raise UserError("several processes need to be told where to write: give --out")
-    run.processes.wait()  # until each has looked at the folder
+        raise UserError("several processes need a common run folder: give --out")
+    run.processes.wait()  # until each has checked the folder
     _carry_out(run, _read_data(recipe, download), folder)
 
 
 def _resume(out: Path) -> None:
-    """Go on with the run in ``out``; of a finished one there is its page, if that is missing."""
+    """Resume the run in ``out``; if it is finished and only its page is missing, write that."""
     from classroomkd.runs.paths import unfinished
     from classroomkd.runs.recipe import load_recipe
 

@@ -182,7 +182,7 @@ def test_evaluate_without_data_needs_a_run_whose_images_are_there(tmp_path, caps
     assert message == f"the images of the run are no longer at {data}: give --data"
     (tmp_path / "elsewhere").rename(data)
     message = error_of(capsys, cli.main(["evaluate", str(out / "theirs.pth")]))
-    assert "theirs.pth is of no run" in message
+    assert "theirs.pth lies in a run folder but was not written by the run" in message
     message = error_of(capsys, cli.main(["evaluate", str(tmp_path / "copy.safetensors")]))
     assert "--data is required" in message
     assert "copy.safetensors lies in no run folder" in message
@@ -563,7 +563,7 @@ def test_an_unknown_option_points_to_its_command(capsys, command):
 @pytest.mark.parametrize(
     ("command", "hint"),
     [
-        ("train --method kd", "values of a recipe are given as method=kd"),
+        ("train --method kd", "recipe values are given as method=kd"),
         ("train --mentors resnet8 --cutout=8", "given as data.cutout=8"),
         (
             "train --weight-decay 1e-4",

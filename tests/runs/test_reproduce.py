@@ -528,7 +528,7 @@ def test_an_interruption_and_its_continuation(tiny, data, tmp_path, number):
     os.kill(begun.pid, number)
     _, errors = begun.communicate(timeout=LAST_RESORT)
     assert begun.returncode == 128 + number
-    assert f"all runs are kept in {tmp_path}: the same command goes on" in errors
+    assert f"all runs are kept in {tmp_path}: the same command resumes" in errors
     assert not any(child.is_running() for child in children)
     before = [path.read_text().splitlines() for path in records]
     assert all(1 < len(lines) < 40 for lines in before)
@@ -599,7 +599,7 @@ def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys, monkeypatch):
     assert "not all mentors are in the store: see runs/mentors" in capsys.readouterr().out
     assert list(Path("runs/mentors").rglob("*.safetensors"))
     assert cli.main(["mentors", *side, "seed=3"]) == 2
-    assert "side was begun with another recipe" in capsys.readouterr().err
+    assert "side was started with another recipe" in capsys.readouterr().err
 
 
 def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_path, capsys):
