@@ -135,7 +135,7 @@ def add_run_options(parser: Parser, name: str) -> None:
         "--loader",
         choices=get_args(Backend),
         default=none or "auto",
-        help="image loader; all give the same bits (default: auto, which is ffcv if installed, else "
+        help="image loader; all give the same bits (default: auto: ffcv if installed, else "
         "resident if the images fit in memory, else torch)",
     )
     parser.add_argument(

@@ -275,7 +275,7 @@ def test_help_of_train_names_the_zoo(capsys):
     assert re.findall(r"^  (\S+)", listed, re.MULTILINE) == [
         *("NAME", "tv:NAME", "timm:NAME", "NAME@60", "PATH")
     ]
-    zoo = re.search(r"of the zoo: ([\w\s,]+)\n  tv:", listed)
+    zoo = re.search(r"from the zoo: ([\w\s,]+)\n  tv:", listed)
     assert re.findall(r"\w+", zoo[1]) == names()
 
 
