@@ -1,14 +1,45 @@
 """Packaging. The kernels stand at the top of the tree and install as ``classroomkd.kernels``."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "classroomkd/__init__.py").read_text(), re.M)
+
+TIMM, TENSORBOARD = ["timm>=1.0"], ["tensorboard>=2.17"]
+EXAMPLES = ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"]
+TRAIN = [
+    "omegaconf>=2.4",
+    "pillow>=10",
+    "plotly>=6",
+    "pyyaml>=6",
+    "rich>=13",
+    "safetensors>=0.4",
+    "scikit-learn>=1.4",
+    "scipy>=1.10",
+    "torchvision>=0.21",
+]
+TEST = [
+    "hypothesis>=6.100",
+    "matplotlib>=3.8",
+    "mypy>=1.13",
+    "psutil>=5.9",
+    "pytest>=8",
+    "pytest-benchmark>=5",
+    "pytest-xdist>=3.5",
+    "ruff>=0.8",
+    "selenium>=4.20",
+    "types-psutil",
+    "types-pyyaml",
+]
+
 setup(
     name="classroomkd",
-    version="0.1.0",
+    version=VERSION[1],
     description="Multi-mentor knowledge distillation with a fused Triton loss",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
@@ -16,43 +47,20 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["classroomkd", "classroomkd.*"]), "classroomkd.kernels"],
     package_dir={"classroomkd": "classroomkd", "classroomkd.kernels": "kernels"},
-    install_requires=[
+    install_requires=[  # what the loss needs
         "torch>=2.6",
-        "torchvision>=0.21",
         "triton>=3.2; sys_platform == 'linux'",
         "numba>=0.60",
         "numpy>=1.26",
-        "omegaconf>=2.4",
-        "pillow>=10",
-        "plotly>=6",
-        "pyyaml>=6",
-        "rich>=13",
-        "safetensors>=0.4",
-        "scikit-learn>=1.4",
-        "scipy>=1.10",
     ],
     extras_require={
-        "test": [
-            "accelerate>=1.1",
-            "hypothesis>=6.100",
-            "lightning>=2.4",
-            "matplotlib>=3.8",
-            "psutil>=5.9",
-            "pytest>=8",
-            "pytest-benchmark>=5",
-            "pytest-xdist>=3.5",
-            "ruff>=0.8",
-            "selenium>=4.20",
-            "tensorboard>=2.17",
-            "timm>=1.0",
-            "transformers>=5.23",
-        ],
-        "bench": ["matplotlib>=3.8", "pytest-benchmark>=5"],
-        "examples": ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"],
-        "liger": ["liger-kernel>=0.5"],
-        "timm": ["timm>=1.0"],
-        "tensorboard": ["tensorboard>=2.17"],
+        "train": TRAIN,  # the command line, training and reports
         "ffcv": ["opencv-python-headless>=4.9", "setuptools", "tqdm>=4.66"],
+        "timm": TIMM,
+        "tensorboard": TENSORBOARD,
+        "liger": ["liger-kernel>=0.5"],
+        "examples": TRAIN + EXAMPLES,
+        "test": TRAIN + TEST + EXAMPLES + TIMM + TENSORBOARD,
     },
     entry_points={"console_scripts": ["classroomkd = classroomkd.cli:main"]},
 )
