@@ -303,6 +303,7 @@ def _check(recipe: Recipe, where: str) -> None:
     for name in ("training", "mentor_training"):
         how = getattr(recipe, name)
         rate, alphas = how.learning_rate, (("mixup", how.mixup), ("cutmix", how.cutmix))
+        clip = how.clip_norm
         in_order = all(0 < m < 1 for m in how.milestones) and how.milestones == sorted(
             how.milestones
         )
@@ -322,6 +323,7 @@ def _check(recipe: Recipe, where: str) -> None:
             (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
             (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
             (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
+            (f"{name}.clip_norm", clip, clip is None or 0 < clip < math.inf, "a number above 0"),
             *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
         ]
     for key, value, fine, wanted in problems:

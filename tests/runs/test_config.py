@@ -72,8 +72,8 @@ def test_what_is_saved_is_what_was_loaded(file, tmp_path):
     assert load_recipe(again) == recipe
 
 
-def test_mixing_that_is_off_is_in_no_key():
-    """What the store kept before there was any has none in its key."""
+def test_mixing_and_clipping_that_are_off_are_in_no_key():
+    """What the store kept before there were any has none in its key."""
     deciding = TrainingConfig().deciding()
     assert list(deciding) == [
         *("epochs", "batch_size", "learning_rate", "schedule", "milestones", "warmup_epochs"),
@@ -81,6 +81,7 @@ def test_mixing_that_is_off_is_in_no_key():
     ]
     assert TrainingConfig(mixup=0.2).deciding() == deciding | {"mixup": 0.2}
     assert TrainingConfig(cutmix=1.0).deciding() == deciding | {"cutmix": 1.0}
+    assert TrainingConfig(clip_norm=1.0).deciding() == deciding | {"clip_norm": 1.0}
 
 
 def test_defaults_are_the_published_recipe():
@@ -117,6 +118,8 @@ def test_defaults_are_the_published_recipe():
         ("mentor_training.cutmix=nan", r"mentor_training\.cutmix must be 0, or from 0\.001 .*nan"),
         ("training.learning_rate=-1", r"training\.learning_rate must be a number above 0, not -1"),
         ("training.learning_rate=nan", r"training\.learning_rate must be a number above 0"),
+        ("training.clip_norm=0", r"training\.clip_norm must be a number above 0, not 0"),
+        ("mentor_training.clip_norm=nan", r"mentor_training\.clip_norm must be a number above 0"),
         ("training.milestones=[0.5,0.2]", r"training\.milestones must be shares"),
         ("mentor_training.momentum=1", r"mentor_training\.momentum must be from 0 to below 1"),
         ("training.warmup_epochs=300", r"training\.warmup_epochs must be from 0 to the epochs"),
