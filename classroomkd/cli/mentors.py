@@ -59,7 +59,8 @@ def mentors(arguments: argparse.Namespace) -> int:
     out = arguments.out or choose_folder(None, "mentors")
     out.mkdir(parents=True, exist_ok=arguments.out is not None)  # what is chosen here goes again
     file = out / "recipe.yaml"
-    if file.exists() and load_recipe(file) != recipe:
+    # Mentors are trained without the loss, of which an earlier version wrote less.
+    if file.exists() and replace(load_recipe(file), loss=recipe.loss) != recipe:
         raise UserError(f"{out} was begun with another recipe: give --out a new folder")
     atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
     plan = mentors_plan(recipe, file)

@@ -84,6 +84,25 @@ def test_mixing_and_clipping_that_are_off_are_in_no_key():
     assert TrainingConfig(clip_norm=1.0).deciding() == deciding | {"clip_norm": 1.0}
 
 
+def test_who_says_nothing_of_the_mentors_weight(tmp_path):
+    """A recipe has "auto"; a run that was begun before there was the key has the paper's 1."""
+    values = to_dict(load_recipe(overrides=["loss.temperature=4"]))
+    assert values["loss"].pop("mentor_weight") == "auto"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    old, new = load_recipe(file, of_run=True), load_recipe(file)
+    assert (old.loss.mentor_weight, new.loss.mentor_weight) == (None, "auto")
+    assert replace(old, loss=new.loss) == new
+    assert old.loss.temperature == 4
+    for weight in (None, "auto", 0.3):
+        values["loss"]["mentor_weight"] = weight
+        file.write_text(yaml.safe_dump(values))
+        assert load_recipe(file, of_run=True).loss.mentor_weight == weight
+    del values["loss"]
+    file.write_text(yaml.safe_dump(values))
+    assert load_recipe(file, of_run=True).loss == replace(Recipe().loss, mentor_weight=None)
+
+
 def test_defaults_are_the_published_recipe():
     recipe = load_recipe(values={"data": {"source": "photos"}})
     training = recipe.training
