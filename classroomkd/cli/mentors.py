@@ -57,11 +57,10 @@ def mentors(arguments: argparse.Namespace) -> int:
     device = recipe.device or default_device()
     check_devices([device])
     out = arguments.out or choose_folder(None, "mentors")
-    out.mkdir(
-        parents=True, exist_ok=arguments.out is not None
-    )  # a folder chosen here is removed again
+    out.mkdir(parents=True, exist_ok=arguments.out is not None)
     file = out / "recipe.yaml"
-    if file.exists() and load_recipe(file) != recipe:
+    # Mentors are trained without the loss; earlier versions wrote fewer of its values.
+    if file.exists() and replace(load_recipe(file), loss=recipe.loss) != recipe:
         raise UserError(f"{out} was started with another recipe: give --out a new folder")
     atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
     plan = mentors_plan(recipe, file)

@@ -83,7 +83,7 @@ def _resume(out: Path) -> None:
 
         print(f"the run in {out} is finished\nreport: {write_report([out])}")
         return
-    recipe = load_recipe(unfinished(out))
+    recipe = load_recipe(unfinished(out), of_run=True)
     require_images(recipe.data.source)
     run = _run_of(recipe)
     _carry_out(run, _read_data(recipe), out, resume=True)

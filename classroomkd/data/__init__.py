@@ -68,7 +68,7 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
         __name__,
         {
             "backends": "BACKENDS Loaders",
-            "ffcv_loader": "FFCVLoader",
+            "ffcv.ffcv_loader": "FFCVLoader",
             "loader": "Loader channel_statistics",
             "mixing": "Mixing",
             "resident": "ResidentLoader",

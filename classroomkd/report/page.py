@@ -13,7 +13,7 @@ from classroomkd.report.comparison import comparison
 from classroomkd.report.document import GENERATOR, Row, document, sections, table, warning
 from classroomkd.report.numbers import counted, duration, image_counts
 from classroomkd.report.plots import colour, plots
-from classroomkd.report.records import RunRecords, incomplete, label, read_run
+from classroomkd.report.records import RunRecords, at_chance, incomplete, label, read_run
 from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 
 
@@ -59,6 +59,7 @@ def _page(run: RunRecords) -> str:
     heading, facts = _title(run)
     body = f"""<p>{escape(facts)}</p>
 {warning(incomplete(run) + ".") if run.unreadable else ""}
+{"".join(warning(f"{line}.") for line in at_chance(run))}
 {_results(run) if run.summary else _progress(run)}
 {sections(plots(run))}
 <details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>

@@ -124,6 +124,18 @@ def incomplete(run: RunRecords) -> str:
     return f"Incomplete and left out: {lines} {numbers} of metrics.jsonl"
 
 
+def at_chance(run: RunRecords) -> list[str]:
+    """Which networks' training top-1 was at chance in some epochs, a line each."""
+    lines = []
+    for key, records in run.curves.items():
+        if epochs := [record["epoch"] for record in records if "chance_top1" in record]:
+            lines.append(
+                f"{label(*key, run.method)}: training top-1 at chance in {len(epochs)} of "
+                f"{len(records)} epochs, first in epoch {epochs[0]}"
+            )
+    return lines
+
+
 def label(phase: str, name: str, method: str = "classroom") -> str:
     """What a network of a run is called in tables and legends; ``method`` taught its student."""
     taught = " in the classroom" if method == "classroom" else f" by {method}"

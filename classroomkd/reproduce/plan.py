@@ -268,7 +268,9 @@ def forward_flops(network: str, image_size: int) -> float:
 
 def require_same_recipe(task: Task, folder: Path) -> None:
     """Raise UserError if the run in ``folder`` was begun with other values than ``task`` has."""
-    differing = difference(_values(load_recipe(folder / "config.yaml")), _values(task.recipe))
+    differing = difference(
+        _values(load_recipe(folder / "config.yaml", of_run=True)), _values(task.recipe)
+    )
     if differing:
         raise UserError(
             f"{folder} was begun with {differing} now: take the same options and recipe, or give "
@@ -293,7 +295,11 @@ def _text(value: object) -> str:
 
 def run_values(folder: Path) -> dict:
     """What decides the numbers of the run in ``folder``, its seed apart."""
-    return {k: v for k, v in _values(load_recipe(folder / "config.yaml")).items() if k != "seed"}
+    return {
+        k: v
+        for k, v in _values(load_recipe(folder / "config.yaml", of_run=True)).items()
+        if k != "seed"
+    }
 
 
 def _values(recipe: Recipe) -> dict:
@@ -304,4 +310,6 @@ def _values(recipe: Recipe) -> dict:
         if key not in _ANYHOW and not key.startswith("checkpoint_")
     }
     values["data"] = {k: v for k, v in values["data"].items() if k not in _ANYHOW_OF_DATA}
+    if not recipe.student or recipe.method != "classroom":
+        del values["loss"]  # nobody learns by it
     return values

@@ -19,6 +19,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label
+from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.checkpoints import Saver
 from classroomkd.runs.images import training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
@@ -159,6 +160,7 @@ class NetworkTrainer:
             while trainer.epoch <= role.last:
                 self.progress.begin(called, trainer.epoch, role.last)
                 record, measured = self._train_epoch(trainer, saver, lessons)
+                record |= self._chance(role, called, [*saver.records, record], len(loader), mentors)
                 saver.records.append(
                     {"phase": role.phase, "name": role.name} | record | {"epochs": role.last}
                 )
@@ -177,6 +179,31 @@ class NetworkTrainer:
         for earlier in roles[:-1]:
             done[earlier.name] = self._finished(earlier)
         return done | {role.name: (network, result)}
+
+    def _chance(
+        self,
+        role: TrainingJob,
+        called: str,
+        records: Sequence[Mapping[str, Any]],
+        steps: int,
+        mentors: MentorBank | None,
+    ) -> dict[str, float]:
+        """What the last of ``records`` gets more if the network is at chance, told the first time.
+
+        It is ``chance_top1``, the share of the most frequent class.
+        """
+        chance = most_frequent(self.train_set.targets)
+        images = min(steps * self._training(role).batch_size, len(self.train_set))
+        if not is_at_chance(records, chance=chance, steps=steps, images=images):
+            return {}
+        if not any("chance_top1" in record for record in records):
+            tries = remedies(self.recipe, role.phase, len(self.info.classes), len(mentors or ()))
+            self.notify(
+                f"{called}, epoch {records[-1]['epoch']}: training top-1 is "
+                f"{records[-1]['train_top1']:.1%}, at chance: naming the most frequent class gives "
+                f"{chance:.1%}; {tries}"
+            )
+        return {"chance_top1": chance}
 
     def _finish(
         self,

@@ -5,8 +5,10 @@
     data: {source: photos/}
     training: {epochs: 60}
 
-What a file leaves out has the defaults below, which are the published CIFAR recipe; mentors are
-trained for as many epochs as the student if it does not say otherwise. A mentor is a
+What a file leaves out has the defaults below. They are the published CIFAR recipe but for
+``loss.mentor_weight``, which is "auto", so that teaching does no harm where classes are few: the
+packaged recipes say null, the paper's 1. Mentors are trained for as many epochs as the student if
+the file does not say otherwise. A mentor is a
 name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
 ``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``. The meaning
 of a key is the docstring below its field, which ``classroomkd config`` prints (see ``keys``).
@@ -37,6 +39,8 @@ from classroomkd.runs import recipe_layers as layers
 from classroomkd.training.config import TrainingConfig
 
 _MENTOR_EPOCHS = "mentor_training.epochs"
+# What keys that a run's config.yaml lacks were when it was written, where the defaults are others.
+_OF_OLD_RUNS = {"loss": {"mentor_weight": None}}
 
 
 @dataclass
@@ -90,6 +94,7 @@ class LossConfig:
     knowledge_filter: Literal["better", "correct", "correct_and_better", "none"] = "better"
     mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
     weighting: Literal["rank", "uniform"] = "rank"
+    mentor_weight: float | str | None = "auto"
     task_weight: float | str = "confidence"
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
@@ -163,10 +168,14 @@ def load_recipe(
     file: Path | None = None,
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    *,
+    of_run: bool = False,
 ) -> Recipe:
     """The recipe of a YAML file, of ``values`` in its place, or both, and of dotted overrides.
 
-    ``overrides`` are like ``training.epochs=60`` or ``mentors=[resnet20,resnet8]``, and win.
+    ``overrides`` are like ``training.epochs=60`` or ``mentors=[resnet20,resnet8]``, and win. With
+    ``of_run`` the file is the config.yaml of a run, maybe of an earlier version: what it leaves out
+    is what it was then, whatever the defaults are now.
 
     Raises UserError, in one line that names the value, if there is no such key or the value cannot
     be.
@@ -174,7 +183,9 @@ def load_recipe(
     where = f"{file}: " if file else ""
     method, item = "", ""
     try:
-        begun, says_mentor_epochs = _begun(file, None if file is None else layers.read(file))
+        begun, says_mentor_epochs = _begun(
+            file, None if file is None else layers.read(file), of_run
+        )
         merged = deepcopy(begun)
         if values is not None:
             given = layers.layer(values)
@@ -257,13 +268,16 @@ def wherever(mentor: MentorConfig) -> MentorConfig:
 
 
 @cache  # merging takes long, and a plan of many runs has few files
-def _begun(file: Path | None, content: bytes | None) -> tuple[DictConfig, bool]:
+def _begun(
+    file: Path | None, content: bytes | None, of_run: bool = False
+) -> tuple[DictConfig, bool]:
     """A file's values over the defaults, and whether it says for how long mentors are trained."""
     if file is None or content is None:
         return OmegaConf.structured(Recipe), False
     given = layers.layer(layers.yaml_mapping(file, content))
     says_mentor_epochs = OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    return OmegaConf.merge(_begun(None, None)[0], given), says_mentor_epochs
+    defaults = OmegaConf.merge(_begun(None, None)[0], _OF_OLD_RUNS if of_run else {})
+    return OmegaConf.merge(defaults, given), says_mentor_epochs
 
 
 def _check(recipe: Recipe, where: str) -> None:
@@ -302,6 +316,7 @@ def _check(recipe: Recipe, where: str) -> None:
     for name in ("training", "mentor_training"):
         how = getattr(recipe, name)
         rate, alphas = how.learning_rate, (("mixup", how.mixup), ("cutmix", how.cutmix))
+        clip = how.clip_norm
         in_order = all(0 < m < 1 for m in how.milestones) and how.milestones == sorted(
             how.milestones
         )
@@ -321,6 +336,7 @@ def _check(recipe: Recipe, where: str) -> None:
             (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
             (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
             (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
+            (f"{name}.clip_norm", clip, clip is None or 0 < clip < math.inf, "a number above 0"),
             *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
         ]
     for key, value, fine, wanted in problems:

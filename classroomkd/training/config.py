@@ -31,6 +31,9 @@ class TrainingConfig:
     """This times each weight is added to the weight's gradient."""
     decay_norms_and_biases: bool = True
     """Whether batch norms and biases decay too."""
+    clip_norm: float | None = None
+    """The largest norm that the gradient of all parameters together may have; a larger one is
+    scaled down to it. Null: never."""
     mixup: float = 0.0
     """The α of MixUp's Beta(α, α), from 0.001 to 1000, or 0: off. With CutMix too, each image takes
     one of the two."""
@@ -38,9 +41,9 @@ class TrainingConfig:
     """The α of CutMix's Beta(α, α), from 0.001 to 1000, or 0: off."""
 
     def deciding(self) -> dict[str, Any]:
-        """All that a training depends on, by name; the mixing only where it is on.
+        """All that a training depends on, by name; mixing and clipping only where they are on.
 
         So what was kept under these values before there was any is found again.
         """
-        off = {name for name in ("mixup", "cutmix") if not getattr(self, name)}
+        off = {name for name in ("mixup", "cutmix", "clip_norm") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in off}

@@ -79,8 +79,9 @@ class Trainer:
         together = self.processes.together
         self.epoch, self.batch = 1, 0  # the next step's place
         self.learning_rate = torch.tensor(peak, device=self.device)
+        self._parameters = [*network.parameters(), *method.parameters()]
         self.optimizer = torch.optim.SGD(
-            _parameter_groups([*network.parameters(), *method.parameters()], training),
+            _parameter_groups(self._parameters, training),
             lr=self.learning_rate,
             momentum=training.momentum,
             nesterov=training.nesterov,
@@ -170,6 +171,8 @@ class Trainer:
         scale = self._scale(targets) if self.processes.together else None
         loss, report = self.method.backward(student, mentors, targets, scale)
         self.processes.average_gradients(self.method.parameters())
+        if self.training.clip_norm is not None:  # every process has the same gradient by now
+            nn.utils.clip_grad_norm_(self._parameters, self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         top1 = _hits(logits.detach(), targets).double().mean()

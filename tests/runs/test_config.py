@@ -72,8 +72,8 @@ def test_what_is_saved_is_what_was_loaded(file, tmp_path):
     assert load_recipe(again) == recipe
 
 
-def test_mixing_that_is_off_is_in_no_key():
-    """What the store kept before there was any has none in its key."""
+def test_mixing_and_clipping_that_are_off_are_in_no_key():
+    """What the store kept before there were any has none in its key."""
     deciding = TrainingConfig().deciding()
     assert list(deciding) == [
         *("epochs", "batch_size", "learning_rate", "schedule", "milestones", "warmup_epochs"),
@@ -81,6 +81,26 @@ def test_mixing_that_is_off_is_in_no_key():
     ]
     assert TrainingConfig(mixup=0.2).deciding() == deciding | {"mixup": 0.2}
     assert TrainingConfig(cutmix=1.0).deciding() == deciding | {"cutmix": 1.0}
+    assert TrainingConfig(clip_norm=1.0).deciding() == deciding | {"clip_norm": 1.0}
+
+
+def test_who_says_nothing_of_the_mentors_weight(tmp_path):
+    """A recipe has "auto"; a run that was begun before there was the key has the paper's 1."""
+    values = to_dict(load_recipe(overrides=["loss.temperature=4"]))
+    assert values["loss"].pop("mentor_weight") == "auto"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    old, new = load_recipe(file, of_run=True), load_recipe(file)
+    assert (old.loss.mentor_weight, new.loss.mentor_weight) == (None, "auto")
+    assert replace(old, loss=new.loss) == new
+    assert old.loss.temperature == 4
+    for weight in (None, "auto", 0.3):
+        values["loss"]["mentor_weight"] = weight
+        file.write_text(yaml.safe_dump(values))
+        assert load_recipe(file, of_run=True).loss.mentor_weight == weight
+    del values["loss"]
+    file.write_text(yaml.safe_dump(values))
+    assert load_recipe(file, of_run=True).loss == replace(Recipe().loss, mentor_weight=None)
 
 
 def test_defaults_are_the_published_recipe():
@@ -103,6 +123,10 @@ def test_defaults_are_the_published_recipe():
         ("loss.temperature=0", "loss: temperature must be greater than 0"),
         ("loss.task_weight=-1", r"loss: task_weight must not be negative, got -1\.0$"),
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
+        ("loss.mentor_weight=-1", r"loss: mentor_weight must not be negative, got -1\.0$"),
+        ("loss.mentor_weight=half", "loss: mentor_weight must be a number or 'auto', got 'half'$"),
+        ("loss.mentor_weight=true", "loss.mentor_weight: must be a number or a text, not True$"),
+        ("loss.mentor_weight=[1,2]", r"loss.mentor_weight: must be .* text, not \[1, 2\]$"),
         ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
         ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
         ("training.mixup=-1", r"training\.mixup must be 0, or from 0\.001 to 1000, not -1"),
@@ -113,6 +137,8 @@ def test_defaults_are_the_published_recipe():
         ("mentor_training.cutmix=nan", r"mentor_training\.cutmix must be 0, or from 0\.001 .*nan"),
         ("training.learning_rate=-1", r"training\.learning_rate must be a number above 0, not -1"),
         ("training.learning_rate=nan", r"training\.learning_rate must be a number above 0"),
+        ("training.clip_norm=0", r"training\.clip_norm must be a number above 0, not 0"),
+        ("mentor_training.clip_norm=nan", r"mentor_training\.clip_norm must be a number above 0"),
         ("training.milestones=[0.5,0.2]", r"training\.milestones must be shares"),
         ("mentor_training.momentum=1", r"mentor_training\.momentum must be from 0 to below 1"),
         ("training.warmup_epochs=300", r"training\.warmup_epochs must be from 0 to the epochs"),
@@ -202,13 +228,14 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
 
 
 @pytest.mark.parametrize("weight", [0, 1])
-def test_whole_numbers_weigh_the_task(tmp_path, weight):
+@pytest.mark.parametrize("key", ["task_weight", "mentor_weight"])
+def test_whole_numbers_are_weights(tmp_path, key, weight):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"loss: {{task_weight: {weight}}}")
-    overrides = (f"loss.task_weight={weight}", f"loss={{task_weight: {weight}}}")
+    path.write_text(f"loss: {{{key}: {weight}}}")
+    overrides = (f"loss.{key}={weight}", f"loss={{{key}: {weight}}}")
     for recipe in (load_recipe(path), *(load_recipe(None, [one]) for one in overrides)):
-        assert recipe.loss.task_weight == weight
-        assert isinstance(recipe.loss.task_weight, float)
+        assert getattr(recipe.loss, key) == weight
+        assert isinstance(getattr(recipe.loss, key), float)
 
 
 @pytest.mark.parametrize(

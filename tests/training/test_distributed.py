@@ -68,13 +68,14 @@ SCRIPT = f"""
         def forward(self, student, mentors, targets):
             return nn.functional.cross_entropy(student.logits / self.temperature, targets)
 
-    mentors, method = None, Scaled() if kind == "scaled" else create("alone")
+    mentors, method = None, Scaled() if kind in ("scaled", "clipped") else create("alone")
+    clip_norm = 0.2 if kind == "clipped" else None
     if kind in ("sample", "batch"):
         mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
         group = dist.group.WORLD if processes.together else None
         method = create("classroom", ranking=kind, process_group=group)
     trainer = Trainer(
-        network(0), loader, TrainingConfig(epochs=1), name="toy", peak=0.1,
+        network(0), loader, TrainingConfig(epochs=1, clip_norm=clip_norm), name="toy", peak=0.1,
         mentors=mentors, method=method, processes=processes,
     )
     record = trainer.train_epoch()
@@ -121,7 +122,7 @@ def launch(script, processes, *arguments, cwd=None):
     return [output for output, _ in outcomes]
 
 
-@pytest.mark.parametrize("kind", ["alone", "sample", "batch", "scaled"])
+@pytest.mark.parametrize("kind", ["alone", "sample", "batch", "scaled", "clipped"])
 def test_two_processes_train_as_one(tmp_path, kind):
     script = ["-c", textwrap.dedent(SCRIPT)]
     launch(script, 1, tmp_path / "one.pt", 16, kind)

@@ -147,8 +147,9 @@ def test_trainer_learns_a_separable_problem():
         assert evaluate(trainer.network, loader).top1 > 0.9
 
 
+@pytest.mark.parametrize("clip_norm", [None, 4.0])
 @pytest.mark.parametrize("mentor_seeds", [(), (1, 2)])
-def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
+def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds, clip_norm):
     image_set = colours(44)  # 5 batches of 8 and an incomplete one, which is dropped
     mentors = {f"m{seed}": network(seed) for seed in mentor_seeds}
     trained, expected = network(0), network(0)
@@ -158,11 +159,12 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
         rate=0.1,
         mentors=mentors,
         method=create_method("classroom", temperature=4.0) if mentors else None,
+        clip_norm=clip_norm,
     )
     records = [trainer.train_epoch() for _ in range(2)]
 
     reference = {name: copy.deepcopy(mentor).eval() for name, mentor in mentors.items()}
-    velocity = [torch.zeros_like(parameter) for parameter in expected.parameters()]
+    velocity, norms = [torch.zeros_like(parameter) for parameter in expected.parameters()], []
     for epoch, rate in ((1, 0.1), (2, 0.01)):
         losses, hits, reports = [], 0, []
         loader = batches(image_set)
@@ -180,6 +182,9 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
             losses.append(loss.item())
             hits += int((logits.argmax(1) == targets).sum())
             gradients = torch.autograd.grad(loss, list(expected.parameters()))
+            norms.append(math.hypot(*(gradient.norm().item() for gradient in gradients)))
+            if clip_norm:
+                gradients = [g * min(1.0, clip_norm / norms[-1]) for g in gradients]
             with torch.no_grad():
                 for parameter, v, g in zip(expected.parameters(), velocity, gradients, strict=True):
                     v.mul_(0.9).add_(g + 5e-4 * parameter)
@@ -194,16 +199,61 @@ def test_epoch_is_plain_sgd_on_the_loss(mentor_seeds):
             for field in ("active_share", "rank_weight", "temperature"):
                 values = [getattr(report, field)[index].item() for report in reports]
                 assert means[field] == pytest.approx(np.mean(values), rel=1e-4)
+    assert min(norms) < 4.0 < max(norms)  # some steps are clipped and some are not
     for ours, theirs in zip(trained.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_clipped_step_is_as_long_as_it_may_be_and_goes_where_it_went(dtype):
+    """Of plain gradient descent at rate 1: the norm over the network's and the method's parameters.
+
+    Gradients are float32 under autocast too.
+    """
+
+    class Scaled(Method):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, student, mentors, targets):
+            return F.cross_entropy(student.logits.float() / self.temperature, targets)
+
+    steps = {}
+    for clip_norm in (None, 0.1, 1e6):
+        plain = TrainingConfig(batch_size=8, momentum=0.0, weight_decay=0.0, clip_norm=clip_norm)
+        student, method = network(0), Scaled()
+        trainer = Trainer(
+            *(student, batches(colours(8)), plain), name="toy", peak=1.0, method=method, dtype=dtype
+        )
+        parameters = [*student.parameters(), method.temperature]
+        before = nn.utils.parameters_to_vector(parameters).detach().double()
+        trainer.train_epoch()
+        steps[clip_norm] = nn.utils.parameters_to_vector(parameters).detach().double() - before
+    assert steps[None].norm() > 0.5
+    assert steps[None][-1].abs() > 0.01  # the method's own
+    torch.testing.assert_close(
+        steps[0.1], 0.1 * F.normalize(steps[None], dim=0), rtol=1e-3, atol=1e-6
+    )
+    assert torch.equal(steps[1e6], steps[None])
+
+
 def trainer_of(
-    student, image_set, *, name="toy", epochs=1, rate=0.05, mentors=None, method=None, **options
+    student,
+    image_set,
+    *,
+    name="toy",
+    epochs=1,
+    rate=0.05,
+    mentors=None,
+    method=None,
+    clip_norm=None,
+    **options,
 ):
     """A tenth of the rate from the training's half on."""
     bank = MentorBank(mentors, 3, device="cpu") if mentors else None
-    training = TrainingConfig(epochs=epochs, batch_size=8, schedule="steps", milestones=[0.5])
+    schedule = {"schedule": "steps", "milestones": [0.5]}
+    training = TrainingConfig(epochs=epochs, batch_size=8, clip_norm=clip_norm, **schedule)
     loader = batches(image_set)
     method = method or create_method("classroom" if bank else "alone")
     return Trainer(
@@ -258,13 +308,15 @@ class _NoHostReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_no_step_reads_a_value_back():
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_no_step_reads_a_value_back(clip_norm):
     trainer = trainer_of(
         *(network(0), colours(16)),
         name="toy",
         epochs=1,
         mentors={"a": network(1), "b": network(2)},
         method=Scripted([1.0, 0.25], [0.2, 1.0]),
+        clip_norm=clip_norm,
     )
     trainer.network.train()
     with _NoHostReads():
@@ -281,7 +333,7 @@ def trainer_on_gpu(cuda_graph: bool = True) -> Trainer:
     return Trainer(
         network(0).to(device),
         ResidentLoader(image_set, 8, mean=mean, std=std, device=device, **options),
-        TrainingConfig(epochs=2),
+        TrainingConfig(epochs=2, clip_norm=1.0),
         name="toy",
         peak=0.05,
         mentors=MentorBank({"a": network(1), "b": network(2)}, 3, device=device),
