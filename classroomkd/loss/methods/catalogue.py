@@ -1,6 +1,6 @@
-"""What is known of methods by their names, without building one, which takes torch.
+"""The methods by name: titles, formulas and options, without importing torch.
 
-It is read from the source of each: its docstrings, and its constructor's arguments.
+All of it is read from the source of each method: its docstrings and its constructor's arguments.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def class_of(name: str) -> tuple[str, str]:
 
 @cache
 def entry(name: str) -> Entry:
-    """What the source says of a method; UserError if there is none of this name."""
+    """A method's entry, read from its source; UserError if there is none of this name."""
     _, class_name = class_of(name)
     file = Path(__file__).with_name(f"{name}.py")
     found = docstrings.definition(file, class_name)
+    assert isinstance(found, ast.ClassDef)
     title, _, rest = (ast.get_docstring(docstrings.module(file)) or "").partition("\n\n")
     options, is_open = _arguments(found)
     meanings = docstrings.arguments(found)
@@ -110,14 +111,14 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 def _arguments(found: ast.ClassDef) -> tuple[dict[str, Any], bool]:
     """The constructor's arguments that have a default, and whether it takes any others."""
-    made = (node for node in found.body if getattr(node, "name", None) == "__init__")
-    arguments = next((node.args for node in made), None)
+    functions = (node for node in found.body if isinstance(node, ast.FunctionDef))
+    arguments = next((node.args for node in functions if node.name == "__init__"), None)
     if arguments is None:
         return {}, False
     last = arguments.args[len(arguments.args) - len(arguments.defaults) :]
-    defaults = dict(zip((a.arg for a in last), arguments.defaults, strict=True))
-    defaults |= zip((a.arg for a in arguments.kwonlyargs), arguments.kw_defaults, strict=True)
-    values = {name: ast.literal_eval(node) for name, node in defaults.items() if node is not None}
+    names = [argument.arg for argument in (*last, *arguments.kwonlyargs)]
+    defaults = zip(names, [*arguments.defaults, *arguments.kw_defaults], strict=True)
+    values = {name: ast.literal_eval(node) for name, node in defaults if node is not None}
     return values, arguments.kwarg is not None
 
 
