@@ -115,7 +115,7 @@ def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
     return ell, e, e_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def confidence_kernel(
     student_ptr,
     mentor_ptrs,
@@ -128,7 +128,7 @@ def confidence_kernel(
     target_stride,
     n_rows,
     label_smoothing,
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -167,7 +167,7 @@ def confidence_kernel(
         tl.store(sums_ptr + line, sums, mask=line < M + 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def classroom_kernel(
     student_ptr,
     mentor_ptrs,
@@ -190,7 +190,7 @@ def classroom_kernel(
     task_weight,
     label_smoothing,
     share_scale,
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,

@@ -40,7 +40,7 @@ from classroomkd.kernels.tiled_scan import load_targets, row_max, scan_row, scan
 _GROUP = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def tiled_classroom_kernel(
     student_ptr,
     mentor_ptrs,
@@ -63,7 +63,7 @@ def tiled_classroom_kernel(
     task_weight,
     label_smoothing,
     share_scale,
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,

@@ -334,12 +334,17 @@ BAD = {
     "integer student": (
         {"student_logits": torch.zeros(6, 10).long()},
         TypeError,
-        "student_logits must be floating point, got torch.int64",
+        "student_logits must be float32, float16, bfloat16 or float64, got torch.int64",
     ),
     "integer mentor": (
         {"mentor_logits": [torch.zeros(6, 10).int()]},
         TypeError,
-        r"mentor_logits\[0\] must be floating point, got torch.int32",
+        r"mentor_logits\[0\] must be float32, .* or float64, got torch.int32",
+    ),
+    "eight bits": (
+        {"mentor_weight": torch.ones(3).to(torch.float8_e4m3fn)},
+        TypeError,
+        "mentor_weight must be float32, .* or float64, got torch.float8_e4m3fn",
     ),
     "mentor shape": (
         {"mentor_logits": [torch.zeros(6, 10), torch.zeros(6, 9)]},
@@ -371,6 +376,7 @@ BAD = {
     "reduction": ({"reduction": "avg"}, ValueError, "reduction must be one of"),
     "task weight": ({"task_weight": -1.0}, ValueError, "task_weight must not be negative"),
     "task word": ({"task_weight": "all"}, ValueError, "task_weight must be 'confidence' or"),
+    "ignored": ({"ignore_index": 2**63}, ValueError, "ignore_index must fit 64 bits, got 9223"),
     "decimals": ({"rank_decimals": -1}, ValueError, "rank_decimals must be None or between"),
     "decimals float": ({"rank_decimals": 2.0}, TypeError, "rank_decimals must be an integer"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
