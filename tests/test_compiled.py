@@ -167,7 +167,7 @@ def test_a_sample_of_the_covering_rows_compiles(compile_all):
         assert compiled.spilled(call) <= 16, f"{row}: {call}"
 
 
-FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 2), "target": ("cuda:90",)}
+FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 6), "target": ("cuda:90",)}
 DONE = {"n_classes": 10, "kernels": {}, "target": "cuda:90", "n_mentors": 1, "dtype": "float32"}
 
 
@@ -192,7 +192,9 @@ def run(monkeypatch, path, outcomes):
 def test_an_interrupted_record_is_gone_on_with(monkeypatch, tmp_path, capsys):
     """Quick calls first; what fails and what spills is counted."""
     rows = compiled.covering(FACTORS)
-    assert [row["n_classes"] for row in rows] == [10, 10, 9000, 9000]
+    assert [(row["n_mentors"], row["n_classes"]) for row in rows] == [
+        *((1, 10), (1, 9000), (6, 10), (6, 9000))
+    ]
     path = tmp_path / "compiled.json"
     spills = DONE | {"kernels": {"classroom": {"spilled_bytes": 8}}}
     code, called = run(monkeypatch, path, [DONE, spills, KeyboardInterrupt()])
