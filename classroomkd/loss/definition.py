@@ -64,7 +64,7 @@ def classroom_loss(
         student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
         mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
         targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
-        temperature: how soft a lesson is, above 0 and at most 40, up to where float32 bears it.
+        temperature: how soft a lesson is, above 0 and at most 20, where float32 still suffices.
             "adaptive" mentoring goes from 1 for an equal of the student to 1 + temperature for a
             mentor that is infinitely ahead.
         ranking: "sample" ranks by each row's own log-confidence (the paper), "batch" by its mean
