@@ -5,9 +5,10 @@ from typing import Literal
 Backend = Literal["auto", "ffcv", "resident", "torch"]
 """What feeds a run with images."""
 
-# float32 bears it: at this temperature each lesson τ²·KL is still within 1e-3 of its value, or
-# within a thousandth of it where it is above 1 (docs/method.md). The error grows with τ².
-MAX_TEMPERATURE = 40.0
+# The largest temperature at which float32 is accurate enough: with up to 16 mentors the loss of a
+# batch and its gradient are still within 1e-3 of their values in float64, or within a thousandth
+# where those are above 1 (docs/method.md). The error grows with τ².
+MAX_TEMPERATURE = 20.0
 
 # The α of MixUp and CutMix where it is not 0, which is off. At the largest nearly every share is
 # 1/2, at the smallest nearly every image stays unmixed; far below, Beta's quantiles come out wrong.

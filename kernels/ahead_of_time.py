@@ -77,6 +77,7 @@ def compile_call(
     mentor_weight: torch.dtype | None = None,
     ranking: str = "sample",
     gradient: str = "finished",
+    scale: torch.dtype = torch.float32,
     with_report: bool = False,
     **options: Any,
 ) -> dict[str, Compiled]:
@@ -87,8 +88,8 @@ def compile_call(
         dtype: of the student's logits, and of the mentors' unless ``mentor_dtypes`` names theirs,
             in turn.
         targets: an integer type for class indices, a floating-point one for class probabilities.
-        row_padding: elements between the rows of the logits, and of class probabilities.
-        mentor_weight: its dtype, if there is one.
+        row_padding: elements before each row of the logits, and of class probabilities.
+        mentor_weight: its dtype, if there is one; scale: that of the scale of "scaled".
         gradient: "none"; "autograd", which has a kernel for the backward; "finished", of
             `fused_classroom_loss_and_grad`; "scaled", that with a scale.
         options: further ones of the loss; None stands for the default.
@@ -100,8 +101,8 @@ def compile_call(
     warp_size = _gpu(target).warp_size
 
     def rows(of: torch.dtype) -> Tensor:
-        wide = torch.empty(n_rows, n_classes + row_padding, dtype=of, device="meta")
-        return wide[:, :n_classes]
+        wide = torch.empty(n_rows, row_padding + n_classes, dtype=of, device="meta")
+        return wide[:, row_padding:]
 
     student = rows(dtype)
     mentors = [
@@ -132,7 +133,7 @@ def compile_call(
         with_grad=gradient != "none",
         with_report=with_report,
         scale_grad=gradient in ("finished", "scaled"),
-        scale=number if gradient == "scaled" else None,
+        scale=number.to(scale) if gradient == "scaled" else None,
         warp_size=warp_size,
     )
     if gradient == "autograd":
@@ -203,6 +204,8 @@ def _described(launch: Launch) -> dict[str, object]:
         value = launch.arguments[parameter.name]
         if parameter.is_constexpr:
             arguments[parameter.name] = tl.constexpr(value)
+        elif parameter.do_not_specialize:
+            arguments[parameter.name] = parameter.annotation_type
         elif isinstance(value, tuple):
             arguments[parameter.name] = tuple(map(_type_of, value))
         else:
@@ -219,7 +222,8 @@ def _type_of(value: object) -> object:
         return "fp32"
     if value is None or value == 1:
         return value
-    return "i32 of 16" if value % 16 == 0 else "i32"
+    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return f"{kind} of 16" if value % 16 == 0 else kind
 
 
 def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSource:

@@ -118,7 +118,7 @@ def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
     return ell, e, e_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def confidence_kernel(
     student_ptr,  # [B, C] of any row stride
     mentor_ptrs,  # M of [B, C], likewise
@@ -131,7 +131,7 @@ def confidence_kernel(
     target_stride,  # likewise; None for class indices
     n_rows,  # B
     label_smoothing,  # or None
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
@@ -167,7 +167,7 @@ def confidence_kernel(
         tl.store(sums_ptr + stat, sums, mask=stat < M + 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def classroom_kernel(
     student_ptr,  # [B, C] of any row stride
     mentor_ptrs,  # M of [B, C], likewise
@@ -191,7 +191,7 @@ def classroom_kernel(
     task_weight,  # a_s, or None for the student's confidence
     label_smoothing,  # or None
     share_scale,  # 10 to the power of rank_decimals, or None for no rounding
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,

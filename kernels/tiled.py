@@ -40,7 +40,7 @@ from classroomkd.kernels.tiled_scan import load_targets, row_max, scan_row, scan
 _GROUP = tl.constexpr(4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def tiled_classroom_kernel(
     student_ptr,  # [B, C] of any row stride
     mentor_ptrs,  # M of [B, C], likewise
@@ -64,7 +64,7 @@ def tiled_classroom_kernel(
     task_weight,  # a_s, or None for the student's confidence
     label_smoothing,  # or None
     share_scale,  # 10 to the power of rank_decimals, or None for no rounding
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,

@@ -151,7 +151,7 @@ def row_max(ptr, stride, row, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.
     return tl.max(z_max, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ignore_index"])
 def tiled_confidence_kernel(
     student_ptr,  # [B, C] of any row stride
     mentor_ptrs,  # M of [B, C], likewise
@@ -164,7 +164,7 @@ def tiled_confidence_kernel(
     target_stride,  # likewise; None for class indices
     n_rows,  # B
     label_smoothing,  # or None
-    ignore_index,
+    ignore_index: tl.int64,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,

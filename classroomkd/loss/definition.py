@@ -66,7 +66,7 @@ def classroom_loss(
         student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
         mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
         targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
-        temperature: softens the mentors' distributions; above 0 and at most 40, the limit of
+        temperature: softens the mentors' distributions; above 0 and at most 20, the limit of
             float32's precision. With "adaptive" mentoring τ goes from 1, for a mentor as confident
             as the student, to 1 + temperature, for one that is infinitely ahead.
         ranking: "sample" ranks by each row's own log-confidence (the paper), "batch" by its mean

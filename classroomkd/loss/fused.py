@@ -16,7 +16,13 @@ from torch import Tensor
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
-from classroomkd.loss.inputs import check_inputs, loss_options
+from classroomkd.loss.inputs import (
+    KERNEL_LOGITS,
+    check_float,
+    check_inputs,
+    either,
+    loss_options,
+)
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport, unpack_report
 from classroomkd.loss.signatures import loss_and_grad_function, loss_function
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
 
 # Triton decides whether to interpret a kernel when it is defined: at import, like this.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @loss_function
@@ -130,8 +135,9 @@ def fused_classroom_loss_and_grad(
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
             label_smoothing, ignore_index, mentor_weight, process_group: see `classroom_loss`.
         reduction: "mean" or "sum".
-        scale: a tensor of one number on the logits' device (a gradient scaler's, say) that
-            multiplies the gradient, not the loss, before it is rounded to the student's dtype.
+        scale: a floating-point tensor of one number on the logits' device, such as a gradient
+            scaler's, that multiplies the gradient, not the loss, before it is rounded to the
+            student's dtype.
         return_report: also return a `ClassroomReport`.
 
     Returns:
@@ -140,7 +146,7 @@ def fused_classroom_loss_and_grad(
 
     Raises:
         ValueError, TypeError: as `fused_classroom_loss`; also for ``reduction="none"`` and a
-            ``scale`` that is not one number.
+            ``scale`` that is not one floating-point number.
 
     """
     options, weights = loss_options(
@@ -229,6 +235,7 @@ def fused_loss_and_grad(
 def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
     if not (isinstance(scale, Tensor) and scale.numel() == 1):
         raise ValueError(f"scale must be a tensor of one number, got {scale!r}")
+    check_float("scale", scale)
     if scale.device != student_logits.device:
         raise ValueError(
             f"scale must be on the student's device {student_logits.device}, got {scale.device}"
@@ -287,11 +294,11 @@ def _check_kernel_limits(student_logits: Tensor, mentors: list[Tensor]) -> None:
     from classroomkd.kernels.launch import MAX_CLASSES, MAX_MENTORS
 
     for index, logits in enumerate((student_logits, *mentors)):
-        if logits.dtype not in _KERNEL_DTYPES:
+        if logits.dtype not in KERNEL_LOGITS:
             name = f"mentor_logits[{index - 1}]" if index else "student_logits"
             raise TypeError(
-                f"{name} must be float32, float16 or bfloat16 for the kernels, got "
-                f"{logits.dtype}; classroom_loss takes it"
+                f"{name} must be {either(KERNEL_LOGITS)} for the kernels, got {logits.dtype}; "
+                "classroom_loss takes it"
             )
     if len(mentors) > MAX_MENTORS:
         raise ValueError(

@@ -11,6 +11,13 @@ from torch import Tensor
 
 from classroomkd.loss.options import LossOptions, OptionValues
 
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+"""What logits, class probabilities, mentors' weights and the gradient's scale may be."""
+KERNEL_LOGITS = (torch.float32, torch.float16, torch.bfloat16)
+"""Of these, the logits that the kernels take; all else they take of any."""
+INDICES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+"""What class indices may be."""
+
 _cached_options = lru_cache(typed=True)(LossOptions)
 
 
@@ -81,8 +88,7 @@ def check_inputs(
         _same_device(f"mentor_logits[{index}]", mentor, student_logits)
     _check_targets(targets, student_logits)
     if mentor_weight is not None:
-        if not mentor_weight.is_floating_point():
-            raise TypeError(f"mentor_weight must be floating point, got {mentor_weight.dtype}")
+        check_float("mentor_weight", mentor_weight)
         if mentor_weight.shape != (len(mentors),):
             raise ValueError(
                 f"mentor_weight must have shape [{len(mentors)}], one weight a mentor, "
@@ -92,13 +98,23 @@ def check_inputs(
     return mentors
 
 
+def check_float(name: str, value: Tensor) -> None:
+    """Raise TypeError for a tensor of another dtype than `FLOATS`."""
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name} must be {either(FLOATS)}, got {value.dtype}")
+
+
+def either(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes in words: "float32, float16 or bfloat16"."""
+    *most, last = (str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return f"{', '.join(most)} or {last}"
+
+
 def _logits(name: str, value: object, index: int | None = None) -> None:
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return
     name = name if index is None else f"{name}[{index}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    raise TypeError(f"{name} must be floating point, got {value.dtype}")
+    check_float(name, value)
 
 
 def _same_device(name: str, value: Tensor, student_logits: Tensor) -> None:
@@ -113,18 +129,14 @@ def _check_targets(targets: Tensor, student_logits: Tensor) -> None:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if targets.dim() == 1:
-        if targets.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        if targets.dtype not in INDICES:
             raise TypeError(
                 f"targets of shape [B] are class indices and must be integers, got {targets.dtype}"
             )
         if targets.shape[0] != rows:
             raise ValueError(f"targets must have shape [{rows}], got {list(targets.shape)}")
     elif targets.dim() == 2:
-        if not targets.is_floating_point():
-            raise TypeError(
-                "targets of shape [B, C] are class probabilities and must be floating point, "
-                f"got {targets.dtype}"
-            )
+        check_float("targets of shape [B, C] are class probabilities and", targets)
         if targets.shape != student_logits.shape:
             raise ValueError(
                 f"targets must have shape [{rows}] (class indices) or [{rows}, {classes}] "

@@ -87,6 +87,8 @@ class LossOptions:
         if not 0 <= _number("label_smoothing", self.label_smoothing) <= 1:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         _integer("ignore_index", self.ignore_index)
+        if not -(2**63) <= self.ignore_index < 2**63:
+            raise ValueError(f"ignore_index must fit 64 bits, got {self.ignore_index}")
 
     @property
     def fixed_task_weight(self) -> float | None:

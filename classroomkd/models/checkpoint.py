@@ -163,9 +163,8 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     for _, group in itertools.groupby(found, key=lambda state: state.rank):
         if recognised := _first(list(group), texts):
             return recognised
-    nearest = {state.entry: recognition.nearest(shapes_of(state.tensors)) for state in found}
-    state = max(found, key=lambda state: nearest[state.entry].similarity)
-    near = nearest[state.entry]
+    nearest = [recognition.nearest(shapes_of(state.tensors)) for state in found]
+    near, state = max(zip(nearest, found, strict=True), key=lambda pair: pair[0].similarity)
     libraries = "torchvision or timm" if external.architectures("timm") else "torchvision"
     within = f" in {state.entry}" if state.entry else ""
     raise UserError(

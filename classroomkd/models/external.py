@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-import importlib
-import inspect
 import os
-import re
 from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
@@ -51,32 +48,23 @@ def named(texts: Collection[str]) -> list[str]:
     ]
 
 
-def with_parts(library: str, parts: frozenset[str]) -> list[str]:
-    """The networks of a library that may have ``parts``, all but one of them, at their top.
+def with_tensors(library: str, names: Collection[str]) -> list[str]:
+    """The networks of a library whose first convolution may be among tensors of these ``names``.
 
-    Of torchvision's few networks those are all, of timm's the ones in modules whose source has
-    these words: building all thousand would take a minute.
+    Of torchvision's few networks those are all; timm says of each where its first convolution is,
+    so that few of its thousand have to be built.
     """
     if library == "tv" or not architectures(library):
         return architectures(library)
     import timm
 
-    return [
-        f"timm:{name}"
-        for module in timm.list_modules()
-        if len(parts - _words(module)) <= 1
-        for name in timm.list_models(module=module)
-    ]
+    def may_be(name: str) -> bool:
+        config = timm.get_pretrained_cfg(name)
+        first = config.first_conv if config else None
+        places = (first,) if isinstance(first, str) else first or ()
+        return not places or any(f"{place}.weight" in names for place in places)
 
-
-@functools.cache
-def _words(module: str) -> frozenset[str]:
-    """The words in the source of a module of timm and of those that it takes blocks from."""
-    source = inspect.getsource(importlib.import_module(f"timm.models.{module}"))
-    words = set(re.findall(r"[A-Za-z_]\w*", source))
-    return frozenset(
-        words.union(*map(_words, set(re.findall(r"^from \.(\w+) import", source, re.M))))
-    )
+    return [f"timm:{name}" for name in timm.list_models() if may_be(name)]
 
 
 def build(name: str, num_classes: int) -> nn.Module:

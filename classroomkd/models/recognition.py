@@ -26,9 +26,9 @@ Shapes = dict[str, tuple[int, ...]]
 
 # A count of classes that no other size in a network equals, by which classifiers are known.
 _CLASSES = 9973
-# Parameters of other shapes in a network under construction that can still be the one looked for,
-# since constructors of timm make a few that they discard, and in one that can be the nearest.
-_DISCARDED, _NEAR = 2, 8
+# Parameters of other shapes in a network under construction that can still be the nearest, or the
+# one looked for, since constructors of timm make a few that they discard.
+_NEAR = 8
 # What public repositories call the parts of the zoo's networks. Each set is taken as a whole.
 _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
@@ -89,7 +89,7 @@ def find_in_zoo(shapes: Shapes) -> Match | None:
 
 def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
     """Likewise the network of "tv" or "timm"; of several, the one with the shortest name."""
-    near = _near(library, *_traits(shapes), tolerance=_DISCARDED)
+    near = _near(library, frozenset(shapes.items()))
     found = [match for name in near if (match := _fit(shapes, near[name], name))]
     found.sort(key=lambda match: (len(match.architecture), match.architecture))
     if found:
@@ -168,7 +168,7 @@ def nearest(shapes: Shapes) -> Nearest:
     """The network that shares the largest part of its names and shapes with ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
     for library in ("tv", "timm"):
-        candidates |= _near(library, *_traits(shapes), tolerance=_NEAR)
+        candidates |= _near(library, frozenset(shapes.items()))
 
     def compared(name: str) -> Nearest:
         ours, theirs = candidates[name].items(), shapes.items()
@@ -206,25 +206,16 @@ def _shown(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(sizes)}]"
 
 
-Counts = frozenset[tuple[tuple[int, ...], int]]
-
-
-def _traits(shapes: Shapes) -> tuple[Counts, frozenset[str]]:
-    """How often there is each shape, and the parts at the top."""
-    parts = frozenset(name.partition(".")[0] for name in shapes)
-    return frozenset(Counter(shapes.values()).items()), parts
-
-
 @functools.lru_cache(maxsize=16)
-def _near(
-    library: str, counts: Counts, parts: frozenset[str], *, tolerance: int
-) -> dict[str, Shapes]:
-    """The networks of a library whose parts are these, and all but a few parameters' shapes."""
-    if sum(count for _, count in counts) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
+def _near(library: str, shapes: frozenset[tuple[str, tuple[int, ...]]]) -> dict[str, Shapes]:
+    """The networks of a library that have all but a few parameters' shapes, as a state dict's."""
+    parts = {name.partition(".")[0] for name, _ in shapes}
+    if len(shapes) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
         return {}
+    counts = Counter(shape for _, shape in shapes)
     found = {}
-    for name in external.with_parts(library, parts):
-        with suppress(_DifferentError), _construction_of(Counter(dict(counts)), tolerance):
+    for name in external.with_tensors(library, {name for name, _ in shapes}):
+        with suppress(_DifferentError), _construction_of(counts):
             found[name] = expected(name)
     return found
 
@@ -234,8 +225,8 @@ class _DifferentError(Exception):
 
 
 @contextmanager
-def _construction_of(shapes: Counter[tuple[int, ...]], tolerance: int) -> Iterator[None]:
-    """Building a network within it raises _DifferentError once more parameters differ.
+def _construction_of(shapes: Counter[tuple[int, ...]]) -> Iterator[None]:
+    """Building a network within it raises _DifferentError once more than _NEAR parameters differ.
 
     So all of a library's networks can be tried: most of them differ within a few layers.
     """
@@ -249,7 +240,7 @@ def _construction_of(shapes: Counter[tuple[int, ...]], tolerance: int) -> Iterat
         if not _is_head(shape):
             left[shape] -= 1
             wrong += left[shape] < 0
-            if wrong > tolerance:
+            if wrong > _NEAR:
                 raise _DifferentError
 
     handle = register_module_parameter_registration_hook(count)

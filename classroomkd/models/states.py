@@ -92,7 +92,10 @@ def _holders(
 
 
 def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
-    """The tensors, with fewer and fewer of their prefixes, then those of networks among them."""
+    """The tensors, with fewer and fewer of their prefixes, then those of networks among them.
+
+    Where few tensors lie beside a network, as `head.*` beside `backbone.*`, also all of these.
+    """
     kept = {name: tensor for name, tensor in tensors.items() if not _OTHER.search(name)}
     pending = [""]
     while pending:
@@ -104,12 +107,15 @@ def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
         for name, tensor in inside.items():
             first, dot, _ = name.partition(".")
             groups.setdefault(first + dot, {})[name] = tensor
-        pending += [
-            prefix + first
-            for first, group in groups.items()
-            if first.endswith(".")
-            and (len(groups) == 1 or (len(group) >= FEWEST and _takes_images(group)))
-        ]
+        for first, group in groups.items():
+            if not first.endswith("."):
+                continue
+            beside = {name: tensor for name, tensor in inside.items() if name not in group}
+            if not beside or (len(group) >= FEWEST and _takes_images(group)):
+                pending.append(prefix + first)
+                if 0 < len(beside) <= FEWEST:
+                    within = {name.removeprefix(first): tensor for name, tensor in group.items()}
+                    yield State(_joined(path, prefix.rstrip(".")), beside | within, left_out)
 
 
 def _takes_images(tensors: Mapping[str, Tensor]) -> bool:

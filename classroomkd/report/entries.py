@@ -28,6 +28,9 @@ _TEACHING = (
 )
 
 
+_LABEL = 60  # characters that a legend has room for
+
+
 @dataclass(frozen=True)
 class Entry:
     """A run in the comparison.
@@ -172,6 +175,13 @@ def courses(group: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def called(group: Sequence[Entry]) -> str:
-    """What runs of one recipe are called together."""
-    others = f" and {counted(len(group) - 1, 'other seed')}" if len(group) > 1 else ""
-    return group[0].name + others
+    """What runs of one recipe are called together: what differs from other recipes, if it is short.
+
+    A run by itself has its folder's name, and so have the seeds of the only recipe.
+    """
+    first = group[0]
+    if len(group) == 1:
+        return first.name
+    if first.differs and len(first.differs) <= _LABEL:
+        return f"{first.differs} ({len(group)} seeds)"
+    return f"{first.name} and {counted(len(group) - 1, 'other seed')}"

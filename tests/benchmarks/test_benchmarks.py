@@ -749,6 +749,35 @@ def test_run_gpu_takes_parts_by_name(tmp_path):
         assert reason in line
 
 
+@pytest.mark.parametrize(
+    ("code", "lines", "failed", "told"),
+    [
+        (0, ["3 of 4 noted", "2 passed, 1 skipped in 3.0s"], False, "2 passed, 1 skipped"),
+        (2, ["!!!! Interrupted: out of time !!!!", "1 passed in 9s"], False, "1 passed, 1 proc"),
+        (2, ["!!!! Interrupted: 1 error !!!!", "1 error in 9s"], True, "1 error"),
+        (1, ["FAILED test_x.py", "1 failed in 9s"], True, "1 failed"),
+        (5, [], False, ""),  # nothing in its share
+        (-9, [], True, ""),
+    ],
+)
+def test_the_gpu_tests_are_summed_up(monkeypatch, capsys, code, lines, failed, told):
+    """By the last line of each process; one that is out of time has not failed."""
+    import gpu_tests
+
+    class Process:
+        def __init__(self, command, stdout, stderr):
+            stdout.write("\n".join(lines))
+
+        def wait(self):
+            return code
+
+    monkeypatch.setattr(gpu_tests.torch.cuda, "is_available", lambda: False)  # one process
+    monkeypatch.setattr(gpu_tests.subprocess, "Popen", Process)
+    monkeypatch.setattr(sys, "argv", ["gpu_tests.py"])
+    assert gpu_tests.main() == failed
+    assert capsys.readouterr().out.splitlines()[-1].startswith(told)
+
+
 def test_run_gpu_says_what_it_left_out(tmp_path):
     """A package that is not there is no failure, an error is; what comes after is run."""
     absent = "ModuleNotFoundError: No module named 'omegaconf'"

@@ -848,7 +848,7 @@ def test_names() -> None:
         (
             "kd",
             {"temperature": 0},
-            "method kd: temperature must be a number above 0, at most 40, got 0",
+            "method kd: temperature must be a number above 0, at most 20, got 0",
         ),
         ("at", {"beta": -1}, "method at: beta must be a number from 0 to 1e+06, got -1"),
         ("kd", {"standardise": 1}, "method kd: standardise must be true or false, got 1"),

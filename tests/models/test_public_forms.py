@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import runpy
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.cli import main
-from classroomkd.models import create, load_network
+from classroomkd.models import create, external, load_network, recognition
 from classroomkd.runs.mentors import find_mentors, is_checkpoint
 from classroomkd.runs.recipe import MentorConfig
 from classroomkd.runs.training_run import sha256_of
@@ -250,6 +251,52 @@ def test_a_network_that_is_nearly_torchvisions_is_compared_with_it(tmp_path: Pat
     torch.save(network.state_dict(), tmp_path / "depth.pth")
     with pytest.raises(ValueError, match=r"nearest, tv:resnet18, differs: of another shape: conv1"):
         load_network(tmp_path / "depth.pth")
+
+
+@with_timm
+def test_a_network_that_is_nearly_timms_is_looked_for_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not once to find it and once more for the nearest, and only where it may be."""
+    import timm
+
+    network = timm.create_model("resnet18", num_classes=7)
+    network.conv1 = nn.Conv2d(4, 64, 7, bias=False)
+    torch.save({"model": network.state_dict()}, tmp_path / "depth.pth")
+    built: Counter[str] = Counter()
+    build = external.build
+    monkeypatch.setattr(external, "build", lambda name, n: built.update([name]) or build(name, n))
+    recognition.expected.cache_clear()
+    recognition._near.cache_clear()
+    with pytest.raises(ValueError, match=r"nearest, (tv|timm):resnet18, differs in model: of an"):
+        load_network(tmp_path / "depth.pth")
+    assert {"tv:resnet18", "timm:resnet18"} <= built.keys()
+    assert set(built.values()) == {1}
+    assert len(built) < len(timm.list_models()) / 4
+
+
+@pytest.mark.parametrize("head", ["head", "fc", "classifier.0"])
+@pytest.mark.parametrize("before", ["", "model."])
+@pytest.mark.parametrize("name", ["resnet8", "tv:resnet18"])
+def test_a_classifier_beside_a_backbone(tmp_path: Path, head: str, before: str, name: str) -> None:
+    source = fill(create(name, 7)).eval()
+    state = {
+        f"{before}{head}.{key.removeprefix('fc.')}"
+        if key.startswith("fc.")
+        else f"{before}backbone.{key}": tensor
+        for key, tensor in source.state_dict().items()
+    }
+    torch.save({"state_dict": state}, tmp_path / "last.ckpt")
+    told = assert_same_logits(tmp_path / "last.ckpt", source, torch.randn(1, 3, 64, 64), name)
+    assert "left out" not in " ".join(told)
+
+
+def test_a_network_with_something_small_beside_it_is_read_as_before(tmp_path: Path) -> None:
+    source = fill(create("resnet8", 7)).eval()
+    state = {f"backbone.{key}": tensor for key, tensor in source.state_dict().items()}
+    torch.save(state | {"projector.weight": torch.zeros(8, 64)}, tmp_path / "last.pth")
+    (told,) = assert_same_logits(tmp_path / "last.pth", source, probe(), "resnet8")
+    assert "left out: projector.weight" in told
 
 
 @pytest.mark.filterwarnings("ignore")  # classes that a process without Lightning cannot name

@@ -682,7 +682,8 @@ def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path)
     paired = table_rows(browser)[8]
     error = stdev(gains) / math.sqrt(3)
     assert paired == [
-        "kd-0 and 2 other seeds − alone-0 and 2 other seeds",
+        "method=kd, mentors=[resnet20], loss.temperature=4.0 (3 seeds) − "
+        "method=alone, mentors=[] (3 seeds)",
         f"{mean(gains):+.2f} ± {error:.2f}",
         "3",
         "0: +2.00, 1: +3.50, 2: +6.00",
@@ -695,7 +696,8 @@ def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path)
     order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
     ((_, _, drawn),) = plots["gain-2"]["traces"]
     assert drawn == pytest.approx([mean(values[c]) for c in order])
-    taught, by_itself = "kd-0 and 2 other seeds", "student alone: alone-0 and 2 other seeds"
+    taught = "method=kd, mentors=[resnet20], loss.temperature=4.0 (3 seeds)"
+    by_itself = "student alone: method=alone, mentors=[] (3 seeds)"
     assert plots["accuracy"]["legend"] == [taught, by_itself]
     colours = plots["accuracy"]["colours"]
     assert colours[by_itself] == ALONE != colours[taught]

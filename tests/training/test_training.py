@@ -839,6 +839,10 @@ def test_only_a_run_of_ours_tells_the_split(tmp_path: Path, text, split):
         assert recorded_split(network) == split
     (inner / "config.yaml").write_text("theirs: 1")  # nearer, but not ours
     assert recorded_split(inner / "b.safetensors") == split
+    (inner / "config.yaml").unlink()
+    (inner / "config.yaml").mkdir()  # nor can it be read
+    (inner / "b.safetensors").touch()  # a file, in which there is none
+    assert recorded_split(inner / "b.safetensors") == split
 
 
 def test_a_batch_larger_than_the_training_set_is_told(tmp_path: Path, states_kept):

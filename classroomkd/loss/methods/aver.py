@@ -25,7 +25,7 @@ class AVER(RowMethod):
     """ce_weight · CE(z_s, y) + kd_weight · T² · KL(1/M Σ_m softmax(z_m / T) ‖ softmax(z_s / T)).
 
     Args:
-        temperature: T, above 0 and at most 40.
+        temperature: T, above 0 and at most 20.
         ce_weight: of the cross-entropy.
         kd_weight: of the distillation.
 

@@ -29,7 +29,7 @@ class CAMKD(RowMethod):
     gradient.
 
     Args:
-        temperature: T, above 0 and at most 40.
+        temperature: T, above 0 and at most 20.
         alpha: weight of the distillation.
 
     """

@@ -35,7 +35,7 @@ class DIST(Method):
     of one row or a row of a head that was initialised with zeros.
 
     Args:
-        temperature: T, above 0 and at most 40. 4 is published for CIFAR-100, as are both
+        temperature: T, above 0 and at most 20. 4 is published for CIFAR-100, as are both
             weights; for ImageNet it is 1.
         beta: weight of the relation among classes.
         gamma: weight of the relation among rows.

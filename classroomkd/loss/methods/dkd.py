@@ -30,7 +30,7 @@ class DKD(RowMethod):
     schedule is not part of this loss.
 
     Args:
-        temperature: T, above 0 and at most 40.
+        temperature: T, above 0 and at most 20.
         alpha: weight of TCKD.
         beta: weight of NCKD.
         ce_weight: of the cross-entropy.

@@ -35,7 +35,7 @@ class DTKD(RowMethod):
     that schedule is not part of this loss.
 
     Args:
-        temperature: T, above 0 and at most 40.
+        temperature: T, above 0 and at most 20.
         alpha: weight of the dynamic term.
         beta: weight of the term at T.
         gamma: weight of the cross-entropy.

@@ -26,7 +26,7 @@ class KD(RowMethod):
     """ce_weight · CE(z_s, y) + kd_weight · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)).
 
     Args:
-        temperature: T, above 0 and at most 40. 4 is what the CIFAR-100 tables use, as are
+        temperature: T, above 0 and at most 20. 4 is what the CIFAR-100 tables use, as are
             both weights.
         ce_weight: of the cross-entropy.
         kd_weight: of the distillation.
