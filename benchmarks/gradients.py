@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from measure import environment, write_json
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from classroomkd import classroom_loss
+from measure import environment, write_json
 
 CLASSES = (5, 10, 20, 100, 1000)
 MENTORS = (1, 3, 6)
