@@ -48,6 +48,7 @@ DEFAULTS = {
     "knowledge_filter": "better",
     "mentoring": "adaptive",
     "weighting": "rank",
+    "mentors_weight": 1.0,
     "task_weight": None,
     "rank_decimals": None,
     "label_smoothing": 0.0,

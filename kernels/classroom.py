@@ -187,6 +187,7 @@ def classroom_kernel(
     target_stride,
     n_rows,
     temperature,
+    mentors_weight,
     task_weight,
     label_smoothing,
     share_scale,
@@ -315,7 +316,9 @@ def classroom_kernel(
             cross = tl.sum(cross_terms(e_m, v_m, v_s), 1)
             sum_s = tl.sum(e_s, 1)
             kl = tl.where(active, divergence(cross, sum_m, sum_s), 0.0)
-            weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
+            weight = lesson_weight(
+                tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING
+            )
             loss += weighted_lesson(active, weight, tau_s, kl)
             if grad_ptr is not None:
                 grad += e_s * tl.where(active, weight / sum_s, 0.0)[:, None]

@@ -153,9 +153,11 @@ def weighted_lesson(active, weight, tau_s, kl):
 
 
 @triton.jit
-def lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.constexpr):
+def lesson_weight(
+    tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.constexpr
+):
     """g_m · r_m · τ_m [R]: times τ_s the weight of KL_m, alone that of its gradient."""
-    weight = tau_m
+    weight = tau_m * mentors_weight
     if RANK_WEIGHTING:
         weight = weight * (share_m * M)
     if mentor_weight_ptr is not None:

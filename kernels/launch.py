@@ -240,6 +240,7 @@ def classroom_launch(
     knowledge_filter: str,
     mentoring: str,
     weighting: str,
+    mentors_weight: float,
     task_weight: float | None,
     rank_decimals: int | None,
     label_smoothing: float,
@@ -257,6 +258,7 @@ def classroom_launch(
         student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
             any class stride, which is made 1 by a copy if it is not.
         ell_sums: `confidence_sums` for ranking "batch", None for ranking "sample".
+        mentors_weight: the number that multiplies every mentor's term.
         task_weight: None for the student's confidence.
         with_grad: whether to compute the gradient; with_report: likewise.
         finished_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
@@ -310,6 +312,7 @@ def classroom_launch(
         scale_ptr=scale,
         n_valid_ptr=n_valid,
         temperature=float(temperature),
+        mentors_weight=float(mentors_weight),
         task_weight=None if task_weight is None else float(task_weight),
         share_scale=None if rank_decimals is None else float(10**rank_decimals),
         KNOWLEDGE_FILTER=knowledge_filter,

@@ -60,6 +60,7 @@ def tiled_classroom_kernel(
     target_stride,
     n_rows,
     temperature,
+    mentors_weight,
     task_weight,
     label_smoothing,
     share_scale,
@@ -165,7 +166,9 @@ def tiled_classroom_kernel(
             KNOWLEDGE_FILTER,
             MENTORING,
         )
-        weight = lesson_weight(tau_m, share_m, mentor_weight_ptr, m, M, RANK_WEIGHTING)
+        weight = lesson_weight(
+            tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING
+        )
         shares = shares + (share_m,)
         actives = actives + (active,)
         taus_m = taus_m + (tau_m,)

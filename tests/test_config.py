@@ -103,6 +103,10 @@ def test_defaults_are_the_published_recipe():
         ("loss.temperature=0", "loss: temperature must be greater than 0"),
         ("loss.task_weight=-1", r"loss: task_weight must not be negative, got -1\.0$"),
         ("loss.task_weight=half", "loss: task_weight must be 'confidence' or a number"),
+        ("loss.mentor_weight=-1", r"loss: mentor_weight must not be negative, got -1\.0$"),
+        ("loss.mentor_weight=half", "loss: mentor_weight must be a number or 'auto', got 'half'$"),
+        ("loss.mentor_weight=true", "loss.mentor_weight: must be a number or a text, not True$"),
+        ("loss.mentor_weight=[1,2]", r"loss.mentor_weight: must be .* text, not \[1, 2\]$"),
         ("training.epochs", r"an override is like training\.epochs=60, not 'training\.epochs'"),
         ("training.epochs=0", r"training\.epochs must be at least 1, not 0"),
         ("training.mixup=-1", r"training\.mixup must be 0, or from 0\.001 to 1000, not -1"),
@@ -202,13 +206,14 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
 
 
 @pytest.mark.parametrize("weight", [0, 1])
-def test_whole_numbers_weigh_the_task(tmp_path, weight):
+@pytest.mark.parametrize("key", ["task_weight", "mentor_weight"])
+def test_whole_numbers_are_weights(tmp_path, key, weight):
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"loss: {{task_weight: {weight}}}")
-    overrides = (f"loss.task_weight={weight}", f"loss={{task_weight: {weight}}}")
+    path.write_text(f"loss: {{{key}: {weight}}}")
+    overrides = (f"loss.{key}={weight}", f"loss={{{key}: {weight}}}")
     for recipe in (load_recipe(path), *(load_recipe(None, [one]) for one in overrides)):
-        assert recipe.loss.task_weight == weight
-        assert isinstance(recipe.loss.task_weight, float)
+        assert getattr(recipe.loss, key) == weight
+        assert isinstance(getattr(recipe.loss, key), float)
 
 
 @pytest.mark.parametrize(

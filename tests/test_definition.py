@@ -9,6 +9,7 @@ import torch
 
 from classroomkd import classroom_loss
 from classroomkd.limits import MAX_TEMPERATURE
+from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.definition import classroom_weights, weighted_row_loss
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
@@ -374,9 +375,64 @@ BAD = {
     "decimals": ({"rank_decimals": -1}, ValueError, "rank_decimals must be None or between"),
     "decimals float": ({"rank_decimals": 2.0}, TypeError, "rank_decimals must be an integer"),
     "smoothing": ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
-    "mentor weight list": ({"mentor_weight": [1.0] * 3}, TypeError, "mentor_weight must be a tens"),
+    "mentor weight list": (
+        {"mentor_weight": [1.0] * 3},
+        TypeError,
+        r"mentor_weight must be None, a number, 'auto' or a tensor .* got \[1.0, 1.0, 1.0\]",
+    ),
+    "mentor weight true": ({"mentor_weight": True}, TypeError, "mentor_weight must .* got True"),
+    "mentor weight < 0": (
+        {"mentor_weight": -0.5},
+        ValueError,
+        "mentor_weight .*negative, got -0.5",
+    ),
+    "mentor weight NaN": (
+        {"mentor_weight": math.nan},
+        ValueError,
+        "mentor_weight .*finite, got nan",
+    ),
+    "mentor weight inf": (
+        {"mentor_weight": math.inf},
+        ValueError,
+        "mentor_weight .*finite, got inf",
+    ),
+    "mentor weight word": (
+        {"mentor_weight": "half"},
+        ValueError,
+        "mentor_weight must be a number or 'auto', got 'half'",
+    ),
     "mentor weight": ({"mentor_weight": torch.ones(2)}, ValueError, r"mentor_weight .* \[3\]"),
 }
+
+
+@pytest.mark.parametrize(
+    ("n_classes", "n_mentors", "weight"),
+    [(2, 1, 0.75), (5, 3, 0.25), (10, 6, 0.125), (60, 8, 0.5), (100, 6, 1.0), (1000, 16, 1.0)],
+)
+def test_the_automatic_mentor_weight(n_classes, n_mentors, weight):
+    assert automatic_mentor_weight(n_classes, n_mentors) == pytest.approx(weight, rel=1e-15)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_mentor_weight_for_all(reduction):
+    """A number is that number for each mentor, "auto" the number that C and M make."""
+    batch = classroom().to(torch.float64)
+    for value, number in ((0.3, 0.3), (0, 0.0), ("auto", 0.25)):  # auto: 0.75 / 3
+        results = [
+            evaluate_weighted(batch, weight, reduction)
+            for weight in (value, torch.full((3,), number, dtype=torch.float64))
+        ]
+        torch.testing.assert_close(*results, rtol=1e-14, atol=1e-16)
+    one, none = (evaluate_weighted(batch, weight, reduction) for weight in (1, None))
+    assert all(map(torch.equal, one, none))
+
+
+def evaluate_weighted(batch, mentor_weight, reduction):
+    student = batch.student.clone().requires_grad_()
+    loss = classroom_loss(
+        student, *batch[1:], mentor_weight=mentor_weight, reduction=reduction, temperature=4.0
+    )
+    return loss.detach(), *torch.autograd.grad(loss.sum(), student)
 
 
 @pytest.mark.parametrize("name", BAD)

@@ -184,6 +184,36 @@ def test_mentor_weight(device):
     assert_as_good_as_pytorch(batch, device, mentor_weight=torch.tensor([0.3, 0.0, 2.0]))
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize(("value", "number"), [(0.3, 0.3), (2, 2.0), (0, 0.0), ("auto", 0.25)])
+def test_a_mentor_weight_for_all(device, monkeypatch, value, number, tiled):
+    """As the definition in float64 with that number for each of the three mentors."""
+    if tiled:
+        monkeypatch.setattr(launch, "blocks", lambda *_: None)
+        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    batch = classroom()
+    exact = Classroom(batch.student.double(), batch.mentors.double(), batch.targets)
+    weights = torch.full((3,), number, dtype=torch.float64)
+    expected = evaluate(classroom_loss, *exact, mentor_weight=weights)
+    got = evaluate(fused_classroom_loss, *batch.to(device), mentor_weight=value)
+    for mine, truth in zip(got, expected, strict=True):
+        torch.testing.assert_close(mine, truth, rtol=2e-5, atol=2e-6)
+    loss, grad = fused_classroom_loss_and_grad(*batch.to(device), mentor_weight=value)
+    student = exact.student.requires_grad_()
+    truth = classroom_loss(student, *exact[1:], mentor_weight=weights)
+    torch.testing.assert_close(loss.double().cpu(), truth.detach(), rtol=1e-5, atol=0)
+    (truth,) = torch.autograd.grad(truth, student)
+    torch.testing.assert_close(grad.double().cpu(), truth, rtol=2e-5, atol=2e-6)
+
+
+def test_a_mentor_weight_of_one_changes_no_bit(device):
+    batch = classroom().to(device)
+    one, none = (
+        fused_classroom_loss_and_grad(*batch, mentor_weight=weight) for weight in (1.0, None)
+    )
+    assert all(map(torch.equal, one, none))
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_target_dtypes(device, dtype):
     student, mentors, targets = classroom().to(device)
@@ -527,7 +557,7 @@ def test_without_gradient(device):
 def test_operator_contract(device):
     student, mentors, targets = classroom().to(device)
     weight = torch.ones(3, device=device)
-    options = (12.0, "better", "adaptive", "rank", None, None, 0.0, -100)
+    options = (12.0, "better", "adaptive", "rank", 0.5, None, None, 0.0, -100)
     operators = torch.ops.classroomkd
     sums = operators.confidence_sums(student, list(mentors), targets, 0.0, -100)
     library.opcheck(operators.confidence_sums, (student, list(mentors), targets, 0.0, -100))
@@ -558,6 +588,16 @@ def test_module(device):
     assert report.kl.shape == (3,)
     assert "mentor_weight" in loss_fn.state_dict()
     assert "temperature=4.0" in repr(loss_fn)
+    for value in (0.3, "auto"):
+        loss_fn = ClassroomLoss(mentor_weight=value)
+        expected = fused_classroom_loss(student, mentors, targets, mentor_weight=value)
+        assert torch.equal(loss_fn(student, mentors, targets), expected)
+        assert not loss_fn.state_dict()
+    for value in (-1.0, torch.nan):
+        with pytest.raises(ValueError, match=f"finite and not negative, got {value} for mentor 1"):
+            ClassroomLoss(mentor_weight=[1.0, value])
+    with pytest.raises(ValueError, match="mentor_weight must be a number or 'auto', got 'half'"):
+        ClassroomLoss(mentor_weight="half")
     with pytest.raises(ValueError, match="ranking must be one of"):
         ClassroomLoss(ranking="rows")
     with pytest.raises(TypeError, match="temprature"):

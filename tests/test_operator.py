@@ -20,7 +20,10 @@ from classrooms import classroom
 # No Triton here: spawned processes import this module before they choose how to run kernels.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
-OPTIONS = {"sample": {}, "batch": {"ranking": "batch", "rank_decimals": 2}}
+OPTIONS = {
+    "sample": {},
+    "batch": {"ranking": "batch", "rank_decimals": 2, "mentor_weight": "auto"},
+}
 N_CLASSES = 10
 gpu_only = pytest.mark.parametrize(
     "device", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True
@@ -99,6 +102,8 @@ ON_A_CPU = {
     "dtkd": {"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
     "rows": {"reduction": "none", "label_smoothing": 0.1, "task_weight": 0.5},
     "probabilities": {"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
+    "automatic": {"mentor_weight": "auto"},
+    "weighted": {"mentor_weight": 0.3},
 }
 
 
@@ -116,10 +121,10 @@ def test_compile_on_a_cpu_with_inductor():
 def assert_compiles_on_a_cpu(options, backend, dynamic, soft):
     from torch._dynamo.testing import CompileCounterWithBackend
 
-    weight = torch.tensor([1.0, 0.0, 2.0])
+    options = {"mentor_weight": torch.tensor([1.0, 0.0, 2.0])} | options
 
     def step(student, mentors, targets):
-        result = fused_classroom_loss(student, mentors, targets, mentor_weight=weight, **options)
+        result = fused_classroom_loss(student, mentors, targets, **options)
         return result if options.get("return_report") else (result, ())
 
     torch._dynamo.reset()
@@ -143,7 +148,7 @@ def assert_compiles_on_a_cpu(options, backend, dynamic, soft):
 
 @pytest.mark.parametrize("name", ["defaults", "released", "probabilities"])
 def test_compile_loss_and_grad_on_a_cpu(name):
-    options = {"task_weight": 0.5, **ON_A_CPU[name], "return_report": True}
+    options = {"task_weight": 0.5, "mentor_weight": 0.3, **ON_A_CPU[name], "return_report": True}
     torch._dynamo.reset()
     fast = torch.compile(fused_classroom_loss_and_grad, fullgraph=True, backend="aot_eager")
     student, mentors, targets = classroom()
@@ -281,7 +286,7 @@ def everything(student, mentors, targets):
     for options in OPTIONS.values():
         for target in (targets, soft):
             loss, report = fused_classroom_loss(
-                student, mentors, target, mentor_weight=weight, return_report=True, **options
+                student, mentors, target, return_report=True, **{"mentor_weight": weight} | options
             )
             (grad,) = torch.autograd.grad(loss, student)
             direct = fused_classroom_loss_and_grad(

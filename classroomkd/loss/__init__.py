@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from classroomkd.loss.definition import classroom_loss
     from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
     from classroomkd.loss.module import ClassroomLoss
+    from classroomkd.loss.options import automatic_mentor_weight
     from classroomkd.loss.report import ClassroomReport
 
 __all__ = [
     "ClassroomLoss",
     "ClassroomReport",
+    "automatic_mentor_weight",
     "classroom_loss",
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
@@ -32,6 +34,7 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
             "definition": "classroom_loss",
             "fused": "fused_classroom_loss fused_classroom_loss_and_grad",
             "module": "ClassroomLoss",
+            "options": "automatic_mentor_weight",
             "report": "ClassroomReport",
         },
     )

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from classroomkd.loss.derivative import OnceDifferentiable
-from classroomkd.loss.inputs import check_inputs
+from classroomkd.loss.inputs import check_inputs, split_mentor_weight
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 from classroomkd.loss.targets import Target, prepare_targets
@@ -53,7 +53,7 @@ def classroom_loss(
     rank_decimals: int | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    mentor_weight: Tensor | None = None,
+    mentor_weight: Tensor | float | str | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
     return_report: bool = False,
@@ -79,7 +79,8 @@ def classroom_loss(
         rank_decimals: if given, exp(ℓ_k) / Σ_j exp(ℓ_j) is rounded to so many decimals first.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
         ignore_index: rows with this class index count nowhere.
-        mentor_weight: [M] tensor of further weights g_m.
+        mentor_weight: g_m: a number ≥ 0 for all mentors, a tensor [M] on the logits' device, one
+            for each, or "auto", `automatic_mentor_weight` of C and M; None is 1.
         reduction: "mean" over the valid rows, "sum", or "none".
         process_group: with ranking "batch", average over the valid rows of all its processes.
         return_report: also return a `ClassroomReport`.
@@ -96,6 +97,7 @@ def classroom_loss(
         TypeError: integer logits, floating-point class indices, or something not a tensor.
 
     """
+    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
     options = LossOptions(
         temperature=temperature,
         ranking=ranking,
@@ -106,11 +108,12 @@ def classroom_loss(
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
     return loss_by_definition(
-        student_logits, mentors, targets, mentor_weight, options, return_report, process_group
+        student_logits, mentors, targets, weight_tensor, options, return_report, process_group
     )
 
 
@@ -335,6 +338,8 @@ def weighted_row_loss(
         weight = weight * weights.rank
     if mentor_weight is not None:
         weight = weight * mentor_weight.detach().to(weight.dtype)[:, None]
+    if options.mentor_weight is not None:
+        weight = weight * options.weight_of_mentors(student.shape[1], len(mentors))
     # A weight of 0 takes an infinite divergence with it, as a confidence of 0 the cross-entropy.
     lessons = torch.where(weights.active & (weight != 0), weight * kl, 0).sum(0)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
-from classroomkd.loss.inputs import check_inputs
+from classroomkd.loss.inputs import check_inputs, split_mentor_weight
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
 
@@ -42,7 +42,7 @@ def fused_classroom_loss(
     rank_decimals: int | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    mentor_weight: Tensor | None = None,
+    mentor_weight: Tensor | float | str | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
     return_report: bool = False,
@@ -75,6 +75,7 @@ def fused_classroom_loss(
             there, since looking would mean waiting for the GPU.
 
     """
+    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
     options = LossOptions(
         temperature=temperature,
         ranking=ranking,
@@ -85,22 +86,23 @@ def fused_classroom_loss(
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
     if not _use_kernels(student_logits.device.type):
         return loss_by_definition(
             student_logits,
             mentors,
             targets,
-            mentor_weight,
+            weight_tensor,
             options,
             return_report,
             process_group,
         )
     _check_kernel_limits(student_logits, mentors)
     arguments = _kernel_arguments(
-        student_logits, mentors, targets, mentor_weight, options, process_group
+        student_logits, mentors, targets, weight_tensor, options, process_group
     )
     loss, _, _, report = operators.loss(
         *arguments,
@@ -125,7 +127,7 @@ def fused_classroom_loss_and_grad(
     rank_decimals: int | None = None,
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
-    mentor_weight: Tensor | None = None,
+    mentor_weight: Tensor | float | str | None = None,
     reduction: str = "mean",
     scale: Tensor | None = None,
     process_group: ProcessGroup | None = None,
@@ -159,6 +161,7 @@ def fused_classroom_loss_and_grad(
     """
     if reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
+    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
     options = LossOptions(
         temperature=temperature,
         ranking=ranking,
@@ -169,14 +172,15 @@ def fused_classroom_loss_and_grad(
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
     if scale is not None:
         _check_scale(scale, student_logits)
     student_logits = student_logits.detach()
     if not _use_kernels(student_logits.device.type):
-        arguments = (student_logits, mentors, targets, mentor_weight, scale)
+        arguments = (student_logits, mentors, targets, weight_tensor, scale)
         if torch.compiler.is_compiling():  # whose graphs have no torch.autograd.grad in them
             loss, grad, means = operators.definition_and_grad(*arguments, *_flat(options))
             report = _report(means, len(mentors))
@@ -185,7 +189,7 @@ def fused_classroom_loss_and_grad(
         return (loss, grad, report) if return_report else (loss, grad)
     _check_kernel_limits(student_logits, mentors)
     arguments = _kernel_arguments(
-        student_logits, mentors, targets, mentor_weight, options, process_group
+        student_logits, mentors, targets, weight_tensor, options, process_group
     )
     loss, grad, report = operators.loss_and_grad(
         *arguments, reduction, None if scale is None else _constant(scale), return_report
@@ -232,6 +236,7 @@ def _kernel_arguments(
         options.knowledge_filter,
         options.mentoring,
         options.weighting,
+        options.weight_of_mentors(student.shape[1], len(mentors)),
         None if options.task_weight == "confidence" else options.task_weight,
         options.rank_decimals,
         options.label_smoothing,
@@ -242,7 +247,10 @@ def _kernel_arguments(
 def _flat(options: LossOptions) -> tuple[object, ...]:
     """The options in order, in types that an operator's arguments can have."""
     values = vars(options)
-    return tuple({**values, "task_weight": str(values["task_weight"])}.values())
+    texts = {"task_weight": str(values["task_weight"])}
+    if (weight := values["mentor_weight"]) is not None:
+        texts["mentor_weight"] = str(weight)
+    return tuple((values | texts).values())
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -57,11 +57,6 @@ def check_inputs(
         _same_device(f"mentor_logits[{index}]", mentor, student_logits)
     _check_targets(targets, student_logits)
     if mentor_weight is not None:
-        if not isinstance(mentor_weight, Tensor):
-            raise TypeError(
-                "mentor_weight must be a tensor on the logits' device (a list would have to be "
-                f"copied there at every call), got {type(mentor_weight).__name__}"
-            )
         if not mentor_weight.is_floating_point():
             raise TypeError(f"mentor_weight must be floating point, got {mentor_weight.dtype}")
         if mentor_weight.shape != (len(mentors),):
@@ -71,6 +66,15 @@ def check_inputs(
             )
         _same_device("mentor_weight", mentor_weight, student_logits)
     return mentors
+
+
+def split_mentor_weight(
+    mentor_weight: Tensor | float | str | None,
+) -> tuple[Tensor | None, float | str | None]:
+    """The tensor [M] of weights, if that is what was given, and else the option of that name."""
+    if isinstance(mentor_weight, Tensor):
+        return mentor_weight, None
+    return None, mentor_weight
 
 
 def _logits(name: str, value: object, index: int | None = None) -> None:

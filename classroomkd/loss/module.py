@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ class ClassroomLoss(nn.Module):
     """`fused_classroom_loss` with its options fixed.
 
     Args:
-        mentor_weight: M further weights g_m, a sequence or a tensor [M]. A buffer: it moves with
-            the module and is saved with it.
+        mentor_weight: a number ≥ 0 or "auto", as for `classroom_loss`; or M weights g_m, a sequence
+            or a tensor [M], which become a buffer: they move with the module and are saved with it.
         process_group: see `classroom_loss`.
         **options: the other options of `fused_classroom_loss`, from ``temperature`` to
             ``reduction``, checked at once.
@@ -36,20 +37,17 @@ class ClassroomLoss(nn.Module):
     def __init__(
         self,
         *,
-        mentor_weight: Sequence[float] | Tensor | None = None,
+        mentor_weight: Sequence[float] | Tensor | float | str | None = None,
         process_group: ProcessGroup | None = None,
         **options: float | str | int | None,
     ) -> None:
         super().__init__()
-        self.options = LossOptions(**options)
+        weights = None
+        if not isinstance(mentor_weight, float | int | str | None):
+            weights, mentor_weight = _one_each(mentor_weight), None
+        self.options = LossOptions(mentor_weight=mentor_weight, **options)
         self.process_group = process_group
-        if mentor_weight is not None:
-            mentor_weight = torch.as_tensor(mentor_weight, dtype=torch.float32).detach().clone()
-            if mentor_weight.dim() != 1:
-                raise ValueError(
-                    f"mentor_weight must have shape [M], got {list(mentor_weight.shape)}"
-                )
-        self.register_buffer("mentor_weight", mentor_weight)
+        self.register_buffer("mentor_weight", weights)
 
     def forward(
         self,
@@ -64,10 +62,9 @@ class ClassroomLoss(nn.Module):
             student_logits,
             mentor_logits,
             targets,
-            mentor_weight=self.mentor_weight,
             process_group=self.process_group,
             return_report=return_report,
-            **vars(self.options),
+            **self._options(),
         )
 
     def loss_and_grad(
@@ -84,13 +81,28 @@ class ClassroomLoss(nn.Module):
             student_logits,
             mentor_logits,
             targets,
-            mentor_weight=self.mentor_weight,
             scale=scale,
             process_group=self.process_group,
             return_report=return_report,
-            **vars(self.options),
+            **self._options(),
         )
 
     def extra_repr(self) -> str:
         """Show the options."""
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
+
+    def _options(self) -> dict[str, Any]:
+        given = {} if self.mentor_weight is None else {"mentor_weight": self.mentor_weight}
+        return vars(self.options) | given
+
+
+def _one_each(mentor_weight: Sequence[float] | Tensor) -> Tensor:
+    weights = torch.as_tensor(mentor_weight, dtype=torch.float32).detach().clone()
+    if weights.dim() != 1:
+        raise ValueError(f"mentor_weight must have shape [M], got {list(weights.shape)}")
+    for index, weight in enumerate(weights.tolist()):
+        if not 0 <= weight < math.inf:
+            raise ValueError(
+                f"mentor_weight must be finite and not negative, got {weight} for mentor {index}"
+            )
+    return weights

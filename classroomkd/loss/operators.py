@@ -18,7 +18,7 @@ from torch import Tensor, library
 
 from classroomkd.loss.definition import loss_and_grad_by_definition
 from classroomkd.loss.derivative import final
-from classroomkd.loss.options import LossOptions
+from classroomkd.loss.options import AUTOMATIC, LossOptions
 
 _library = library.Library("classroomkd", "DEF")
 
@@ -62,6 +62,7 @@ def _loss(
     knowledge_filter: str,
     mentoring: str,
     weighting: str,
+    mentors_weight: float,
     task_weight: float | None,
     rank_decimals: int | None,
     label_smoothing: float,
@@ -83,6 +84,7 @@ def _loss(
         knowledge_filter=knowledge_filter,
         mentoring=mentoring,
         weighting=weighting,
+        mentors_weight=mentors_weight,
         task_weight=task_weight,
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
@@ -160,6 +162,7 @@ def _loss_and_grad(
     knowledge_filter: str,
     mentoring: str,
     weighting: str,
+    mentors_weight: float,
     task_weight: float | None,
     rank_decimals: int | None,
     label_smoothing: float,
@@ -181,6 +184,7 @@ def _loss_and_grad(
         knowledge_filter=knowledge_filter,
         mentoring=mentoring,
         weighting=weighting,
+        mentors_weight=mentors_weight,
         task_weight=task_weight,
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
@@ -218,6 +222,7 @@ def _definition_and_grad(
     rank_decimals: int | None,
     label_smoothing: float,
     ignore_index: int,
+    mentor_weight_for_all: str | None,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient and report by definition, where no kernel serves."""
@@ -231,6 +236,11 @@ def _definition_and_grad(
         rank_decimals=rank_decimals,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
+        mentor_weight=(
+            mentor_weight_for_all
+            if mentor_weight_for_all in (None, AUTOMATIC)
+            else float(mentor_weight_for_all)
+        ),
         reduction=reduction,
     )
     # Below an operator autograd is off, and it is autograd that the gradient comes from.

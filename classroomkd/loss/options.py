@@ -12,6 +12,7 @@ KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
 WEIGHTINGS = ("rank", "uniform")
 REDUCTIONS = ("mean", "sum", "none")
+AUTOMATIC = "auto"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class LossOptions:
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
     ignore_index: int = -100
+    mentor_weight: float | str | None = None
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class LossOptions:
                 )
             if not _number("task_weight", self.task_weight) >= 0:
                 raise ValueError(f"task_weight must not be negative, got {self.task_weight}")
+        if self.mentor_weight is not None:
+            _check_mentor_weight(self.mentor_weight)
         if self.rank_decimals is not None:
             _integer("rank_decimals", self.rank_decimals)
             if not 0 <= self.rank_decimals <= 15:
@@ -62,6 +66,45 @@ class LossOptions:
         if not 0 <= _number("label_smoothing", self.label_smoothing) <= 1:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         _integer("ignore_index", self.ignore_index)
+
+    def weight_of_mentors(self, n_classes: int, n_mentors: int) -> float:
+        """The number that multiplies every mentor's term."""
+        if self.mentor_weight is None:
+            return 1.0
+        if self.mentor_weight == AUTOMATIC:
+            return automatic_mentor_weight(n_classes, n_mentors)
+        return float(self.mentor_weight)
+
+
+def automatic_mentor_weight(n_classes: int, n_mentors: int) -> float:
+    """What ``mentor_weight="auto"`` stands for: min(1, max(0.75, C / 15) / M).
+
+    At the start the gradient of cross-entropy has about the same norm for any number of classes.
+    That of the mentors' terms is about Σ_m r_m (z_s − z_m) / C: the ranks add up to nearly M, so it
+    grows with the number of mentors M and shrinks with the number of classes C. Multiplied by a
+    number proportional to C / M the two stay in proportion. The bounds keep the mentors heard where
+    classes are few, and never give them more than the paper's weight, 1.
+
+    Args:
+        n_classes: C, at least 1.
+        n_mentors: M, at least 1.
+
+    """
+    return min(1.0, max(0.75, n_classes / 15) / n_mentors)
+
+
+def _check_mentor_weight(value: object) -> None:
+    if isinstance(value, str):
+        if value != AUTOMATIC:
+            raise ValueError(f"mentor_weight must be a number or {AUTOMATIC!r}, got {value!r}")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"mentor_weight must be None, a number, {AUTOMATIC!r} or a tensor on the logits' "
+            f"device, got {value!r}"
+        )
+    if not _number("mentor_weight", value) >= 0:
+        raise ValueError(f"mentor_weight must not be negative, got {value}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -129,6 +129,7 @@ class LossConfig:
     knowledge_filter: Literal["better", "correct", "correct_and_better", "none"] = "better"
     mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
     weighting: Literal["rank", "uniform"] = "rank"
+    mentor_weight: float | str | None = None
     task_weight: float | str = "confidence"
     rank_decimals: int | None = None
     label_smoothing: float = 0.0

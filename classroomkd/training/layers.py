@@ -15,6 +15,8 @@ from classroomkd.errors import UserError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # which takes an eighth of the time
 
+_NUMBER_OR_TEXT = ("task_weight", "mentor_weight")  # of loss
+
 
 def read(file: Path) -> bytes:
     """The content of a file; UserError if it cannot be read."""
@@ -42,9 +44,10 @@ def layer(values: Mapping[str, Any]) -> Any:
         values["mentors"] = [
             mentor(one) if isinstance(one, str) else one for one in values["mentors"]
         ]
-    if isinstance(loss := values.get("loss"), Mapping) and type(loss.get("task_weight")) is int:
+    if isinstance(loss := values.get("loss"), Mapping):
         # OmegaConf takes a whole number for a float, but not where it could also be a text.
-        values["loss"] = {**loss, "task_weight": float(loss["task_weight"])}
+        whole = {key: float(loss[key]) for key in _NUMBER_OR_TEXT if type(loss.get(key)) is int}
+        values["loss"] = {**loss, **whole}
     return OmegaConf.create(values)
 
 
@@ -60,8 +63,9 @@ def override(recipe: Any, key: str, value: Any) -> None:
     """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
     if key in ("mentors", "loss"):
         value = layer({key: value})[key]
-    elif key == "loss.task_weight":
-        value = layer({"loss": {"task_weight": value}}).loss.task_weight
+    elif key in [f"loss.{name}" for name in _NUMBER_OR_TEXT]:
+        name = key.removeprefix("loss.")
+        value = layer({"loss": {name: value}}).loss[name]
     one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
     if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
@@ -91,6 +95,8 @@ def reason(error: Exception) -> str:
         return f"{where}must be a list, like [a,b]"
     if "Cannot convert" in text and "to string" in text:
         return f"{where}must be one text, not {text.partition('string: ')[2][1:-1]}"
+    if wrong := re.search(r"Value '(.*)' of type .* type hint '.*Union\[float, str\]", text):
+        return f"{where}must be a number or a text, not {wrong[1]}"
     if "missing mandatory value" in text:
         return f"{where}needs a value: ??? stands for none"
     if name := re.search(r"Interpolation key '(.*)' not found", text):

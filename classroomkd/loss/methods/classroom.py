@@ -52,7 +52,7 @@ class Classroom(Method):
         self,
         *,
         standardise: bool = False,
-        mentor_weight: Sequence[float] | Tensor | None = None,
+        mentor_weight: Sequence[float] | Tensor | float | str | None = None,
         process_group: ProcessGroup | None = None,
         **options: float | str | int | None,
     ) -> None:
