@@ -2,9 +2,9 @@
 
     python benchmarks/document.py [OUT]
 
-writes them, and the tables of docs/reproduction.md and docs/teaching.md, from benchmarks/results/. OUT is a folder that
-the benchmarks wrote, as run_gpu.sh does: its records are first copied to the folder of their
-device, in the place of older ones.
+writes them, and the tables of docs/reproduction.md and docs/teaching.md, from benchmarks/results/.
+OUT is a folder that the benchmarks wrote, as run_gpu.sh does: its records are first copied to the
+folder of their device, in the place of older ones.
 """
 
 from __future__ import annotations

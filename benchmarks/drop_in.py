@@ -159,14 +159,16 @@ def _cross_entropy(logits: Tensor, _: list[Tensor], targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets)
 
 
-def loss_function(loss: str, mentor_weight: float | None, temperature: float | None, m: int):
+def loss_function(
+    loss: str, mentor_weight: float | None, temperature: float | None
+) -> LossFunction:
     """What `train` takes as its loss."""
     if loss == "cross-entropy":
         return _cross_entropy
     if loss == "kd":
         kd = create("kd")
         return lambda logits, mentors, targets: kd(Outputs(logits), [Outputs(mentors[0])], targets)
-    return ClassroomLoss(temperature=temperature, mentor_weight=[mentor_weight] * m)
+    return ClassroomLoss(temperature=temperature, mentor_weight=mentor_weight)
 
 
 def plan() -> Iterator[dict[str, object]]:
@@ -204,7 +206,7 @@ def main() -> None:
         data = images_of(row["set"])
         logits, accuracies = mentors_of(row["network"], row["set"])
         m = row["mentors"]
-        loss = loss_function(row["loss"], row["mentor_weight"], row["temperature"], m)
+        loss = loss_function(row["loss"], row["mentor_weight"], row["temperature"])
         epochs = epochs_of(row["network"], data)
         model = train(row["network"], data, epochs, row["seed"], loss, logits[:m])
         kept.add(

@@ -54,13 +54,13 @@ CELLS = (
     ("photos 20", 40, "mobilenetv2"),
 )
 # Method and, of classrooms, the weights of all mentors together; "paper" is 1 for each.
-CANDIDATES = ((("alone", None), ("classroom", 2.0), ("classroom", 0.75)), (("kd", None),))
+CANDIDATES = ((("alone", None), ("classroom", 2.0), ("classroom", 0.5)), (("kd", None),))
 KEYS = ("set", "images_per_class", "student", "method", "mentor_weight", "seed")
 
 
 @cache
 def whole(name: str, photos: Path | None) -> tuple[ImageSet, ImageSet]:
-    """All images of a set by its name: those for training and validation, and those for the test."""
+    """All images of a set by its name: for training and validation, and for the test."""
     if name == "digits":
         return digits()
     kind, number = name.split()
@@ -109,19 +109,6 @@ def plan(photos: Path | None) -> Iterator[dict[str, object]]:
                     yield dict(zip(KEYS, values, strict=True))
 
 
-class Weighted(Classroom):
-    mentor_weight = 1.0
-
-    def _method(self):
-        from classroomkd.loss.methods import create
-
-        if self.recipe.method != "classroom":
-            return super()._method()
-        return create(
-            "classroom", **vars(self.recipe.loss), mentor_weight=[self.mentor_weight] * len(MENTORS)
-        )
-
-
 def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str, object]:
     """Train the student of a row, and its mentors where the store has them not."""
     train, validation, test = sets(row["set"], row["images_per_class"], photos)
@@ -137,6 +124,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
                 "loader": "resident",
             },
             "training": {"epochs": EPOCHS},
+            **({"loss": {"mentor_weight": weight}} if (weight := row["mentor_weight"]) else {}),
             "seed": row["seed"],
             "mentor_seed": 0,
             "device": "cpu",
@@ -146,8 +134,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
     )
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    classroom = Weighted(recipe, Console(quiet=True))
-    classroom.mentor_weight = row["mentor_weight"]
+    classroom = Classroom(recipe, Console(quiet=True))
     summary = classroom.run(train, test, folder, validation_set=validation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in lines if line["phase"] in ("alone", "classroom"))

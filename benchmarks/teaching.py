@@ -1,4 +1,4 @@
-"""The tables of docs/teaching.md, from the records of gradients.py, drop_in.py and small_data.py."""
+"""The tables of docs/teaching.md: of gradients.py, drop_in.py and small_data.py."""
 
 from __future__ import annotations
 
