@@ -182,7 +182,7 @@ def plan() -> Iterator[dict[str, object]]:
     for place in FIRST:
         yield from of(*place, 0, "cross-entropy")
         yield from of(*place, 1, "kd")
-        for weight in (1.0, 0.5, 0.3, 0.25, 0.2, 0.1):
+        for weight in (1.0, 0.5, 0.3, 0.25, 0.2, 1 / 6, 0.1):
             yield from of(*place, 3, "classroom", weight, 12.0)
         yield from of(*place, 3, "classroom", 1.0, 4.0)
     groups = (("plain", 3), ("plain", 1), ("normed", 3), ("plain", 6), ("normed", 1), ("normed", 6))
