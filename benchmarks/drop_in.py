@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from classroomkd import ClassroomLoss
+from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.methods import Outputs, create
 from measure import KeptRows
 
@@ -31,9 +32,15 @@ BATCH = 32
 PER_CLASS = {5: 60, 20: 40, 50: 30}  # drawn for training; 40 more are held out
 # Of the two networks that the loss was first seen to harm, all of the losses.
 FIRST = (("digits", "pooled"), ("digits", "plain"))
-SETS = ("digits", "drawn 5", "drawn 20", "drawn 50")
+SETS = {"digits": 10, "drawn 5": 5, "drawn 20": 20, "drawn 50": 50}  # and their classes
 # The weights of all mentors together, which is what decides.
-TOGETHER = (0.5, 0.75, 1.0, 2.0)
+TOGETHER = (0.75, 1.0, 2.0)
+# Of each mentor: how many times a student's epochs, and which share of the images.
+STRENGTHS = {
+    "pooled": ((3, 1.0), (2, 1.0), (0.8, 1.0), (3, 0.5), (2, 0.5), (3, 1.0)),
+    "plain": ((3, 1.0), (2, 1.0), (0.3, 0.5), (2, 1.0), (1, 0.5), (0.5, 1.0)),
+    "normed": ((2, 1.0), (1, 1.0), (0.5, 1.0), (2, 1.0), (1, 0.5), (0.3, 1.0)),
+}
 KEYS = ("set", "network", "mentors", "loss", "mentor_weight", "temperature", "seed")
 
 LossFunction = Callable[[Tensor, list[Tensor], Tensor], Tensor]
@@ -130,29 +137,20 @@ def top1(model: nn.Module, data: Images, indices: Tensor) -> float:
     return right.double().mean().item()
 
 
-def epochs_of(name: str, data: Images) -> int:
+def epochs_of(data: Images) -> int:
     """Of a student's training: 10, or for smaller sets as many as make 190 steps."""
     return max(10, 6000 // len(data.train))
 
 
 @cache
-def mentors_of(name: str, set_name: str) -> tuple[list[Tensor], list[float]]:
-    """Logits of six mentors of mixed strength, of the student's own architecture, and top-1."""
+def mentor(name: str, set_name: str, number: int) -> tuple[Tensor, float]:
+    """Logits of all images and top-1 of one of six mentors of the student's own architecture."""
     data = images_of(set_name)
-    e = epochs_of(name, data)
-    by_network = {
-        "pooled": ((3, 1.0), (2, 1.0), (0.8, 1.0), (3, 0.5), (2, 0.5), (3, 1.0)),
-        "plain": ((3, 1.0), (2, 1.0), (0.3, 0.5), (2, 1.0), (1, 0.5), (0.5, 1.0)),
-        "normed": ((2, 1.0), (1, 1.0), (0.5, 1.0), (2, 1.0), (1, 0.5), (0.3, 1.0)),
-    }
-    logits, accuracies = [], []
-    for number, (times, share) in enumerate(by_network[name]):
-        epochs = max(1, round(times * e))
-        model = train(name, data, epochs, 100 + number, _cross_entropy, share=share)
-        with torch.no_grad():
-            logits.append(model(data.images))
-        accuracies.append(round(top1(model, data, data.test), 4))
-    return logits, accuracies
+    times, share = STRENGTHS[name][number]
+    epochs = max(1, round(times * epochs_of(data)))
+    model = train(name, data, epochs, 100 + number, _cross_entropy, share=share)
+    with torch.no_grad():
+        return model(data.images), round(top1(model, data, data.test), 4)
 
 
 def _cross_entropy(logits: Tensor, _: list[Tensor], targets: Tensor) -> Tensor:
@@ -186,11 +184,15 @@ def plan() -> Iterator[dict[str, object]]:
             yield from of(*place, 3, "classroom", weight, 12.0)
         yield from of(*place, 3, "classroom", 1.0, 4.0)
     groups = (("plain", 3), ("plain", 1), ("normed", 3), ("plain", 6), ("normed", 1), ("normed", 6))
-    for name, m in groups:
-        for set_name in SETS:
-            yield from of(set_name, name, 0, "cross-entropy")
-            for weight in sorted({1.0, *(min(1.0, g / m) for g in TOGETHER)}):
-                yield from of(set_name, name, m, "classroom", weight, 12.0)
+    for explored in (False, True):
+        for name, m in groups:
+            for set_name, n_classes in SETS.items():
+                yield from of(set_name, name, 0, "cross-entropy")
+                weights = {automatic_mentor_weight(n_classes, m), 1.0}
+                if explored:
+                    weights = {min(1.0, together / m) for together in TOGETHER}
+                for weight in sorted(weights):
+                    yield from of(set_name, name, m, "classroom", weight, 12.0)
 
 
 def main() -> None:
@@ -204,17 +206,17 @@ def main() -> None:
     missing = [row for row in wanted.values() if not kept.has(**row)]
     for row in track(missing, "students"):
         data = images_of(row["set"])
-        logits, accuracies = mentors_of(row["network"], row["set"])
-        m = row["mentors"]
+        mentors = [mentor(row["network"], row["set"], k) for k in range(row["mentors"])]
         loss = loss_function(row["loss"], row["mentor_weight"], row["temperature"])
-        epochs = epochs_of(row["network"], data)
-        model = train(row["network"], data, epochs, row["seed"], loss, logits[:m])
+        epochs = epochs_of(data)
+        logits = [logits for logits, _ in mentors]
+        model = train(row["network"], data, epochs, row["seed"], loss, logits)
         kept.add(
             row
             | {
                 "classes": data.classes,
                 "epochs": epochs,
-                "mentors_top1": accuracies[:m],
+                "mentors_top1": [accuracy for _, accuracy in mentors],
                 "train_top1": round(top1(model, data, data.train), 4),
                 "top1": round(top1(model, data, data.test), 4),
             }

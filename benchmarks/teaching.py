@@ -9,6 +9,7 @@ from typing import Any
 
 from scipy.stats import t as student_t
 
+from classroomkd.loss import automatic_mentor_weight
 from classroomkd.report.document import markdown_table
 from classroomkd.report.numbers import differences, percent, spread
 
@@ -38,21 +39,19 @@ def _gradients(rows: Sequence[Row]) -> Iterator[str]:
         (row["classes"], row["mentors"], row["temperature"], row["left_out"]): row["times_task"]
         for row in first
     }
-    mentors = sorted({m for _, m, _, _ in cells})
-    kinds = [
-        ("temperature 12", 12.0, "nothing"),
-        ("temperature 1", 1.0, "nothing"),
-        ("12, without the ranks", 12.0, "rank weights"),
-        ("without temperatures", 12.0, "temperatures"),
-    ]
+    classes, mentors = (sorted({key[n] for key in cells}) for n in (0, 1))
+    kinds = {
+        "temperature 12": (12.0, "nothing"),
+        "temperature 1": (1.0, "nothing"),
+        "temperature 12, 1 in place of the rank weights": (12.0, "rank weights"),
+        "no temperatures": (12.0, "temperatures"),
+    }
     yield markdown_table(
-        ["classes", *(f"{kind}, M = {m}" for kind, *_ in kinds for m in mentors)],
+        ["", "M", *(f"C = {c:,}" for c in classes)],
         [
-            [
-                str(c),
-                *(f"{cells[c, m, t, without]:.2g}" for _, t, without in kinds for m in mentors),
-            ]
-            for c in sorted({c for c, *_ in cells})
+            [name, str(m), *(f"{cells[c, m, *kind]:.2g}" for c in classes)]
+            for name, kind in kinds.items()
+            for m in mentors
         ],
     )
 
@@ -62,7 +61,9 @@ def _name(row: Row) -> str:
     if row.get("loss", row.get("method")) != "classroom":
         return {"kd": "KD"}.get(row.get("loss", row.get("method")), row.get("loss", "alone"))
     cool = "" if row.get("temperature", 12.0) == 12.0 else f", temperature {row['temperature']:g}"
-    return f"classroom, weight {row['mentor_weight']:.3g}{cool}"
+    weight, m = row["mentor_weight"], len(row["mentors_top1"])
+    automatic = math.isclose(weight, automatic_mentor_weight(row["classes"], m))
+    return f"classroom, weight {weight:.3g}{' (auto)' * automatic}{cool}"
 
 
 def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
@@ -76,6 +77,12 @@ def _by_seed(rows: Sequence[Row], column: str = "top1") -> dict[int, float]:
     return {row["seed"]: row[column] for row in rows}
 
 
+def _order(item: tuple[tuple, list[Row]]) -> tuple:
+    """By the number of mentors, and the classroom's weight from the paper's down."""
+    (m, loss, weight, temperature), _ = item
+    return m, loss, temperature or 0, -(weight or 0)
+
+
 def is_dead(row: Row) -> bool:
     """Whether a student gets hardly more of its training images right than by guessing."""
     return row["train_top1"] < 1.5 / row["classes"]
@@ -86,7 +93,7 @@ def _drop_in(rows: Sequence[Row]) -> Iterator[str]:
     for place, own in _grouped(rows, ("set", "network")).items():
         baseline = _by_seed([row for row in own if row["loss"] == "cross-entropy"])
         groups = _grouped(own, ("mentors", "loss", "mentor_weight", "temperature"))
-        for (m, *_), group in groups.items():
+        for (m, *_), group in sorted(groups.items(), key=_order):
             found = differences(_by_seed(group), baseline)
             error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
             lines.append(

@@ -150,7 +150,7 @@ def made_up(method, weight, tops):
         {
             **{"set": "drawn 5", "images_per_class": 40, "student": "resnet8"},
             **{"method": method, "mentor_weight": weight, "seed": seed, "classes": 5},
-            **{"validation_top1": top, "top1": top},
+            **{"validation_top1": top, "top1": top, "mentors_top1": [0.9, 0.9]},
         }
         for seed, top in enumerate(tops)
     ]
@@ -171,7 +171,7 @@ def test_the_dead_are_counted():
         {
             **{"set": "digits", "network": "plain", "mentors": 3, "loss": loss},
             **{"mentor_weight": weight, "temperature": None, "seed": seed, "classes": 10},
-            **{"top1": top, "train_top1": top},
+            **{"top1": top, "train_top1": top, "mentors_top1": [0.9] * 3},
         }
         for loss, weight, tops in (
             ("cross-entropy", None, (0.9, 0.9)),
