@@ -41,7 +41,8 @@ STRENGTHS = {
     "plain": ((3, 1.0), (2, 1.0), (0.3, 0.5), (2, 1.0), (1, 0.5), (0.5, 1.0)),
     "normed": ((2, 1.0), (1, 1.0), (0.5, 1.0), (2, 1.0), (1, 0.5), (0.3, 1.0)),
 }
-KEYS = ("set", "network", "mentors", "loss", "mentor_weight", "temperature", "seed")
+OPTIONS = ("mentor_weight", "temperature", "task_weight")
+KEYS = ("set", "network", "mentors", "loss", *OPTIONS, "seed")
 
 LossFunction = Callable[[Tensor, list[Tensor], Tensor], Tensor]
 
@@ -157,42 +158,53 @@ def _cross_entropy(logits: Tensor, _: list[Tensor], targets: Tensor) -> Tensor:
     return cross_entropy(logits, targets)
 
 
-def loss_function(
-    loss: str, mentor_weight: float | None, temperature: float | None
-) -> LossFunction:
-    """What `train` takes as its loss."""
+def loss_function(loss: str, options: dict[str, float | str]) -> LossFunction:
+    """What `train` takes as its loss; ``options`` are the classroom's."""
     if loss == "cross-entropy":
         return _cross_entropy
     if loss == "kd":
         kd = create("kd")
         return lambda logits, mentors, targets: kd(Outputs(logits), [Outputs(mentors[0])], targets)
-    return ClassroomLoss(temperature=temperature, mentor_weight=mentor_weight)
+    return ClassroomLoss(**options)
 
 
 def plan() -> Iterator[dict[str, object]]:
     """What each row is to measure, the most important first."""
 
-    def of(set_name: str, network: str, m: int, loss: str, weight=None, temperature=None):
+    def of(place: tuple[str, str], m: int, loss: str) -> Iterator[dict[str, object]]:
         for seed in SEEDS:
-            values = (set_name, network, m, loss, weight, temperature, seed)
-            yield dict(zip(KEYS, values, strict=True))
+            yield dict(zip(KEYS, (*place, m, loss, None, None, None, seed), strict=True))
+
+    def classroom(
+        place: tuple[str, str],
+        m: int,
+        weight: float,
+        temperature: float = 12.0,
+        task_weight: float | str = "confidence",
+    ) -> Iterator[dict[str, object]]:
+        for row in of(place, m, "classroom"):
+            yield row | dict(zip(OPTIONS, (weight, temperature, task_weight), strict=True))
 
     for place in FIRST:
-        yield from of(*place, 0, "cross-entropy")
-        yield from of(*place, 1, "kd")
+        yield from of(place, 0, "cross-entropy")
+        yield from of(place, 1, "kd")
         for weight in (1.0, 0.5, 0.3, 0.25, 0.2, 1 / 6, 0.1):
-            yield from of(*place, 3, "classroom", weight, 12.0)
-        yield from of(*place, 3, "classroom", 1.0, 4.0)
+            yield from classroom(place, 3, weight)
+        yield from classroom(place, 3, 1.0, temperature=4.0)
+        yield from classroom(place, 3, 1 / 6, task_weight=1.0)
     groups = (("plain", 3), ("plain", 1), ("normed", 3), ("plain", 6), ("normed", 1), ("normed", 6))
     for explored in (False, True):
         for name, m in groups:
             for set_name, n_classes in SETS.items():
-                yield from of(set_name, name, 0, "cross-entropy")
-                weights = {automatic_mentor_weight(n_classes, m), 1.0}
+                place, automatic = (set_name, name), automatic_mentor_weight(n_classes, m)
                 if explored:
-                    weights = {min(1.0, together / m) for together in TOGETHER}
-                for weight in sorted(weights):
-                    yield from of(set_name, name, m, "classroom", weight, 12.0)
+                    for weight in sorted({min(1.0, together / m) for together in TOGETHER}):
+                        yield from classroom(place, m, weight)
+                    continue
+                yield from of(place, 0, "cross-entropy")
+                yield from classroom(place, m, automatic)
+                yield from classroom(place, m, automatic, task_weight=1.0)
+                yield from classroom(place, m, 1.0)
 
 
 def main() -> None:
@@ -207,7 +219,7 @@ def main() -> None:
     for row in track(missing, "students"):
         data = images_of(row["set"])
         mentors = [mentor(row["network"], row["set"], k) for k in range(row["mentors"])]
-        loss = loss_function(row["loss"], row["mentor_weight"], row["temperature"])
+        loss = loss_function(row["loss"], {key: row[key] for key in OPTIONS})
         epochs = epochs_of(data)
         logits = [logits for logits, _ in mentors]
         model = train(row["network"], data, epochs, row["seed"], loss, logits)

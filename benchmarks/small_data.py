@@ -54,9 +54,15 @@ CELLS = (
     ("photos 20", 150, "resnet8"),
     ("photos 20", 40, "mobilenetv2"),
 )
-# Method and, of classrooms, the weights of all mentors together; "paper" is 1 for each.
-CANDIDATES = ((("alone", None), ("classroom", 2.0), ("classroom", 0.5)), (("kd", None),))
-KEYS = ("set", "images_per_class", "student", "method", "mentor_weight", "seed")
+# Method and, of classrooms, the weights of all mentors together and that of the student's own term:
+# the paper's, and "auto" with cross-entropy in full. Then what was tried to find it.
+CANDIDATES = (
+    ("alone", None, None),
+    ("classroom", float(len(MENTORS)), "confidence"),
+    ("classroom", 0.5, 1.0),
+)
+EXPLORED = (("classroom", 0.5, "confidence"), ("classroom", 1.0, 1.0), ("kd", None, None))
+KEYS = ("set", "images_per_class", "student", "method", "mentor_weight", "task_weight", "seed")
 
 
 @cache
@@ -99,20 +105,21 @@ def sets(name: str, per_class: int, photos: Path | None) -> tuple[ImageSet, Imag
 
 def plan(photos: Path | None) -> Iterator[dict[str, object]]:
     """What each row is to measure."""
-    for candidates in CANDIDATES:
+    for candidates in (CANDIDATES, EXPLORED):
         for name, per_class, student in CELLS:
             if name.startswith("photos") and photos is None:
                 continue
-            for method, together in candidates:
+            for method, together, task_weight in candidates:
                 weight = None if together is None else together / len(MENTORS)
                 for seed in SEEDS:
-                    values = (name, per_class, student, method, weight, seed)
+                    values = (name, per_class, student, method, weight, task_weight, seed)
                     yield dict(zip(KEYS, values, strict=True))
 
 
 def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str, object]:
     """Train the student of a row, and its mentors where the store has them not."""
     train, validation, test = sets(row["set"], row["images_per_class"], photos)
+    loss = {key: row[key] for key in ("mentor_weight", "task_weight")}
     recipe = load_recipe(
         values={
             "student": row["student"],
@@ -125,7 +132,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
                 "loader": "resident",
             },
             "training": {"epochs": EPOCHS},
-            **({"loss": {"mentor_weight": weight}} if (weight := row["mentor_weight"]) else {}),
+            **({"loss": loss} if row["method"] == "classroom" else {}),
             "seed": row["seed"],
             "mentor_seed": 0,
             "device": "cpu",

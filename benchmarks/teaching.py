@@ -63,7 +63,9 @@ def _name(row: Row) -> str:
     cool = "" if row.get("temperature", 12.0) == 12.0 else f", temperature {row['temperature']:g}"
     weight, m = row["mentor_weight"], len(row["mentors_top1"])
     automatic = math.isclose(weight, automatic_mentor_weight(row["classes"], m))
-    return f"classroom, weight {weight:.3g}{' (auto)' * automatic}{cool}"
+    task = row.get("task_weight", "confidence")
+    own = "" if task == "confidence" else f", task weight {task:g}"
+    return f"classroom, weight {weight:.3g}{' (auto)' * automatic}{cool}{own}"
 
 
 def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
@@ -79,8 +81,8 @@ def _by_seed(rows: Sequence[Row], column: str = "top1") -> dict[int, float]:
 
 def _order(item: tuple[tuple, list[Row]]) -> tuple:
     """By the number of mentors, and the classroom's weight from the paper's down."""
-    (m, loss, weight, temperature), _ = item
-    return m, loss, temperature or 0, -(weight or 0)
+    (m, loss, weight, temperature, task_weight), _ = item
+    return m, loss, temperature or 0, -(weight or 0), str(task_weight)
 
 
 def is_dead(row: Row) -> bool:
@@ -92,7 +94,7 @@ def _drop_in(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
     for place, own in _grouped(rows, ("set", "network")).items():
         baseline = _by_seed([row for row in own if row["loss"] == "cross-entropy"])
-        groups = _grouped(own, ("mentors", "loss", "mentor_weight", "temperature"))
+        groups = _grouped(own, ("mentors", "loss", "mentor_weight", "temperature", "task_weight"))
         for (m, *_), group in sorted(groups.items(), key=_order):
             found = differences(_by_seed(group), baseline)
             error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
@@ -124,7 +126,7 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
     lines = []
     for place, own in _grouped(rows, ("set", "images_per_class", "student")).items():
         alone = [row for row in own if row["method"] == "alone"]
-        for group in _grouped(own, ("method", "mentor_weight")).values():
+        for group in _grouped(own, ("method", "mentor_weight", "task_weight")).values():
             cells = [place[0], str(place[1]), place[2], _name(group[0])]
             for column in ("validation_top1", "top1"):
                 cells.append(percent(spread([row[column] for row in group])))

@@ -99,7 +99,7 @@ def test_only_the_loss_differs(tmp_path):
         return call
 
     for name in ("cross-entropy", "classroom"):
-        loss = drop_in.loss_function(name, 0.25, 12.0)
+        loss = drop_in.loss_function(name, {"mentor_weight": 0.25})
         drop_in.train("plain", data, 1, 3, watched(loss), mentors, share=0.1)
     first, second = seen[0], seen[len(seen) // 2]
     assert len(seen) == 2 * 3  # of 120 images, 32 a step
@@ -135,14 +135,16 @@ def test_a_student_of_small_data_is_trained_as_train_does(tmp_path, monkeypatch)
     monkeypatch.setattr(small_data, "EPOCHS", 1)
     monkeypatch.setattr(small_data, "MENTORS", ("resnet8",))
     monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
-    values = ("drawn 5", 40, "resnet8", "classroom", 0.375, 1)
+    values = ("drawn 5", 40, "resnet8", "classroom", 0.375, 1.0, 1)
     row = dict(zip(small_data.KEYS, values, strict=True))
     measured = small_data.measure(row, None, tmp_path)
     assert measured["classes"] == 5
     assert len(measured["mentors_top1"]) == 1
     assert 0 < measured["top1"] <= 1
     assert len(list((tmp_path / "cache/mentors").glob("*.safetensors"))) == 1
-    assert "mentor_weight: 0.375" in (tmp_path / "run/config.yaml").read_text()
+    config = (tmp_path / "run/config.yaml").read_text()
+    assert "mentor_weight: 0.375" in config
+    assert "task_weight: 1.0" in config
 
 
 def made_up(method, weight, tops):
@@ -151,6 +153,7 @@ def made_up(method, weight, tops):
             **{"set": "drawn 5", "images_per_class": 40, "student": "resnet8"},
             **{"method": method, "mentor_weight": weight, "seed": seed, "classes": 5},
             **{"validation_top1": top, "top1": top, "mentors_top1": [0.9, 0.9]},
+            "task_weight": 1.0 if method == "classroom" else None,
         }
         for seed, top in enumerate(tops)
     ]
@@ -170,7 +173,8 @@ def test_the_dead_are_counted():
     rows = [
         {
             **{"set": "digits", "network": "plain", "mentors": 3, "loss": loss},
-            **{"mentor_weight": weight, "temperature": None, "seed": seed, "classes": 10},
+            **{"mentor_weight": weight, "task_weight": "confidence", "temperature": 12.0},
+            **{"seed": seed, "classes": 10},
             **{"top1": top, "train_top1": top, "mentors_top1": [0.9] * 3},
         }
         for loss, weight, tops in (
@@ -179,8 +183,6 @@ def test_the_dead_are_counted():
         )
         for seed, top in enumerate(tops)
     ]
-    for row in rows:
-        row["temperature"] = 12.0 if row["loss"] == "classroom" else None
     _, table = teaching.markdown("drop_in", {"rows": rows})
     cells = table.splitlines()[-1].split(" | ")
     assert cells[-2:] == ["1", "2 |"]
