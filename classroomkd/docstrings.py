@@ -17,7 +17,11 @@ def module(file: Path) -> ast.Module:
 
 def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
     """The class or function ``name`` of a module."""
-    return next(node for node in module(file).body if getattr(node, "name", None) == name)
+    return next(
+        node
+        for node in module(file).body
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name
+    )
 
 
 def summary(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
@@ -30,8 +34,7 @@ def fields(node: ast.ClassDef) -> dict[str, str]:
     meanings: dict[str, str] = {}
     for field, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            text = below.value.value if _is_text(below) else ""
-            meanings[field.target.id] = _joined(inspect.cleandoc(text))
+            meanings[field.target.id] = _joined(inspect.cleandoc(_text(below)))
     return meanings
 
 
@@ -51,12 +54,11 @@ def arguments(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
     return meanings
 
 
-def _is_text(node: ast.stmt | None) -> bool:
-    return (
-        isinstance(node, ast.Expr)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    )
+def _text(node: ast.stmt | None) -> str:
+    """The text that a statement consists of, empty if it is another."""
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return node.value.value if isinstance(node.value.value, str) else ""
+    return ""
 
 
 def _joined(text: str) -> str:

@@ -3,9 +3,9 @@
 Imported as ``classroomkd.kernels``. ``device`` has what kernels share. The loss is ``classroom``,
 whose rows stay in registers, or ``tiled`` with ``tiled_scan``, for rows too long for that; the
 resident loader's batches are ``augment``. ``launch`` cuts the work into blocks and makes the
-outputs; ``ahead_of_time`` compiles everything for GPUs that need not be there. Nothing here checks
-arguments or knows of defaults: tensors come checked from ``classroomkd.loss`` and
-``classroomkd.data``.
+outputs; ``ahead_of_time`` compiles everything for GPUs that this machine need not have.
+``report_layout`` is the order of a report's numbers. Nothing here checks arguments: they come
+checked from ``classroomkd.loss`` and ``classroomkd.data``.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -31,6 +32,7 @@ from classroomkd.kernels.launch import (
     confidence_launch,
     scaling_launch,
 )
+from classroomkd.loss.options import LossOptions
 
 TYPES = {
     torch.float32: "fp32",
@@ -42,18 +44,6 @@ TYPES = {
     torch.int16: "i16",
     torch.int8: "i8",
     torch.uint8: "u8",
-}
-DEFAULTS = {
-    "temperature": 12.0,
-    "knowledge_filter": "better",
-    "mentoring": "adaptive",
-    "weighting": "rank",
-    "mentors_weight": 1.0,
-    "task_weight": None,
-    "rank_decimals": None,
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
-    "reduction": "mean",
 }
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -88,7 +78,7 @@ def compile_call(
     ranking: str = "sample",
     gradient: str = "finished",
     with_report: bool = False,
-    **options: object,
+    **options: Any,
 ) -> dict[str, Compiled]:
     """Compile each kernel that a call of the loss would launch, from that launch's own arguments.
 
@@ -101,7 +91,7 @@ def compile_call(
         mentor_weight: its dtype, if there is one.
         gradient: "none"; "autograd", which has a kernel for the backward; "finished", of
             `fused_classroom_loss_and_grad`; "scaled", that with a scale.
-        options: further ones of the loss; ``task_weight`` is None or a number.
+        options: further ones of the loss; None stands for the default.
 
     Returns:
         By name: "confidence" (ranking "batch"), "classroom", "scale_rows" (autograd's backward).
@@ -120,15 +110,15 @@ def compile_call(
     ]
     soft = targets.is_floating_point
     target_values = rows(targets) if soft else torch.empty(n_rows, dtype=targets, device="meta")
-    chosen = DEFAULTS | options
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = LossOptions(ranking=ranking, **given)
     launches, ell_sums = {}, None
     if ranking == "batch":
         ell_sums, launches["confidence"] = confidence_launch(
             student,
             mentors,
             target_values,
-            label_smoothing=chosen["label_smoothing"],
-            ignore_index=chosen["ignore_index"],
+            chosen,
             warp_size=warp_size,
         )
     number = torch.empty((), device="meta")
@@ -138,15 +128,15 @@ def compile_call(
         target_values,
         None if mentor_weight is None else number.new_empty(n_mentors, dtype=mentor_weight),
         ell_sums,
-        **chosen,
+        chosen,
         with_grad=gradient != "none",
         with_report=with_report,
-        finished_grad=gradient in ("finished", "scaled"),
+        scale_grad=gradient in ("finished", "scaled"),
         scale=number if gradient == "scaled" else None,
         warp_size=warp_size,
     )
     if gradient == "autograd":
-        mean = chosen["reduction"] == "mean"
+        mean = chosen.reduction == "mean"
         _, launches["scale_rows"] = scaling_launch(
             outputs.grad, outputs.loss, outputs.count if mean else None
         )

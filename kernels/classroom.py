@@ -26,8 +26,9 @@ known before any r_m) the rows wait in registers. Rows too long for that: ``tile
 All exponentials are powers of two, of v = u · log2(e); what is summed in log2 units is multiplied
 by ln 2 at the end.
 
-Each program leaves its rows' losses (and statistics) in lines [lines, B]; the last program to
-finish sums them, so that one launch gives the batch's loss, with the same bits on every run.
+Each program writes its rows' losses, and for a report their statistics, to row_stats
+[statistics, B]; the last program to arrive sums them. So one launch gives the batch's loss, with
+the same bits on every run.
 """
 
 from __future__ import annotations
@@ -42,44 +43,46 @@ from classroomkd.kernels.device import (
     cross_terms,
     divergence,
     exponents,
-    finish,
-    finished,
     floored,
+    gate_and_temperature,
     is_last_program,
-    lesson_weight,
+    kd_term,
+    kd_weight,
     load_column,
     load_tile,
-    plan_lesson,
-    share_of,
+    rank_share,
+    reduce_batch,
+    scale_grad,
     smoothed,
+    store_batch_stats,
     store_grad,
-    store_lesson,
-    store_line,
+    store_mentor_stats,
     store_row_loss,
-    store_student,
-    sum_lines,
+    store_row_stat,
+    sum_row_stats,
     task_loss,
     task_weights,
     valid_rows,
-    weighted_lesson,
 )
 
 
 @triton.jit
-def _targets(
+def _read_targets(
     target_ptr,
     target_stride,
     label_smoothing,
     ignore_index,
-    row,
-    column,
+    row,  # [R]
+    column,  # [BLOCK_C]
     n_rows,
     C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """Which rows count and which name no class; the target class, 0 where there is none; t, Σ t.
+    """The targets of a block of rows.
 
-    Where the target is one class, unsmoothed, only the gradient uses t, as a comparison.
+    Returns valid [R] and out_of_range [R] (a class index that names no class), the target class [R]
+    (0 where there is none), t [R, BLOCK_C] and Σ_c t(c) [R]. Where the target is one class without
+    smoothing, only the gradient uses t, as a comparison.
     """
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
@@ -117,33 +120,30 @@ def _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS: tl.constexpr):
 
 @triton.jit
 def confidence_kernel(
-    student_ptr,
-    mentor_ptrs,
-    target_ptr,
-    ell_ptr,
-    sums_ptr,
-    counter_ptr,
-    student_stride,
-    mentor_strides,
-    target_stride,
-    n_rows,
-    label_smoothing,
+    student_ptr,  # [B, C] of any row stride
+    mentor_ptrs,  # M of [B, C], likewise
+    target_ptr,  # class indices [B], or probabilities [B, C]
+    ell_ptr,  # float32 [M + 2, B], scratch
+    sums_ptr,  # float32 [M + 2]
+    counter_ptr,  # int32, 0
+    student_stride,  # of rows, in units of ALIGN elements
+    mentor_strides,  # M, likewise
+    target_stride,  # likewise; None for class indices
+    n_rows,  # B
+    label_smoothing,  # or None
     ignore_index,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """For ranking "batch": Σ_b ℓ_k, the student's first, and the number of valid rows: [M + 2].
-
-    ``ell_ptr`` [M + 2, B] is scratch.
-    """
+    """For ranking "batch": Σ_b ℓ_k, the student's first, and the number of valid rows."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_C)
     inside = (row < n_rows)[:, None] & (column < C)[None, :]
-    valid, out_of_range, target, t, t_sum = _targets(
+    valid, out_of_range, target, t, t_sum = _read_targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
@@ -159,107 +159,97 @@ def confidence_kernel(
         d = z - z_max[:, None]
         ell, _, _ = _log_confidence(d, z_max, z_target, t, t_sum, ONE_CLASS)
         ell = tl.where(out_of_range, float("nan"), floored(ell))
-        store_line(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
-    store_line(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
+        store_row_stat(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
+    store_row_stat(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
     if is_last_program(counter_ptr):
-        line = tl.arange(0, BLOCK_LINES)
-        sums = sum_lines(ell_ptr, n_rows, M + 2, BLOCK_LINES, BLOCK_R)
-        tl.store(sums_ptr + line, sums, mask=line < M + 2)
+        stat = tl.arange(0, BLOCK_STATS)
+        sums = sum_row_stats(ell_ptr, n_rows, M + 2, BLOCK_STATS, BLOCK_R)
+        tl.store(sums_ptr + stat, sums, mask=stat < M + 2)
 
 
 @triton.jit
 def classroom_kernel(
-    student_ptr,
-    mentor_ptrs,
-    target_ptr,
-    mentor_weight_ptr,
-    ell_sums_ptr,
-    lines_ptr,
-    grad_ptr,
-    loss_ptr,
-    count_ptr,
-    report_ptr,
-    counter_ptr,
-    scale_ptr,
-    n_valid_ptr,
-    student_stride,
-    mentor_strides,
-    target_stride,
-    n_rows,
+    student_ptr,  # [B, C] of any row stride
+    mentor_ptrs,  # M of [B, C], likewise
+    target_ptr,  # class indices [B], or probabilities [B, C]
+    mentor_weight_ptr,  # [M], or None for 1
+    ell_sums_ptr,  # [M + 2] of `confidence_kernel`, or None for ranking "sample"
+    row_stats_ptr,  # float32 [1, B], or [4 + 4M, B] and as many numbers of scratch
+    grad_ptr,  # [B, C] contiguous, or None
+    loss_ptr,  # float32 [], or None where only the rows' losses are wanted
+    count_ptr,  # float32 [], the valid rows, at least 1; None for the rows' losses alone
+    report_ptr,  # float32 [3 + 4M], or None
+    counter_ptr,  # int32, 0; None for the rows' losses alone
+    scale_ptr,  # one number, or None for 1
+    n_valid_ptr,  # int64 [], the valid rows; None to count them here
+    student_stride,  # of rows, in units of ALIGN elements
+    mentor_strides,  # M, likewise
+    target_stride,  # likewise; None for class indices
+    n_rows,  # B
     temperature,
-    mentors_weight,
-    task_weight,
-    label_smoothing,
-    share_scale,
+    weight_scale,  # multiplies every mentor's term
+    task_weight,  # a_s, or None for the student's confidence
+    label_smoothing,  # or None
+    share_scale,  # 10 to the power of rank_decimals, or None for no rounding
     ignore_index,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     KNOWLEDGE_FILTER: tl.constexpr,
     MENTORING: tl.constexpr,
     RANK_WEIGHTING: tl.constexpr,
     MEAN: tl.constexpr,
-    FINISHED_GRAD: tl.constexpr,
+    SCALE_GRAD: tl.constexpr,
 ):
-    """Loss, gradient and report of a batch; ROWS rows a program.
+    """Loss, gradient and report of a batch; ROWS rows per program. An argument None costs nothing.
 
-    What is not wanted is None and costs nothing: ``grad_ptr``, ``report_ptr``, ``loss_ptr`` (only
-    the rows' losses), ``mentor_weight_ptr``; ``ell_sums_ptr`` (ranking "sample", else
-    `confidence_kernel`'s sums), ``target_stride`` (class indices), ``task_weight`` (the
-    confidence), ``label_smoothing``, ``share_scale`` (no rounding, else 10 to the number of
-    decimals). Strides count units of ALIGN elements.
-
-    lines [1, B], with a report [4M + 3, B] and 4M + 3 numbers of scratch: the rows' losses; then,
-    M lines each, active (0 or 1), r_m, τ_m and KL_m (0 if not active), the student's confidence
-    and cross-entropy; 0 in rows that do not count. ``loss_ptr`` is their mean (MEAN) or sum,
-    ``report_ptr`` [4M + 2] the report's means, ``count_ptr`` the number of valid rows, at least 1.
-
-    grad [B, C] is each row's own gradient; with FINISHED_GRAD it is multiplied by the number at
-    ``scale_ptr`` and, for the mean, divided by the valid rows, which are counted here unless
-    ``n_valid_ptr`` has their number.
+    The first of row_stats is the rows' losses; the others, of which the report is the means, are
+    in the order of ``report_layout``. They are 0 in rows that are not valid. The loss is their mean
+    (MEAN) or sum. The gradient is each row's own; with SCALE_GRAD it is multiplied by the scale
+    and, for the mean, divided by the number of valid rows.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_C)
     in_range = row < n_rows
     inside = in_range[:, None] & (column < C)[None, :]
-    valid, out_of_range, target, t, t_sum = _targets(
+    valid, out_of_range, target, t, t_sum = _read_targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, column, n_rows, C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)
 
-    # All loads first, so that they travel together, and the count beside them.
+    # All loads first, so that their latencies overlap, also with the count's.
     z_s = load_tile(student_ptr, student_stride, row, column, inside, ALIGN)
     logits = ()
     for m in tl.static_range(M):
         z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
         logits = logits + (z_m,)
-    # The target class's logits once more, out of the cache: cheaper than to find them in registers.
+    # The target class's logits again, from the cache: cheaper than selecting them in registers.
     s_target = load_column(student_ptr, student_stride, row, target, n_rows, ALIGN)
     targets = ()
     for m in tl.static_range(M):
         m_target = load_column(mentor_ptrs[m], mentor_strides[m], row, target, n_rows, ALIGN)
         targets = targets + (m_target,)
-    COUNTED: tl.constexpr = FINISHED_GRAD and MEAN
+    COUNTED: tl.constexpr = SCALE_GRAD and MEAN
     n_valid = 1.0
     if COUNTED:
         n_valid = valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows)
 
-    # First half: everyone's confidence. The logits, less their maximum, stay in registers.
+    # First half: all log-confidences. The logits minus their maximum stay in registers.
     s_max = tl.max(z_s, 1)
     d_s = z_s - s_max[:, None]
-    own_ell, e, e_sum = _log_confidence(d_s, s_max, s_target, t, t_sum, ONE_CLASS)
-    sick = out_of_range | (own_ell != own_ell)
+    row_ell, e, e_sum = _log_confidence(d_s, s_max, s_target, t, t_sum, ONE_CLASS)
+    nonfinite = out_of_range | (row_ell != row_ell)
     if ell_sums_ptr is None:
-        ell_s = floored(own_ell)
+        ell_s = floored(row_ell)
     else:
         ell_s = batch_ell(ell_sums_ptr, 0, M, s_max)
-        sick = sick | (ell_s != ell_s)
+        nonfinite = nonfinite | (ell_s != ell_s)
     task = task_weights(ell_s, task_weight)
-    loss = task_loss(task, own_ell)
+    loss = task_loss(task, row_ell)
     if grad_ptr is not None:
         grad = e * (task * t_sum / e_sum)[:, None] - t * task[:, None]
 
@@ -276,7 +266,7 @@ def classroom_kernel(
             ell_m = floored(ell_m)
         else:
             ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
-        sick = sick | (ell_m != ell_m)
+        nonfinite = nonfinite | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
         ds = ds + (d_m,)
         maxima = maxima + (m_max,)
@@ -286,13 +276,14 @@ def classroom_kernel(
     total = tl.exp2((ell_s - top) * LOG2E)
     for m in tl.static_range(M):
         total += tl.exp2((ells[m] - top) * LOG2E)
-    over_total = 1.0 / total
-    share_s = share_of(ell_s, top, over_total, share_scale)
+    inverse_total = 1.0 / total
+    share_s = rank_share(ell_s, top, inverse_total, share_scale)
 
-    # Second half: the lessons of those who teach.
+    # Second half: the terms of the active mentors.
+    mentor_loss = tl.zeros([ROWS], tl.float32)
     for m in tl.static_range(M):
-        share_m = share_of(ells[m], top, over_total, share_scale)
-        active, tau_m, tau_s = plan_lesson(
+        share_m = rank_share(ells[m], top, inverse_total, share_scale)
+        active, tau_m, tau_s = gate_and_temperature(
             ell_s,
             ells[m],
             share_s,
@@ -316,26 +307,31 @@ def classroom_kernel(
             cross = tl.sum(cross_terms(e_m, v_m, v_s), 1)
             sum_s = tl.sum(e_s, 1)
             kl = tl.where(active, divergence(cross, sum_m, sum_s), 0.0)
-            weight = lesson_weight(
-                tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING
+            weight = kd_weight(
+                tau_m, share_m, weight_scale, mentor_weight_ptr, m, M, RANK_WEIGHTING
             )
-            loss += weighted_lesson(active, weight, tau_s, kl)
+            term = kd_term(active, weight, tau_s, kl)
+            loss += term
+            if report_ptr is not None:
+                mentor_loss += term
             if grad_ptr is not None:
                 grad += e_s * tl.where(active, weight / sum_s, 0.0)[:, None]
                 grad -= e_m * tl.where(active, weight / sum_m, 0.0)[:, None]
         if report_ptr is not None:
-            store_lesson(lines_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl)
+            store_mentor_stats(row_stats_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl)
 
-    store_row_loss(lines_ptr, row, n_rows, valid, sick, loss)
+    store_row_loss(row_stats_ptr, row, n_rows, valid, nonfinite, loss)
     if report_ptr is not None:
-        store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell)
+        store_batch_stats(
+            row_stats_ptr, M, row, n_rows, valid, nonfinite, ell_s, row_ell, mentor_loss
+        )
     if grad_ptr is not None:
-        if FINISHED_GRAD:
-            grad = finished(grad, scale_ptr, n_valid, MEAN)
-        store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
+        if SCALE_GRAD:
+            grad = scale_grad(grad, scale_ptr, n_valid, MEAN)
+        store_grad(grad_ptr, grad, row, column, inside, valid, nonfinite, C)
     if count_ptr is not None:
-        finish(
-            lines_ptr,
+        reduce_batch(
+            row_stats_ptr,
             loss_ptr,
             count_ptr,
             report_ptr,
@@ -348,7 +344,7 @@ def classroom_kernel(
             M,
             MEAN,
             COUNTED,
-            BLOCK_LINES,
+            BLOCK_STATS,
             BLOCK_R,
         )
 

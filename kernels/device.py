@@ -5,10 +5,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTICS
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MIN_TAU = tl.constexpr(1e-20)  # nothing is softened any more, and logits over it are finite
 FLOOR = tl.constexpr(-3.4028234663852886e38)  # log-confidence of a probability of exactly 0
+# Statistic 0 of a row is its loss; the report's follow in its order.
+_ACTIVE, _RANK, _TAU, _KL = (
+    tl.constexpr(MENTOR_STATISTICS.index(name))
+    for name in ("active_share", "rank_weight", "temperature", "kl")
+)
+_CONFIDENCE, _TASK_LOSS, _MENTOR_LOSS = (
+    tl.constexpr(BATCH_STATISTICS.index(name))
+    for name in ("student_confidence", "task_loss", "mentor_loss")
+)
+_PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
+_PER_BATCH = tl.constexpr(len(BATCH_STATISTICS))
 
 
 @triton.jit
@@ -26,9 +39,9 @@ def load_column(ptr, stride, row, column, n_rows, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def store_line(ptr, line, row, n_rows, values):
-    """Write values [R] into line ``line`` of a [lines, n_rows] array; offsets in 64 bits."""
-    tl.store(ptr + (tl.zeros_like(row) + line) * n_rows + row, values, mask=row < n_rows)
+def store_row_stat(ptr, stat, row, n_rows, values):
+    """Write values [R] into row ``stat`` of an array [statistics, n_rows]; offsets in 64 bits."""
+    tl.store(ptr + (tl.zeros_like(row) + stat) * n_rows + row, values, mask=row < n_rows)
 
 
 @triton.jit
@@ -80,23 +93,23 @@ def task_weights(ell_s, task_weight):
 
 
 @triton.jit
-def task_loss(task, own_ell):
+def task_loss(task, row_ell):
     """a_s · CE [R]. 0 · log 0 is 0: a confidence of 0 takes an infinite cross-entropy with it."""
-    return tl.where(task == 0.0, 0.0, task * -own_ell)
+    return tl.where(task == 0.0, 0.0, task * -row_ell)
 
 
 @triton.jit
-def share_of(ell, top, over_total, share_scale):
+def rank_share(ell, top, inverse_total, share_scale):
     """exp(ℓ) / Σ_j exp(ℓ_j), with 1 / Σ_j exp(ℓ_j − top); rounded on request."""
-    share = tl.exp2((ell - top) * LOG2E) * over_total
+    share = tl.exp2((ell - top) * LOG2E) * inverse_total
     if share_scale is not None:
         share = round_half_even(share * share_scale) / share_scale
     return share
 
 
 @triton.jit
-def plan_lesson(
-    ell_s,
+def gate_and_temperature(
+    ell_s,  # [R], as are all down to valid
     ell_m,
     share_s,
     share_m,
@@ -109,7 +122,7 @@ def plan_lesson(
     KNOWLEDGE_FILTER: tl.constexpr,
     MENTORING: tl.constexpr,
 ):
-    """Whether the mentor teaches, its temperature and the student's; all [R]."""
+    """Whether the mentor is active (bool), its temperature τ_m and the student's τ_s; each [R]."""
     if share_scale is None:
         better = ell_m >= ell_s
         lead = one_minus_exp(tl.abs(ell_m - ell_s))
@@ -146,18 +159,16 @@ def plan_lesson(
 
 
 @triton.jit
-def weighted_lesson(active, weight, tau_s, kl):
-    """A lesson's part of the loss [R]. A weight of 0 takes an infinite divergence with it."""
+def kd_term(active, weight, tau_s, kl):
+    """A mentor's term of the loss [R]; 0 where the weight is 0, even if KL is infinite."""
     weight = weight * tau_s
     return tl.where(active & (weight != 0.0), weight * kl, 0.0)
 
 
 @triton.jit
-def lesson_weight(
-    tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.constexpr
-):
+def kd_weight(tau_m, share_m, weight_scale, mentor_weight_ptr, m, M, RANK_WEIGHTING: tl.constexpr):
     """g_m · r_m · τ_m [R]: times τ_s the weight of KL_m, alone that of its gradient."""
-    weight = tau_m * mentors_weight
+    weight = tau_m * weight_scale
     if RANK_WEIGHTING:
         weight = weight * (share_m * M)
     if mentor_weight_ptr is not None:
@@ -213,7 +224,7 @@ def valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows):
 
 
 @triton.jit
-def finished(grad, scale_ptr, n_valid, MEAN: tl.constexpr):
+def scale_grad(grad, scale_ptr, n_valid, MEAN: tl.constexpr):
     """A gradient times the scale and, for the mean, over the valid rows."""
     factor = 1.0
     if scale_ptr is not None:
@@ -224,41 +235,50 @@ def finished(grad, scale_ptr, n_valid, MEAN: tl.constexpr):
 
 
 @triton.jit
-def store_lesson(lines_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl):
-    """Mentor m's lines for the report."""
-    store_line(lines_ptr, 1 + m, row, n_rows, active.to(tl.float32))
-    store_line(lines_ptr, 1 + M + m, row, n_rows, tl.where(valid, share_m * M, 0.0))
-    store_line(lines_ptr, 1 + 2 * M + m, row, n_rows, tl.where(valid, tau_m, 0.0))
-    store_line(lines_ptr, 1 + 3 * M + m, row, n_rows, kl)
+def store_mentor_stats(row_stats_ptr, m, M, row, n_rows, valid, active, share_m, tau_m, kl):
+    """Mentor m's statistics of rows, for the report; ``valid`` to ``kl`` are [R]."""
+    rank = tl.where(valid, share_m * M, 0.0)
+    tau = tl.where(valid, tau_m, 0.0)
+    store_row_stat(row_stats_ptr, 1 + _ACTIVE * M + m, row, n_rows, active.to(tl.float32))
+    store_row_stat(row_stats_ptr, 1 + _RANK * M + m, row, n_rows, rank)
+    store_row_stat(row_stats_ptr, 1 + _TAU * M + m, row, n_rows, tau)
+    store_row_stat(row_stats_ptr, 1 + _KL * M + m, row, n_rows, kl)
 
 
 @triton.jit
-def store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell):
-    """The student's lines for the report: its confidence and cross-entropy."""
-    cross_entropy = tl.where(sick, float("nan"), -own_ell)
+def store_batch_stats(row_stats_ptr, M, row, n_rows, valid, nonfinite, ell_s, row_ell, mentor_loss):
+    """The other statistics of rows, for the report; ``valid`` to ``mentor_loss`` are [R]."""
     confidence = tl.where(valid, tl.exp2(ell_s * LOG2E), 0.0)
-    store_line(lines_ptr, 1 + 4 * M, row, n_rows, confidence)
-    store_line(lines_ptr, 2 + 4 * M, row, n_rows, tl.where(valid, cross_entropy, 0.0))
+    cross_entropy = tl.where(nonfinite, float("nan"), -row_ell)
+    mentor_loss = tl.where(nonfinite, float("nan"), mentor_loss)
+    first = 1 + _PER_MENTOR * M
+    store_row_stat(row_stats_ptr, first + _CONFIDENCE, row, n_rows, confidence)
+    store_row_stat(
+        row_stats_ptr, first + _TASK_LOSS, row, n_rows, tl.where(valid, cross_entropy, 0.0)
+    )
+    store_row_stat(
+        row_stats_ptr, first + _MENTOR_LOSS, row, n_rows, tl.where(valid, mentor_loss, 0.0)
+    )
 
 
 @triton.jit
-def store_row_loss(lines_ptr, row, n_rows, valid, sick, loss):
-    """A sick mentor must be seen, not filtered; a row that does not count must not be."""
-    loss = tl.where(sick, float("nan"), loss)
-    store_line(lines_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
+def store_row_loss(row_stats_ptr, row, n_rows, valid, nonfinite, loss):
+    """NaN where any network's row is not finite, even if it was filtered out; 0 if not valid."""
+    loss = tl.where(nonfinite, float("nan"), loss)
+    store_row_stat(row_stats_ptr, 0, row, n_rows, tl.where(valid, loss, 0.0))
 
 
 @triton.jit
-def store_grad(grad_ptr, grad, row, column, inside, valid, sick, C: tl.constexpr):
+def store_grad(grad_ptr, grad, row, column, inside, valid, nonfinite, C: tl.constexpr):
     """A tile of the gradient, in its own dtype."""
-    grad = tl.where(sick[:, None], float("nan"), grad)
+    grad = tl.where(nonfinite[:, None], float("nan"), grad)
     grad = tl.where(valid[:, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
     tl.store(grad_ptr + row[:, None] * C + column[None, :], grad, mask=inside)
 
 
 @triton.jit
 def is_last_program(counter_ptr):
-    """True in the one program that arrives here last; by then all others' lines can be read.
+    """True in the one program that arrives here last; by then it can read all others' row_stats.
 
     The barrier puts this program's writes before its thread's release, and that thread's acquire
     before whatever follows. The counter is left at 0 for the next launch.
@@ -271,24 +291,24 @@ def is_last_program(counter_ptr):
 
 
 @triton.jit
-def sum_lines(
-    lines_ptr, n_rows, LINES: tl.constexpr, BLOCK_LINES: tl.constexpr, BLOCK_R: tl.constexpr
+def sum_row_stats(
+    row_stats_ptr, n_rows, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """Sums over the rows of lines [LINES, n_rows], in an order fixed by their number alone."""
-    line = tl.arange(0, BLOCK_LINES).to(tl.int64)
-    sums = tl.zeros([BLOCK_LINES, BLOCK_R], tl.float32)
+    """Sums over rows of [N_STATS, n_rows], in an order that depends on ``n_rows`` alone."""
+    stat = tl.arange(0, BLOCK_STATS).to(tl.int64)
+    sums = tl.zeros([BLOCK_STATS, BLOCK_R], tl.float32)
     for start in range(0, n_rows, BLOCK_R):
         row = start + tl.arange(0, BLOCK_R)
-        inside = (line < LINES)[:, None] & (row < n_rows)[None, :]
-        offsets = line[:, None] * n_rows + row[None, :]
+        inside = (stat < N_STATS)[:, None] & (row < n_rows)[None, :]
+        offsets = stat[:, None] * n_rows + row[None, :]
         # Other programs wrote these: read the cache that all of them share.
-        sums += tl.load(lines_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+        sums += tl.load(row_stats_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, 1)
 
 
 @triton.jit
-def finish(
-    lines_ptr,
+def reduce_batch(
+    row_stats_ptr,
     loss_ptr,
     count_ptr,
     report_ptr,
@@ -301,26 +321,28 @@ def finish(
     M: tl.constexpr,
     MEAN: tl.constexpr,
     COUNTED: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Let the last program turn the rows' lines into the batch's loss, count and report."""
+    """Let the last program reduce the rows' statistics to the batch's loss, count and report."""
     if is_last_program(counter_ptr):
         if not COUNTED:
             n_valid = count_valid(target_ptr, target_stride, ignore_index, n_rows, 256)
         tl.store(count_ptr, n_valid)
-        LINES: tl.constexpr = 1 if report_ptr is None else 4 * M + 3
-        sums = sum_lines(lines_ptr, n_rows, LINES, BLOCK_LINES, BLOCK_R)
-        line = tl.arange(0, BLOCK_LINES)
+        N_REPORT: tl.constexpr = _PER_MENTOR * M + _PER_BATCH
+        N_STATS: tl.constexpr = 1 if report_ptr is None else 1 + N_REPORT
+        sums = sum_row_stats(row_stats_ptr, n_rows, N_STATS, BLOCK_STATS, BLOCK_R)
+        stat = tl.arange(0, BLOCK_STATS)
         if loss_ptr is not None:
             loss = sums / n_valid if MEAN else sums
-            tl.store(loss_ptr + line, loss, mask=line == 0)
+            tl.store(loss_ptr + stat, loss, mask=stat == 0)
         if report_ptr is not None:
-            # KL is a mean over the rows where the mentor taught; lines 1 … M counted them.
-            scratch_ptr = lines_ptr + (tl.zeros_like(line).to(tl.int64) + LINES) * n_rows
-            tl.store(scratch_ptr + line, sums, mask=line < LINES)
+            # KL is a mean over the rows where the mentor is active, which are counted by its first
+            # statistic; that sum is another thread's, so all go through memory.
+            scratch_ptr = row_stats_ptr + (tl.zeros_like(stat).to(tl.int64) + N_STATS) * n_rows
+            tl.store(scratch_ptr + stat, sums, mask=stat < N_STATS)
             tl.debug_barrier()
-            is_kl = (line > 3 * M) & (line <= 4 * M)
-            n_active = tl.load(scratch_ptr + line - 3 * M, mask=is_kl, other=1.0)
+            is_kl = (stat >= 1 + _KL * M) & (stat < 1 + (_KL + 1) * M)
+            n_active = tl.load(scratch_ptr + stat - (_KL - _ACTIVE) * M, mask=is_kl, other=1.0)
             rows = tl.where(is_kl, tl.maximum(n_active, 1.0), n_valid)
-            tl.store(report_ptr + line - 1, sums / rows, mask=(line >= 1) & (line < LINES))
+            tl.store(report_ptr + stat - 1, sums / rows, mask=(stat >= 1) & (stat < N_STATS))

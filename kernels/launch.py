@@ -6,8 +6,9 @@ Tensors come checked (``classroomkd/loss/inputs.py``) and are float32, float16 o
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 from classroomkd.kernels.counters import counter
+from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
+
+if TYPE_CHECKING:
+    from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
@@ -65,10 +70,10 @@ def scaling_blocks(n_classes: int) -> Blocks:
     return Blocks(block_c, 1024 // block_c, num_warps=4)
 
 
-def sum_blocks(n_lines: int) -> dict[str, int]:
-    """Blocks in which the last program sums so many lines: 1024 numbers at a time."""
-    block_lines = triton.next_power_of_2(n_lines)
-    return {"BLOCK_LINES": block_lines, "BLOCK_R": 1024 // block_lines}
+def sum_blocks(n_stats: int) -> dict[str, int]:
+    """Blocks in which the last program sums so many row statistics: 1024 numbers at a time."""
+    block_stats = triton.next_power_of_2(n_stats)
+    return {"BLOCK_STATS": block_stats, "BLOCK_R": 1024 // block_stats}
 
 
 def alignment(strides: list[int]) -> int:
@@ -90,11 +95,11 @@ class Outputs(NamedTuple):
     loss: Tensor
     """float32, 0-d, or [B] for reduction "none"."""
     grad: Tensor | None
-    """[B, C] in the student's dtype: each row's own gradient, or the finished one."""
+    """[B, C] in the student's dtype: each row's own gradient, or with ``scale_grad`` the loss's."""
     count: Tensor | None
     """float32, 0-d: the valid rows, at least 1; None for reduction "none" without report."""
     report: Tensor | None
-    """float32 [4M + 2]: active share, rank weight, temperature, KL (M each), confidence, task."""
+    """float32, as ``report_layout`` describes."""
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -124,10 +129,9 @@ def _prepare(
     single_pass: triton.JITFunction,
     tiled: triton.JITFunction,
     student: Tensor,
-    mentors: list[Tensor],
+    mentors: Sequence[Tensor],
     targets: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
+    options: LossOptions,
     warp_size: int,
 ) -> Launch:
     """Which of the two kernels is launched, and the arguments that both halves take."""
@@ -152,8 +156,8 @@ def _prepare(
         "mentor_strides": tuple(stride // align for stride in strides[1:]),
         "target_stride": target_stride // align if soft else None,
         "n_rows": n_rows,
-        "label_smoothing": float(label_smoothing) if label_smoothing else None,
-        "ignore_index": ignore_index,
+        "label_smoothing": float(options.label_smoothing) if options.label_smoothing else None,
+        "ignore_index": options.ignore_index,
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
         "ALIGN": align,
@@ -165,64 +169,59 @@ def _prepare(
 
 def confidence_sums(
     student: Tensor,
-    mentors: list[Tensor],
+    mentors: Sequence[Tensor],
     targets: Tensor,
-    *,
-    label_smoothing: float,
-    ignore_index: int,
+    options: LossOptions,
 ) -> Tensor:
     """Sums over the valid rows of ℓ_k, the student's first, and their number: float32 [M + 2]."""
     if student.shape[0] == 0:
         return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
-    sums, launch = confidence_launch(
-        student, mentors, targets, label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    sums, launch = confidence_launch(student, mentors, targets, options)
     launch.run(student.device)
     return sums
 
 
 def confidence_launch(
     student: Tensor,
-    mentors: list[Tensor],
+    mentors: Sequence[Tensor],
     targets: Tensor,
+    options: LossOptions,
     *,
-    label_smoothing: float,
-    ignore_index: int,
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    n_rows, lines = student.shape[0], len(mentors) + 2
-    sums = student.new_empty(lines, dtype=torch.float32)
+    n_rows, n_sums = student.shape[0], len(mentors) + 2
+    sums = student.new_empty(n_sums, dtype=torch.float32)
     launch = _prepare(
         confidence_kernel,
         tiled_confidence_kernel,
         student,
         mentors,
         targets,
-        label_smoothing,
-        ignore_index,
+        options,
         warp_size,
     )
     launch.arguments.update(
-        ell_ptr=student.new_empty((lines, n_rows), dtype=torch.float32),
+        ell_ptr=student.new_empty((n_sums, n_rows), dtype=torch.float32),
         sums_ptr=sums,
         counter_ptr=counter(student.device),
-        **sum_blocks(lines),
+        **sum_blocks(n_sums),
     )
     return sums, launch
 
 
 def classroom_loss_and_grad(
     student: Tensor,
-    mentors: list[Tensor],
+    mentors: Sequence[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
-    **options: Any,
+    options: LossOptions,
+    **wanted: Any,
 ) -> Outputs:
     """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
     outputs, launch = classroom_launch(
-        student, mentors, targets, mentor_weight, ell_sums, **options
+        student, mentors, targets, mentor_weight, ell_sums, options, **wanted
     )
     if launch is not None:
         launch.run(student.device)
@@ -231,24 +230,15 @@ def classroom_loss_and_grad(
 
 def classroom_launch(
     student: Tensor,
-    mentors: list[Tensor],
+    mentors: Sequence[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
+    options: LossOptions,
     *,
-    temperature: float,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    mentors_weight: float,
-    task_weight: float | None,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
     with_grad: bool,
     with_report: bool,
-    finished_grad: bool = False,
+    scale_grad: bool = False,
     scale: Tensor | None = None,
     warp_size: int = WARP_SIZE,
 ) -> tuple[Outputs, Launch | None]:
@@ -258,71 +248,72 @@ def classroom_launch(
         student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
             any class stride, which is made 1 by a copy if it is not.
         ell_sums: `confidence_sums` for ranking "batch", None for ranking "sample".
-        mentors_weight: the number that multiplies every mentor's term.
-        task_weight: None for the student's confidence.
         with_grad: whether to compute the gradient; with_report: likewise.
-        finished_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
+        scale_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
             valid rows.
         scale: one number on the device, or None for 1.
 
     """
     n_rows, n_classes = student.shape
     n_mentors = len(mentors)
+    reduction, decimals = options.reduction, options.rank_decimals
+    task_weight = options.fixed_task_weight
     new = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
     grad = new((n_rows, n_classes), dtype=student.dtype) if with_grad else None
-    report = new(4 * n_mentors + 2) if with_report else None
+    report = new(report_size(n_mentors)) if with_report else None
     if n_rows == 0:
         loss = new(() if reduction != "none" else 0).zero_()
         report = None if report is None else report.zero_()
         return Outputs(loss, grad, torch.ones_like(loss), report), None
 
-    n_lines = 4 * n_mentors + 3 if with_report else 1
-    lines = new(n_lines * n_rows + (n_lines if with_report else 0))
+    n_stats = 1 + report_size(n_mentors) if with_report else 1
+    row_stats = new(n_stats * n_rows + (n_stats if with_report else 0))
     summed = reduction != "none"
     loss = new(()) if summed else None
-    finished = summed or with_report
+    reduced = summed or with_report
     n_valid = None
     if (
-        finished_grad
+        scale_grad
         and reduction == "mean"
         and targets.dim() == 1
         and n_rows > _MAX_ROWS_COUNTED_IN_PASS
     ):
-        n_valid = (targets.long() != ignore_index).sum()  # uint8 would wrap the index around
-    count = new(()) if finished else None
+        n_valid = (
+            targets.long() != options.ignore_index
+        ).sum()  # uint8 would wrap the index around
+    count = new(()) if reduced else None
     launch = _prepare(
         classroom_kernel,
         tiled_classroom_kernel,
         student,
         mentors,
         targets,
-        label_smoothing,
-        ignore_index,
+        options,
         warp_size,
     )
     launch.arguments.update(
         mentor_weight_ptr=None if mentor_weight is None else mentor_weight.contiguous(),
         ell_sums_ptr=ell_sums,
-        lines_ptr=lines,
+        row_stats_ptr=row_stats,
         grad_ptr=grad,
         loss_ptr=loss,
         count_ptr=count,
         report_ptr=report,
-        counter_ptr=counter(student.device) if finished else None,
+        counter_ptr=counter(student.device) if reduced else None,
         scale_ptr=scale,
         n_valid_ptr=n_valid,
-        temperature=float(temperature),
-        mentors_weight=float(mentors_weight),
+        temperature=float(options.temperature),
+        weight_scale=float(options.mentor_weight_for(n_classes, n_mentors)),
         task_weight=None if task_weight is None else float(task_weight),
-        share_scale=None if rank_decimals is None else float(10**rank_decimals),
-        KNOWLEDGE_FILTER=knowledge_filter,
-        MENTORING=mentoring,
-        RANK_WEIGHTING=weighting == "rank",
+        share_scale=None if decimals is None else float(10**decimals),
+        KNOWLEDGE_FILTER=options.knowledge_filter,
+        MENTORING=options.mentoring,
+        RANK_WEIGHTING=options.weighting == "rank",
         MEAN=reduction == "mean",
-        FINISHED_GRAD=finished_grad,
-        **sum_blocks(n_lines),
+        SCALE_GRAD=scale_grad,
+        **sum_blocks(n_stats),
     )
-    return Outputs(loss if summed else lines[:n_rows], grad, count, report), launch
+    return Outputs(loss if summed else row_stats[:n_rows], grad, count, report), launch
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:

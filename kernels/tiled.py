@@ -18,22 +18,22 @@ from classroomkd.kernels.device import (
     cross_terms,
     divergence,
     exponents,
-    finish,
-    finished,
     floored,
-    lesson_weight,
+    gate_and_temperature,
+    kd_term,
+    kd_weight,
     load_column,
     load_tile,
-    plan_lesson,
-    share_of,
+    rank_share,
+    reduce_batch,
+    scale_grad,
+    store_batch_stats,
     store_grad,
-    store_lesson,
+    store_mentor_stats,
     store_row_loss,
-    store_student,
     task_loss,
     task_weights,
     valid_rows,
-    weighted_lesson,
 )
 from classroomkd.kernels.tiled_scan import load_targets, row_max, scan_row, scan_targets
 
@@ -42,53 +42,53 @@ _GROUP = tl.constexpr(4)
 
 @triton.jit
 def tiled_classroom_kernel(
-    student_ptr,
-    mentor_ptrs,
-    target_ptr,
-    mentor_weight_ptr,
-    ell_sums_ptr,
-    lines_ptr,
-    grad_ptr,
-    loss_ptr,
-    count_ptr,
-    report_ptr,
-    counter_ptr,
-    scale_ptr,
-    n_valid_ptr,
-    student_stride,
-    mentor_strides,
-    target_stride,
-    n_rows,
+    student_ptr,  # [B, C] of any row stride
+    mentor_ptrs,  # M of [B, C], likewise
+    target_ptr,  # class indices [B], or probabilities [B, C]
+    mentor_weight_ptr,  # [M], or None for 1
+    ell_sums_ptr,  # [M + 2] of `confidence_kernel`, or None for ranking "sample"
+    row_stats_ptr,  # float32 [1, B], or [4 + 4M, B] and as many numbers of scratch
+    grad_ptr,  # [B, C] contiguous, or None
+    loss_ptr,  # float32 [], or None where only the rows' losses are wanted
+    count_ptr,  # float32 [], the valid rows, at least 1; None for the rows' losses alone
+    report_ptr,  # float32 [3 + 4M], or None
+    counter_ptr,  # int32, 0; None for the rows' losses alone
+    scale_ptr,  # one number, or None for 1
+    n_valid_ptr,  # int64 [], the valid rows; None to count them here
+    student_stride,  # of rows, in units of ALIGN elements
+    mentor_strides,  # M, likewise
+    target_stride,  # likewise; None for class indices
+    n_rows,  # B
     temperature,
-    mentors_weight,
-    task_weight,
-    label_smoothing,
-    share_scale,
+    weight_scale,  # multiplies every mentor's term
+    task_weight,  # a_s, or None for the student's confidence
+    label_smoothing,  # or None
+    share_scale,  # 10 to the power of rank_decimals, or None for no rounding
     ignore_index,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     KNOWLEDGE_FILTER: tl.constexpr,
     MENTORING: tl.constexpr,
     RANK_WEIGHTING: tl.constexpr,
     MEAN: tl.constexpr,
-    FINISHED_GRAD: tl.constexpr,
+    SCALE_GRAD: tl.constexpr,
 ):
-    """`classroom_kernel`, one row a program, whose arguments and outputs it shares."""
+    """`classroom_kernel` for one row per program, with the same arguments and outputs."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     valid, out_of_range, target, t_sum = scan_targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C, ALIGN
     )
     M: tl.constexpr = len(mentor_ptrs)
-    COUNTED: tl.constexpr = FINISHED_GRAD and MEAN
+    COUNTED: tl.constexpr = SCALE_GRAD and MEAN
     n_valid = 1.0
     if COUNTED:
         n_valid = valid_rows(n_valid_ptr, target_ptr, target_stride, ignore_index, n_rows)
 
-    # First sweep: everyone's confidence.
-    own_ell, s_max, s_sum, _ = scan_row(
+    # First sweep: all log-confidences.
+    row_ell, s_max, s_sum, _ = scan_row(
         student_ptr,
         student_stride,
         target_ptr,
@@ -101,14 +101,14 @@ def tiled_classroom_kernel(
         BLOCK_C,
         ALIGN,
     )
-    sick = out_of_range | (own_ell != own_ell)
+    nonfinite = out_of_range | (row_ell != row_ell)
     if ell_sums_ptr is None:
-        ell_s = floored(own_ell)
+        ell_s = floored(row_ell)
     else:
         ell_s = batch_ell(ell_sums_ptr, 0, M, s_max)
-        sick = sick | (ell_s != ell_s)
+        nonfinite = nonfinite | (ell_s != ell_s)
     task = task_weights(ell_s, task_weight)
-    loss = task_loss(task, own_ell)
+    loss = task_loss(task, row_ell)
 
     maxima = ()
     ells = ()
@@ -134,7 +134,7 @@ def tiled_classroom_kernel(
             m_max = row_max(mentor_ptrs[m], mentor_strides[m], row, C, BLOCK_C, ALIGN)
             m_target = load_column(mentor_ptrs[m], mentor_strides[m], row, target, row + 1, ALIGN)
             ell_m = batch_ell(ell_sums_ptr, 1 + m, M, m_max)
-        sick = sick | (ell_m != ell_m)
+        nonfinite = nonfinite | (ell_m != ell_m)
         top = tl.maximum(top, ell_m)
         maxima = maxima + (m_max,)
         ells = ells + (ell_m,)
@@ -143,16 +143,16 @@ def tiled_classroom_kernel(
     total = tl.exp2((ell_s - top) * LOG2E)
     for m in tl.static_range(M):
         total += tl.exp2((ells[m] - top) * LOG2E)
-    over_total = 1.0 / total
-    share_s = share_of(ell_s, top, over_total, share_scale)
+    inverse_total = 1.0 / total
+    share_s = rank_share(ell_s, top, inverse_total, share_scale)
     shares = ()
     actives = ()
     taus_m = ()
     taus_s = ()
     weights = ()
     for m in tl.static_range(M):
-        share_m = share_of(ells[m], top, over_total, share_scale)
-        active, tau_m, tau_s = plan_lesson(
+        share_m = rank_share(ells[m], top, inverse_total, share_scale)
+        active, tau_m, tau_s = gate_and_temperature(
             ell_s,
             ells[m],
             share_s,
@@ -166,19 +166,18 @@ def tiled_classroom_kernel(
             KNOWLEDGE_FILTER,
             MENTORING,
         )
-        weight = lesson_weight(
-            tau_m, share_m, mentors_weight, mentor_weight_ptr, m, M, RANK_WEIGHTING
-        )
+        weight = kd_weight(tau_m, share_m, weight_scale, mentor_weight_ptr, m, M, RANK_WEIGHTING)
         shares = shares + (share_m,)
         actives = actives + (active,)
         taus_m = taus_m + (tau_m,)
         taus_s = taus_s + (tau_s,)
         weights = weights + (weight,)
 
-    # Second sweep: the lessons of those who teach, _GROUP mentors at a time.
+    # Second sweep: the terms of the active mentors, _GROUP of them at a time.
+    mentor_loss = tl.zeros([1], tl.float32)
     kls = ()
-    pulls_m = ()  # weight / Σ e_m and weight / Σ e_s, which the gradient needs
-    pulls_s = ()
+    grad_coef_m = ()  # weight / Σ e_m and weight / Σ e_s, which the gradient needs
+    grad_coef_s = ()
     for first in tl.static_range(0, M, _GROUP):
         parts_m = ()  # column by column, so that the loop needs no reduction
         parts_s = ()
@@ -218,14 +217,17 @@ def tiled_classroom_kernel(
             cross = tl.sum(parts_cross[m - first], 1)
             sum_s = tl.sum(parts_s[m - first], 1)
             kl = tl.where(actives[m], divergence(cross, sum_m, sum_s), 0.0)
-            loss += weighted_lesson(actives[m], weights[m], taus_s[m], kl)
+            term = kd_term(actives[m], weights[m], taus_s[m], kl)
+            loss += term
+            if report_ptr is not None:
+                mentor_loss += term
             kls = kls + (kl,)
-            pulls_m = pulls_m + (tl.where(actives[m], weights[m] / sum_m, 0.0),)
-            pulls_s = pulls_s + (tl.where(actives[m], weights[m] / sum_s, 0.0),)
+            grad_coef_m = grad_coef_m + (tl.where(actives[m], weights[m] / sum_m, 0.0),)
+            grad_coef_s = grad_coef_s + (tl.where(actives[m], weights[m] / sum_s, 0.0),)
 
     # Third sweep: the gradient.
     if grad_ptr is not None:
-        pull_t = task * t_sum / s_sum
+        grad_coef_t = task * t_sum / s_sum
         for start in range(0, C, BLOCK_C):
             column = start + tl.arange(0, BLOCK_C)
             inside = (column < C)[None, :]
@@ -235,28 +237,30 @@ def tiled_classroom_kernel(
             t = load_targets(
                 target_ptr, target_stride, label_smoothing, row, column, inside, target, C, ALIGN
             )
-            grad = e * pull_t[:, None] - t * task[:, None]
+            grad = e * grad_coef_t[:, None] - t * task[:, None]
             for m in tl.static_range(M):
                 if tl.max(actives[m].to(tl.int32), 0) > 0:
                     z_m = load_tile(mentor_ptrs[m], mentor_strides[m], row, column, inside, ALIGN)
                     e_m = tl.exp2(exponents(z_m - maxima[m][:, None], taus_m[m]))
                     e_s = tl.exp2(exponents(d_s, taus_s[m]))
-                    grad += e_s * pulls_s[m][:, None]
-                    grad -= e_m * pulls_m[m][:, None]
-            if FINISHED_GRAD:
-                grad = finished(grad, scale_ptr, n_valid, MEAN)
-            store_grad(grad_ptr, grad, row, column, inside, valid, sick, C)
+                    grad += e_s * grad_coef_s[m][:, None]
+                    grad -= e_m * grad_coef_m[m][:, None]
+            if SCALE_GRAD:
+                grad = scale_grad(grad, scale_ptr, n_valid, MEAN)
+            store_grad(grad_ptr, grad, row, column, inside, valid, nonfinite, C)
 
-    store_row_loss(lines_ptr, row, n_rows, valid, sick, loss)
+    store_row_loss(row_stats_ptr, row, n_rows, valid, nonfinite, loss)
     if report_ptr is not None:
         for m in tl.static_range(M):
-            store_lesson(
-                lines_ptr, m, M, row, n_rows, valid, actives[m], shares[m], taus_m[m], kls[m]
+            store_mentor_stats(
+                row_stats_ptr, m, M, row, n_rows, valid, actives[m], shares[m], taus_m[m], kls[m]
             )
-        store_student(lines_ptr, M, row, n_rows, valid, sick, ell_s, own_ell)
+        store_batch_stats(
+            row_stats_ptr, M, row, n_rows, valid, nonfinite, ell_s, row_ell, mentor_loss
+        )
     if count_ptr is not None:
-        finish(
-            lines_ptr,
+        reduce_batch(
+            row_stats_ptr,
             loss_ptr,
             count_ptr,
             report_ptr,
@@ -269,6 +273,6 @@ def tiled_classroom_kernel(
             M,
             MEAN,
             COUNTED,
-            BLOCK_LINES,
+            BLOCK_STATS,
             BLOCK_R,
         )

@@ -18,8 +18,8 @@ from classroomkd.kernels.device import (
     load_column,
     load_tile,
     smoothed,
-    store_line,
-    sum_lines,
+    store_row_stat,
+    sum_row_stats,
 )
 
 
@@ -153,25 +153,25 @@ def row_max(ptr, stride, row, C: tl.constexpr, BLOCK_C: tl.constexpr, ALIGN: tl.
 
 @triton.jit
 def tiled_confidence_kernel(
-    student_ptr,
-    mentor_ptrs,
-    target_ptr,
-    ell_ptr,
-    sums_ptr,
-    counter_ptr,
-    student_stride,
-    mentor_strides,
-    target_stride,
-    n_rows,
-    label_smoothing,
+    student_ptr,  # [B, C] of any row stride
+    mentor_ptrs,  # M of [B, C], likewise
+    target_ptr,  # class indices [B], or probabilities [B, C]
+    ell_ptr,  # float32 [M + 2, B], scratch
+    sums_ptr,  # float32 [M + 2]
+    counter_ptr,  # int32, 0
+    student_stride,  # of rows, in units of ALIGN elements
+    mentor_strides,  # M, likewise
+    target_stride,  # likewise; None for class indices
+    n_rows,  # B
+    label_smoothing,  # or None
     ignore_index,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
-    BLOCK_LINES: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """`confidence_kernel`, one row a program."""
+    """`confidence_kernel` for one row per program."""
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     valid, out_of_range, target, t_sum = scan_targets(
         target_ptr, target_stride, label_smoothing, ignore_index, row, C, BLOCK_C, ALIGN
@@ -196,9 +196,9 @@ def tiled_confidence_kernel(
             ALIGN,
         )
         ell = tl.where(out_of_range, float("nan"), floored(ell))
-        store_line(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
-    store_line(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
+        store_row_stat(ell_ptr, k, row, n_rows, tl.where(valid, ell, 0.0))
+    store_row_stat(ell_ptr, M + 1, row, n_rows, valid.to(tl.float32))
     if is_last_program(counter_ptr):
-        line = tl.arange(0, BLOCK_LINES)
-        sums = sum_lines(ell_ptr, n_rows, M + 2, BLOCK_LINES, BLOCK_R)
-        tl.store(sums_ptr + line, sums, mask=line < M + 2)
+        stat = tl.arange(0, BLOCK_STATS)
+        sums = sum_row_stats(ell_ptr, n_rows, M + 2, BLOCK_STATS, BLOCK_R)
+        tl.store(sums_ptr + stat, sums, mask=stat < M + 2)

@@ -139,7 +139,7 @@ def decided(case):
     target = prepare_targets(case.targets[keep], student.shape[1], options, torch.float64)
     weights = classroom_weights(student, mentors, target, options)
     ell = weights.log_confidence
-    healthy = ~weights.sick
+    healthy = ~weights.nonfinite
     low, high = torch.minimum(ell[0], ell[1:]), torch.maximum(ell[0], ell[1:])
     twin = (mentors == student).all(-1)
     if options.ranking == "batch":
@@ -183,7 +183,7 @@ def assert_no_worse_than_pytorch(case, results):
     for path, values, roundings in results:
         assert [v.shape for v in values] == [v.shape for v in truth], path
         compared = NAMES
-        if truth[1].isnan().any():  # in a sick row there is not much to report on
+        if truth[1].isnan().any():  # in a nonfinite row there is not much to report on
             assert any(value.isnan().any() for value in values[2:])
             compared = NAMES[:2]
         for index, name in enumerate(compared):

@@ -405,7 +405,7 @@ from classroomkd import *
 from classroomkd.loss.fused import fused_classroom_loss as its
 assert fused_classroom_loss is loss is its and ClassroomLoss().options.temperature == 12
 import pickle, torch
-report = ClassroomReport(*torch.zeros(6))
+report = ClassroomReport(*torch.zeros(7))
 assert type(pickle.loads(pickle.dumps(report))) is ClassroomReport
 try:
     classroomkd.fused_loss

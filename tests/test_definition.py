@@ -1,6 +1,7 @@
 """The definition against published values, hand calculation, finite differences, properties."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from classroomkd import classroom_loss
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.definition import classroom_weights, weighted_row_loss
+from classroomkd.loss.inputs import loss_options
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
 from classrooms import EXTREME_MAXIMA, OPTIONS, classroom, probabilities
@@ -92,6 +94,7 @@ def test_one_row_by_hand():
     assert report.kl.tolist() == pytest.approx(kls, rel=1e-12)
     assert report.student_confidence.item() == pytest.approx(p_s, rel=1e-12)
     assert report.task_loss.item() == pytest.approx(-math.log(p_s), rel=1e-12)
+    assert report.mentor_loss.item() == pytest.approx(loss + p_s * math.log(p_s), rel=1e-12)
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
@@ -106,7 +109,7 @@ def test_gradient_of_the_second_half(name, soft):
     mentor_weight = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
 
     def rows(z):
-        return weighted_row_loss(z, mentors, target, weights, mentor_weight, options)[0]
+        return weighted_row_loss(z, mentors, target, weights, mentor_weight, options).loss
 
     assert torch.autograd.gradcheck(rows, student.requires_grad_())
     # What the whole loss differentiates is this half and nothing else.
@@ -425,6 +428,38 @@ def test_a_mentor_weight_for_all(reduction):
         torch.testing.assert_close(*results, rtol=1e-14, atol=1e-16)
     one, none = (evaluate_weighted(batch, weight, reduction) for weight in (1, None))
     assert all(map(torch.equal, one, none))
+
+
+@pytest.mark.parametrize("values", [{}, {"task_weight": 0.5}, {"mentor_weight": "auto"}])
+def test_flat_options_come_back(values):
+    options = LossOptions(ranking="batch", rank_decimals=2, label_smoothing=0.1, **values)
+    again = LossOptions.of_flat(options.flat())
+    assert again.mentor_weight_for(10, 3) == options.mentor_weight_for(10, 3)
+    assert replace(again, mentor_weight=None) == replace(options, mentor_weight=None)
+
+
+def test_options_are_made_once():
+    values = {"temperature": 4.0, "ranking": "batch"}
+    options, weights = loss_options(None, **values)
+    assert loss_options(None, **values)[0] is options
+    assert loss_options(torch.ones(3), **values)[0] is options
+    assert options == LossOptions(**values)
+    assert weights is None
+
+
+@pytest.mark.parametrize("task_weight", [0.5, 0.0])
+def test_task_and_mentors_add_up_to_the_loss(task_weight):
+    student, mentors, targets = classroom().to(torch.float64)
+    targets[1], student[1] = -100, torch.nan
+    options = {"task_weight": task_weight, "mentor_weight": 0.3, "return_report": True}
+    loss, report = classroom_loss(student, mentors, targets, **options)
+    torch.testing.assert_close(task_weight * report.task_loss + report.mentor_loss, loss)
+    rows, same = classroom_loss(student, mentors, targets, reduction="none", **options)
+    assert torch.equal(same.mentor_loss, report.mentor_loss)
+    if task_weight == 0:
+        torch.testing.assert_close(rows.sum() / 5, report.mentor_loss)
+    student[2, 3] = torch.nan
+    assert classroom_loss(student, mentors, targets, **options)[1].mentor_loss.isnan()
 
 
 def evaluate_weighted(batch, mentor_weight, reduction):

@@ -20,6 +20,7 @@ from classroomkd import (
     fused_classroom_loss_and_grad,
 )
 from classroomkd.loss import fused
+from classroomkd.loss.options import LossOptions
 from classrooms import EXTREME_MAXIMA, OPTIONS, Classroom, classroom, probabilities
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
@@ -557,16 +558,18 @@ def test_without_gradient(device):
 def test_operator_contract(device):
     student, mentors, targets = classroom().to(device)
     weight = torch.ones(3, device=device)
-    options = (12.0, "better", "adaptive", "rank", 0.5, None, None, 0.0, -100)
     operators = torch.ops.classroomkd
-    sums = operators.confidence_sums(student, list(mentors), targets, 0.0, -100)
-    library.opcheck(operators.confidence_sums, (student, list(mentors), targets, 0.0, -100))
+    flat = LossOptions(ranking="batch", mentor_weight=0.5).flat()
+    sums = operators.confidence_sums(student, list(mentors), targets, *flat)
+    library.opcheck(operators.confidence_sums, (student, list(mentors), targets, *flat))
     for reduction, with_report in (("mean", True), ("sum", False), ("none", True)):
         inputs = (student.clone().requires_grad_(), list(mentors), targets, weight, sums)
-        library.opcheck(operators.loss, (*inputs, *options, reduction, True, with_report))
+        flat = LossOptions(ranking="batch", mentor_weight="auto", reduction=reduction).flat()
+        library.opcheck(operators.loss, (*inputs, True, with_report, *flat))
     inputs = (student, list(mentors), targets, None, None)
     scale = torch.tensor(2.0, device=device)
-    library.opcheck(operators.loss_and_grad, (*inputs, *options, "mean", scale, True))
+    flat = LossOptions(task_weight=0.5, rank_decimals=2).flat()
+    library.opcheck(operators.loss_and_grad, (*inputs, scale, True, *flat))
     library.opcheck(operators.scale_rows, (student, scale, scale))
 
 

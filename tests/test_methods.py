@@ -571,7 +571,7 @@ def test_the_standardised_classrooms_gradient_and_report() -> None:
     student, mentors, targets = batch()
     _, report = create("classroom", standardise=True).backward(student, mentors, targets)
     shares, ranks, temperatures, kls = (np.zeros((M, B)) for _ in range(4))
-    confidence, task = [], []
+    confidence, task, mentor_loss = [], [], 0.0
     for b, y in enumerate(targets.tolist()):
         if y == -100:
             continue
@@ -587,6 +587,7 @@ def test_the_standardised_classrooms_gradient_and_report() -> None:
             if r[m] >= r_s:
                 shares[m, b], kls[m, b] = 1, kl(softmax(v, tau), softmax(u, tau))
                 lessons += r[m] * tau * (softmax(u, tau) - softmax(v, tau))
+                mentor_loss += r[m] * tau**2 * kls[m, b]
         deviation = math.sqrt(sum((s - s.mean()) ** 2) / C)
         jacobian = (np.eye(C) - 1 / C - np.outer(u, u) / C) / deviation
         confidence.append(math.exp(-ce(s, y)))
@@ -602,6 +603,7 @@ def test_the_standardised_classrooms_gradient_and_report() -> None:
         kls.sum(1) / shares.sum(1).clip(1),
         sum(confidence) / n,
         sum(task) / n,
+        mentor_loss / n,
     )
     for actual, value in zip(report, expected, strict=True):
         np.testing.assert_allclose(actual.numpy(), value, rtol=1e-7)

@@ -159,9 +159,11 @@ def test_compile_loss_and_grad_on_a_cpu(name):
         expected = fused_classroom_loss_and_grad(*batch, scale=scale, **options)
         torch.testing.assert_close(fast(*batch, scale=scale, **options), expected)
     arguments = (student, [*mentors], targets, None, torch.tensor(2.0))
-    library.opcheck(
-        operators.definition_and_grad, (*arguments, *fused._flat(ClassroomLoss().options))
-    )
+    for with_report in (True, False):
+        library.opcheck(
+            operators.definition_and_grad,
+            (*arguments, with_report, *ClassroomLoss(**OPTIONS["batch"]).options.flat()),
+        )
 
 
 def test_a_class_out_of_range_on_a_cpu():

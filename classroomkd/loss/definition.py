@@ -1,8 +1,8 @@
 """The loss by definition: eager PyTorch, in the precision of its inputs, on any device.
 
 Everything else in the project that computes this loss is tested against this file in float64.
-It has two halves. `classroom_weights` decides who teaches, how loudly and how softly; nothing in
-it has a gradient. `weighted_row_loss` is the differentiable loss given those weights.
+It has two halves. `classroom_weights` chooses the mentors that teach, their weights and their
+temperatures, without gradient. `weighted_row_loss` is the differentiable loss given those weights.
 
 Symbols, for one row b, k running over the student s and the mentors 1 … M:
 
@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from classroomkd.loss.derivative import OnceDifferentiable
-from classroomkd.loss.inputs import check_inputs, split_mentor_weight
+from classroomkd.loss.inputs import check_inputs, loss_options
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.report import ClassroomReport
+from classroomkd.loss.signatures import loss_function
 from classroomkd.loss.targets import Target, prepare_targets
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 _MIN_TAU = 1e-20  # above 0 also where float32 would round to it; softmax picks a class by then
 
 
+@loss_function
 def classroom_loss(
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
@@ -64,17 +66,18 @@ def classroom_loss(
         student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
         mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
         targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
-        temperature: how soft a lesson is, above 0 and at most 40, up to where float32 bears it.
-            "adaptive" mentoring goes from 1 for an equal of the student to 1 + temperature for a
-            mentor that is infinitely ahead.
+        temperature: softens the mentors' distributions; above 0 and at most 40, the limit of
+            float32's precision. With "adaptive" mentoring τ goes from 1, for a mentor as confident
+            as the student, to 1 + temperature, for one that is infinitely ahead.
         ranking: "sample" ranks by each row's own log-confidence (the paper), "batch" by its mean
             over the valid rows (the published implementation, with ``rank_decimals=2``).
-        knowledge_filter: who teaches: "better", mentors whose rank is at least the student's;
-            "correct", mentors whose largest logit is the target class's; "correct_and_better",
-            both; "none", all.
-        mentoring: "adaptive"; "fixed" uses ``temperature`` itself; "none" uses 1; "dtkd" gives
-            student and mentor each their own (Dynamic Temperature Knowledge Distillation).
-        weighting: "rank" weighs a lesson by r_m, "uniform" by 1.
+        knowledge_filter: which mentors teach: "better", those whose rank is at least the student's;
+            "correct", those whose largest logit is the target class's; "correct_and_better", both;
+            "none", all.
+        mentoring: how τ is chosen: "adaptive"; "fixed" uses ``temperature`` itself; "none" uses 1;
+            "dtkd" gives student and mentor each their own (Dynamic Temperature Knowledge
+            Distillation).
+        weighting: "rank" weights a mentor's term by r_m, "uniform" by 1.
         task_weight: weight of the cross-entropy: "confidence", exp(ℓ_s), or a number ≥ 0.
         rank_decimals: if given, exp(ℓ_k) / Σ_j exp(ℓ_j) is rounded to so many decimals first.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
@@ -97,8 +100,7 @@ def classroom_loss(
         TypeError: integer logits, floating-point class indices, or something not a tensor.
 
     """
-    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
-    options = LossOptions(
+    options, weights = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -111,22 +113,23 @@ def classroom_loss(
         mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
-    return loss_by_definition(
-        student_logits, mentors, targets, weight_tensor, options, return_report, process_group
+    mentors = check_inputs(student_logits, mentor_logits, targets, weights)
+    loss, report = loss_by_definition(
+        student_logits, mentors, targets, weights, options, return_report, process_group
     )
+    return loss if report is None else (loss, report)
 
 
 class Weights(NamedTuple):
     """The first half's result: constants to the derivative."""
 
-    log_confidence: Tensor  # [1 + M, B], the student's first
+    log_confidence: Tensor  # [1 + M, B], ℓ, the student's first
     rank: Tensor  # [M, B], r_m
     active: Tensor  # [M, B] bool
     mentor_temperature: Tensor  # [M, B], τ_m
     student_temperature: Tensor  # [M, B], τ_m, or T_s with mentoring "dtkd"
     task: Tensor  # [B], a_s
-    sick: Tensor  # [B] bool: a NaN or +inf somewhere, or a target that names no class
+    nonfinite: Tensor  # [B] bool: a NaN or +inf somewhere, or a target that names no class
 
 
 def loss_by_definition(
@@ -137,8 +140,8 @@ def loss_by_definition(
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None = None,
-) -> Tensor | tuple[Tensor, ClassroomReport]:
-    """`classroom_loss` on checked arguments."""
+) -> tuple[Tensor, ClassroomReport | None]:
+    """`classroom_loss` on checked arguments: the loss, and the report if it is wanted."""
     dtype = torch.float32
     for logits in (student_logits, *mentors):
         dtype = torch.promote_types(dtype, logits.dtype)
@@ -150,17 +153,12 @@ def loss_by_definition(
     stacked = torch.where(target.valid[:, None], stacked, 0)
 
     weights = classroom_weights(student.detach(), stacked, target, options, process_group)
-    rows, cross_entropy, kl = weighted_row_loss(
-        student, stacked, target, weights, mentor_weight, options
-    )
+    rows = weighted_row_loss(student, stacked, target, weights, mentor_weight, options)
     n_valid = target.valid.sum().clamp_min(1)
-    if options.reduction == "none":
-        loss = rows
-    else:
-        loss = rows.sum() if options.reduction == "sum" else rows.sum() / n_valid
-    if not return_report:
-        return loss
-    return loss, _report(weights, target.valid, n_valid, cross_entropy.detach(), kl.detach())
+    loss = rows.loss
+    if options.reduction != "none":
+        loss = loss.sum() if options.reduction == "sum" else loss.sum() / n_valid
+    return loss, _report(weights, rows, target.valid, n_valid) if return_report else None
 
 
 def loss_and_grad_by_definition(
@@ -170,14 +168,15 @@ def loss_and_grad_by_definition(
     mentor_weight: Tensor | None,
     scale: Tensor | None,
     options: LossOptions,
+    return_report: bool,
     process_group: ProcessGroup | None = None,
-) -> tuple[Tensor, Tensor, ClassroomReport]:
-    """`loss_by_definition`, its gradient times ``scale`` in the student's dtype, and the report."""
+) -> tuple[Tensor, Tensor, ClassroomReport | None]:
+    """`loss_by_definition` and its gradient, times ``scale`` and in the student's dtype."""
     precise = torch.promote_types(student_logits.dtype, torch.float32)
     with torch.enable_grad():
         student = student_logits.detach().to(precise, copy=True).requires_grad_()
         loss, report = loss_by_definition(
-            student, mentors, targets, mentor_weight, options, True, process_group
+            student, mentors, targets, mentor_weight, options, return_report, process_group
         )
     (grad,) = torch.autograd.grad(loss, student)
     if scale is not None:
@@ -192,45 +191,44 @@ def classroom_weights(
     options: LossOptions,
     process_group: ProcessGroup | None = None,
 ) -> Weights:
-    """First half: rank everyone, choose who teaches, and at what temperature.
+    """First half: rank everyone; choose the mentors that teach, and their temperatures.
 
     Args:
         student: [B, C]; mentors: [M, B, C]; both of one dtype, without gradient, 0 where the row
             does not count.
 
     """
-    ell, correct = standing(torch.cat([student[None], mentors]), target)
-    chosen = rank_and_filter(ell, correct[1:], target.valid, options, process_group)
+    ell, correct = confidence_and_correctness(torch.cat([student[None], mentors]), target)
+    ranking = rank_and_filter(ell, correct[1:], target.valid, options, process_group)
     tau_m, tau_s = (
-        tau.clamp_min(_MIN_TAU) for tau in _temperatures(student, mentors, chosen.lead, options)
+        tau.clamp_min(_MIN_TAU) for tau in _temperatures(student, mentors, ranking.lead, options)
     )
-    ell_s = chosen.log_confidence[0]
-    if options.task_weight == "confidence":
+    ell_s = ranking.log_confidence[0]
+    if options.fixed_task_weight is None:
         task = ell_s.exp()
     else:
-        task = torch.full_like(ell_s, options.task_weight)
-    sick = (target.out_of_range | chosen.sick) & target.valid
-    return Weights(chosen.log_confidence, chosen.rank, chosen.active, tau_m, tau_s, task, sick)
+        task = torch.full_like(ell_s, options.fixed_task_weight)
+    nonfinite = (target.out_of_range | ranking.nonfinite) & target.valid
+    return Weights(
+        ranking.log_confidence, ranking.rank, ranking.active, tau_m, tau_s, task, nonfinite
+    )
 
 
-def standing(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """What ranks and filter ask of logits [..., B, C], each [..., B].
-
-    The log-confidence, and whether no logit is larger than the target class's.
-    """
-    index = target.index[:, None].expand(*logits.shape[:-1], 1)
+def confidence_and_correctness(logits: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """Of logits [..., B, C], each [..., B]: ℓ, and whether no logit exceeds the target class's."""
+    index = target.class_index[:, None].expand(*logits.shape[:-1], 1)
     correct = logits.gather(-1, index).squeeze(-1) == logits.amax(-1)
     return target.expectation(log_softmax(logits, dim=-1)), correct
 
 
-class Chosen(NamedTuple):
-    """Who ranks where, and who teaches."""
+class Ranking(NamedTuple):
+    """Ranks of all networks, and which mentors teach."""
 
-    log_confidence: Tensor  # [1 + M, B], as it is ranked
+    log_confidence: Tensor  # [1 + M, B], the ℓ that ranks are made of
     rank: Tensor  # [M, B], r_m
     lead: Tensor  # [M, B], Δ_m
     active: Tensor  # [M, B] bool
-    sick: Tensor  # [B] bool: a log-confidence is NaN
+    nonfinite: Tensor  # [B] bool: a log-confidence is NaN
 
 
 def rank_and_filter(
@@ -239,13 +237,15 @@ def rank_and_filter(
     valid: Tensor,
     options: LossOptions,
     process_group: ProcessGroup | None = None,
-) -> Chosen:
-    """Rank everyone by log-confidences [1 + M, B], the student's first, and choose who teaches.
+) -> Ranking:
+    """Rank by log-confidences, and choose the mentors that teach.
 
-    ``correct`` [M, B] is of the mentors only, ``valid`` [B]; both are bool.
+    Args:
+        ell: [1 + M, B], the student's first; correct: [M, B] bool, of the mentors; valid: [B] bool.
+
     """
     n_mentors = len(correct)
-    sick = ell.isnan().any(0)
+    nonfinite = ell.isnan().any(0)
     # A confidence of exactly 0 becomes the smallest there is: equal to another 0, and never
     # −inf − −inf.
     floor = torch.finfo(ell.dtype).min
@@ -257,7 +257,7 @@ def rank_and_filter(
             torch.distributed.all_reduce(sums, group=process_group)
         mean = sums[:-1, None] / sums[-1].clamp_min(1)
         ell = mean.clamp_min(floor).expand_as(ell)
-        sick = sick | mean.isnan().any()
+        nonfinite = nonfinite | mean.isnan().any()
 
     share = torch.softmax(ell, dim=0)
     if options.rank_decimals is not None:
@@ -277,7 +277,7 @@ def rank_and_filter(
         "correct_and_better": better & correct,
         "none": torch.ones_like(better),
     }[options.knowledge_filter]
-    return Chosen(ell, r_m, lead, active & valid, sick)
+    return Ranking(ell, r_m, lead, active & valid, nonfinite)
 
 
 def _temperatures(
@@ -301,6 +301,15 @@ def _temperatures(
     return tau, tau
 
 
+class RowLosses(NamedTuple):
+    """The second half's result, 0 in rows that do not count."""
+
+    loss: Tensor  # [B]
+    cross_entropy: Tensor  # [B], unweighted
+    mentor_loss: Tensor  # [B], Σ_m active_m · g_m · r_m · τ_m² · KL_m
+    kl: Tensor  # [M, B], KL_m, of inactive mentors too
+
+
 def weighted_row_loss(
     student: Tensor,
     mentors: Tensor,
@@ -308,23 +317,20 @@ def weighted_row_loss(
     weights: Weights,
     mentor_weight: Tensor | None,
     options: LossOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> RowLosses:
     """Second half: each row's loss given the weights, differentiable in the student.
 
     Args:
         student: [B, C]; mentors: [M, B, C]; as for `classroom_weights`, the student with gradient.
 
-    Returns:
-        The loss [B], the cross-entropy [B] and KL_m [M, B], 0 in rows that do not count.
-
     """
-    # In a sick row the gradient must be NaN too, whatever the selections below leave of it.
-    student = student * torch.where(weights.sick, torch.nan, 1.0).to(student.dtype)[:, None]
+    # In a nonfinite row the gradient must be NaN too, whatever the selections below leave of it.
+    student = student * torch.where(weights.nonfinite, torch.nan, 1.0).to(student.dtype)[:, None]
     cross_entropy = -target.expectation(log_softmax(student, dim=-1))
     task_loss = torch.where(weights.task == 0, 0, weights.task * cross_entropy)
 
-    # With e = exp(u), KL is Σ e_m (u_m − u_s) / Σ e_m − log(Σ e_m / Σ e_s): where the softmaxes
-    # are nearly the same, as they are at high temperatures, it is 1 that the logarithm is of.
+    # With e = exp(u), KL is Σ e_m (u_m − u_s) / Σ e_m − log(Σ e_m / Σ e_s). Where the softmaxes are
+    # nearly equal, as at high temperatures, the logarithm is of a number near 1: nothing cancels.
     u_m = _softened(mentors, weights.mentor_temperature)
     u_s = _softened(student, weights.student_temperature)
     e_m, e_s = u_m.exp(), u_s.exp()
@@ -339,14 +345,16 @@ def weighted_row_loss(
     if mentor_weight is not None:
         weight = weight * mentor_weight.detach().to(weight.dtype)[:, None]
     if options.mentor_weight is not None:
-        weight = weight * options.weight_of_mentors(student.shape[1], len(mentors))
-    # A weight of 0 takes an infinite divergence with it, as a confidence of 0 the cross-entropy.
-    lessons = torch.where(weights.active & (weight != 0), weight * kl, 0).sum(0)
+        weight = weight * options.mentor_weight_for(student.shape[1], len(mentors))
+    # A weight of 0 makes the term 0 however infinite KL is, as it does with the cross-entropy.
+    mentor_loss = torch.where(weights.active & (weight != 0), weight * kl, 0).sum(0)
 
-    rows = torch.where(weights.sick, torch.nan, task_loss + lessons)
-    return (
-        torch.where(target.valid, rows, 0),
+    loss = torch.where(weights.nonfinite, torch.nan, task_loss + mentor_loss)
+    mentor_loss = torch.where(weights.nonfinite, torch.nan, mentor_loss)
+    return RowLosses(
+        torch.where(target.valid, loss, 0),
         torch.where(target.valid, cross_entropy, 0),
+        torch.where(target.valid, mentor_loss, 0),
         kl,
     )
 
@@ -357,9 +365,8 @@ def _softened(logits: Tensor, temperature: Tensor) -> Tensor:
     return shifted / temperature[..., None]
 
 
-def _report(
-    weights: Weights, valid: Tensor, n_valid: Tensor, cross_entropy: Tensor, kl: Tensor
-) -> ClassroomReport:
+def _report(weights: Weights, rows: RowLosses, valid: Tensor, n_valid: Tensor) -> ClassroomReport:
+    kl = rows.kl.detach()
     n_active = weights.active.sum(1)
     return ClassroomReport(
         active_share=(n_active / n_valid).to(kl.dtype),
@@ -367,5 +374,6 @@ def _report(
         temperature=torch.where(valid, weights.mentor_temperature, 0).sum(1) / n_valid,
         kl=torch.where(weights.active, kl, 0).sum(1) / n_active.clamp_min(1),
         student_confidence=torch.where(valid, weights.log_confidence[0].exp(), 0).sum() / n_valid,
-        task_loss=cross_entropy.sum() / n_valid,
+        task_loss=rows.cross_entropy.detach().sum() / n_valid,
+        mentor_loss=rows.mentor_loss.detach().sum() / n_valid,
     )

@@ -1,6 +1,6 @@
-"""The loss through the Triton kernels: one pass for the loss and its gradient.
+"""The fused loss: one pass for the loss and its gradient.
 
-Arguments are checked here, and the path is chosen; ``operators.py`` holds the operators.
+Here arguments are checked and the implementation is chosen; ``operators.py`` has the operators.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
 from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
-from classroomkd.loss.inputs import check_inputs, split_mentor_weight
+from classroomkd.loss.inputs import check_inputs, loss_options
 from classroomkd.loss.options import LossOptions
-from classroomkd.loss.report import ClassroomReport
+from classroomkd.loss.report import ClassroomReport, unpack_report
+from classroomkd.loss.signatures import loss_and_grad_function, loss_function
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -28,6 +29,7 @@ _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@loss_function
 def fused_classroom_loss(
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
@@ -63,7 +65,7 @@ def fused_classroom_loss(
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
             label_smoothing, ignore_index, mentor_weight, reduction, process_group: see
             `classroom_loss`.
-        return_report: also return a `ClassroomReport`, at the cost of [4M + 3, B] floats.
+        return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row.
 
     Returns:
         The loss, 0-d, or [B] with ``reduction="none"``, float32; with ``return_report`` the pair
@@ -75,8 +77,7 @@ def fused_classroom_loss(
             there, since looking would mean waiting for the GPU.
 
     """
-    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
-    options = LossOptions(
+    options, weights = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -89,30 +90,13 @@ def fused_classroom_loss(
         mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
-    if not _use_kernels(student_logits.device.type):
-        return loss_by_definition(
-            student_logits,
-            mentors,
-            targets,
-            weight_tensor,
-            options,
-            return_report,
-            process_group,
-        )
-    _check_kernel_limits(student_logits, mentors)
-    arguments = _kernel_arguments(
-        student_logits, mentors, targets, weight_tensor, options, process_group
+    loss, report = fused_loss(
+        student_logits, mentor_logits, targets, weights, options, return_report, process_group
     )
-    loss, _, _, report = operators.loss(
-        *arguments,
-        options.reduction,
-        student_logits.requires_grad and torch.is_grad_enabled(),
-        return_report,
-    )
-    return (loss, _report(report, len(mentors))) if return_report else loss
+    return loss if report is None else (loss, report)
 
 
+@loss_and_grad_function
 def fused_classroom_loss_and_grad(
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
@@ -159,10 +143,7 @@ def fused_classroom_loss_and_grad(
             ``scale`` that is not one number.
 
     """
-    if reduction == "none":
-        raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
-    weight_tensor, mentor_weight = split_mentor_weight(mentor_weight)
-    options = LossOptions(
+    options, weights = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -175,28 +156,74 @@ def fused_classroom_loss_and_grad(
         mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, weight_tensor)
+    loss, grad, report = fused_loss_and_grad(
+        student_logits,
+        mentor_logits,
+        targets,
+        weights,
+        scale,
+        options,
+        return_report,
+        process_group,
+    )
+    return (loss, grad) if report is None else (loss, grad, report)
+
+
+def fused_loss(
+    student_logits: Tensor,
+    mentor_logits: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    options: LossOptions,
+    return_report: bool,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, ClassroomReport | None]:
+    """`fused_classroom_loss` with its options in one object; ``mentor_weight`` [M] or None."""
+    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+    if not _use_kernels(student_logits.device.type):
+        return loss_by_definition(
+            student_logits, mentors, targets, mentor_weight, options, return_report, process_group
+        )
+    _check_kernel_limits(student_logits, mentors)
+    with_grad = student_logits.requires_grad and torch.is_grad_enabled()
+    tensors = _kernel_inputs(
+        student_logits, mentors, targets, mentor_weight, options, process_group
+    )
+    loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *options.flat())
+    return loss, unpack_report(report, len(mentors)) if return_report else None
+
+
+def fused_loss_and_grad(
+    student_logits: Tensor,
+    mentor_logits: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    scale: Tensor | None,
+    options: LossOptions,
+    return_report: bool,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, ClassroomReport | None]:
+    """`fused_classroom_loss_and_grad`, likewise."""
+    if options.reduction == "none":
+        raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
+    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
     if scale is not None:
         _check_scale(scale, student_logits)
-    student_logits = student_logits.detach()
-    if not _use_kernels(student_logits.device.type):
-        arguments = (student_logits, mentors, targets, weight_tensor, scale)
-        if torch.compiler.is_compiling():  # whose graphs have no torch.autograd.grad in them
-            loss, grad, means = operators.definition_and_grad(*arguments, *_flat(options))
-            report = _report(means, len(mentors))
-        else:
-            loss, grad, report = loss_and_grad_by_definition(*arguments, options, process_group)
-        return (loss, grad, report) if return_report else (loss, grad)
-    _check_kernel_limits(student_logits, mentors)
-    arguments = _kernel_arguments(
-        student_logits, mentors, targets, weight_tensor, options, process_group
-    )
-    loss, grad, report = operators.loss_and_grad(
-        *arguments, reduction, None if scale is None else _constant(scale), return_report
-    )
-    if return_report:
-        return loss, grad, _report(report, len(mentors))
-    return loss, grad
+        scale = _constant(scale)
+    student = student_logits.detach()
+    if _use_kernels(student.device.type):
+        _check_kernel_limits(student, mentors)
+        tensors = _kernel_inputs(student, mentors, targets, mentor_weight, options, process_group)
+        loss, grad, means = operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
+    elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
+        loss, grad, means = operators.definition_and_grad(
+            student, mentors, targets, mentor_weight, scale, return_report, *options.flat()
+        )
+    else:
+        return loss_and_grad_by_definition(
+            student, mentors, targets, mentor_weight, scale, options, return_report, process_group
+        )
+    return loss, grad, unpack_report(means, len(mentors)) if return_report else None
 
 
 def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
@@ -208,58 +235,29 @@ def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
         )
 
 
-def _kernel_arguments(
+def _kernel_inputs(
     student: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
     options: LossOptions,
     process_group: ProcessGroup | None,
-) -> tuple[object, ...]:
-    """What both operators take first; for ranking "batch" with the sums of the log-confidences."""
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
+    """The tensors that both operators take first; the last is the sums of ℓ for ranking "batch"."""
     mentors = [_constant(mentor) for mentor in mentors]
     targets = _constant(targets)
     ell_sums = None
     if options.ranking == "batch":
-        ell_sums = operators.confidence_sums(
-            student.detach(), mentors, targets, options.label_smoothing, options.ignore_index
-        )
+        ell_sums = operators.confidence_sums(student.detach(), mentors, targets, *options.flat())
         if process_group is not None:
             torch.distributed.all_reduce(ell_sums, group=process_group)
-    return (
-        student,
-        mentors,
-        targets,
-        None if mentor_weight is None else _constant(mentor_weight),
-        ell_sums,
-        options.temperature,
-        options.knowledge_filter,
-        options.mentoring,
-        options.weighting,
-        options.weight_of_mentors(student.shape[1], len(mentors)),
-        None if options.task_weight == "confidence" else options.task_weight,
-        options.rank_decimals,
-        options.label_smoothing,
-        options.ignore_index,
-    )
-
-
-def _flat(options: LossOptions) -> tuple[object, ...]:
-    """The options in order, in types that an operator's arguments can have."""
-    values = vars(options)
-    texts = {"task_weight": str(values["task_weight"])}
-    if (weight := values["mentor_weight"]) is not None:
-        texts["mentor_weight"] = str(weight)
-    return tuple((values | texts).values())
+    if mentor_weight is not None:
+        mentor_weight = _constant(mentor_weight)
+    return student, mentors, targets, mentor_weight, ell_sums
 
 
 def _constant(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
-
-
-def _report(means: Tensor, n_mentors: int) -> ClassroomReport:
-    *per_mentor, rest = means.split([n_mentors] * 4 + [2])
-    return ClassroomReport(*per_mentor, rest[0], rest[1])
 
 
 def _use_kernels(device_type: str) -> bool:
@@ -268,8 +266,8 @@ def _use_kernels(device_type: str) -> bool:
     return device_type == "cuda" and _triton_serves()
 
 
-# What keeps the kernels from running, once somebody has looked; not functools.cache, which
-# torch.compile sees through with a warning.
+# Why the kernels cannot run, once that was looked up; not functools.cache, of which torch.compile
+# warns.
 _obstacles: list[str | None] = []
 
 
@@ -280,7 +278,7 @@ def _triton_serves() -> bool:
         return True
     warnings.warn(
         f"{_obstacles[0]}; fused_classroom_loss computes classroom_loss in plain PyTorch",
-        stacklevel=4,
+        stacklevel=5,
     )
     return False
 

@@ -1,11 +1,35 @@
-"""The checks on the loss's tensors, shared by the definition and the kernels."""
+"""The checks on the loss's arguments, shared by the definition and the kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Unpack
 
 import torch
 from torch import Tensor
+
+from classroomkd.loss.options import LossOptions, OptionValues
+
+_cached_options = lru_cache(typed=True)(LossOptions)
+
+
+def loss_options(
+    mentor_weight: Tensor | float | str | None, **options: Unpack[OptionValues]
+) -> tuple[LossOptions, Tensor | None]:
+    """The options, and the tensor [M] of the mentors' weights if that is what was given.
+
+    Made and checked once: a later call with the same values returns the same object.
+    """
+    weights = None
+    if isinstance(mentor_weight, Tensor):
+        weights, mentor_weight = mentor_weight, None
+    if not torch.compiler.is_compiling():  # torch.compile warns of caches
+        try:
+            return _cached_options(mentor_weight=mentor_weight, **options), weights
+        except TypeError:  # a value without a hash, or one that is refused below again
+            pass
+    return LossOptions(mentor_weight=mentor_weight, **options), weights
 
 
 def check_inputs(
@@ -66,15 +90,6 @@ def check_inputs(
             )
         _same_device("mentor_weight", mentor_weight, student_logits)
     return mentors
-
-
-def split_mentor_weight(
-    mentor_weight: Tensor | float | str | None,
-) -> tuple[Tensor | None, float | str | None]:
-    """The tensor [M] of weights, if that is what was given, and else the option of that name."""
-    if isinstance(mentor_weight, Tensor):
-        return mentor_weight, None
-    return None, mentor_weight
 
 
 def _logits(name: str, value: object, index: int | None = None) -> None:

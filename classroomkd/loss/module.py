@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import torch
 from torch import Tensor, nn
 
-from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
-from classroomkd.loss.options import LossOptions
+from classroomkd.loss.fused import fused_loss, fused_loss_and_grad
+from classroomkd.loss.options import LossOptions, OptionValues
 from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class ClassroomLoss(nn.Module):
         *,
         mentor_weight: Sequence[float] | Tensor | float | str | None = None,
         process_group: ProcessGroup | None = None,
-        **options: float | str | int | None,
+        **options: Unpack[OptionValues],
     ) -> None:
         super().__init__()
         weights = None
@@ -48,6 +48,26 @@ class ClassroomLoss(nn.Module):
         self.options = LossOptions(mentor_weight=mentor_weight, **options)
         self.process_group = process_group
         self.register_buffer("mentor_weight", weights)
+
+    @overload
+    def forward(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        return_report: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        return_report: Literal[True],
+    ) -> tuple[Tensor, ClassroomReport]: ...
 
     def forward(
         self,
@@ -58,14 +78,41 @@ class ClassroomLoss(nn.Module):
         return_report: bool = False,
     ) -> Tensor | tuple[Tensor, ClassroomReport]:
         """See `fused_classroom_loss`."""
-        return fused_classroom_loss(
+        loss, report = fused_loss(
             student_logits,
             mentor_logits,
             targets,
-            process_group=self.process_group,
-            return_report=return_report,
-            **self._options(),
+            self.mentor_weight,
+            self.options,
+            return_report,
+            self.process_group,
         )
+        return loss if report is None else (loss, report)
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    @overload
+    def loss_and_grad(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        scale: Tensor | None = None,
+        return_report: Literal[False] = False,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def loss_and_grad(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        scale: Tensor | None = None,
+        return_report: Literal[True],
+    ) -> tuple[Tensor, Tensor, ClassroomReport]: ...
 
     def loss_and_grad(
         self,
@@ -77,23 +124,21 @@ class ClassroomLoss(nn.Module):
         return_report: bool = False,
     ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
         """See `fused_classroom_loss_and_grad`."""
-        return fused_classroom_loss_and_grad(
+        loss, grad, report = fused_loss_and_grad(
             student_logits,
             mentor_logits,
             targets,
-            scale=scale,
-            process_group=self.process_group,
-            return_report=return_report,
-            **self._options(),
+            self.mentor_weight,
+            scale,
+            self.options,
+            return_report,
+            self.process_group,
         )
+        return (loss, grad) if report is None else (loss, grad, report)
 
     def extra_repr(self) -> str:
         """Show the options."""
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
-
-    def _options(self) -> dict[str, Any]:
-        given = {} if self.mentor_weight is None else {"mentor_weight": self.mentor_weight}
-        return vars(self.options) | given
 
 
 def _one_each(mentor_weight: Sequence[float] | Tensor) -> Tensor:

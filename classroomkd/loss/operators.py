@@ -1,77 +1,78 @@
-"""The kernels as operators of PyTorch: ``torch.ops.classroomkd``.
+"""The kernels as PyTorch operators: ``torch.ops.classroomkd``.
 
 torch.compile, export and fake tensors see each as one opaque node. ``loss`` computes the gradient
-of each row's loss beside the loss, and its backward only multiplies it by what arrives from above;
-``loss_and_grad`` is the same pass with the gradient finished, and no autograd.
+of each row's loss beside the loss, and its backward only multiplies it by the incoming gradient;
+``loss_and_grad`` is the same pass, which also scales the gradient, without autograd.
 
-They are registered through PyTorch's `Library`; its `custom_op` says the same in fewer words and
-costs several times the host time a call, more than the launch itself.
+They are registered through PyTorch's `Library`; its `custom_op` would take fewer lines, but costs
+several times the host time of a call, more than the launch itself.
+
+The loss's options come last, one argument each: `LossOptions.flat`.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
+from classroomkd.kernels.report_layout import report_size
 from classroomkd.loss.definition import loss_and_grad_by_definition
 from classroomkd.loss.derivative import final
-from classroomkd.loss.options import AUTOMATIC, LossOptions
+from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
+from classroomkd.loss.report import pack_report
 
 _library = library.Library("classroomkd", "DEF")
 
 
 def _register(
-    name: str, function: Callable[..., object], fake: Callable[..., object]
-) -> Callable[..., object]:
-    """Define an operator with the signature of ``function``, which runs it on CPU and GPU."""
-    _library.define(name + library.infer_schema(function, mutates_args=()))
+    schema: str, function: Callable[..., object], fake: Callable[..., object]
+) -> Callable[..., Any]:
+    """Define an operator with this schema, which ``function`` runs on CPU and GPU."""
+    name = schema.partition("(")[0]
+    _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
     library.register_fake(f"classroomkd::{name}", fake, lib=_library)
-    return getattr(torch.ops.classroomkd, name).default
+    operator: Callable[..., Any] = getattr(torch.ops.classroomkd, name).default
+    return operator
+
+
+@functools.lru_cache(typed=True)
+def _options(*flat: Any) -> LossOptions:
+    return LossOptions.of_flat(flat)
 
 
 def _confidence_sums(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    label_smoothing: float,
-    ignore_index: int,
+    student: Tensor,  # [B, C]
+    mentors: Sequence[Tensor],  # M of [B, C]
+    targets: Tensor,  # [B] or [B, C]
+    *flat: Any,
 ) -> Tensor:
+    """float32 [M + 2]: Σ_b ℓ_k over the valid rows, the student's first, and their number."""
     from classroomkd.kernels import launch
 
-    return launch.confidence_sums(
-        student, mentors, targets, label_smoothing=label_smoothing, ignore_index=ignore_index
-    )
+    return launch.confidence_sums(student, mentors, targets, _options(*flat))
 
 
-def _confidence_sums_fake(student, mentors, *_):
+def _confidence_sums_fake(student: Tensor, mentors: Sequence[Tensor], *_: Any) -> Tensor:
     return student.new_empty(len(mentors) + 2, dtype=torch.float32)
 
 
 def _loss(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    mentor_weight: Tensor | None,
-    ell_sums: Tensor | None,
-    temperature: float,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    mentors_weight: float,
-    task_weight: float | None,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
+    student: Tensor,  # [B, C]
+    mentors: Sequence[Tensor],  # M of [B, C]
+    targets: Tensor,  # [B] or [B, C]
+    mentor_weight: Tensor | None,  # [M]
+    ell_sums: Tensor | None,  # [M + 2], for ranking "batch"
     with_grad: bool,
     with_report: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, the rows' own gradients, number of valid rows, report; empty where not wanted."""
+    """Loss, each row's own gradient, number of valid rows, report; empty where not wanted."""
     from classroomkd.kernels import launch
 
     outputs = launch.classroom_loss_and_grad(
@@ -80,16 +81,7 @@ def _loss(
         targets,
         mentor_weight,
         ell_sums,
-        temperature=temperature,
-        knowledge_filter=knowledge_filter,
-        mentoring=mentoring,
-        weighting=weighting,
-        mentors_weight=mentors_weight,
-        task_weight=task_weight,
-        rank_decimals=rank_decimals,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        _options(*flat),
         with_grad=with_grad,
         with_report=with_report,
     )
@@ -102,76 +94,80 @@ def _loss(
     )
 
 
-def _loss_fake(student, mentors, *arguments):
-    reduction, with_grad, with_report = arguments[-3:]
-    summed = reduction != "none"
-    new = functools.partial(student.new_empty, dtype=torch.float32)
-    return (
-        new(() if summed else student.shape[0]),
-        student.new_empty(student.shape if with_grad else 0),
-        new(() if summed or with_report else 0),
-        new(4 * len(mentors) + 2 if with_report else 0),
-    )
-
-
-class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, student, mentors, *arguments):
-        outputs = _loss_below_autograd(student, mentors, *arguments)
-        _, grad, count, _ = outputs
-        ctx.n_inputs = 2 + len(arguments)
-        ctx.mean = arguments[-3] == "mean"
-        ctx.save_for_backward(student, grad, count)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
-
-    @staticmethod
-    def backward(ctx, loss_grad, *_):
-        student, grad, count = ctx.saved_tensors
-        grad = scale_rows(grad, loss_grad.detach(), count if ctx.mean else None)
-        return final(grad, student), *[None] * (ctx.n_inputs - 1)
-
-
-def _loss_below_autograd(*arguments):
-    with torch._C._AutoDispatchBelowAutograd():
-        return loss(*arguments)
-
-
-def _loss_autograd(*arguments):
-    with_grad = arguments[-2]
-    return _Loss.apply(*arguments) if with_grad else _loss_below_autograd(*arguments)
-
-
-def _scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
-    from classroomkd.kernels import launch
-
-    return launch.scale_rows(grad, factor, count)
-
-
-def _scale_rows_fake(grad, factor, count):
-    return torch.empty_like(grad)
-
-
-def _loss_and_grad(
+def _loss_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
-    temperature: float,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    mentors_weight: float,
-    task_weight: float | None,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    reduction: str,
-    scale: Tensor | None,
+    with_grad: bool,
     with_report: bool,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    summed = named(flat)["reduction"] != "none"
+    new = functools.partial(student.new_empty, dtype=torch.float32)
+    return (
+        new(() if summed else student.shape[0]),
+        student.new_empty(student.shape if with_grad else 0),
+        new(() if summed or with_report else 0),
+        new(report_size(len(mentors)) if with_report else 0),
+    )
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        outputs = _loss_below_autograd(*arguments)
+        _, grad, count, _ = outputs
+        ctx.n_inputs = len(arguments)
+        ctx.mean = named(arguments[_N_LOSS_INPUTS:])["reduction"] == "mean"
+        ctx.save_for_backward(arguments[0], grad, count)
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> Any:
+        student, grad, count = ctx.saved_tensors
+        grad = scale_rows(grad, loss_grad.detach(), count if ctx.mean else None)
+        return final(grad, student), *[None] * (ctx.n_inputs - 1)
+
+
+def _loss_below_autograd(*arguments: Any) -> Any:
+    with torch._C._AutoDispatchBelowAutograd():
+        return loss(*arguments)
+
+
+def _loss_autograd(*arguments: Any) -> Any:
+    with_grad = arguments[_N_LOSS_INPUTS - 2]
+    return _Loss.apply(*arguments) if with_grad else _loss_below_autograd(*arguments)
+
+
+def _scale_rows(
+    grad: Tensor,  # [B, C]
+    factor: Tensor,  # [] or [B]
+    count: Tensor | None,  # []
+) -> Tensor:
+    """grad · factor / count, [B, C]."""
+    from classroomkd.kernels import launch
+
+    return launch.scale_rows(grad, factor, count)
+
+
+def _scale_rows_fake(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
+    return torch.empty_like(grad)
+
+
+def _loss_and_grad(
+    student: Tensor,  # [B, C]
+    mentors: Sequence[Tensor],  # M of [B, C]
+    targets: Tensor,  # [B] or [B, C]
+    mentor_weight: Tensor | None,  # [M]
+    ell_sums: Tensor | None,  # [M + 2], for ranking "batch"
+    scale: Tensor | None,  # one number, of any shape
+    with_report: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, its finished gradient, report (empty where not wanted)."""
+    """Loss, its gradient times the scale, report (empty where not wanted)."""
     from classroomkd.kernels import launch
 
     outputs = launch.classroom_loss_and_grad(
@@ -180,93 +176,99 @@ def _loss_and_grad(
         targets,
         mentor_weight,
         ell_sums,
-        temperature=temperature,
-        knowledge_filter=knowledge_filter,
-        mentoring=mentoring,
-        weighting=weighting,
-        mentors_weight=mentors_weight,
-        task_weight=task_weight,
-        rank_decimals=rank_decimals,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        reduction=reduction,
+        _options(*flat),
         with_grad=True,
         with_report=with_report,
-        finished_grad=True,
+        scale_grad=True,
         scale=scale,
     )
+    assert outputs.grad is not None
     report = outputs.report
     if report is None:
         report = student.new_empty(0, dtype=torch.float32)
     return outputs.loss, outputs.grad, report
 
 
-def _loss_and_grad_fake(student, mentors, *arguments):
-    new = functools.partial(student.new_empty, dtype=torch.float32)
-    report = new(4 * len(mentors) + 2 if arguments[-1] else 0)
-    return new(()), student.new_empty(student.shape), report
-
-
-def _definition_and_grad(
+def _loss_and_grad_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
+    ell_sums: Tensor | None,
     scale: Tensor | None,
-    temperature: float,
-    ranking: str,
-    knowledge_filter: str,
-    mentoring: str,
-    weighting: str,
-    task_weight: str,
-    rank_decimals: int | None,
-    label_smoothing: float,
-    ignore_index: int,
-    mentor_weight_for_all: str | None,
-    reduction: str,
+    with_report: bool,
+    *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss, gradient and report by definition, where no kernel serves."""
-    options = LossOptions(
-        temperature=temperature,
-        ranking=ranking,
-        knowledge_filter=knowledge_filter,
-        mentoring=mentoring,
-        weighting=weighting,
-        task_weight=task_weight if task_weight == "confidence" else float(task_weight),
-        rank_decimals=rank_decimals,
-        label_smoothing=label_smoothing,
-        ignore_index=ignore_index,
-        mentor_weight=(
-            mentor_weight_for_all
-            if mentor_weight_for_all in (None, AUTOMATIC)
-            else float(mentor_weight_for_all)
-        ),
-        reduction=reduction,
-    )
-    # Below an operator autograd is off, and it is autograd that the gradient comes from.
+    new = functools.partial(student.new_empty, dtype=torch.float32)
+    report = new(report_size(len(mentors)) if with_report else 0)
+    return new(()), student.new_empty(student.shape), report
+
+
+def _definition_and_grad(
+    student: Tensor,  # [B, C]
+    mentors: Sequence[Tensor],  # M of [B, C]
+    targets: Tensor,  # [B] or [B, C]
+    mentor_weight: Tensor | None,  # [M]
+    scale: Tensor | None,  # one number, of any shape
+    with_report: bool,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`_loss_and_grad` by definition, where no kernel can run."""
+    # Below an operator autograd is off, and the gradient comes from autograd.
     keys = torch._C.DispatchKey
     with torch._C._PreserveDispatchKeyGuard():
         for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
         loss, grad, report = loss_and_grad_by_definition(
-            student, [*mentors], targets, mentor_weight, scale, options
+            student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
         )
-    return loss, grad, torch.cat([values.reshape(-1) for values in report])
+    return loss, grad, loss.new_empty(0) if report is None else pack_report(report)
 
 
-def _definition_and_grad_fake(student, mentors, *_):
+def _definition_and_grad_fake(
+    student: Tensor,
+    mentors: Sequence[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    scale: Tensor | None,
+    with_report: bool,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.float32
     for logits in (student, *mentors):
         dtype = torch.promote_types(dtype, logits.dtype)
     new = functools.partial(student.new_empty, dtype=dtype)
-    return new(()), student.new_empty(student.shape), new(4 * len(mentors) + 2)
+    report = new(report_size(len(mentors)) if with_report else 0)
+    return new(()), student.new_empty(student.shape), report
 
 
-confidence_sums = _register("confidence_sums", _confidence_sums, _confidence_sums_fake)
-loss = _register("loss", _loss, _loss_fake)
-_library.impl("loss", _loss_autograd, "Autograd")
-loss_and_grad = _register("loss_and_grad", _loss_and_grad, _loss_and_grad_fake)
-definition_and_grad = _register(
-    "definition_and_grad", _definition_and_grad, _definition_and_grad_fake
+_BATCH = "Tensor student, Tensor[] mentors, Tensor targets"
+_LOSS = f"{_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, bool with_grad, bool with_report"
+_N_LOSS_INPUTS = 1 + _LOSS.count(",")  # before the options
+
+confidence_sums = _register(
+    f"confidence_sums({_BATCH}, {OPERATOR_SCHEMA}) -> Tensor",
+    _confidence_sums,
+    _confidence_sums_fake,
 )
-scale_rows = _register("scale_rows", _scale_rows, _scale_rows_fake)
+loss = _register(
+    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _loss, _loss_fake
+)
+_library.impl("loss", _loss_autograd, "Autograd")
+loss_and_grad = _register(
+    f"loss_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, Tensor? scale, "
+    f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _loss_and_grad,
+    _loss_and_grad_fake,
+)
+definition_and_grad = _register(
+    f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
+    f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    _definition_and_grad,
+    _definition_and_grad_fake,
+)
+scale_rows = _register(
+    "scale_rows(Tensor grad, Tensor factor, Tensor? count) -> Tensor",
+    _scale_rows,
+    _scale_rows_fake,
+)

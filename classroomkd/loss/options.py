@@ -1,9 +1,14 @@
-"""The loss's options and the checks on them, shared by the definition and the kernels."""
+"""The loss's options and the checks on them, shared by the definition and the kernels.
+
+A new option is a field of `LossOptions` and a key of `OptionValues`.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
 
 from classroomkd.limits import MAX_TEMPERATURE
 
@@ -12,7 +17,23 @@ KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
 WEIGHTINGS = ("rank", "uniform")
 REDUCTIONS = ("mean", "sum", "none")
+CONFIDENCE = "confidence"
 AUTOMATIC = "auto"
+
+
+class OptionValues(TypedDict, total=False):
+    """Options as keyword arguments, without ``mentor_weight``, which may also be a tensor."""
+
+    temperature: float
+    ranking: str
+    knowledge_filter: str
+    mentoring: str
+    weighting: str
+    task_weight: float | str
+    rank_decimals: int | None
+    label_smoothing: float
+    ignore_index: int
+    reduction: str
 
 
 @dataclass(frozen=True)
@@ -30,7 +51,7 @@ class LossOptions:
     knowledge_filter: str = "better"
     mentoring: str = "adaptive"
     weighting: str = "rank"
-    task_weight: str | float = "confidence"
+    task_weight: float | str = CONFIDENCE
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
     ignore_index: int = -100
@@ -48,10 +69,10 @@ class LossOptions:
                 f"temperature must be greater than 0 and at most {MAX_TEMPERATURE:g}, "
                 f"got {self.temperature}"
             )
-        if self.task_weight != "confidence":
+        if self.task_weight != CONFIDENCE:
             if isinstance(self.task_weight, str):
                 raise ValueError(
-                    f"task_weight must be 'confidence' or a number, got {self.task_weight!r}"
+                    f"task_weight must be {CONFIDENCE!r} or a number, got {self.task_weight!r}"
                 )
             if not _number("task_weight", self.task_weight) >= 0:
                 raise ValueError(f"task_weight must not be negative, got {self.task_weight}")
@@ -67,13 +88,60 @@ class LossOptions:
             raise ValueError(f"label_smoothing must be between 0 and 1, got {self.label_smoothing}")
         _integer("ignore_index", self.ignore_index)
 
-    def weight_of_mentors(self, n_classes: int, n_mentors: int) -> float:
-        """The number that multiplies every mentor's term."""
+    @property
+    def fixed_task_weight(self) -> float | None:
+        """The number that weighs the cross-entropy; None if the student's confidence does."""
+        return None if isinstance(self.task_weight, str) else self.task_weight
+
+    @property
+    def fixed_mentor_weight(self) -> float | None:
+        """The number that multiplies every mentor's term; None if it follows from C and M."""
         if self.mentor_weight is None:
             return 1.0
-        if self.mentor_weight == AUTOMATIC:
-            return automatic_mentor_weight(n_classes, n_mentors)
-        return float(self.mentor_weight)
+        return None if isinstance(self.mentor_weight, str) else self.mentor_weight
+
+    def mentor_weight_for(self, n_classes: int, n_mentors: int) -> float:
+        """The number that multiplies every mentor's term, given C and M."""
+        fixed = self.fixed_mentor_weight
+        return automatic_mentor_weight(n_classes, n_mentors) if fixed is None else fixed
+
+    def flat(self) -> tuple[float | str | None, ...]:
+        """The options in order, in the types of `OPERATOR_SCHEMA`, which has no unions."""
+        numbers = {
+            "task_weight": self.fixed_task_weight,
+            "mentor_weight": self.fixed_mentor_weight,
+        }
+        return tuple((vars(self) | numbers).values())
+
+    @classmethod
+    def of_flat(cls, values: Sequence[Any]) -> LossOptions:
+        """The inverse of `flat`."""
+        given = named(values)
+        if given["task_weight"] is None:
+            given["task_weight"] = CONFIDENCE
+        if given["mentor_weight"] is None:
+            given["mentor_weight"] = AUTOMATIC
+        return cls(**given)
+
+
+_NAMES = tuple(field.name for field in fields(LossOptions))
+_SCHEMA_TYPES = {
+    "float": "float",
+    "int": "int",
+    "str": "str",
+    "int | None": "int?",
+    "float | str": "float?",
+    "float | str | None": "float?",
+}
+OPERATOR_SCHEMA = ", ".join(
+    f"{_SCHEMA_TYPES[str(field.type)]} option_{field.name}" for field in fields(LossOptions)
+)
+"""How a PyTorch operator declares what `LossOptions.flat` gives."""
+
+
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    """What `LossOptions.flat` gave, by the options' names."""
+    return dict(zip(_NAMES, values, strict=True))
 
 
 def automatic_mentor_weight(n_classes: int, n_mentors: int) -> float:

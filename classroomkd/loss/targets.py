@@ -13,7 +13,7 @@ from classroomkd.loss.options import LossOptions
 class Target(NamedTuple):
     """The targets in the form the formulas need."""
 
-    index: Tensor  # [B] int64: the target class, 0 where there is none
+    class_index: Tensor  # [B] int64: the target class, 0 where there is none
     probabilities: Tensor | None  # [B, C], or None for class indices
     smoothing: float
     valid: Tensor  # [B] bool: not ignore_index
@@ -22,7 +22,7 @@ class Target(NamedTuple):
     def expectation(self, values: Tensor) -> Tensor:
         """Σ_c t(c) · values(c) over the last dimension of values [..., B, C]; 0 · −inf is 0."""
         if self.probabilities is None:
-            index = self.index[:, None].expand(*values.shape[:-1], 1)
+            index = self.class_index[:, None].expand(*values.shape[:-1], 1)
             picked = values.gather(-1, index).squeeze(-1)
             if self.smoothing == 0:
                 return picked
@@ -46,7 +46,7 @@ def prepare_targets(
     if targets.dim() == 2:
         everywhere = torch.ones_like(targets[:, 0], dtype=torch.bool)
         return Target(
-            index=targets.argmax(1),
+            class_index=targets.argmax(1),
             probabilities=targets.detach().to(dtype),
             smoothing=options.label_smoothing,
             valid=everywhere,

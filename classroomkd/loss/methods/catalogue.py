@@ -64,6 +64,7 @@ def entry(name: str) -> Entry:
     _, class_name = class_of(name)
     file = Path(__file__).with_name(f"{name}.py")
     found = docstrings.definition(file, class_name)
+    assert isinstance(found, ast.ClassDef)
     title, _, rest = (ast.get_docstring(docstrings.module(file)) or "").partition("\n\n")
     options, is_open = _arguments(found)
     meanings = docstrings.arguments(found)
@@ -110,14 +111,14 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 def _arguments(found: ast.ClassDef) -> tuple[dict[str, Any], bool]:
     """The constructor's arguments that have a default, and whether it takes any others."""
-    made = (node for node in found.body if getattr(node, "name", None) == "__init__")
-    arguments = next((node.args for node in made), None)
+    functions = (node for node in found.body if isinstance(node, ast.FunctionDef))
+    arguments = next((node.args for node in functions if node.name == "__init__"), None)
     if arguments is None:
         return {}, False
     last = arguments.args[len(arguments.args) - len(arguments.defaults) :]
-    defaults = dict(zip((a.arg for a in last), arguments.defaults, strict=True))
-    defaults |= zip((a.arg for a in arguments.kwonlyargs), arguments.kw_defaults, strict=True)
-    values = {name: ast.literal_eval(node) for name, node in defaults.items() if node is not None}
+    names = [argument.arg for argument in (*last, *arguments.kwonlyargs)]
+    defaults = zip(names, [*arguments.defaults, *arguments.kw_defaults], strict=True)
+    values = {name: ast.literal_eval(node) for name, node in defaults if node is not None}
     return values, arguments.kwarg is not None
 
 

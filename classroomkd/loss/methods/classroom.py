@@ -1,4 +1,4 @@
-"""The classroom: mentors ranked, filtered and heard at temperatures of their own, row by row.
+"""The classroom: mentors ranked, filtered and softened row by row.
 
 Sarode, Khan, Shehzadi, Stricker, Afzal: *Classroom-Inspired Multi-Mentor Distillation with Adaptive
 Learning Strategies* (IntelliSys 2025). The loss is `classroomkd.ClassroomLoss`.
@@ -7,13 +7,14 @@ Learning Strategies* (IntelliSys 2025). The loss is `classroomkd.ClassroomLoss`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
-from classroomkd.loss.definition import rank_and_filter, standing
+from classroomkd.loss.definition import confidence_and_correctness, rank_and_filter
 from classroomkd.loss.methods.base import (
     Method,
     Outputs,
@@ -23,6 +24,7 @@ from classroomkd.loss.methods.base import (
     valid_rows,
 )
 from classroomkd.loss.module import ClassroomLoss
+from classroomkd.loss.options import OptionValues
 from classroomkd.loss.report import ClassroomReport
 from classroomkd.loss.targets import prepare_targets
 
@@ -41,7 +43,7 @@ class Classroom(Method):
     confidence and task loss of the raw logits.
 
     Args:
-        standardise: whether the lessons compare z-scores of the rows of logits.
+        standardise: whether the mentors' terms compare z-scores of the rows of logits.
         mentor_weight, process_group, **options: those of ClassroomLoss; reduction is not "none".
 
     """
@@ -54,7 +56,7 @@ class Classroom(Method):
         standardise: bool = False,
         mentor_weight: Sequence[float] | Tensor | float | str | None = None,
         process_group: ProcessGroup | None = None,
-        **options: float | str | int | None,
+        **options: Unpack[OptionValues],
     ) -> None:
         super().__init__()
         check_boolean(standardise=standardise)
@@ -62,20 +64,16 @@ class Classroom(Method):
             raise UserError("reduction must be 'mean' or 'sum' where a student is trained")
         self.standardise = standardise
 
-        def loss(mentor_weight: Any, **changed: Any) -> ClassroomLoss:
-            changed = options | changed
-            return ClassroomLoss(
-                mentor_weight=mentor_weight, process_group=process_group, **changed
-            )
-
+        loss = partial(ClassroomLoss, process_group=process_group)
         try:
-            self.loss = loss(mentor_weight)
+            self.loss = loss(mentor_weight=mentor_weight, **options)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from None
         if standardise:
-            self.lessons = loss(mentor_weight, task_weight=0.0)
+            without_task: OptionValues = {**options, "task_weight": 0.0}
+            self.mentor_loss = loss(mentor_weight=mentor_weight, **without_task)
             # The student as its own only mentor, of no weight: only the task is left.
-            self.task = loss([0.0])
+            self.task = loss(mentor_weight=[0.0], **options)
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The loss."""
@@ -84,7 +82,7 @@ class Classroom(Method):
             return self.loss(logits, mentor_logits, targets)
         scores, *mentor_scores = self._scores([logits, *mentor_logits], targets)
         task = self.task(logits, [logits.detach()], targets)
-        return task + self.lessons(scores, mentor_scores, targets)
+        return task + self.mentor_loss(scores, mentor_scores, targets)
 
     def backward(
         self,
@@ -95,19 +93,22 @@ class Classroom(Method):
     ) -> tuple[Tensor, ClassroomReport]:
         """Loss and gradient in one launch, two with ``standardise``, and no graph between them."""
         logits, mentor_logits = student.logits, [mentor.logits for mentor in mentors]
-        how = {"scale": scale, "return_report": True}
         if not self.standardise:
-            loss, grad, report = self.loss.loss_and_grad(logits, mentor_logits, targets, **how)
+            loss, grad, report = self.loss.loss_and_grad(
+                logits, mentor_logits, targets, scale=scale, return_report=True
+            )
             logits.backward(grad)
             return loss, report
         scores, *mentor_scores = self._scores([logits, *mentor_logits], targets)
-        lessons, through_scores, report = self.lessons.loss_and_grad(
-            scores, mentor_scores, targets, **how
+        mentor_loss, score_grad, report = self.mentor_loss.loss_and_grad(
+            scores, mentor_scores, targets, scale=scale, return_report=True
         )
-        task, grad, raw = self.task.loss_and_grad(logits, [logits.detach()], targets, **how)
-        torch.autograd.backward([scores, logits], [through_scores, grad])
+        task, grad, raw = self.task.loss_and_grad(
+            logits, [logits.detach()], targets, scale=scale, return_report=True
+        )
+        torch.autograd.backward([scores, logits], [score_grad, grad])
         report = report._replace(student_confidence=raw.student_confidence, task_loss=raw.task_loss)
-        return lessons + task, report
+        return mentor_loss + task, report
 
     def standing(self, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """What `teaches` asks of one network: of logits [B, C] and class indices, each [B].
@@ -118,7 +119,7 @@ class Classroom(Method):
             (logits,) = self._scores([logits], targets)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         target = prepare_targets(targets, logits.shape[1], self.loss.options, logits.dtype)
-        return standing(logits, target)
+        return confidence_and_correctness(logits, target)
 
     def teaches(
         self,

@@ -27,13 +27,12 @@ def paired_features(
     The larger map of a pair is average-pooled to the smaller's size.
     """
     pairs = []
-    for pair in paired(student.features, [f.detach() for f in teacher.features]):
-        size = [
-            min(sides) for sides in zip(*(features.shape[2:] for features in pair), strict=True)
-        ]
-        pairs.append(tuple(_pooled(select_rows(features, valid), size) for features in pair))
+    for own, hint in paired(student.features, [f.detach() for f in teacher.features]):
+        size = min(own.shape[2], hint.shape[2]), min(own.shape[3], hint.shape[3])
+        own, hint = select_rows(own, valid), select_rows(hint, valid)
+        pairs.append((_pooled(own, size), _pooled(hint, size)))
     return pairs
 
 
-def _pooled(features: Tensor, size: list[int]) -> Tensor:
-    return features if list(features.shape[2:]) == size else F.adaptive_avg_pool2d(features, size)
+def _pooled(features: Tensor, size: tuple[int, int]) -> Tensor:
+    return features if features.shape[2:] == size else F.adaptive_avg_pool2d(features, size)

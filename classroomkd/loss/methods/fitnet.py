@@ -76,6 +76,7 @@ class FitNet(Method):
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""
+        assert self.regressor is not None, "prepare() comes first"
         valid = valid_rows(targets)
         guess, hint = paired_features(student, mentors[0], valid)[self._index]
         distance = (self.regressor(guess, valid) - hint).square().mean((1, 2, 3))
