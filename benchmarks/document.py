@@ -2,9 +2,9 @@
 
     python benchmarks/document.py [OUT]
 
-writes them, and the tables of docs/reproduction.md, from benchmarks/results/. OUT is a folder that
-the benchmarks wrote, as run_gpu.sh does: its records are first copied to the folder of their
-device, in the place of older ones.
+writes them, and the tables of docs/reproduction.md and docs/teaching.md, from benchmarks/results/.
+OUT is a folder that the benchmarks wrote, as run_gpu.sh does: its records are first copied to the
+folder of their device, in the place of older ones.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import teaching as teaching_tables
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
@@ -30,6 +32,7 @@ from tables import markdown
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
+TEACHING = ROOT / "docs/teaching.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
@@ -127,6 +130,22 @@ def reproduction(text: str, devices: Records) -> str:
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
+def teaching(text: str, devices: Records) -> str:
+    """The page on teaching that harms, whose ``text`` stays up to the mark, with its tables."""
+    head, mark, _ = text.partition(MARK)
+    blocks = [head + mark]
+    for device, records in devices.items():
+        for name in filter(records.__contains__, teaching_tables.COMMANDS):
+            heading, command = teaching_tables.COMMANDS[name]
+            blocks.append(f"## {heading}")
+            file = f"[{name}.json]({LINK}/{device}/{name}.json)"
+            blocks.append(f"{file}, by `{command}`:")
+            blocks += teaching_tables.markdown(name, records[name])
+            for figure, drawing in drawings(device, name, records[name]).items():
+                blocks.append(f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}")
+    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+
+
 def _quickstart(summary: Record) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
     table = markdown_table(COLUMNS, result_rows(summary))
@@ -207,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = read(RESULTS)
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json")))
     atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
-    print(PAGE, REPRODUCTION, sep="\n")
+    atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
+    print(PAGE, REPRODUCTION, TEACHING, sep="\n")
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

@@ -86,7 +86,7 @@ def _numbered_clips(svg: bytes) -> bytes:
 def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
     """By the names of their files, what can be drawn of a device's record ``name``."""
     found = {}
-    rows = [row for row in record.get("rows", []) if row["status"] == "ok"]
+    rows = [row for row in record.get("rows", []) if row.get("status", "ok") == "ok"]
     if name == "loss" and on_gpu(record):
         grid = [row for row in rows if not row["case"] and row["implementation"] == THIS]
         named = [row for row in rows if row["case"]]
@@ -113,6 +113,14 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
             f"A training step on {device}: where its time goes, and how long it takes. Blue: the "
             "networks themselves.",
             lambda: _step(timed),
+        )
+    if name == "gradients":
+        found["gradients"] = Drawing(
+            "The gradient of the lessons over that of cross-entropy, with respect to the student's "
+            f"parameters, on {device}. Left: before the first step, strong mentors. Middle: the "
+            "same at temperature 12, with one factor left out. Right: along a training with "
+            "cross-entropy, three mentors, temperature 12; dashed: weak mentors.",
+            lambda: _gradients(rows),
         )
     return {f"{device}-{figure}.svg": drawing for figure, drawing in found.items()}
 
@@ -259,4 +267,58 @@ def _step(rows: Rows) -> Figure:
             axes.set_xlabel("share of the time from one step to the next, %")
     columns = min(4, 3 * len(classrooms))  # as many as the figure is wide enough for
     figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=columns)
+    return figure
+
+
+def _gradients(rows: Rows) -> Figure:
+    """Three panels: over classes for each M and T, for what is left out, and along a training."""
+    figure, panels = _figure(10.8, 5.4, 1, 3)
+    start, without, along = panels[0]
+
+    def lines(axes: Axes, over: str, by: Sequence[str], rows: Iterable[Record]) -> None:
+        found: dict[tuple, list[Record]] = {}
+        for row in rows:
+            found.setdefault(tuple(row[key] for key in by), []).append(row)
+        firsts = list(dict.fromkeys(kind[0] for kind in found))
+        colours = dict(zip(firsts, BY_MENTORS, strict=False))
+        seconds = list(dict.fromkeys(kind[1] for kind in found))
+        for kind, line in found.items():
+            axes.plot(
+                [row[over] for row in line],
+                [row["times_task"] for row in line],
+                color=colours[kind[0]],
+                linestyle=("-", "--", ":")[seconds.index(kind[1])],
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                label=", ".join(
+                    f"{name} {value:g}" if isinstance(value, int | float) else value
+                    for name, value in zip(by, kind, strict=True)
+                ),
+            )
+        axes.set_yscale("log")
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.45, -0.16))
+
+    first = [row for row in rows if row["step"] == 0 and row["strength"] == "strong"]
+    whole = [row for row in first if row["left_out"] == "nothing"]
+    lines(start, "classes", ("mentors", "temperature"), whole)
+    hottest = [row for row in first if row["temperature"] == 12 and row["mentors"] in (1, 6)]
+    lines(without, "classes", ("left_out", "mentors"), hottest)
+    training = [
+        row
+        for row in rows
+        if (row["mentors"], row["temperature"], row["left_out"]) == (3, 12, "nothing")
+    ]
+    lines(along, "step", ("classes", "strength"), training)
+    for axes in (start, without):
+        axes.set_xscale("log")
+        axes.set_xlabel("classes")
+    along.set_xscale("symlog", linthresh=10)
+    along.set_xlim(0)
+    along.set_xlabel("step of the student's training")
+    start.set_ylabel("lessons' gradient over cross-entropy's")
+    start.set_title("before the first step")
+    without.set_title("with a factor left out")
+    along.set_title("along a training")
     return figure

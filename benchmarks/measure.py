@@ -211,3 +211,28 @@ def write_json(out: Path, name: str, record: dict[str, object]) -> None:
     """Write ``record`` to ``out/name.json``; the folder is made."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+
+
+class KeptRows:
+    """The rows of the record ``out/name.json``, written with each one that is added.
+
+    A benchmark that was stopped goes on with what is missing: ``keys`` are the columns that say
+    what a row measures.
+    """
+
+    def __init__(self, out: Path, name: str, keys: Sequence[str]) -> None:
+        self._out, self._name, self._keys = out, name, keys
+        path = out / f"{name}.json"
+        self.rows: list[dict[str, object]] = (
+            json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+        )
+
+    def has(self, **of: object) -> bool:
+        """Whether the row of these values of all the keys is there."""
+        return any(all(row[key] == of[key] for key in self._keys) for row in self.rows)
+
+    def add(self, row: dict[str, object]) -> None:
+        """Add a row and write the record."""
+        self.rows.append(row)
+        record = {"benchmark": self._name, "environment": environment(), "rows": self.rows}
+        write_json(self._out, self._name, record)

@@ -39,6 +39,12 @@ def test_the_tables_of_reproductions_are_what_the_command_gives():
     assert document.reproduction(text, document.read(document.RESULTS)) == text
 
 
+def test_the_tables_of_teaching_are_what_the_command_gives():
+    text = document.TEACHING.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.teaching(text, document.read(document.RESULTS)) == text
+
+
 def test_links_and_figures_are_there():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
     assert any(target.startswith("figures/") for target in targets)
@@ -215,7 +221,9 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     monkeypatch.setattr(document, "RESULTS", results)
     monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
     monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
-    document.REPRODUCTION.write_text(document.MARK)
+    monkeypatch.setattr(document, "TEACHING", tmp_path / "teaching.md")
+    for page in (document.REPRODUCTION, document.TEACHING):
+        page.write_text(document.MARK)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert document.main([str(out)]) == 1  # the page is whole without matplotlib
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")

@@ -186,7 +186,7 @@ def test_mentor_weight(device):
 
 
 @pytest.mark.parametrize("tiled", [False, True])
-@pytest.mark.parametrize(("value", "number"), [(0.3, 0.3), (2, 2.0), (0, 0.0), ("auto", 0.25)])
+@pytest.mark.parametrize(("value", "number"), [(0.3, 0.3), (2, 2.0), (0, 0.0), ("auto", 1 / 6)])
 def test_a_mentor_weight_for_all(device, monkeypatch, value, number, tiled):
     """As the definition in float64 with that number for each of the three mentors."""
     if tiled:

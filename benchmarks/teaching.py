@@ -1,0 +1,145 @@
+"""The tables of docs/teaching.md: of gradients.py, drop_in.py and small_data.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from classroomkd.loss import automatic_mentor_weight
+from classroomkd.report.document import markdown_table
+from classroomkd.report.numbers import differences, percent, spread
+
+Row = Mapping[str, Any]
+
+COMMANDS = {  # record: its heading, and what measures it
+    "gradients": ("The gradients", "python benchmarks/gradients.py --out OUT"),
+    "drop_in": ("In a trainer of one's own", "python benchmarks/drop_in.py --out OUT"),
+    "small_data": (
+        "`classroomkd train` on small data",
+        "python benchmarks/small_data.py --out OUT --photos FOLDER",
+    ),
+}
+
+
+def markdown(name: str, record: Row) -> Iterator[str]:
+    """The tables of a record by its name, and what they say."""
+    yield from {"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data}[name](
+        record["rows"]
+    )
+
+
+def _gradients(rows: Sequence[Row]) -> Iterator[str]:
+    yield "Strong mentors, before the first step, the lessons' gradient over cross-entropy's:"
+    first = [row for row in rows if row["step"] == 0 and row["strength"] == "strong"]
+    cells = {
+        (row["classes"], row["mentors"], row["temperature"], row["left_out"]): row["times_task"]
+        for row in first
+    }
+    classes, mentors = (sorted({key[n] for key in cells}) for n in (0, 1))
+    kinds = {
+        "temperature 12": (12.0, "nothing"),
+        "temperature 1": (1.0, "nothing"),
+        "temperature 12, 1 in place of the rank weights": (12.0, "rank weights"),
+        "no temperatures": (12.0, "temperatures"),
+    }
+    yield markdown_table(
+        ["", "M", *(f"C = {c:,}" for c in classes)],
+        [
+            [name, str(m), *(f"{cells[c, m, *kind]:.2g}" for c in classes)]
+            for name, kind in kinds.items()
+            for m in mentors
+        ],
+    )
+
+
+def _name(row: Row) -> str:
+    """Of a row's loss."""
+    if row.get("loss", row.get("method")) != "classroom":
+        return {"kd": "KD"}.get(row.get("loss", row.get("method")), row.get("loss", "alone"))
+    cool = "" if row.get("temperature", 12.0) == 12.0 else f", temperature {row['temperature']:g}"
+    weight, m = row["mentor_weight"], len(row["mentors_top1"])
+    automatic = math.isclose(weight, automatic_mentor_weight(row["classes"], m))
+    task = row.get("task_weight", "confidence")
+    own = "" if task == "confidence" else f", task weight {task:g}"
+    return f"classroom, weight {weight:.3g}{' (auto)' * automatic}{cool}{own}"
+
+
+def _grouped(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return found
+
+
+def _by_seed(rows: Sequence[Row], column: str = "top1") -> dict[int, float]:
+    return {row["seed"]: row[column] for row in rows}
+
+
+def _order(item: tuple[tuple, list[Row]]) -> tuple:
+    """By the number of mentors, and the classroom's weight from the paper's down."""
+    (m, loss, weight, temperature, task_weight), _ = item
+    return m, loss, temperature or 0, -(weight or 0), str(task_weight)
+
+
+def is_dead(row: Row) -> bool:
+    """Whether a student gets hardly more of its training images right than by guessing."""
+    return row["train_top1"] < 1.5 / row["classes"]
+
+
+def _drop_in(rows: Sequence[Row]) -> Iterator[str]:
+    lines = []
+    for place, own in _grouped(rows, ("set", "network")).items():
+        baseline = _by_seed([row for row in own if row["loss"] == "cross-entropy"])
+        groups = _grouped(own, ("mentors", "loss", "mentor_weight", "temperature", "task_weight"))
+        for (m, *_), group in sorted(groups.items(), key=_order):
+            found = differences(_by_seed(group), baseline)
+            error = stdev(found) / math.sqrt(len(found)) if len(found) > 1 else None
+            lines.append(
+                [
+                    ", ".join(place),
+                    str(m) if m else "",
+                    _name(group[0]),
+                    percent(spread([row["top1"] for row in group])),
+                    percent([mean(found), error], signed=True) if m else "",
+                    str(sum(map(is_dead, group))),
+                    str(len(group)),
+                ]
+            )
+    yield (
+        "After ± the standard deviation over the seeds; of the differences, paired by seed, the "
+        "standard error of their mean."
+    )
+    headings = ("set, network", "M", "loss", "top-1", "less cross-entropy's", "dead", "seeds")
+    yield markdown_table(headings, lines)
+
+
+def _small_data(rows: Sequence[Row]) -> Iterator[str]:
+    yield (
+        f"{len(_grouped(rows, ('set', 'images_per_class', 'student')))} cells of set, images a "
+        "class and student. Top-1 of the last epoch with its standard deviation over the seeds, "
+        "and the difference from alone, paired by seed, with the half width of its 95 % interval."
+    )
+    lines = []
+    for place, own in _grouped(rows, ("set", "images_per_class", "student")).items():
+        alone = [row for row in own if row["method"] == "alone"]
+        for group in _grouped(own, ("method", "mentor_weight", "task_weight")).values():
+            cells = [place[0], str(place[1]), place[2], _name(group[0])]
+            for column in ("validation_top1", "top1"):
+                cells.append(percent(spread([row[column] for row in group])))
+                found = differences(_by_seed(group, column), _by_seed(alone, column))
+                half = None
+                if len(found) > 1:
+                    quantile = student_t.ppf(0.975, len(found) - 1)
+                    half = quantile * stdev(found) / math.sqrt(len(found))
+                is_alone = group[0]["method"] == "alone"
+                cells.append("" if is_alone else percent([mean(found), half], signed=True))
+            lines.append([*cells, str(len(group))])
+    headings = (
+        *("set", "images a class", "student", "method"),
+        *("validation", "less alone", "test", "less alone", "seeds"),
+    )
+    yield markdown_table(headings, lines)
