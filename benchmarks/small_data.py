@@ -27,8 +27,8 @@ from rich.progress import track
 
 from classroomkd.data import ImageSet, decode, digits, list_source
 from classroomkd.data.image_sets import select
-from classroomkd.training.classroom import Classroom
-from classroomkd.training.config import load_recipe
+from classroomkd.runs.recipe import load_recipe
+from classroomkd.runs.training_run import TrainingRun
 from measure import KeptRows
 
 SEEDS = range(5)
@@ -142,7 +142,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
     )
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    classroom = Classroom(recipe, Console(quiet=True))
+    classroom = TrainingRun(recipe, Console(quiet=True))
     with patch("classroomkd.training.classroom.write_report"):  # which nobody reads here
         summary = classroom.run(train, test, folder, validation_set=validation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
