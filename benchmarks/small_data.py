@@ -143,7 +143,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     classroom = TrainingRun(recipe, Console(quiet=True))
-    with patch("classroomkd.training.classroom.write_report"):  # which nobody reads here
+    with patch("classroomkd.runs.training_run.write_report"):  # nobody reads it
         summary = classroom.run(train, test, folder, validation_set=validation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in lines if line["phase"] in ("alone", "classroom"))
