@@ -153,34 +153,58 @@ def _quickstart(summary: Record) -> str:
 
 
 def _of_compiled(compiled: Record) -> Iterator[str]:
-    """For each target and number of mentors the most registers, and which kernels spill."""
-    kernels = compiled["kernels"]
+    """For each target and number of mentors the most registers, what failed, and what spills."""
+    done, calls = compiled["done"], compiled["calls"]
+    kernels = [
+        (call, name, kernel)
+        for call in compiled["compiled"]
+        for name, kernel in call.get("kernels", {}).items()
+    ]
+    quickest = f", of which these are the {done} quickest to compile" if done < calls else ""
     yield (
-        f"What triton {compiled['triton']} makes of the loss for GPUs that need not be there: "
-        f"{len(kernels)} kernels, among them {len({k['n_classes'] for k in kernels})} numbers of "
-        f"classes and {len({k['mode'] for k in kernels})} modes "
-        f"([compiled.json]({LINK}/compiled.json), by `python benchmarks/compiled.py --out FILE`). "
+        f"What Triton {compiled['triton']} makes of the loss, cross-compiled: {len(kernels)} "
+        f"kernels of {done} calls ([compiled.json]({LINK}/compiled.json), by `python "
+        "benchmarks/compiled.py --out FILE`). Every pair of values of the options, shapes, dtypes, "
+        f"layouts and targets occurs in one of {calls} calls{quickest}. "
+        f"{compiled['failed'] or 'None'} failed to compile. "
         "The most registers that a thread of any takes:"
     )
-    mentors = sorted({kernel["n_mentors"] for kernel in kernels})
+    mentors = sorted({call["n_mentors"] for call, *_ in kernels})
     most: dict[str, dict[int, int]] = {}
-    for kernel in kernels:
-        of_target = most.setdefault(kernel["target"], dict.fromkeys(mentors, 0))
-        m = kernel["n_mentors"]
+    for call, _, kernel in kernels:
+        of_target = most.setdefault(call["target"], dict.fromkeys(mentors, 0))
+        m = call["n_mentors"]
         of_target[m] = max(of_target[m], kernel["registers"])
     yield markdown_table(
         ["target", *(f"M = {m}" for m in mentors)],
-        [[target, *map(str, by_mentors.values())] for target, by_mentors in most.items()],
+        [
+            [target, *(str(n or "–") for n in by_mentors.values())]
+            for target, by_mentors in sorted(most.items())
+        ],
     )
-    spilling = [kernel for kernel in kernels if kernel["spilled_bytes"]]
+    failed = [call for call in compiled["compiled"] if "error" in call]
+    if failed:
+        yield "These calls failed:"
+        keys = ("target", "n_classes", "n_mentors", "dtype", "error")
+        yield markdown_table(
+            ("target", "C", "M", "dtype", "error"),
+            [[str(call[key]).partition("\n")[0] for key in keys] for call in failed],
+        )
+    spilling = [(call, name, kernel) for call, name, kernel in kernels if kernel["spilled_bytes"]]
     if not spilling:
         yield "None spills any to memory."
         return
     yield f"{len(kernels) - len(spilling)} spill none to memory; these do:"
-    keys = ("target", "mode", "n_classes", "n_mentors", "dtype", "spilled_bytes")
     yield markdown_table(
-        ("target", "mode", "C", "M", "dtype", "bytes a thread"),
-        [[str(kernel[key]) for key in keys] for kernel in spilling],
+        ("target", "kernel", "C", "M", "dtype", "bytes a thread"),
+        [
+            [
+                *(call["target"], name),
+                *(str(call[key]) for key in ("n_classes", "n_mentors", "dtype")),
+                str(kernel["spilled_bytes"]),
+            ]
+            for call, name, kernel in spilling
+        ],
     )
 
 

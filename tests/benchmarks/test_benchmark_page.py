@@ -143,6 +143,28 @@ def gpu_records(monkeypatch):
     }
 
 
+def test_compiled_kernels_that_failed_or_spill_are_listed():
+    kernel = {"registers": 40, "spilled_bytes": 0}
+    call = {"target": "cuda:90", "n_classes": 10, "n_mentors": 2, "dtype": "float32"}
+    compiled = {"triton": "3.7.1", "calls": 4, "done": 3, "failed": 1, "spilling": 1}
+    compiled["compiled"] = [
+        call | {"kernels": {"confidence": kernel, "classroom": kernel | {"registers": 99}}},
+        call | {"n_mentors": 6, "kernels": {"classroom": kernel | {"spilled_bytes": 24}}},
+        call | {"target": "cuda:80", "error": "PassManager::run failed\nat line 7"},
+    ]
+    text = document.document({}, compiled).partition("## Compiled kernels")[2]
+    assert "3 kernels of 3 calls" in text
+    assert "one of 4 calls, of which these are the 3 quickest to compile. 1 failed" in text
+    assert "| cuda:90 | 99 | 40 |" in text
+    assert "| cuda:80 | 10 | 2 | float32 | PassManager::run failed |" in text
+    assert "2 spill none to memory; these do:" in text
+    assert "| cuda:90 | classroom | 10 | 6 | float32 | 24 |" in text
+    compiled |= {"done": 4, "failed": 0, "compiled": compiled["compiled"][:1]}
+    text = document.document({}, compiled)
+    assert "occurs in one of 4 calls. None failed" in text
+    assert "None spills any to memory." in text
+
+
 def test_a_gpus_records_fill_their_places(gpu_records):
     cpu = document.read(document.RESULTS)["cpu"]
     text = document.document({"h100": gpu_records, "cpu": cpu}, COMPILED)
