@@ -28,12 +28,13 @@ def add_to(commands: Any) -> None:
 def recipes(_: argparse.Namespace) -> None:
     """Print the packaged recipes."""
     from classroomkd.recipes import find, names
-    from classroomkd.runs.recipe_layers import mentor, read, yaml_mapping
+    from classroomkd.runs.recipe_layers import mentor, read_with_bases, yaml_mapping
 
     lines = [("recipe", "student", "mentors")]
     for name in names():
-        file = find(name)
-        values = yaml_mapping(file, read(file))
+        values: dict[str, Any] = {}
+        for part in read_with_bases(find(name)):
+            values |= yaml_mapping(*part)
         mentors = (m if isinstance(m, dict) else mentor(m) for m in values["mentors"])
         lines.append((name, values["student"], " ".join(each["source"] for each in mentors)))
     first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))

@@ -1,4 +1,4 @@
-"""Packaged recipes: one YAML file a classroom, in a folder for each data set it is made for."""
+"""Packaged recipes: one YAML file per classroom, in a folder per data set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ _FOLDER = Path(__file__).parent
 
 
 def names() -> list[str]:
-    """The packaged recipes, like ``cifar100/resnet56-resnet20``, in order."""
-    return sorted(
-        path.relative_to(_FOLDER).with_suffix("").as_posix() for path in _FOLDER.rglob("*.yaml")
-    )
+    """The packaged recipes, like ``cifar100/resnet56-resnet20``, in order.
+
+    Files whose names begin with an underscore are bases of others.
+    """
+    files = [path for path in _FOLDER.rglob("*.yaml") if not path.name.startswith("_")]
+    return sorted(path.relative_to(_FOLDER).with_suffix("").as_posix() for path in files)
 
 
 def find(name: str | Path) -> Path:

@@ -183,9 +183,8 @@ def load_recipe(
     where = f"{file}: " if file else ""
     method, item = "", ""
     try:
-        begun, says_mentor_epochs = _begun(
-            file, None if file is None else layers.read(file), of_run
-        )
+        files = () if file is None else layers.read_with_bases(file)
+        begun, says_mentor_epochs = _begun(files, of_run)
         merged = deepcopy(begun)
         if values is not None:
             given = layers.layer(values)
@@ -268,16 +267,17 @@ def wherever(mentor: MentorConfig) -> MentorConfig:
 
 
 @cache  # merging takes long, and a plan of many runs has few files
-def _begun(
-    file: Path | None, content: bytes | None, of_run: bool = False
-) -> tuple[DictConfig, bool]:
-    """A file's values over the defaults, and whether it says for how long mentors are trained."""
-    if file is None or content is None:
-        return OmegaConf.structured(Recipe), False
-    given = layers.layer(layers.yaml_mapping(file, content))
-    says_mentor_epochs = OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    defaults = OmegaConf.merge(_begun(None, None)[0], _OF_OLD_RUNS if of_run else {})
-    return OmegaConf.merge(defaults, given), says_mentor_epochs
+def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictConfig, bool]:
+    """The files' values over the defaults, and whether one sets the mentors' epochs."""
+    if not files:
+        defaults = OmegaConf.structured(Recipe)
+        return (OmegaConf.merge(defaults, _OF_OLD_RUNS) if of_run else defaults), False
+    merged, sets_mentor_epochs = _begun(files[:-1], of_run)
+    values = layers.yaml_mapping(*files[-1])
+    values.pop("base", None)
+    given = layers.layer(values)
+    sets_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+    return OmegaConf.merge(merged, given), sets_mentor_epochs
 
 
 def _check(recipe: Recipe, where: str) -> None:

@@ -11,6 +11,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import GrammarParseError
 
+from classroomkd import recipes
 from classroomkd.errors import UserError
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # which takes an eighth of the time
@@ -24,6 +25,27 @@ def read(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def read_with_bases(file: Path) -> tuple[tuple[Path, bytes], ...]:
+    """A recipe file with its content, after those of its ``base``, that one's base, and so on.
+
+    A base is a file, relative to the one that names it, or else a packaged recipe.
+
+    Raises UserError if a file cannot be read or is not YAML, or if the bases form a circle.
+    """
+    chain = [(file, read(file))]
+    while (base := yaml_mapping(*chain[0]).get("base")) is not None:
+        named_by = chain[0][0]
+        beside = named_by.parent / str(base)
+        try:
+            file = beside if beside.is_file() else recipes.find(str(base))
+        except UserError as error:
+            raise UserError(f"{named_by}: base: {error}") from None
+        if any(file.samefile(other) for other, _ in chain):
+            raise UserError(f"{named_by}: base: {base} is based on this file itself")
+        chain.insert(0, (file, read(file)))
+    return tuple(chain)
 
 
 def yaml_mapping(file: Path, content: bytes) -> dict[str, Any]:

@@ -172,3 +172,34 @@ def test_the_list(capsys):
     assert set(recipes.names()) <= set(listed)
     (line,) = [line for line in lines if line.startswith("cifar100/resnet110-resnet32 ")]
     assert "resnet32" in line.split()
+
+
+def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
+    (tmp_path / "mine").mkdir()
+    first, second = tmp_path / "first.yaml", tmp_path / "mine" / "second.yaml"
+    first.write_text("base: cifar100/vgg13-vgg8\ntraining: {epochs: 5, warmup_epochs: 1}")
+    second.write_text("base: ../first.yaml\nstudent: resnet8\ntraining: {epochs: 7}")
+    packaged = load_recipe(recipes.find("cifar100/vgg13-vgg8"))
+    found = load_recipe(second)
+    assert (found.student, found.mentors) == ("resnet8", packaged.mentors)
+    assert (found.training.epochs, found.training.warmup_epochs) == (7, 1)
+    assert found.training.batch_size == packaged.training.batch_size
+    assert found.mentor_training == packaged.mentor_training  # the base sets its epochs
+    first.write_text("base: cifar100/vgg13-vgg8\ntraining: {warmup_epochs: 2}")
+    assert load_recipe(second).training.warmup_epochs == 2  # read anew
+
+
+@pytest.mark.parametrize(
+    ("base", "reason"),
+    [
+        ("absent.yaml", "second.yaml: base: absent.yaml is neither a file nor a packaged recipe"),
+        ("first.yaml", "first.yaml: base: second.yaml is based on this file itself"),
+        ("second.yaml", "second.yaml: base: second.yaml is based on this file itself"),
+    ],
+)
+def test_bases_that_cannot_be(tmp_path, base, reason):
+    (tmp_path / "first.yaml").write_text("base: second.yaml")
+    (tmp_path / "second.yaml").write_text(f"base: {base}")
+    with pytest.raises(UserError) as error:
+        load_recipe(tmp_path / "second.yaml")
+    assert reason in str(error.value)
