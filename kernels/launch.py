@@ -89,8 +89,8 @@ def alignment(strides: list[int]) -> int:
     return common
 
 
-class Outputs(NamedTuple):
-    """What a launch gives."""
+class LaunchOutputs(NamedTuple):
+    """The tensors that a launch writes."""
 
     loss: Tensor
     """float32, 0-d, or [B] for reduction "none"."""
@@ -218,7 +218,7 @@ def classroom_loss_and_grad(
     ell_sums: Tensor | None,
     options: LossOptions,
     **wanted: Any,
-) -> Outputs:
+) -> LaunchOutputs:
     """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
     outputs, launch = classroom_launch(
         student, mentors, targets, mentor_weight, ell_sums, options, **wanted
@@ -241,7 +241,7 @@ def classroom_launch(
     scale_grad: bool = False,
     scale: Tensor | None = None,
     warp_size: int = WARP_SIZE,
-) -> tuple[Outputs, Launch | None]:
+) -> tuple[LaunchOutputs, Launch | None]:
     """The outputs, still to be written, and the launch that writes them; None if nothing is to be.
 
     Args:
@@ -264,7 +264,7 @@ def classroom_launch(
     if n_rows == 0:
         loss = new(() if reduction != "none" else 0).zero_()
         report = None if report is None else report.zero_()
-        return Outputs(loss, grad, torch.ones_like(loss), report), None
+        return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
 
     n_stats = 1 + report_size(n_mentors) if with_report else 1
     row_stats = new(n_stats * n_rows + (n_stats if with_report else 0))
@@ -313,7 +313,7 @@ def classroom_launch(
         SCALE_GRAD=scale_grad,
         **sum_blocks(n_stats),
     )
-    return Outputs(loss if summed else row_stats[:n_rows], grad, count, report), launch
+    return LaunchOutputs(loss if summed else row_stats[:n_rows], grad, count, report), launch
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
