@@ -1,19 +1,20 @@
 """The definition against published values, hand calculation, finite differences, properties."""
 
+import inspect
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from classroomkd import classroom_loss
+from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.definition import classroom_weights, weighted_row_loss
 from classroomkd.loss.inputs import loss_options
-from classroomkd.loss.options import LossOptions
+from classroomkd.loss.options import LossOptions, OptionValues
 from classroomkd.loss.targets import prepare_targets
 from classrooms import EXTREME_MAXIMA, OPTIONS, classroom, probabilities
 
@@ -290,7 +291,7 @@ def test_confidences_that_underflow():
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("who", ["student", "mentor"])
 @pytest.mark.parametrize("filter_", ["better", "correct", "none"])
-def test_a_sick_row_is_seen(filter_, who, value):
+def test_a_nonfinite_row_is_nan(filter_, who, value):
     student, mentors, targets = classroom().to(torch.float64)
     (student if who == "student" else mentors[1])[2, 7] = value
     options = {"reduction": "none", "knowledge_filter": filter_, "task_weight": 0.0}
@@ -436,6 +437,19 @@ def test_flat_options_come_back(values):
     again = LossOptions.of_flat(options.flat())
     assert again.mentor_weight_for(10, 3) == options.mentor_weight_for(10, 3)
     assert replace(again, mentor_weight=None) == replace(options, mentor_weight=None)
+
+
+@pytest.mark.parametrize(
+    "function", [classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad]
+)
+def test_signatures_have_every_option(function):
+    """With the defaults of the options object; type checkers read a second list of them."""
+    parameters = inspect.signature(function).parameters
+    defaults = {field.name: field.default for field in fields(LossOptions)}
+    assert {name: parameters[name].default for name in defaults} == defaults
+    others = {"student_logits", "mentor_logits", "targets", "process_group", "return_report"}
+    assert {*parameters} - {*defaults, "scale"} == others
+    assert {*OptionValues.__annotations__} == {*defaults} - {"mentor_weight"}
 
 
 def test_options_are_made_once():

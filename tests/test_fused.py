@@ -282,7 +282,7 @@ def same_as_definition(student, mentors, targets, device, rtol=1e-5, **options):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("who", ["student", "mentor"])
 @pytest.mark.parametrize("ranking", ["sample", "batch"])
-def test_a_sick_row_is_seen(device, ranking, who, value):
+def test_a_nonfinite_row_is_nan(device, ranking, who, value):
     student, mentors, targets = classroom()
     (student if who == "student" else mentors[1])[2, 7] = value
     for knowledge_filter in ("better", "correct", "none"):

@@ -360,7 +360,7 @@ def test_without_a_row_that_counts_loss_and_gradient_are_0(name: str, options: d
 
 
 @pytest.mark.parametrize(("name", "options"), ALL)
-def test_a_sick_network_is_seen(name: str, options: dict) -> None:
+def test_a_nonfinite_network_makes_the_loss_nan(name: str, options: dict) -> None:
     method = make(name, **options)
     student, mentors, targets = batch()
     with torch.no_grad():

@@ -1,11 +1,11 @@
-"""The loss of logits: what it is, how it is called, and the methods that it is compared with.
+"""The loss: its definition, the fused pass, and the methods that it is compared with.
 
-``definition`` is the loss in plain PyTorch, of ``targets`` in the form that its formulas need, and
-everything else is tested against it. A call of ``fused`` has its options checked by ``options`` and
-its tensors by ``inputs``, and goes through ``operators``, PyTorch's face of the kernels, to
-``classroomkd.kernels``; ``module`` is the same as a module, and what a batch was taught is a
-``report``. ``methods`` has this and other ways to train a student behind one interface. Networks,
-images and schedules are no concern of this folder.
+``definition`` is the loss in plain PyTorch; everything else is tested against it. ``targets``
+brings targets into the form of its formulas. ``fused`` checks a call's options (``options``) and
+tensors (``inputs``), and runs the kernels of ``classroomkd.kernels`` through the PyTorch operators
+in ``operators``. ``module`` is the same as an `nn.Module`, ``report`` a batch's statistics,
+``signatures`` what type checkers see. ``methods`` has this and other ways to train a student behind
+one interface. Nothing here knows of networks, images or schedules.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,11 @@
-"""The loss has a first derivative only: its weights are constants to it, so a second would lie."""
+"""The loss has a first derivative only.
+
+Its weights are constants to the first; a second derivative would silently be wrong, so it raises.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -10,14 +15,14 @@ class _Final(torch.autograd.Function):
     """The gradient as it is; differentiating it raises."""
 
     @staticmethod
-    def forward(ctx, grad, logits):
+    def forward(ctx: Any, grad: Tensor, logits: Tensor) -> Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx, *_):
+    def backward(ctx: Any, *_: Tensor) -> NoReturn:
         raise RuntimeError(
-            "the classroom loss has no second derivative: who teaches, how loudly and at which "
-            "temperature are constants to the first"
+            "the classroom loss has no second derivative: which mentors teach, their weights and "
+            "their temperatures are constants to the first"
         )
 
 
@@ -30,11 +35,11 @@ class OnceDifferentiable(torch.autograd.Function):
     """Logits as they are, whose gradient is `final`."""
 
     @staticmethod
-    def forward(ctx, logits):
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.save_for_backward(logits)
         return logits.view_as(logits)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         (logits,) = ctx.saved_tensors
         return final(grad, logits)

@@ -24,7 +24,7 @@ from classroomkd.loss.signatures import loss_and_grad_function, loss_function
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Triton decides when a kernel is defined whether it will be interpreted; so does this.
+# Triton decides whether to interpret a kernel when it is defined: at import, like this.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -51,15 +51,15 @@ def fused_classroom_loss(
 ) -> Tensor | tuple[Tensor, ClassroomReport]:
     """ClassroomKD's multi-mentor distillation loss, fused.
 
-    Takes and returns what `classroomkd.classroom_loss` does, and means the same; on CUDA and ROCm
-    tensors it runs one Triton kernel (two for ranking "batch") instead of some hundred PyTorch
-    ones, in float32 arithmetic, and never waits for the GPU. Elsewhere, or where Triton (3.3 or
-    newer) is missing, it is `classroom_loss` itself. With the environment variable
-    ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly, in Triton's interpreter.
+    It takes and returns the same as `classroomkd.classroom_loss`. On CUDA and ROCm tensors it runs
+    one Triton kernel (two for ranking "batch") in place of some hundred PyTorch ones, in float32
+    arithmetic, and never waits for the GPU. On other tensors, or without Triton (3.3 or newer), it
+    is `classroom_loss` itself. With the environment variable ``TRITON_INTERPRET=1`` the kernels run
+    on CPU tensors, slowly, in Triton's interpreter.
 
     Args:
         student_logits: [B, C], float16, bfloat16 or float32. The gradient has its dtype.
-        mentor_logits: [M, B, C], or a sequence of M tensors [B, C], which are read where they lie;
+        mentor_logits: [M, B, C], or a sequence of M tensors [B, C], which are read in place;
             1 ≤ M ≤ 16, dtypes may be mixed, rows may have any stride.
         targets: class indices [B], or class probabilities [B, C].
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
@@ -73,8 +73,8 @@ def fused_classroom_loss(
 
     Raises:
         ValueError, TypeError: as `classroom_loss`; on a GPU also for float64 logits and for more
-            mentors or classes than the kernels take. A class index out of range makes its row NaN
-            there, since looking would mean waiting for the GPU.
+            mentors or classes than the kernels take. On a GPU a class index out of range makes its
+            row NaN, since checking it would mean waiting for the device.
 
     """
     options, weights = loss_options(
@@ -263,7 +263,7 @@ def _constant(tensor: Tensor) -> Tensor:
 def _use_kernels(device_type: str) -> bool:
     if device_type == "cpu":
         return _INTERPRET
-    return device_type == "cuda" and _triton_serves()
+    return device_type == "cuda" and _triton_is_usable()
 
 
 # Why the kernels cannot run, once that was looked up; not functools.cache, of which torch.compile
@@ -271,7 +271,7 @@ def _use_kernels(device_type: str) -> bool:
 _obstacles: list[str | None] = []
 
 
-def _triton_serves() -> bool:
+def _triton_is_usable() -> bool:
     if not _obstacles:
         _obstacles.append(triton_obstacle(3, 3))
     if _obstacles[0] is None:

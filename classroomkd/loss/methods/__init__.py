@@ -4,7 +4,7 @@
     loss, report = method.backward(Outputs(student_logits), [Outputs(teacher_logits)], targets)
 
 One file per method; ``base`` has the interface and the terms that several share, ``registry``
-builds one by its name, and ``catalogue`` says without torch which there are, and what they take.
+builds a method by name, and ``catalogue`` lists names and options without importing torch.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The student alone: the cross-entropy with the targets, and nobody teaches."""
+"""The student alone: the cross-entropy with the targets, without mentors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from classroomkd.loss.methods.base import RowMethod, cross_entropy
 
 
 class Alone(RowMethod):
-    """CE(z_s, y). It has no options and looks at no mentor."""
+    """CE(z_s, y). It has no options and does not use the mentors."""
 
     def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
         """The cross-entropy [B]."""

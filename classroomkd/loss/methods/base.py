@@ -15,18 +15,18 @@ from classroomkd.loss.report import ClassroomReport
 
 IGNORED = -100  # the target of a row that counts nowhere
 _LARGEST = 1e6  # a weight: far beyond use, and far from float32's limits
-_CONSTANT = 100  # in units of rounding: what varies by less than that does not vary
+_CONSTANT = 100  # epsilons: values that vary by less count as constant
 
 Shape = tuple[int, int, int]  # C, H, W
 
 
 class Outputs(NamedTuple):
-    """What a network says of a batch."""
+    """A network's outputs for a batch."""
 
     logits: Tensor
     """[B, C]"""
     features: tuple[Tensor, ...] = ()
-    """Of its stages in order, each [B, C_i, H_i, W_i]; only for methods with ``uses_features``."""
+    """Of the stages in order, each [B, C_i, H_i, W_i]; only for methods with ``uses_features``."""
 
 
 class Method(nn.Module):
@@ -38,18 +38,18 @@ class Method(nn.Module):
     """
 
     single_mentor: ClassVar[bool] = False
-    """Only the first mentor, the teacher, teaches."""
+    """Only the first mentor, the teacher, is used."""
     uses_features: ClassVar[bool] = False
-    """The outputs must hold features, and `prepare` be called before the first of them."""
+    """The outputs must hold features, and `prepare` must be called before the first call."""
     soft_labels: ClassVar[bool] = True
-    """Targets may be class probabilities [B, C] too; False where only class indices [B] may be."""
+    """Whether targets may also be class probabilities [B, C], and not only class indices [B]."""
     reports: ClassVar[bool] = False
-    """`backward` gives a report."""
+    """Whether `backward` returns a report."""
 
     def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:
-        """Make what depends on the shapes of features, those of the student and of each mentor.
+        """Create what depends on the shapes of the student's and each mentor's features.
 
-        Parameters made here are trained along with the student's.
+        Parameters created here are trained along with the student's.
 
         Raises UserError if the method's options do not fit the shapes.
         """
@@ -77,10 +77,10 @@ class Method(nn.Module):
         targets: Tensor,
         scale: Tensor | None = None,
     ) -> tuple[Tensor, ClassroomReport | None]:
-        """Send ``scale`` (0-d; 1 if None) times the loss's gradient to where the outputs came from.
+        """Backpropagate ``scale`` (0-d; 1 if None) times the loss through the student's outputs.
 
         Returns:
-            The loss without gradient and unscaled, and a report if the method writes one.
+            The loss, unscaled and without gradient, and the report of methods that have one.
 
         """
         loss = self(student, mentors, targets)
@@ -89,7 +89,7 @@ class Method(nn.Module):
 
 
 class RowMethod(Method):
-    """A method whose loss is the mean of what `row_losses` says of each row's logits."""
+    """A method whose loss is the mean over rows of `row_losses`."""
 
     def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Losses [B] of logits [B, C], in float32 or better and 0 in rows that do not count."""
@@ -142,8 +142,8 @@ def kl(teacher: Tensor, log_student: Tensor) -> Tensor:
     """KL(teacher ‖ student) [B], of probabilities and log-probabilities [B, C]; 0 · log 0 is 0."""
     terms = teacher * (teacher.log() - log_student)
     terms = torch.where(teacher == 0, 0, terms)  # not > 0: a NaN must stay one
-    # Both sum to 1. Where they are nearly the same, so that each term is a small difference, this
-    # takes out what rounding left of either sum.
+    # Both sum to 1. Where they are nearly equal and each term is a small difference, adding the
+    # difference of the two sums cancels their rounding errors.
     divergence = (terms + (log_student.exp() - teacher)).sum(-1)
     return divergence - divergence.detach().clamp_max(0)  # rounding must not make it negative
 
@@ -155,20 +155,20 @@ def tempered_kl(student: Tensor, teacher: Tensor, temperature: float | Tensor) -
 
 
 def standardised(logits: Tensor) -> Tensor:
-    """Each row's z-score: less its mean, over its standard deviation (of the row as a whole).
+    """Each row's z-score: minus its mean, divided by its (population) standard deviation.
 
-    0, and without gradient, where the row is constant, as `direction` has it.
+    0, and without gradient, where the row is constant by the criterion of `direction`.
     """
     centred = logits - logits.mean(-1, keepdim=True)
     return direction(centred, logits, -1) * logits.shape[-1] ** 0.5
 
 
 def direction(centred: Tensor, values: Tensor, dim: int) -> Tensor:
-    """Values less their mean along ``dim``, ``centred``, over their Euclidean norm.
+    """``centred`` (values minus their mean along ``dim``) divided by its Euclidean norm.
 
-    0, and without gradient, where the values are constant but for rounding: where that norm is at
-    most 100 times the dtype's epsilon of the values' own. Dividing by it would make rounding errors
-    the direction, and the gradient as large as they are small.
+    0, and without gradient, where the values are constant up to rounding: where that norm is at
+    most 100 epsilons of the dtype times the values' norm. Dividing by it would only amplify
+    rounding errors, in the gradient too.
     """
     norm = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
     size = torch.linalg.vector_norm(values.detach(), dim=dim, keepdim=True)

@@ -1,4 +1,4 @@
-"""Distillation from several teachers, each weighed by how well it knows the target.
+"""Distillation from several teachers, each weighted by its cross-entropy with the target.
 
 Zhang, Chen, Wang: *Confidence-Aware Multi-Teacher Knowledge Distillation* (ICASSP 2022), the part
 on the teachers' predictions, without that on intermediate layers.

@@ -1,6 +1,6 @@
-"""What is known of methods by their names, without building one, which takes torch.
+"""The methods by name: titles, formulas and options, without importing torch.
 
-It is read from the source of each: its docstrings, and its constructor's arguments.
+All of it is read from the source of each method: its docstrings and its constructor's arguments.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def class_of(name: str) -> tuple[str, str]:
 
 @cache
 def entry(name: str) -> Entry:
-    """What the source says of a method; UserError if there is none of this name."""
+    """A method's entry, read from its source; UserError if there is none of this name."""
     _, class_name = class_of(name)
     file = Path(__file__).with_name(f"{name}.py")
     found = docstrings.definition(file, class_name)

@@ -36,11 +36,10 @@ class Classroom(Method):
     """a_s · CE(z_s, t) + Σ_m active_m · g_m · r_m · τ_m² · KL_m.
 
     With ``standardise`` every row of logits, the student's and each mentor's, is replaced by its
-    z-score in the sum: in the ranks r, the filter, the temperatures τ and KL. The first term stays
-    that of the raw logits, its weight a_s too. So it is ClassroomLoss with task weight 0 on the
-    z-scores, whose gradient goes on through the student's, plus the task's part of ClassroomLoss on
-    the raw logits. In the report the mentors' entries are then of the z-scores, and the student's
-    confidence and task loss of the raw logits.
+    z-score in the sum: in the ranks r, the filter, the temperatures τ and KL. The first term and
+    its weight a_s remain those of the raw logits. So it is ClassroomLoss with task weight 0 on the
+    z-scores, plus the task's part of ClassroomLoss on the raw logits. In the report the mentors'
+    entries are then of the z-scores, the student's confidence and task loss of the raw logits.
 
     Args:
         standardise: whether the mentors' terms compare z-scores of the rows of logits.

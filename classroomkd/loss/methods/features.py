@@ -1,4 +1,4 @@
-"""What methods on features share: which stages of student and teacher belong together, and how."""
+"""Pairing the stages of student and teacher, for methods that compare features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def paired(student: Sequence[T], teacher: Sequence[T]) -> list[tuple[T, T]]:
-    """What is of the same stage, counted back from the last, in order; as many as both have."""
+    """Pairs of the same stage, counted from the last, in order; as many as the shorter has."""
     n = min(len(student), len(teacher))
     return list(zip(student[len(student) - n :], teacher[len(teacher) - n :], strict=True))
 

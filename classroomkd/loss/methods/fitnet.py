@@ -62,7 +62,7 @@ class FitNet(Method):
         self.regressor: _Regressor | None = None
 
     def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:
-        """Make the regressor."""
+        """Create the regressor."""
         pairs = paired(student, mentors[0])
         stage = self.stage or (len(pairs) + 1) // 2
         if stage > len(pairs):
