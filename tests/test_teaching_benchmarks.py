@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from classroomkd import classroom_loss
@@ -129,6 +130,23 @@ def test_parts_of_small_sets_share_no_image(name, per_class):
     if name != "digits":  # where some are written alike
         assert not pictures[0] & (pictures[1] | pictures[2])
     assert sum(map(len, (train, validation, test))) == n_classes * (per_class + 60)
+
+
+def test_photographs_of_the_first_classes_only(tmp_path):
+    for part, count in (("train", 25), ("val", 3)):
+        for c in range(11):
+            folder = tmp_path / part / f"class {c:02}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((16, 16, 3), 20 * c + i, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    train, validation, test = small_data.sets("photos 10", 5, tmp_path)
+    assert train.classes == [f"class {c:02}" for c in range(10)]
+    assert train.images[:, 0, 0, 0].tolist() == [
+        20 * c + i for c in range(10) for i in range(20, 25)
+    ]
+    assert len(validation) == 10 * 20
+    assert np.bincount(test.targets).tolist() == [3] * 10
 
 
 def test_a_student_of_small_data_is_trained_as_train_does(tmp_path, monkeypatch):
