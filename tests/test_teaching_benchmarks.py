@@ -190,14 +190,14 @@ def test_the_interval_is_that_of_the_paired_differences():
 def test_the_dead_are_counted():
     rows = [
         {
-            **{"set": "digits", "network": "plain", "mentors": 3, "loss": loss},
+            **{"set": "digits", "network": "plain", "mentors": m, "loss": loss},
             **{"mentor_weight": weight, "task_weight": "confidence", "temperature": 12.0},
             **{"seed": seed, "classes": 10},
             **{"top1": top, "train_top1": top, "mentors_top1": [0.9] * 3},
         }
-        for loss, weight, tops in (
-            ("cross-entropy", None, (0.9, 0.9)),
-            ("classroom", 1.0, (0.1, 0.92)),
+        for m, loss, weight, tops in (
+            (0, "cross-entropy", None, (0.9, 0.9)),
+            (3, "classroom", 1.0, (0.1, 0.92)),
         )
         for seed, top in enumerate(tops)
     ]
