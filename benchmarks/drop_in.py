@@ -192,7 +192,7 @@ def plan() -> Iterator[dict[str, object]]:
             yield from classroom(place, 3, weight)
         yield from classroom(place, 3, 1.0, temperature=4.0)
         yield from classroom(place, 3, 1 / 6, task_weight=1.0)
-    groups = (("plain", 3), ("plain", 1), ("plain", 6), ("normed", 3), ("normed", 1), ("normed", 6))
+    groups = (("plain", 3), ("plain", 1), ("normed", 3), ("plain", 6), ("normed", 1), ("normed", 6))
     places = [(set_name, name, m) for name, m in groups for set_name in SETS]
     for set_name, name, m in places:
         yield from of((set_name, name), 0, "cross-entropy")

@@ -25,7 +25,7 @@ from drawn import drawn
 from rich.console import Console
 from rich.progress import track
 
-from classroomkd.data import ImageSet, decode, digits, list_source
+from classroomkd.data import ImageFiles, ImageSet, Parts, decode, digits, list_source
 from classroomkd.data.image_sets import select
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.training_run import TrainingRun
@@ -79,11 +79,10 @@ def whole(name: str, photos: Path | None) -> tuple[ImageSet, ImageSet]:
         return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
     parts = []
     for files in list_source(photos):
-        classes = files.classes[:n_classes]
-        chosen = np.isin(files.targets, np.arange(n_classes))
-        kept = select(files, chosen)
-        parts.append(decode(type(files)(kept.files, kept.targets, classes), SIZE))
-    return tuple(parts)
+        kept = select(files, files.targets < n_classes)
+        parts.append(ImageFiles(kept.files, kept.targets, files.classes[:n_classes]))
+    decoded = decode(Parts(*parts), SIZE)
+    return decoded.train, decoded.test
 
 
 def sets(name: str, per_class: int, photos: Path | None) -> tuple[ImageSet, ImageSet, ImageSet]:

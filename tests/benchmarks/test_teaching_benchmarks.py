@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn.functional import cross_entropy
 
 from classroomkd import classroom_loss
@@ -131,6 +132,23 @@ def test_parts_of_small_sets_share_no_image(name, per_class):
     assert sum(map(len, (train, validation, test))) == n_classes * (per_class + 60)
 
 
+def test_photographs_of_the_first_classes_only(tmp_path):
+    for part, count in (("train", 25), ("val", 3)):
+        for c in range(11):
+            folder = tmp_path / part / f"class {c:02}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.full((16, 16, 3), 20 * c + i, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    train, validation, test = small_data.sets("photos 10", 5, tmp_path)
+    assert train.classes == [f"class {c:02}" for c in range(10)]
+    assert train.images[:, 0, 0, 0].tolist() == [
+        20 * c + i for c in range(10) for i in range(20, 25)
+    ]
+    assert len(validation) == 10 * 20
+    assert np.bincount(test.targets).tolist() == [3] * 10
+
+
 def test_a_student_of_small_data_is_trained_as_train_does(tmp_path, monkeypatch):
     monkeypatch.setattr(small_data, "EPOCHS", 1)
     monkeypatch.setattr(small_data, "MENTORS", ("resnet8",))
@@ -172,14 +190,14 @@ def test_the_interval_is_that_of_the_paired_differences():
 def test_the_dead_are_counted():
     rows = [
         {
-            **{"set": "digits", "network": "plain", "mentors": 3, "loss": loss},
+            **{"set": "digits", "network": "plain", "mentors": m, "loss": loss},
             **{"mentor_weight": weight, "task_weight": "confidence", "temperature": 12.0},
             **{"seed": seed, "classes": 10},
             **{"top1": top, "train_top1": top, "mentors_top1": [0.9] * 3},
         }
-        for loss, weight, tops in (
-            ("cross-entropy", None, (0.9, 0.9)),
-            ("classroom", 1.0, (0.1, 0.92)),
+        for m, loss, weight, tops in (
+            (0, "cross-entropy", None, (0.9, 0.9)),
+            (3, "classroom", 1.0, (0.1, 0.92)),
         )
         for seed, top in enumerate(tops)
     ]
