@@ -16,7 +16,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.models.catalogue import SIZES, is_checkpoint, is_external
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
-from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe, teaching, wherever
+from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe, teaching, with_absolute_path
 
 # All seeds share the mentors and the images that are held out.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
@@ -297,7 +297,7 @@ def run_values(folder: Path) -> dict:
 
 
 def _values(recipe: Recipe) -> dict:
-    recipe = replace(recipe, mentors=[wherever(mentor) for mentor in recipe.mentors])
+    recipe = replace(recipe, mentors=[with_absolute_path(mentor) for mentor in recipe.mentors])
     values = {
         key: value
         for key, value in asdict(recipe).items()

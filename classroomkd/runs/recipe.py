@@ -249,7 +249,7 @@ def teaching(recipe: Recipe) -> list[MentorConfig]:
     return recipe.mentors[:1] if catalogue.entry(recipe.method).single_mentor else recipe.mentors
 
 
-def wherever(mentor: MentorConfig) -> MentorConfig:
+def with_absolute_path(mentor: MentorConfig) -> MentorConfig:
     """The same mentor, with a path that holds in any working folder."""
     if is_checkpoint(mentor.source):
         return replace(mentor, source=str(Path(mentor.source).expanduser().absolute()))

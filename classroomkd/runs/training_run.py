@@ -41,7 +41,7 @@ from classroomkd.runs.mentors import (
 )
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, wherever
+from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.store import MentorStore
 from classroomkd.training.distributed import Processes, local_device
@@ -61,7 +61,7 @@ class TrainingRun:
         self.processes = Processes(self.device)
         recipe = replace(
             recipe,
-            mentors=[wherever(mentor) for mentor in recipe.mentors],
+            mentors=[with_absolute_path(mentor) for mentor in recipe.mentors],
             device=self.device.type if self.processes.together else str(self.device),
             threads=recipe.threads or torch.get_num_threads(),
         )
