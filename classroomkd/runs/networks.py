@@ -20,12 +20,13 @@ from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
 from classroomkd.report import label
 from classroomkd.runs.checkpoints import Saver
+from classroomkd.runs.identity import mentor_values
 from classroomkd.runs.images import training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.machine import versions
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, TrainingConfig
+from classroomkd.runs.recipe import Recipe, TrainingConfig, mentor_seed
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.store import MentorStore
 from classroomkd.training.distributed import Processes
@@ -255,8 +256,8 @@ class NetworkTrainer:
             "mean": self.info.mean,
             "std": self.info.std,
             "seed": self._seed(role),
+            **mentor_values(self.recipe),
             "precision": str(self.dtype),
-            "compile": self.recipe.compile,
             "processes": self.processes.world_size,
             "device": self.device.type,
             "threads": self.recipe.threads if self.device.type == "cpu" else None,
@@ -316,9 +317,7 @@ class NetworkTrainer:
         return self.recipe.training
 
     def _seed(self, role: TrainingJob) -> int:
-        seed = self.recipe.seed
-        if role.phase == "mentor" and self.recipe.mentor_seed is not None:
-            seed = self.recipe.mentor_seed
+        seed = mentor_seed(self.recipe) if role.phase == "mentor" else self.recipe.seed
         return network_seed(seed, role.number, role.architecture)
 
     @property
