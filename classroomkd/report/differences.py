@@ -6,21 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from classroomkd.report.records import RunRecords
-
-# What a run's numbers do not depend on by design, or by more than its seed.
-_NOT_RECIPE = (
-    "seed",
-    "device",
-    "threads",
-    "store",
-    "checkpoint_epochs",
-    "checkpoint_minutes",
-    "checkpoint_keep",
-    "tensorboard",
-    "data",
-    "data.source",
-    "data.loader",
-)
+from classroomkd.runs.identity import marks
+from classroomkd.runs.recipe import Recipe
 
 
 def recipe(run: RunRecords) -> dict[str, str]:
@@ -28,7 +15,12 @@ def recipe(run: RunRecords) -> dict[str, str]:
 
     Of a run without a configuration it is what its records tell.
     """
-    values = {key: v for key, v in _flat(run.settings).items() if key not in _NOT_RECIPE}
+    known = marks(Recipe) | {"data": "place"}  # where data is its source alone
+    values = {
+        key: value
+        for key, value in _flat(run.settings).items()
+        if known.get(key, "recipe") in ("recipe", "teaching")
+    }
     if device := run.settings.get("device"):
         values["device"] = str(device).split(":")[0]  # cuda:0 and cuda:1 do the same
     told = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}

@@ -12,20 +12,10 @@ from classroomkd.report.differences import recipe, what_differs
 from classroomkd.report.figures import ALONE, COLOURS, MARKERS
 from classroomkd.report.numbers import UNKNOWN, counted
 from classroomkd.report.records import RunRecords
+from classroomkd.runs.identity import marks
+from classroomkd.runs.recipe import Recipe
 
 TEST = "the test images"  # in a run's digests
-
-# What the student trained alone does not depend on.
-_TEACHING = (
-    "alone",
-    "method",
-    "method_options",
-    "mentors",
-    "mentor_training",
-    "mentor_seed",
-    "loss",
-    "ranking_across_processes",
-)
 
 
 _LABEL = 60  # characters that a legend has room for
@@ -78,11 +68,15 @@ def _last(run: RunRecords, phase: str) -> float | None:
     return last.get("test_top1") if last and last["epoch"] == last.get("epochs") else None
 
 
-def _recipe(run: RunRecords, data: str, without: Sequence[str] = ()) -> str | None:
-    """Equal in runs that differ in their seed only; None if the configuration is not known."""
+def _recipe(run: RunRecords, data: str, alone: bool = False) -> str | None:
+    """Equal in runs that differ in their seed only; None if the configuration is not known.
+
+    With ``alone`` it is equal also in runs whose student, trained alone, is the same.
+    """
     if not run.settings:
         return None
-    rest = {key: v for key, v in recipe(run).items() if key.split(".")[0] not in without}
+    teaching = {key for key, mark in marks(Recipe).items() if mark == "teaching" and alone}
+    rest = {key: v for key, v in recipe(run).items() if key.split(".")[0] not in teaching}
     return json.dumps([data, rest], sort_keys=True)
 
 
@@ -118,7 +112,7 @@ def entries_of(runs: Sequence[RunRecords]) -> list[Entry]:
 
     # As the tables of `classroomkd reproduce` do, a run is compared with that of its own seed.
     students = [
-        (_recipe(run, name, _TEACHING), *sorted(run.digests.items()), str(run.fact("seed")))
+        (_recipe(run, name, alone=True), *sorted(run.digests.items()), str(run.fact("seed")))
         for run, name in zip(runs, data, strict=True)
     ]
     alone = {

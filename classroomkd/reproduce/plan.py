@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -16,15 +16,19 @@ from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.models.catalogue import SIZES, is_checkpoint, is_external
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
-from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe, teaching, wherever
+from classroomkd.runs.identity import mentor_values, values_without
+from classroomkd.runs.recipe import (
+    MentorConfig,
+    Recipe,
+    load_recipe,
+    mentor_seed,
+    teaching,
+    with_absolute_path,
+)
 
 # All seeds share the mentors and the images that are held out.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
 DECIDED = {"seed": "--seeds", "method": "--methods", "alone": "--methods", "device": "--devices"}
-
-# What another machine may have otherwise without its numbers meaning something else.
-_ANYHOW = ("device", "threads", "store", "tensorboard")
-_ANYHOW_OF_DATA = ("source", "loader")
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,12 +211,13 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
         given = is_external(mentor.source) and mentor.epochs is None
         if given or is_checkpoint(mentor.source):
             continue
-        deciding = asdict(recipe)
-        deciding["data"] = {k: v for k, v in deciding["data"].items() if k != "loader"}
-        deciding["mentor_training"] = recipe.mentor_training.deciding()
-        keys = ("data", "mentor_training", "precision", "compile", "threads")
-        seed = recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
-        values = [mentor.source, seed, *(deciding[key] for key in keys)]
+        values = [
+            mentor.source,
+            mentor_seed(recipe),
+            values_without(recipe.data, "machine"),
+            recipe.mentor_training.deciding(),
+            *mentor_values(recipe).values(),
+        ]
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
         name = mentor.source.replace(":", "-")
         groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)
@@ -303,13 +308,8 @@ def run_values(folder: Path) -> dict:
 
 
 def _values(recipe: Recipe) -> dict:
-    recipe = replace(recipe, mentors=[wherever(mentor) for mentor in recipe.mentors])
-    values = {
-        key: value
-        for key, value in asdict(recipe).items()
-        if key not in _ANYHOW and not key.startswith("checkpoint_")
-    }
-    values["data"] = {k: v for k, v in values["data"].items() if k not in _ANYHOW_OF_DATA}
+    recipe = replace(recipe, mentors=[with_absolute_path(mentor) for mentor in recipe.mentors])
+    values = values_without(recipe, "machine", "place")
     if not recipe.student or recipe.method != "classroom":
-        del values["loss"]  # nobody learns by it
+        del values["loss"]  # no student learns by it
     return values

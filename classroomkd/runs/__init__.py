@@ -1,9 +1,10 @@
 """A run: a recipe and images become trained networks in a folder, with the records of each epoch.
 
-``recipe`` holds every value that decides a run (files and overrides are its ``recipe_layers``,
-``recipe_keys`` lists it). ``training_run`` knows the order of things: the images (``images``), the
-mentors (``mentors``, ``store``), then the student. ``networks`` brings one network to its last
-epoch, from wherever it stands, with ``checkpoints``; what it is in the run is its job (``jobs``).
-``run_folder`` writes the folder that ``classroomkd.report`` reads, ``paths`` finds it without
-torch. The step itself is ``classroomkd.training``.
+``recipe`` holds every value that decides a run: files and overrides are its ``recipe_layers``,
+``recipe_keys`` lists its keys, and ``identity`` says which of them tell results apart.
+``training_run`` has the order of a run: the images (``images``), the mentors (``mentors``,
+``store``), then the student. ``networks`` trains one network to its last epoch, or resumes it, with
+``checkpoints``; what it is in the run is its job (``jobs``). ``run_folder`` writes the folder that
+``classroomkd.report`` reads, ``paths`` finds it without torch. The step itself is
+``classroomkd.training``.
 """

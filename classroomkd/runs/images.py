@@ -15,12 +15,14 @@ from classroomkd.data import (
     RandomResizedCrop,
     list_parts,
     load_parts,
+    split_off,
 )
 from classroomkd.errors import UserError
 from classroomkd.runs.recipe import DataConfig
 from classroomkd.training.config import TrainingConfig
 
 Sets = Parts[ImageSet] | Parts[ImageFiles]
+ImageSets = dict[str, ImageSet | ImageFiles]  # "train", "test", and "validation" if there is one
 
 _MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
 
@@ -45,6 +47,25 @@ def read_images(data: DataConfig, seed: int, download: str | None = None) -> Set
         test_share=data.test_share,
         download=download,
     )
+
+
+def split_validation(
+    train_set: ImageSet | ImageFiles,
+    test_set: ImageSet | ImageFiles,
+    validation_set: ImageSet | ImageFiles | None,
+    share: float,
+    seed: int,
+) -> ImageSets:
+    """The parts of a run by name.
+
+    Without a ``validation_set`` it is a ``share`` of the training images; with a share of 0 there
+    is none, in any case.
+    """
+    if not share:
+        return {"train": train_set, "test": test_set}
+    if validation_set is None:
+        train_set, validation_set = split_off(train_set, share, seed)
+    return {"train": train_set, "test": test_set, "validation": validation_set}
 
 
 def open_loaders(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.models.catalogue import is_checkpoint, split_entry
+from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.recipe import MentorConfig
 
 
@@ -78,6 +80,42 @@ def check_trainable(name: str, image_size: int, batch_size: int) -> None:
             f"{name} cannot train on images of {image_size}×{image_size} pixels in batches of "
             f"{batch_size} ({error}): choose a larger --image-size or --batch-size"
         ) from None
+
+
+def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
+    """The mentors to train, those of the same training, but for its last epoch, together."""
+    counts: Counter[tuple[str, int | None]] = Counter()
+    trainings: dict[tuple[str, int | None, int], list[TrainingJob]] = {}
+    for mentor in mentors:
+        if mentor.network is None:
+            kind = mentor.architecture, mentor.at
+            counts[kind] += 1
+            number = counts[kind]
+            job = TrainingJob(
+                "mentor", mentor.name, mentor.architecture, mentor.epochs, mentor.at, number
+            )
+            trainings.setdefault((mentor.architecture, mentor.epochs, number), []).append(job)
+    return list(trainings.values())
+
+
+def fit_mentor(mentor: Mentor, data: NetworkInfo, notify: Callable[[str], None]) -> None:
+    """Make a loaded mentor take images normalised as ``data`` says; UserError if it cannot."""
+    what = f"mentor {mentor.source}"
+    if models.is_external(mentor.source) and len(mentor.info.classes) == len(data.classes):
+        notify(f"{what}: its classes are taken to be the data's, in their order")
+        mentor.info = replace(mentor.info, classes=data.classes)
+    mentor.network = fit_to_data(mentor.network, mentor.info, data, what)
+    if mentor.info is None:
+        notify(f"{what} does not say how to normalise; it gets what this data has")
+    elif (own := mentor.info.image_size) != data.image_size:
+        notify(f"{what} was trained on images of {own}×{own} pixels")
+
+
+def sha256_of(source: str) -> str:
+    """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
+    path, _ = split_entry(source)
+    with (models.student_file(path) if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()

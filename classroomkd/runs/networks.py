@@ -21,12 +21,13 @@ from classroomkd.models import NetworkInfo
 from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.checkpoints import Saver
+from classroomkd.runs.identity import mentor_values
 from classroomkd.runs.images import training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.machine import versions
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, TrainingConfig
+from classroomkd.runs.recipe import Recipe, TrainingConfig, mentor_seed
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.store import MentorStore
 from classroomkd.training.distributed import Processes
@@ -154,7 +155,7 @@ class NetworkTrainer:
             if (trainer.epoch, trainer.batch) != (1, 0) and trainer.epoch <= role.last:
                 within = f", batch {trainer.batch + 1} of {len(loader)}" if trainer.batch else ""
                 self.notify(f"{called}: resuming from epoch {trainer.epoch}{within}")
-            self.run.take_up(saver.records)
+            self.run.adopt_records(saver.records)
             self.progress.skip((trainer.epoch - 1) * len(loader) + trainer.batch)
             measured = None
             while trainer.epoch <= role.last:
@@ -218,7 +219,7 @@ class NetworkTrainer:
         records = [record | own for record in records]
         result = role.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        deciding = self._deciding(role)
+        deciding = self._store_key(role)
         if deciding and self.processes.is_main:  # before this run counts it as done
             try:
                 self.store.add(deciding, network, info, done)
@@ -235,19 +236,19 @@ class NetworkTrainer:
         done, network = self.processes.from_main((done, network))
         if done is None:
             return None
-        self.run.take_up(done["records"])
+        self.run.adopt_records(done["records"])
         return network.to(self.device, memory_format=torch.channels_last), done["result"]
 
     def _claimed(self, role: TrainingJob) -> Any:
         """Within it no other process trains the same mentor for the store."""
-        deciding = self._deciding(role)
+        deciding = self._store_key(role)
         if deciding is None or self.processes.together:  # those must not wait for one another
             return nullcontext()
         return self.store.claim(deciding, self.notify, self.interrupts)
 
     def _from_store(self, role: TrainingJob) -> Trained | None:
         """The mentor as it was trained before, measured anew on this run's images, if it was."""
-        deciding = self._deciding(role)
+        deciding = self._store_key(role)
         found = None
         if deciding and self.processes.is_main:  # others may have a cache of their own
             found = self.store.find(deciding, self.notify)
@@ -259,12 +260,12 @@ class NetworkTrainer:
         measured = role.result(network, self.evaluate(network, "test"))
         kept["result"] = kept["result"] | measured | {"reused": True}
         kept["records"] = [record | {"name": role.name} for record in kept["records"]]
-        self.run.take_up(kept["records"])
+        self.run.adopt_records(kept["records"])
         self.run.finish_network(role.phase, role.name, network, info, kept)
         self.notify(f"{label(role.phase, role.name)}: taken from {self.store.folder}")
         return network, kept["result"]
 
-    def _deciding(self, role: TrainingJob) -> dict[str, Any] | None:
+    def _store_key(self, role: TrainingJob) -> dict[str, Any] | None:
         """All that decides a mentor's training, or None where the store is not asked."""
         if role.phase != "mentor" or not self.recipe.store:
             return None
@@ -282,8 +283,8 @@ class NetworkTrainer:
             "mean": self.info.mean,
             "std": self.info.std,
             "seed": self._seed(role),
+            **mentor_values(self.recipe),
             "precision": str(self.dtype),
-            "compile": self.recipe.compile,
             "processes": self.processes.world_size,
             "device": self.device.type,
             "threads": self.recipe.threads if self.device.type == "cpu" else None,
@@ -343,9 +344,7 @@ class NetworkTrainer:
         return self.recipe.training
 
     def _seed(self, role: TrainingJob) -> int:
-        seed = self.recipe.seed
-        if role.phase == "mentor" and self.recipe.mentor_seed is not None:
-            seed = self.recipe.mentor_seed
+        seed = mentor_seed(self.recipe) if role.phase == "mentor" else self.recipe.seed
         return network_seed(seed, role.number, role.architecture)
 
     @property

@@ -36,6 +36,7 @@ from classroomkd.loss.methods import catalogue
 from classroomkd.loss.options import LossOptions
 from classroomkd.models.catalogue import is_checkpoint
 from classroomkd.runs import recipe_layers as layers
+from classroomkd.runs.identity import marked
 from classroomkd.training.config import TrainingConfig
 
 _MENTOR_EPOCHS = "mentor_training.epochs"
@@ -47,7 +48,7 @@ _OF_OLD_RUNS = {"loss": {"mentor_weight": None}}
 class DataConfig:
     """The images and what becomes of them."""
 
-    source: str = ""
+    source: str = field(default="", metadata=marked("place"))
     """The folder of the images, or the word digits; ``--data``."""
     image_size: int = 32
     """Height and width, in pixels."""
@@ -74,7 +75,7 @@ class DataConfig:
     the crop "resize" ImageNet's."""
     std: list[float] | None = None
     """The standard deviations, likewise; given with ``mean``."""
-    loader: Backend = "auto"
+    loader: Backend = field(default="auto", metadata=marked("machine"))
     """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
     in memory, else "torch"."""
 
@@ -122,45 +123,48 @@ class Recipe:
 
     student: str = ""
     """A network of the zoo, or tv:NAME or timm:NAME with weights to be trained; ``--student``."""
-    mentors: list[MentorConfig] = field(default_factory=list)
+    mentors: list[MentorConfig] = field(default_factory=list, metadata=marked("teaching"))
     """By name; the first is the teacher of methods that have one; ``--mentors``."""
-    method: str = "classroom"
+    method: str = field(default="classroom", metadata=marked("teaching"))
     """What the student is trained by; ``classroomkd methods`` lists the methods."""
-    method_options: dict[str, Any] = field(default_factory=dict)
+    method_options: dict[str, Any] = field(default_factory=dict, metadata=marked("teaching"))
     """The options of another method than the classroom, whose own are under ``loss``."""
-    alone: bool = True
+    alone: bool = field(default=True, metadata=marked("teaching"))
     """Whether the student is also trained without mentors, to compare."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mentor_training: TrainingConfig = field(
-        default_factory=lambda: TrainingConfig(learning_rate=None, schedule="steps")
+        default_factory=lambda: TrainingConfig(learning_rate=None, schedule="steps"),
+        metadata=marked("teaching"),
     )
-    loss: LossConfig = field(default_factory=LossConfig)
-    seed: int = 0
+    loss: LossConfig = field(default_factory=LossConfig, metadata=marked("teaching"))
+    seed: int = field(default=0, metadata=marked("seed"))
     """The seed of first weights, batches, augmentation and splits."""
-    mentor_seed: int | None = None
+    mentor_seed: int | None = field(default=None, metadata=marked("teaching"))
     """The seed of the mentors' weights and batches; the ``seed`` where it is not given."""
-    device: str | None = None
+    device: str | None = field(default=None, metadata=marked("machine"))
     """As torch names it; the GPU if there is one, where it is not given."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = field(
+        default="auto", metadata=marked(mentors=True)
+    )
     """The dtype of activations; "auto" is bfloat16 on GPUs that have it."""
-    compile: bool = False
+    compile: bool = field(default=False, metadata=marked(mentors=True))
     """Whether student and mentors go through torch.compile."""
     cuda_graph: bool = True
     """Whether a GPU replays the step as one graph."""
-    ranking_across_processes: bool = True
+    ranking_across_processes: bool = field(default=True, metadata=marked("teaching"))
     """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
-    store: bool = True
+    store: bool = field(default=True, metadata=marked("machine"))
     """Whether mentors are taken from the store in the cache, and kept there once trained."""
-    tensorboard: bool = False
+    tensorboard: bool = field(default=False, metadata=marked("machine"))
     """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
-    threads: int | None = None
+    threads: int | None = field(default=None, metadata=marked("machine", mentors=True))
     """Threads of the CPU, on which a run's bits depend; as many as torch takes if not given."""
-    checkpoint_epochs: int = 1
+    checkpoint_epochs: int = field(default=1, metadata=marked("machine"))
     """After how many epochs a training's state is saved."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = field(default=5.0, metadata=marked("machine"))
     """After how many minutes within an epoch it is saved too."""
-    checkpoint_keep: int = 2
+    checkpoint_keep: int = field(default=2, metadata=marked("machine"))
     """How many of a training's last states are kept until it is done."""
 
 
@@ -245,6 +249,11 @@ def split_seed(recipe: Recipe) -> int:
     return recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
 
 
+def mentor_seed(recipe: Recipe) -> int:
+    """The seed of the mentors' weights and batches."""
+    return recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, for YAML."""
     return OmegaConf.to_container(OmegaConf.structured(recipe))
@@ -259,7 +268,7 @@ def teaching(recipe: Recipe) -> list[MentorConfig]:
     return recipe.mentors[:1] if catalogue.entry(recipe.method).single_mentor else recipe.mentors
 
 
-def wherever(mentor: MentorConfig) -> MentorConfig:
+def with_absolute_path(mentor: MentorConfig) -> MentorConfig:
     """The same mentor, with a path that holds in any working folder."""
     if is_checkpoint(mentor.source):
         return replace(mentor, source=str(Path(mentor.source).expanduser().absolute()))

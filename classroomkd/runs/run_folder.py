@@ -86,7 +86,7 @@ class RunFolder:
         if self._board:
             self._board.record(line)
 
-    def take_up(self, lines: Sequence[Mapping[str, Any]]) -> None:
+    def adopt_records(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Record lines of an earlier process; what it wrote beyond them is no longer there."""
         if not self.writes:
             return

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -16,14 +14,14 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageFiles, ImageSet, channel_statistics, split_off
+from classroomkd.data import ImageFiles, ImageSet, Loaders, channel_statistics
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
-from classroomkd.models import NetworkInfo, is_external, student_file
-from classroomkd.models.catalogue import is_checkpoint, split_entry
+from classroomkd.models import NetworkInfo
+from classroomkd.models.catalogue import is_checkpoint
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
-from classroomkd.runs.images import open_loaders
+from classroomkd.runs.images import ImageSets, open_loaders, split_validation
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import (
@@ -37,11 +35,13 @@ from classroomkd.runs.mentors import (
     Mentor,
     check_trainable,
     find_mentors,
-    fit_to_data,
+    fit_mentor,
+    mentor_trainings,
+    sha256_of,
 )
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, wherever
+from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.store import MentorStore
 from classroomkd.training.distributed import Processes, local_device
@@ -61,7 +61,7 @@ class TrainingRun:
         self.processes = Processes(self.device)
         recipe = replace(
             recipe,
-            mentors=[wherever(mentor) for mentor in recipe.mentors],
+            mentors=[with_absolute_path(mentor) for mentor in recipe.mentors],
             device=self.device.type if self.processes.together else str(self.device),
             threads=recipe.threads or torch.get_num_threads(),
         )
@@ -132,182 +132,205 @@ class TrainingRun:
         to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
-        recipe, data = self.recipe, self.recipe.data
-        if len(self.mentors) < len(recipe.mentors):
+        self._tell_unused_mentors()
+        info = self._network_info(train_set)
+        for mentor in self.mentors:
+            if mentor.network is not None:
+                fit_mentor(mentor, info, self._print)
+        with _errors_name(out):
+            sets = self._sets(train_set, test_set, validation_set, folders)
+            with ExitStack() as opened:
+                trainer = self._open(opened, out, resume, info, sets, folders)
+                results = self._train_all(trainer)
+            summary = self._summary(sets, results)
+            trainer.run.finish(summary)
+            if self.processes.is_main:
+                write_report(out)
+        return summary
+
+    def _tell_unused_mentors(self) -> None:
+        """Say which of the recipe's mentors the method does not ask for."""
+        if len(self.mentors) < len(self.recipe.mentors):
             used = (
                 f"the mentor {self.mentors[0].name} only; the others"
                 if self.mentors
                 else "no mentor; they"
             )
-            self._print(f"method {recipe.method} uses {used} are not loaded")
+            self._print(f"method {self.recipe.method} uses {used} are not loaded")
+
+    def _network_info(self, train_set: ImageSet | ImageFiles) -> NetworkInfo:
+        """What the student's file will say of it: classes, image size, normalisation."""
+        data = self.recipe.data
         mean, std = (data.mean, data.std) if data.mean else channel_statistics(train_set)
-        self._info = NetworkInfo(
-            recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size
+        return NetworkInfo(
+            self.recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size
         )
-        for mentor in self.mentors:
-            if mentor.network is not None:
-                what = f"mentor {mentor.source}"
-                if is_external(mentor.source) and len(mentor.info.classes) == len(
-                    train_set.classes
-                ):
-                    self._print(f"{what}: its classes are taken to be the data's, in their order")
-                    mentor.info = replace(mentor.info, classes=train_set.classes)
-                mentor.network = fit_to_data(mentor.network, mentor.info, self._info, what)
-                if mentor.info is None:
-                    self._print(f"{what} does not say how to normalise; it gets what this data has")
-                elif mentor.info.image_size != data.image_size:
-                    own = mentor.info.image_size
-                    self._print(f"{what} was trained on images of {own}×{own} pixels")
-        try:
-            sets = {"train": train_set, "test": test_set}
-            if data.validation and validation_set is not None:
-                sets["validation"] = validation_set
-            elif data.validation:
-                sets["train"], sets["validation"] = split_off(
-                    train_set, data.validation, split_seed(recipe)
+
+    def _sets(
+        self,
+        train_set: ImageSet | ImageFiles,
+        test_set: ImageSet | ImageFiles,
+        validation_set: ImageSet | ImageFiles | None,
+        folders: Mapping[str, str],
+    ) -> ImageSets:
+        """The images by part; UserError if one has too few for the processes."""
+        share, seed = self.recipe.data.validation, split_seed(self.recipe)
+        if validation_set is not None and not share:
+            self._print(
+                f"{folders.get('validation', 'the validation part')} is not used: "
+                "data.validation is 0"
+            )
+        sets = split_validation(train_set, test_set, validation_set, share, seed)
+        for name, images in sets.items():
+            if len(images) < self.processes.world_size:
+                raise UserError(
+                    f"{len(images)} {name} images cannot be shared out among "
+                    f"{self.processes.world_size} processes"
                 )
-            elif validation_set is not None:
-                self._print(
-                    f"{folders.get('validation', 'the validation part')} is not used: "
-                    "data.validation is 0"
-                )
-            for name, images in sets.items():
-                if len(images) < self.processes.world_size:
-                    raise UserError(
-                        f"{len(images)} {name} images cannot be shared out among "
-                        f"{self.processes.world_size} processes"
-                    )
-            size = data.image_size
-            loaders = open_loaders(data.loader, list(sets.values()), size, self.device)
-            with ExitStack() as opened:
-                self._held_out = {
-                    name: opened.enter_context(
-                        evaluation_loader(loaders, sets[name], self._info, **self.processes.place)
-                    )
-                    for name in ("validation", "test")
-                    if name in sets
-                }
-                run = RunFolder(
-                    out,
-                    to_dict(recipe),
-                    resume,
-                    writes=self.processes.is_main,
-                    tensorboard=recipe.tensorboard,
-                )
-                opened.callback(run.close)
-                digests = {name: images.digest() for name, images in sets.items()}
-                run.require_same(self._inputs(digests))
-                run.begin(start(self.device, self.processes.world_size))
-                self.processes.wait()
-                counts = ", ".join(
-                    f"{len(sets[name]):,} {name}{_origin(name, folders)}"
-                    for name in ("train", "validation", "test")
-                    if name in sets
-                )
-                self._print(
-                    f"images: {counts}, of {len(train_set.classes)} classes; "
-                    f"{device_name(self.device)}; run in {out}"
-                )
-                self._print(f"loader: {loaders.backend} ({loaders.reason})")
-                interrupts = opened.enter_context(Interrupts())
-                progress = opened.enter_context(TrainingProgress(self.console))
-                trainer = NetworkTrainer(
-                    recipe=recipe,
-                    info=self._info,
-                    train_set=sets["train"],
-                    held_out=self._held_out,
-                    loaders=loaders,
-                    digests=digests,
-                    dtype=self.dtype,
-                    run=run,
-                    store=self._store,
-                    processes=self.processes,
-                    interrupts=interrupts,
-                    progress=progress,
-                    notify=self._print,
-                )
-                results = self._train_all(trainer)
-            summary = {
-                "data": {
-                    "name": Path(data.source).resolve().name,
-                    "classes": len(train_set.classes),
-                    "class_names": train_set.classes,
-                    **{f"{name}_images": len(images) for name, images in sets.items()},
-                },
-                "method": recipe.method,
-                "seed": recipe.seed,
-                "device": device_name(self.device),
-                "versions": versions(),
-                "results": results,
-            }
-            run.finish(summary)
-            if self.processes.is_main:
-                write_report(out)
-        except KeyboardInterrupt as interrupt:
-            if (out / "inputs.json").exists():
-                interrupt.args = (
-                    f"records and checkpoints until now are in {out}: classroomkd train --resume "
-                    f"{out} goes on",
-                )
-            raise
-        except OSError as error:  # a write to a full disk does not say where
-            error.filename = error.filename or str(out)
-            raise
-        return summary
+        return sets
+
+    def _open(
+        self,
+        opened: ExitStack,
+        out: Path,
+        resume: bool,
+        info: NetworkInfo,
+        sets: ImageSets,
+        folders: Mapping[str, str],
+    ) -> NetworkTrainer:
+        """Open the run folder and the loaders, to be closed with ``opened``."""
+        recipe = self.recipe
+        loaders = open_loaders(
+            recipe.data.loader, list(sets.values()), info.image_size, self.device
+        )
+        held_out = {
+            name: opened.enter_context(
+                evaluation_loader(loaders, sets[name], info, **self.processes.place)
+            )
+            for name in ("validation", "test")
+            if name in sets
+        }
+        digests = {name: images.digest() for name, images in sets.items()}
+        run = self._open_folder(opened, out, resume, digests)
+        self._tell_start(out, sets, folders, loaders)
+        return NetworkTrainer(
+            recipe=recipe,
+            info=info,
+            train_set=sets["train"],
+            held_out=held_out,
+            loaders=loaders,
+            digests=digests,
+            dtype=self.dtype,
+            run=run,
+            store=self._store,
+            processes=self.processes,
+            interrupts=opened.enter_context(Interrupts()),
+            progress=opened.enter_context(TrainingProgress(self.console)),
+            notify=self._print,
+        )
+
+    def _open_folder(
+        self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
+    ) -> RunFolder:
+        """The run folder, of which this process is noted; UserError for one of other inputs."""
+        run = RunFolder(
+            out,
+            to_dict(self.recipe),
+            resume,
+            writes=self.processes.is_main,
+            tensorboard=self.recipe.tensorboard,
+        )
+        opened.callback(run.close)
+        run.require_same(self._inputs(digests))
+        run.begin(start(self.device, self.processes.world_size))
+        self.processes.wait()
+        return run
+
+    def _tell_start(
+        self, out: Path, sets: ImageSets, folders: Mapping[str, str], loaders: Loaders
+    ) -> None:
+        """Print what the run trains on, and where it writes."""
+        counts = ", ".join(
+            f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+            for name in ("train", "validation", "test")
+            if name in sets
+        )
+        self._print(
+            f"images: {counts}, of {len(sets['train'].classes)} classes; "
+            f"{device_name(self.device)}; run in {out}"
+        )
+        self._print(f"loader: {loaders.backend} ({loaders.reason})")
+
+    def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
+        """The content of summary.json."""
+        recipe, classes = self.recipe, sets["train"].classes
+        return {
+            "data": {
+                "name": Path(recipe.data.source).resolve().name,
+                "classes": len(classes),
+                "class_names": classes,
+                **{f"{name}_images": len(images) for name, images in sets.items()},
+            },
+            "method": recipe.method,
+            "seed": recipe.seed,
+            "device": device_name(self.device),
+            "versions": versions(),
+            "results": results,
+        }
 
     def _train_all(self, trainer: NetworkTrainer) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
-        recipe, progress = self.recipe, trainer.progress
-        # Given mentors come first, so that a sick one is found before anything is trained.
+        # Given mentors come first, so that a nonfinite one is found before anything is trained.
         results = {
-            mentor.name: self._admit(mentor, trainer)
+            mentor.name: self._measure_given(mentor, trainer)
             for mentor in self.mentors
             if mentor.network is not None
         }
-        trainings = self._trainings()
-        phases = _phases(recipe)
-        students = [
-            TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
-            for phase in phases
-        ]
-        steps = sum(map(trainer.steps, trainings.values()))
-        progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
+        trainings, students = mentor_trainings(self.mentors), self._student_jobs()
+        steps = sum(map(trainer.steps, trainings))
+        trainer.progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
         networks = {mentor.name: mentor.network for mentor in self.mentors}
-        for roles in trainings.values():
-            for role, (network, result) in zip(
-                roles, trainer.train(roles, create("alone")), strict=True
-            ):
-                networks[role.name], results[role.name] = network, result
-        for role in students:
-            method, bank, lessons = create("alone"), None, None
-            if role.phase == "classroom":
-                method = self._method()
-                bank = self._bank(networks, method)
-                if method.reports:
-                    lessons = Lessons(method, networks, self._held_out["test"], self.processes)
-            # Number 0 alone too: the same first weights, the same batches.
-            ((_, results[role.phase]),) = trainer.train([role], method, bank, lessons)
-        return [results[key] for key in (*networks, *phases)]
+        for jobs in trainings:
+            trained = trainer.train(jobs, create("alone"))
+            for job, (network, result) in zip(jobs, trained, strict=True):
+                networks[job.name], results[job.name] = network, result
+        for job in students:
+            results[job.phase] = self._train_student(job, trainer, networks)
+        return [results[key] for key in (*networks, *(job.phase for job in students))]
 
-    def _trainings(self) -> dict[tuple[str, int, int], list[TrainingJob]]:
-        """The mentors to train, those of the same training, but for its last epoch, together."""
-        counts, trainings = Counter(), {}
-        for mentor in self.mentors:
-            if mentor.network is None:
-                kind = mentor.architecture, mentor.at
-                counts[kind] += 1
-                number = counts[kind]
-                trainings.setdefault((mentor.architecture, mentor.epochs, number), []).append(
-                    TrainingJob(
-                        "mentor",
-                        mentor.name,
-                        mentor.architecture,
-                        mentor.epochs,
-                        mentor.at,
-                        number,
-                    )
-                )
-        return trainings
+    def _train_student(
+        self, job: TrainingJob, trainer: NetworkTrainer, mentors: Mapping[str, nn.Module]
+    ) -> dict[str, Any]:
+        """Train the student, alone or by the recipe's method; its result."""
+        method, bank, lessons = create("alone"), None, None
+        if job.phase == "classroom":
+            method = self._method()
+            bank = MentorBank(
+                mentors,
+                len(trainer.info.classes),
+                device=self.device,
+                dtype=self.dtype,
+                compile=self.recipe.compile,
+                features=method.uses_features,
+            )
+            if method.reports:
+                lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
+        # Number 0 alone too: the same first weights, the same batches.
+        ((_, result),) = trainer.train([job], method, bank, lessons)
+        return result
+
+    def _student_jobs(self) -> list[TrainingJob]:
+        """What the student is trained as, in order."""
+        recipe = self.recipe
+        wanted = {
+            "alone": recipe.alone or recipe.method == "alone",
+            "classroom": recipe.method != "alone",
+        }
+        return [
+            TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
+            for phase in wanted
+            if recipe.student and wanted[phase]
+        ]
 
     def _method(self) -> Method:
         recipe = self.recipe
@@ -320,16 +343,6 @@ class TrainingRun:
             process_group=dist.group.WORLD if across else None,
         )
 
-    def _bank(self, mentors: Mapping[str, nn.Module], method: Method) -> MentorBank:
-        return MentorBank(
-            mentors,
-            len(self._info.classes),
-            device=self.device,
-            dtype=self.dtype,
-            compile=self.recipe.compile,
-            features=method.uses_features,
-        )
-
     def _inputs(self, digests: Mapping[str, str]) -> dict[str, str]:
         """The digests of all that the run reads."""
         files = {
@@ -340,7 +353,7 @@ class TrainingRun:
         images = {f"the {name} images": digest for name, digest in digests.items()}
         return images | files
 
-    def _admit(self, mentor: Mentor, trainer: NetworkTrainer) -> dict[str, Any]:
+    def _measure_given(self, mentor: Mentor, trainer: NetworkTrainer) -> dict[str, Any]:
         """Measure a given mentor; raises UserError if its loss is not finite."""
         mentor.network.to(self.device, memory_format=torch.channels_last)
         measured = trainer.evaluate(mentor.network, "test")
@@ -353,24 +366,25 @@ class TrainingRun:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+@contextmanager
+def _errors_name(out: Path) -> Iterator[None]:
+    """Let interruptions and failed writes say where the run is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if (out / "inputs.json").exists():
+            interrupt.args = (
+                f"records and checkpoints until now are in {out}: classroomkd train --resume "
+                f"{out} goes on",
+            )
+        raise
+    except OSError as error:  # a write to a full disk does not say where
+        error.filename = error.filename or str(out)
+        raise
+
+
 def _origin(part: str, folders: Mapping[str, str]) -> str:
     """Where a part of the images comes from, to be put behind its name."""
     if part in folders:
         return f" ({folders[part]})"
     return f" (split off {folders['train']})" if folders else ""
-
-
-def _phases(recipe: Recipe) -> list[str]:
-    """What the student is trained as, in order."""
-    if not recipe.student:
-        return []
-    if recipe.method == "alone":
-        return ["alone"]
-    return ["alone", "classroom"] if recipe.alone else ["classroom"]
-
-
-def sha256_of(source: str) -> str:
-    """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
-    path, _ = split_entry(source)
-    with (student_file(path) if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -139,7 +139,7 @@ class Trainer:
             self.batch += 1
             images_seen += len(targets)
             if self.batch % READ_EVERY == 0:
-                self._look()
+                self._check_sums()
             if on_step:
                 on_step()
         sums = self._everyones_sums().tolist()  # the only wait for the device in an epoch
@@ -198,7 +198,7 @@ class Trainer:
     def _everyones_sums(self) -> Tensor:
         return self.processes.sum(self.sums.clone())
 
-    def _look(self) -> None:
+    def _check_sums(self) -> None:
         """Check the sums of the last look and fetch new ones, which nobody waits for."""
         if self._fetched is None or self._fetched.query():
             self._require_finite(self._read.tolist())
