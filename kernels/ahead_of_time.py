@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that are not there, and read what the compiler made of them.
+"""Cross-compile the kernels for GPUs that this machine does not have, and read the machine code.
 
     compile_call(n_classes=100, n_mentors=6, target="cuda:90")["classroom"].registers
 
