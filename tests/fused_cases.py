@@ -90,8 +90,8 @@ def on_device(case, device):
         for value, layout in zip([case.student, *case.mentors], case.layouts, strict=True)
     ]
     options = dict(case.options)
-    if "mentor_weight" in options:
-        weight = options["mentor_weight"]
+    weight = options.get("mentor_weight")
+    if isinstance(weight, Tensor):
         options["mentor_weight"] = torch.empty_strided(
             weight.shape, weight.stride(), dtype=weight.dtype, device=device
         ).copy_(weight)

@@ -106,7 +106,10 @@ def cases(draw, dtypes=FLOATS, most_mentors=16):
         drawn.append(laid_out(mentor.to(draw(dtype)), layouts[-1]).contiguous())
 
     options = draw(options_drawn)
-    if draw(st.booleans()):
+    weighted = draw(st.sampled_from(["not", "for all", "one each"]))
+    if weighted == "for all":
+        options["mentor_weight"] = draw(st.sampled_from([0.0, 0.3, 2, "auto"]))
+    elif weighted == "one each":
         strided = torch.tensor([0.0, 0.3, 1.0, 2.0]).to(draw(dtype)).repeat(8)
         options["mentor_weight"] = strided[:: draw(st.integers(1, 2))][:n_mentors]
     if draw(st.booleans()):
@@ -174,7 +177,7 @@ def test_the_order_of_mentors_does_not_matter(device, case, data):
     assume(decided(case))
     order = data.draw(st.permutations(range(len(case.mentors))))
     options = dict(case.options)
-    if "mentor_weight" in options:
+    if isinstance(options.get("mentor_weight"), torch.Tensor):
         options["mentor_weight"] = options["mentor_weight"][order]
     layouts = [case.layouts[0], *(case.layouts[1 + m] for m in order)]
     shuffled = Case(
