@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -149,6 +150,23 @@ class RunFolder:
             self._board.close()
         text = json.dumps(_finite(summary), allow_nan=False, indent=2)
         atomic_write(self.path / "summary.json", text + "\n")
+
+
+@contextmanager
+def errors_name_run(out: Path) -> Iterator[None]:
+    """Let interruptions and failed writes say where the run is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if (out / "inputs.json").exists():
+            interrupt.args = (
+                f"records and checkpoints until now are in {out}: classroomkd train --resume "
+                f"{out} goes on",
+            )
+        raise
+    except OSError as error:  # a write to a full disk does not say where
+        error.filename = error.filename or str(out)
+        raise
 
 
 def _read(path: Path) -> dict[str, Any]:

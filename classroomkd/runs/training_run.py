@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -42,8 +42,9 @@ from classroomkd.runs.mentors import (
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
 from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
-from classroomkd.runs.run_folder import RunFolder
+from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
+from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import Lessons, evaluation_loader, require_finite
 from classroomkd.training.mentor_bank import MentorBank
@@ -70,7 +71,6 @@ class TrainingRun:
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
-        self._store = MentorStore()
         epochs = recipe.mentor_training.epochs
         self.mentors = find_mentors(teaching(recipe), epochs, self._print)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
@@ -137,7 +137,7 @@ class TrainingRun:
         for mentor in self.mentors:
             if mentor.network is not None:
                 fit_mentor(mentor, info, self._print)
-        with _errors_name(out):
+        with errors_name_run(out):
             sets = self._sets(train_set, test_set, validation_set, folders)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
@@ -213,18 +213,29 @@ class TrainingRun:
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
         self._tell_start(out, sets, folders, loaders)
+        interrupts = opened.enter_context(Interrupts())
+        stored = StoredMentors(
+            store=MentorStore(),
+            recipe=recipe,
+            info=info,
+            digests=digests,
+            backend=loaders.backend,
+            dtype=self.dtype,
+            processes=self.processes,
+            interrupts=interrupts,
+            notify=self._print,
+        )
         return NetworkTrainer(
             recipe=recipe,
             info=info,
             train_set=sets["train"],
             held_out=held_out,
             loaders=loaders,
-            digests=digests,
             dtype=self.dtype,
             run=run,
-            store=self._store,
+            stored=stored,
             processes=self.processes,
-            interrupts=opened.enter_context(Interrupts()),
+            interrupts=interrupts,
             progress=opened.enter_context(TrainingProgress(self.console)),
             notify=self._print,
         )
@@ -364,23 +375,6 @@ class TrainingRun:
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-@contextmanager
-def _errors_name(out: Path) -> Iterator[None]:
-    """Let interruptions and failed writes say where the run is."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if (out / "inputs.json").exists():
-            interrupt.args = (
-                f"records and checkpoints until now are in {out}: classroomkd train --resume "
-                f"{out} goes on",
-            )
-        raise
-    except OSError as error:  # a write to a full disk does not say where
-        error.filename = error.filename or str(out)
-        raise
 
 
 def _origin(part: str, folders: Mapping[str, str]) -> str:
