@@ -18,6 +18,8 @@ from classroomkd.training.evaluation import Evaluation
 class TrainingJob:
     """What a network is in the run.
 
+    ``phase`` is "mentor", "alone" (the student without mentors) or "student" (taught by the
+    recipe's method).
     ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
     epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
     ``at``.

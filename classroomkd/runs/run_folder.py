@@ -16,6 +16,7 @@ from classroomkd.errors import UserError
 from classroomkd.files import atomic_write, lock, remove_leftovers, unlock
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.runs.checkpoints import Checkpoints
+from classroomkd.runs.old_runs import current_record, rename_folders
 from classroomkd.runs.tensorboard import TensorBoardWriter
 
 _PATIENCE = 10.0  # seconds, for a killed process's children to end
@@ -45,6 +46,7 @@ class RunFolder:
             return
         if resume:
             self._claim = _claimed(path)
+            rename_folders(path)
             for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
                 remove_leftovers(folder)
             for done in (path / "checkpoints").glob("*/done.json"):
@@ -91,6 +93,7 @@ class RunFolder:
         """Record lines of an earlier process; what it wrote beyond them is no longer there."""
         if not self.writes:
             return
+        lines = [current_record(line) for line in lines]
         self._lines += lines
         atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
         for line in lines if self._board else ():
@@ -102,7 +105,7 @@ class RunFolder:
 
     def network_path(self, phase: str, name: str) -> Path:
         """Where a trained network's weights are."""
-        files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
+        files = {"alone": "student_alone.safetensors", "student": "student.safetensors"}
         return self.path / files.get(phase, f"mentors/{name}.safetensors")
 
     def keep_best(self, phase: str, name: str, weights: Path) -> None:
@@ -134,7 +137,10 @@ class RunFolder:
     def finished(self, phase: str, name: str) -> dict[str, Any] | None:
         """What `finish_network` was given, or None if that network has not been trained."""
         path = self.checkpoints(phase, name).folder / "done.json"
-        return _read(path) if path.exists() else None
+        if not path.exists():
+            return None
+        done = _read(path)
+        return done | {"result": current_record(done["result"])}
 
     def close(self) -> None:
         """Let go of the folder."""

@@ -314,7 +314,7 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """Train the student, alone or by the recipe's method; its result."""
         method, bank, lessons = create("alone"), None, None
-        if job.phase == "classroom":
+        if job.phase == "student":
             method = self._method()
             bank = MentorBank(
                 mentors,
@@ -335,7 +335,7 @@ class TrainingRun:
         recipe = self.recipe
         wanted = {
             "alone": recipe.alone or recipe.method == "alone",
-            "classroom": recipe.method != "alone",
+            "student": recipe.method != "alone",
         }
         return [
             TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
