@@ -613,7 +613,7 @@ def test_records_go_to_tensorboard_too(tmp_path: Path):
     hold(out, "tensorboard=true", "mentors=[resnet8]")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     expected = [line["test_top1"] for line in lines if line["phase"] == "student"]
-    read = events.EventAccumulator(str(out / "tensorboard" / "classroom" / "resnet8")).Reload()
+    read = events.EventAccumulator(str(out / "tensorboard" / "student" / "resnet8")).Reload()
     assert [event.value for event in read.Scalars("test_top1")] == pytest.approx(expected)
 
 
