@@ -65,9 +65,10 @@ class NetworkTrainer:
     ) -> list[Trained]:
         """The networks of one training, in the order of ``jobs``, with their results.
 
-        ``jobs`` differ in the epoch that they are taken from only. What an earlier process has
-        done of it is not done again, nor is a mentor trained that was trained so before, or that
-        another process trains meanwhile. With ``lessons`` the mentors' records hold these too.
+        ``jobs`` differ only in the epoch that they are taken from. What an earlier process of the
+        run has trained is not trained again, nor is a mentor that is in the store or that another
+        process is training for it. With ``lessons`` the records of epochs also say which classes
+        each mentor taught.
         """
         done = {job.name: self._finished(job) for job in jobs}
         missing = sorted((p for p in jobs if not done[p.name]), key=lambda job: job.last)
@@ -85,11 +86,11 @@ class NetworkTrainer:
         return [done[job.name] for job in jobs]
 
     def steps(self, jobs: Sequence[TrainingJob]) -> int:
-        """Of a training that has been planned for ``jobs``; 0 of none."""
+        """The steps of the training planned for ``jobs``; 0 if there are none."""
         if not jobs:
             return 0
-        of_an_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
-        return max(job.last for job in jobs) * of_an_epoch
+        per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
+        return max(job.last for job in jobs) * per_epoch
 
     def _skip(self, jobs: Sequence[TrainingJob], missing: Sequence[TrainingJob]) -> None:
         self.progress.skip(self.steps(jobs) - self.steps(missing))
@@ -100,7 +101,7 @@ class NetworkTrainer:
         part: str,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Evaluation:
-        """Measure ``network`` on a held-out part, whose logits and targets ``watch`` may see."""
+        """Measure ``network`` on a held-out part; ``watch`` gets every batch's logits, targets."""
         self.processes.align(network)
         return evaluate(network, self.held_out[part], self.processes, watch)
 
@@ -212,7 +213,7 @@ class NetworkTrainer:
         return result
 
     def _finished(self, job: TrainingJob) -> Trained | None:
-        """The network as an earlier process of this run has trained it, if it has."""
+        """The network as an earlier process of this run trained it; None if none did."""
         done = network = None
         if self.processes.is_main and (done := self.run.finished(job.phase, job.name)):
             network, _, _ = models.load_network(self.run.network_path(job.phase, job.name))
@@ -223,7 +224,7 @@ class NetworkTrainer:
         return network.to(self.device, memory_format=torch.channels_last), done["result"]
 
     def _from_store(self, job: TrainingJob) -> Trained | None:
-        """The mentor as it was trained before, measured anew on this run's images, if it was."""
+        """The mentor from the store, measured on this run's images; None if it is not there."""
         found = self.stored.find(job)
         if found is None:
             return None
@@ -240,7 +241,7 @@ class NetworkTrainer:
     def _train_epoch(
         self, trainer: Trainer, saver: Saver, lessons: Lessons | None
     ) -> tuple[dict[str, Any], Evaluation]:
-        """Train and measure an epoch, or what is left of it; its record, and the test part's."""
+        """Train and measure an epoch, or the rest of one: its record, and the test measurement."""
         started = time.perf_counter()
 
         def between_steps() -> None:

@@ -25,9 +25,9 @@ _PATIENCE = 10.0  # seconds, for a killed process's children to end
 class RunFolder:
     """Writes one run: its records as they come, and its networks, each file atomically.
 
-    With ``resume`` the folder is one that an earlier process has left. Of several processes only
-    one ``writes``; for the others what would write does nothing. Raises UserError if it cannot be
-    written to, or TensorBoard is asked for and not installed.
+    With ``resume`` the folder is one that an earlier process left. Of several processes only one
+    ``writes``; in the others the writing methods do nothing. Raises UserError if the folder cannot
+    be written to, or TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -55,7 +55,9 @@ class RunFolder:
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):
                 folder.mkdir(parents=True, exist_ok=True)
-            (path / "metrics.jsonl").touch(exist_ok=False)  # claims it from a run started beside
+            (path / "metrics.jsonl").touch(
+                exist_ok=False
+            )  # fails if another run has just begun here
             atomic_write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(
@@ -64,7 +66,7 @@ class RunFolder:
         self._claim = _claimed(path)
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
-        """Note the digests of what the run reads, or raise UserError if they are others now."""
+        """Record the digests of the run's inputs, or raise UserError if they have changed."""
         path = self.path / "inputs.json"
         if not self.writes:
             return
@@ -76,7 +78,7 @@ class RunFolder:
                 raise UserError(f"{name} changed since {self.path} was begun: start a new run")
 
     def begin(self, start: Mapping[str, Any]) -> None:
-        """Note that a process goes to work on the run; what its `start` says stays for the page."""
+        """Record the start of a process that works on the run, as `machine.start` describes it."""
         if self.writes:
             _append(self.path / "starts.jsonl", start)
 
@@ -90,7 +92,7 @@ class RunFolder:
             self._board.record(line)
 
     def adopt_records(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Record lines of an earlier process; what it wrote beyond them is no longer there."""
+        """Keep these lines of an earlier process in metrics.jsonl, and drop what it wrote after."""
         if not self.writes:
             return
         lines = [current_record(line) for line in lines]
@@ -124,7 +126,7 @@ class RunFolder:
     ) -> None:
         """Write a trained network's weights, then ``done``, which `finished` gives from now on.
 
-        Its training states go: there is nothing left to go on with.
+        Its training states are deleted: nothing is left to resume.
         """
         if not self.writes:
             return
@@ -143,7 +145,7 @@ class RunFolder:
         return done | {"result": current_record(done["result"])}
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder, so that another process may resume the run."""
         if self._claim:
             unlock(self._claim)
             self._claim = None
@@ -183,7 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _claimed(run: Path) -> TextIO:
-    """A file that is locked until this process ends; raises UserError if another one has it."""
+    """Lock the run for this process; raises UserError if another process has it."""
     file = (run / "config.yaml").open("r+")
     try:
         lock(file, _PATIENCE)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loaders, channel_statistics
+from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders, channel_statistics
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo
@@ -125,11 +125,11 @@ class TrainingRun:
         share of ``train_set``; nothing if the recipe's ``data.validation`` is 0. ``folders`` names
         the folder of each part that has one, for the user.
 
-        With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
-        same end: on a CPU bit for bit.
+        With ``resume`` the run in ``out`` continues from its last checkpoint and ends with the
+        same results, on a CPU bit for bit.
 
         Raises UserError if a given mentor does not fit the data, a training diverges, or the run
-        to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
+        to resume had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
         self._tell_unused_mentors()
@@ -149,7 +149,7 @@ class TrainingRun:
         return summary
 
     def _tell_unused_mentors(self) -> None:
-        """Say which of the recipe's mentors the method does not ask for."""
+        """Print which of the recipe's mentors the method does not use."""
         if len(self.mentors) < len(self.recipe.mentors):
             used = (
                 f"the mentor {self.mentors[0].name} only; the others"
@@ -203,13 +203,7 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = {
-            name: opened.enter_context(
-                evaluation_loader(loaders, sets[name], info, **self.processes.place)
-            )
-            for name in ("validation", "test")
-            if name in sets
-        }
+        held_out = self._open_held_out(opened, loaders, info, sets)
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
         self._tell_start(out, sets, folders, loaders)
@@ -239,6 +233,18 @@ class TrainingRun:
             progress=opened.enter_context(TrainingProgress(self.console)),
             notify=self._print,
         )
+
+    def _open_held_out(
+        self, opened: ExitStack, loaders: Loaders, info: NetworkInfo, sets: ImageSets
+    ) -> dict[str, Loader]:
+        """The loaders of the parts that networks are measured on, "test" last."""
+        return {
+            name: opened.enter_context(
+                evaluation_loader(loaders, sets[name], info, **self.processes.place)
+            )
+            for name in ("validation", "test")
+            if name in sets
+        }
 
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
@@ -331,7 +337,7 @@ class TrainingRun:
         return result
 
     def _student_jobs(self) -> list[TrainingJob]:
-        """What the student is trained as, in order."""
+        """The trainings of the student, in order: alone, and by the recipe's method."""
         recipe = self.recipe
         wanted = {
             "alone": recipe.alone or recipe.method == "alone",
@@ -378,7 +384,7 @@ class TrainingRun:
 
 
 def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """Where a part of the images comes from, to be put behind its name."""
+    """Where a part of the images comes from, to follow its name."""
     if part in folders:
         return f" ({folders[part]})"
     return f" (split off {folders['train']})" if folders else ""
