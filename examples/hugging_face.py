@@ -8,6 +8,7 @@ sentence's words belong to its class, which is to be told, and the others to any
 """
 
 import argparse
+import copy
 import tempfile
 
 import torch
@@ -74,13 +75,25 @@ def fit(trainer):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=3)
-    settings = {"num_train_epochs": parser.parse_args().epochs, "learning_rate": 3e-3}
-    settings |= {"disable_tqdm": True, "report_to": "none", "save_strategy": "no"}
-    transformers.set_seed(0)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    settings = {"num_train_epochs": arguments.epochs, "learning_rate": 3e-3}
+    settings |= {
+        "seed": arguments.seed,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+    transformers.set_seed(arguments.seed)
     options = {"train_dataset": sentences(1024), "eval_dataset": sentences(1024)}
     with tempfile.TemporaryDirectory() as folder:
         options |= {"args": TrainingArguments(folder, **settings), "compute_metrics": accuracy}
         mentors = [bert(64, layers=2), bert(48, layers=1)]
         teacher, peer = (fit(Trainer(mentor, **options)) for mentor in mentors)
-        student = fit(ClassroomTrainer(bert(32, layers=1), mentors=mentors, **options))
-    print(f"held-out accuracy: mentors {teacher:.4f}, {peer:.4f}, student {student:.4f}")
+        student = bert(32, layers=1)
+        alone = fit(Trainer(copy.deepcopy(student), **options))
+        taught = fit(ClassroomTrainer(student, mentors=mentors, **options))
+    print(
+        f"held-out accuracy: mentors {teacher:.4f}, {peer:.4f}, student alone {alone:.4f}, "
+        f"in the classroom {taught:.4f}"
+    )

@@ -20,9 +20,9 @@ from classroomkd.models import create
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def train(name, mentors, images, epochs):
+def train(name, mentors, images, epochs, seed):
     """Train a network of the zoo: in the classroom of ``mentors``, or alone if there are none."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     student = create(name, num_classes=10).to(DEVICE)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, epochs * len(images))
@@ -52,18 +52,20 @@ def accuracy(network, images):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=5)
-    epochs = parser.parse_args().epochs
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    epochs, seed = arguments.epochs, arguments.seed
     train_set, test_set = digits()
     mean, std = channel_statistics(train_set)
     options = {"mean": mean, "std": std, "device": DEVICE, "drop_last": False}
     crop = Augmentation(padding=2, flip=False)
-    images = ResidentLoader(train_set, 64, augmentation=crop, shuffle=True, **options)
+    images = ResidentLoader(train_set, 64, augmentation=crop, shuffle=True, seed=seed, **options)
     held_out = ResidentLoader(test_set, 200, augmentation=None, shuffle=False, **options)
 
-    teacher = train("resnet14", [], images, epochs)
-    peer = train("resnet8", [], images, (epochs + 1) // 2)  # a weak one: half the training
-    alone = train("resnet8", [], images, epochs)
-    taught = train("resnet8", [teacher, peer], images, epochs)
+    teacher = train("resnet14", [], images, epochs, seed)
+    peer = train("resnet8", [], images, (epochs + 1) // 2, seed)  # a weak one: half the training
+    alone = train("resnet8", [], images, epochs, seed)
+    taught = train("resnet8", [teacher, peer], images, epochs, seed)
     shares = [f"{accuracy(network, held_out):.4f}" for network in (teacher, peer, alone, taught)]
     print(
         "held-out accuracy: mentors {}, {}, student alone {}, in the classroom {}".format(*shares)
