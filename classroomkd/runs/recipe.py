@@ -41,7 +41,7 @@ from classroomkd.training.config import TrainingConfig
 
 _MENTOR_EPOCHS = "mentor_training.epochs"
 # What keys that a run's config.yaml lacks were when it was written, where the defaults are others.
-_OF_OLD_RUNS = {"loss": {"mentor_weight": None}}
+_OF_OLD_RUNS = {"loss": {"mentor_weight": None, "task_weight": "confidence"}}
 
 
 @dataclass
@@ -96,7 +96,7 @@ class LossConfig:
     mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
     weighting: Literal["rank", "uniform"] = "rank"
     mentor_weight: float | str | None = "auto"
-    task_weight: float | str = "confidence"
+    task_weight: float | str = 1.0
     rank_decimals: int | None = None
     label_smoothing: float = 0.0
     standardise: bool = False

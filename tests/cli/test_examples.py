@@ -16,9 +16,9 @@ from patience import LAST_RESORT
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# Less work than by default, and what the held-out accuracy of every network must then be above;
-# chance is 0.1, 0.1 and 0.25.
-LESS = {"plain": (3, 0.4), "lightning_module": (8, 0.6), "hugging_face": (1, 0.5)}
+# Epochs, not more than by default, and what the held-out accuracy of every network must then be
+# above; chance is 0.1, 0.1 and 0.25.
+LESS = {"plain": (3, 0.4), "lightning_module": (8, 0.6), "hugging_face": (3, 0.5)}
 
 
 def docstring_commands(example: Path) -> list[list[str]]:

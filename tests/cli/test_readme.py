@@ -30,6 +30,18 @@ def test_the_quickstart_table_is_the_record():
     assert f"on {record['data']['test_images']} held-out digits" in README
 
 
+def test_the_quickstarts_means_are_the_record():
+    record = json.loads((ROOT / "benchmarks/results/cpu/quickstart-seeds.json").read_text())
+    assert [run["seed"] for run in record["runs"]] == [0, 1, 2, 3, 4]
+    alone, classroom = (
+        mean(r["top1"] for run in record["runs"] for r in run["results"] if r["phase"] == phase)
+        for phase in ("alone", "classroom")
+    )
+    told = f"their means are {alone:.2%} alone and {classroom:.2%} in the classroom"
+    assert told.replace("%", " %") in " ".join(README.split())
+    assert classroom >= alone
+
+
 def test_the_table_over_seeds_is_the_record():
     record = json.loads((ROOT / "benchmarks/results/cpu/reproduction-methods.json").read_text())
     runs = [run for run in record["runs"] if run["classroom"] == "small"]

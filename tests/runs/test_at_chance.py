@@ -59,7 +59,7 @@ def test_chance_is_naming_the_most_frequent_class():
         (
             "classroom",
             ["loss.mentor_weight=null"],
-            "a lower training.learning_rate or training.clip_norm=1 or loss.task_weight=1 or "
+            "loss.task_weight=1 or a lower training.learning_rate or training.clip_norm=1 or "
             "loss.mentor_weight=0.3",
         ),
         (

@@ -100,7 +100,8 @@ def test_who_says_nothing_of_the_mentors_weight(tmp_path):
         assert load_recipe(file, of_run=True).loss.mentor_weight == weight
     del values["loss"]
     file.write_text(yaml.safe_dump(values))
-    assert load_recipe(file, of_run=True).loss == replace(Recipe().loss, mentor_weight=None)
+    paper = replace(Recipe().loss, mentor_weight=None, task_weight="confidence")
+    assert load_recipe(file, of_run=True).loss == paper
 
 
 def test_defaults_are_the_published_recipe():

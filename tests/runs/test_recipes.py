@@ -84,8 +84,8 @@ def test_a_classroom_is_the_published_one(name):
         rates = [learning_rate(mentors, peak, epoch) for epoch in (0, 149, 150, 180, 210)]
         assert rates == pytest.approx([peak, peak, peak / 10, peak / 100, peak / 1000])
     assert recipe.method == "classroom"
-    # The paper's, which are the defaults but for the mentors' weight.
-    assert recipe.loss == type(recipe.loss)(mentor_weight=None)
+    # The paper's; the defaults are others for the two weights.
+    assert recipe.loss == type(recipe.loss)(mentor_weight=None, task_weight="confidence")
 
 
 def test_the_large_batch_takes_an_eighth_of_the_steps():

@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 
+from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.report.records import read_run
 from classroomkd.runs.checkpoints import Checkpoints, Saver
 from classroomkd.runs.interrupts import Interrupted
+from classroomkd.runs.recipe import load_recipe, to_dict
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.training_run import TrainingRun
 from patience import LAST_RESORT
@@ -413,3 +416,22 @@ def test_a_run_of_an_earlier_version_is_read_and_resumed(tmp_path, monkeypatch, 
     assert [line["phase"] for line in lines] == ["mentor", "mentor", "student", "student"]
     assert not list(out.rglob("*classroom*"))
     assert list((out / "tensorboard" / "student").rglob("events*"))
+
+
+def test_a_run_of_an_earlier_version_goes_on_as_it_began(tmp_path, monkeypatch):
+    """Its config.yaml has no key for the mentors' weight, which was the paper's 1."""
+    values = to_dict(load_recipe(values={"student": "resnet8", "data": {"source": "digits"}}))
+    del values["loss"]["mentor_weight"], values["training"]["clip_norm"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    begun = []
+
+    def instead(recipe):
+        begun.append(recipe)
+        raise UserError("enough")
+
+    monkeypatch.setattr("classroomkd.cli.train._run_of", instead)
+    assert cli.main(["train", "--resume", str(tmp_path)]) == 2
+    assert cli.main(["train", "--data", "digits", "--student", "resnet8", "method=alone"]) == 2
+    old, new = begun
+    assert (old.loss.mentor_weight, old.training.clip_norm) == (None, None)
+    assert new.loss.mentor_weight == "auto"
