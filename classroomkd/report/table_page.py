@@ -173,7 +173,7 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
             for group in groups
             if group["classroom"] == classroom and group["teacher_last"] is not None
         }
-        row = [classroom, percent([max(teachers), None]) if len(teachers) == 1 else UNKNOWN]
+        row = [classroom, percent((max(teachers), None)) if len(teachers) == 1 else UNKNOWN]
         row += [percent(last.get((classroom, variant))) for variant in variants]
         if published:
             numbers = published.get(classroom) or [None] * len(Published._fields)
