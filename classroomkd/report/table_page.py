@@ -149,7 +149,7 @@ def result_cells(results: Mapping[str, Any]) -> tuple[list[str], Rows]:
             group["classroom"],
             group["variant"],
             str(len(group["seeds"])),
-            percent(group["teacher_last"] and [group["teacher_last"], None]),
+            percent(group["teacher_last"] and (group["teacher_last"], None)),
             *(percent(group[key], signed=key.startswith("over")) for key in keys),
             duration(group["seconds"][0]),
         ]
