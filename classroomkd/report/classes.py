@@ -163,7 +163,7 @@ def gains(run: RunRecords, alone_in: RunRecords) -> list[float | None]:
     """Top-1 of each class's images, less that of the student alone; empty if one is not known."""
     classroom, alone = (
         of.result(phase).get("per_class") or []
-        for of, phase in ((run, "classroom"), (alone_in, "alone"))
+        for of, phase in ((run, "student"), (alone_in, "alone"))
     )
     return [
         None if mine is None or others is None else mine - others

@@ -51,7 +51,7 @@ class Entry:
 
         None what is not known before the end of a training; the last also where it is the first.
         """
-        taught = "alone" if self.run.method == "alone" else "classroom"
+        taught = "alone" if self.run.method == "alone" else "student"
         last, alone = _last(self.run, taught), _last(self.alone, "alone")
         best = self.run.result(taught).get("best_test_top1")
         if best is None and last is not None:

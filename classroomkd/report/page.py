@@ -72,7 +72,7 @@ def _title(run: RunRecords) -> tuple[str, str]:
     """What was trained on what, and how."""
     heading = "Mentors" if run.student is None else f"Classroom of {run.student}"
     if run.student and run.method != "classroom":
-        phase = "alone" if run.method == "alone" else "classroom"
+        phase = "alone" if run.method == "alone" else "student"
         heading = label(phase, run.student, run.method)
     if run.data:
         heading += f" on {run.data}"

@@ -19,7 +19,7 @@ from classroomkd.report.figures import (
 )
 from classroomkd.report.records import RunRecords, label
 
-STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "classroom": {"color": "#111111"}}
+STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "student": {"color": "#111111"}}
 
 
 def colour(run: RunRecords, phase: str, name: str) -> str:

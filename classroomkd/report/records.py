@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from classroomkd.errors import UserError
+from classroomkd.runs.old_runs import current_record
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RunRecords:
     def student(self) -> str | None:
         """What the student is called."""
         named = [name for phase, name in self.curves if phase != "mentor"]
-        return self.result("classroom").get("name") or next(
+        return self.result("student").get("name") or next(
             iter(named), self.settings.get("student") or None
         )
 
@@ -105,7 +106,7 @@ class RunRecords:
     @property
     def classroom(self) -> list[dict]:
         """The epochs of the student in the classroom."""
-        return self.student_curve("classroom")
+        return self.student_curve("student")
 
     @property
     def mentors(self) -> list[str]:
@@ -195,7 +196,7 @@ def _summary(path: Path) -> dict:
         fine = False
     if not fine:
         raise UserError(f"{path} is no run's summary: delete it to report the run without it")
-    return found
+    return found | {"results": [current_record(result) for result in results]}
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -232,13 +233,14 @@ def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[i
         try:
             record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity are gaps
             _require_epoch(record)
+            record = current_record(record)
             # A resumed run may record again an epoch that it had not yet saved: the last stands.
             epochs.setdefault((record["phase"], record["name"]), {})[record["epoch"]] = record
         except (ValueError, AttributeError, KeyError, TypeError):  # a killed run leaves half a line
             unreadable.append(number)
     curves = {
         key: [by_epoch[epoch] for epoch in sorted(by_epoch)]
-        for phase in ("mentor", "alone", "classroom")
+        for phase in ("mentor", "alone", "student")
         for key, by_epoch in epochs.items()
         if key[0] == phase
     }

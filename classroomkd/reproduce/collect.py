@@ -59,8 +59,8 @@ def _row(
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
     mentors = [result for result in summary["results"] if result["phase"] == "mentor"]
-    students = {r["phase"]: r for r in summary["results"] if r["phase"] != "mentor"}
-    student = students.get("classroom") or students["alone"]
+    # A student that is also trained alone comes before the one that mentors teach.
+    *_, student = (result for result in summary["results"] if result["phase"] != "mentor")
     data = summary["data"]
     return {
         "table": table,

@@ -51,13 +51,14 @@ def is_at_chance(
 def remedies(recipe: Recipe, phase: str, n_classes: int, n_mentors: int) -> str:
     """What to try for a network of a run that is at chance, as overrides."""
     section = "mentor_training" if phase == "mentor" else "training"
-    tries = [f"a lower {section}.learning_rate"]
+    tries, taught = [], phase == "student" and recipe.method == "classroom"
+    if taught and recipe.loss.task_weight == "confidence":
+        # A student that gives the true classes no probability has next to no loss then, and stays.
+        tries.append("loss.task_weight=1")
+    tries.append(f"a lower {section}.learning_rate")
     if getattr(recipe, section).clip_norm is None:
         tries.append(f"{section}.clip_norm=1")
-    if phase == "classroom" and recipe.method == "classroom":
-        if recipe.loss.task_weight == "confidence":
-            # A student that gives the true classes no probability has next to no loss then.
-            tries.append("loss.task_weight=1")
+    if taught:
         options = LossOptions(mentor_weight=recipe.loss.mentor_weight)
         if weight := options.weight_of_mentors(n_classes, n_mentors):
             tries.append(f"loss.mentor_weight={weight / 3:.1g}")

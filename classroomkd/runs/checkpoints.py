@@ -1,4 +1,4 @@
-"""Training states on disk: written whole, the last few kept, a damaged one passed over."""
+"""Training states on disk: written atomically, the last few kept, damaged ones skipped."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Checkpoints:
         return path
 
     def keep_best(self, network: nn.Module, info: NetworkInfo, epoch: int) -> None:
-        """Write the weights of an epoch that is the best yet."""
+        """Write the weights of an epoch that is the best so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
         save_network(self.best(epoch), network, info)
 
@@ -62,7 +62,7 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all of it, once the training is done and nobody goes on from here any more."""
+        """Remove all of it, once the training is done and nothing resumes from here."""
         self.forget_bests_but([])
         for path in self._files():
             path.unlink(missing_ok=True)
@@ -92,11 +92,11 @@ class Checkpoints:
 
 
 class Saver:
-    """Saves a trainer's state, with the ``records`` of its epochs, when it is time.
+    """Saves a trainer's state, with the ``records`` of its epochs, when a save is due.
 
-    That is after every ``epochs`` epochs, when the last time is ``minutes`` ago, and when a signal
-    asked to stop. With ``keeps_best`` the weights of the epoch that does best on the validation
-    images are kept beside.
+    That is after every ``epochs`` epochs, ``minutes`` after the last save, and when a signal asked
+    to stop. With ``keeps_best`` the weights of the epoch that does best on the validation images
+    are kept too.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Saver:
         return best(self.records).get("chosen_epoch") if self.records else None
 
     def restore(self, warn: Callable[[str], None]) -> None:
-        """Take up the last state there is; ``warn`` is told of damaged ones.
+        """Restore the last state, if there is one; ``warn`` is told of damaged ones.
 
         Raises UserError for one of another version.
         """
@@ -138,11 +138,11 @@ class Saver:
         self.records = state["records"]
 
     def between_steps(self) -> None:
-        """Save if it is time; raises Interrupted after having saved, if asked to stop."""
+        """Save if a save is due; if asked to stop, save and raise Interrupted."""
         stop = self.interrupts.received is not None
         due = time.monotonic() - self._saved >= self.seconds
         processes = self.trainer.processes
-        if processes.together:  # they must agree, and now and then is enough
+        if processes.together:  # they must agree; checking every few steps is enough
             if self.trainer.batch % READ_EVERY:
                 return
             stop, due = processes.any(stop), processes.any(due)
@@ -161,7 +161,7 @@ class Saver:
         self.between_steps()
 
     def save(self) -> None:
-        """Save now; raises UserError instead if the state is not worth it."""
+        """Save now; raises UserError instead if a loss of this epoch was not finite."""
         trainer = self.trainer
         trainer.require_finite()
         state = trainer.state_dict() | {"records": self.records, "info": asdict(self.info)}
@@ -170,11 +170,11 @@ class Saver:
             self.checkpoints.save(state, step)
             self._bests.append(self.best_epoch())
             if self.keeps_best and len(self._bests) == self.checkpoints.keep:
-                # Nobody goes back further, to where another epoch was the best.
+                # Older states, with which another epoch was the best, are no longer kept.
                 self.checkpoints.forget_bests_but([epoch for epoch in self._bests if epoch])
         self._saved = time.monotonic()
 
     def last_good(self) -> str:
-        """The end of an error message: what is left to go back to."""
+        """The end of an error message: the last state that can be resumed."""
         newest = self.checkpoints.newest()
         return f" (the last good state is in {newest})" if newest else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, answered between two training steps."""
+"""Ctrl-C and SIGTERM, handled between two training steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Interrupts:
-    """Within it SIGINT and SIGTERM only leave a note in ``received``; a second one interrupts.
+    """A context in which SIGINT and SIGTERM only set ``received``; a second signal interrupts.
 
     Outside the main thread, where Python handles no signals, it does nothing.
     """

@@ -1,13 +1,16 @@
-"""What a run says of its networks in the end."""
+"""What a network is in a run, how it is trained there, and what the summary says of it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
+from classroomkd.runs.recipe import Recipe, mentor_seed
+from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import Evaluation
 
 
@@ -15,6 +18,8 @@ from classroomkd.training.evaluation import Evaluation
 class TrainingJob:
     """What a network is in the run.
 
+    ``phase`` is "mentor", "alone" (the student without mentors) or "student" (taught by the
+    recipe's method).
     ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
     epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
     ``at``.
@@ -31,6 +36,17 @@ class TrainingJob:
     def last(self) -> int | None:
         """The last epoch that it is trained for."""
         return self.at or self.epochs
+
+    def training(self, recipe: Recipe) -> TrainingConfig:
+        """How the network is trained in a run of ``recipe``."""
+        if self.phase == "mentor":
+            return replace(recipe.mentor_training, epochs=self.epochs)
+        return recipe.training
+
+    def seed(self, recipe: Recipe) -> int:
+        """The seed of its first weights and batches in a run of ``recipe``."""
+        seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
+        return network_seed(seed, self.number, self.architecture)
 
     def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
         """The network's entry in summary.json."""
@@ -61,3 +77,12 @@ def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         chosen = max(records, key=lambda record: record["validation_top1"])
         kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
     return kept
+
+
+def network_seed(seed: int, number: int, architecture: str) -> int:
+    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
+
+    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
+    """
+    entropy = (seed, number, *architecture.encode())
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

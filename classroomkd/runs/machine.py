@@ -1,4 +1,4 @@
-"""The device and the software that a run stands on."""
+"""The device and the software that a run uses."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a run's numbers."""
+    """The versions that a run's numbers depend on."""
     return {
         "classroomkd": __version__,
         "python": platform.python_version(),

@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,15 +19,13 @@ from classroomkd.models import NetworkInfo
 from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.identity import mentor_values
 from classroomkd.runs.images import training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
-from classroomkd.runs.machine import versions
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, TrainingConfig, mentor_seed
+from classroomkd.runs.recipe import Recipe, TrainingConfig
 from classroomkd.runs.run_folder import RunFolder
-from classroomkd.runs.store import MentorStore
+from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes
 from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
 from classroomkd.training.mentor_bank import MentorBank
@@ -44,8 +40,8 @@ class NetworkTrainer:
     """Trains the networks of a run, and measures, records and saves them.
 
     ``info`` is of any network of the run, ``held_out`` has a loader of each part of the images that
-    is measured, "test" last, ``digests`` tells the parts' contents, and ``notify`` takes lines for
-    the user.
+    is measured, "test" last, ``stored`` are the mentors trained before, and ``notify`` takes lines
+    for the user.
     """
 
     recipe: Recipe
@@ -53,10 +49,9 @@ class NetworkTrainer:
     train_set: ImageSet | ImageFiles
     held_out: Mapping[str, Loader]
     loaders: Loaders
-    digests: Mapping[str, str]
     dtype: torch.dtype
     run: RunFolder
-    store: MentorStore
+    stored: StoredMentors
     processes: Processes
     interrupts: Interrupts
     progress: TrainingProgress
@@ -64,41 +59,42 @@ class NetworkTrainer:
 
     def train(
         self,
-        roles: Sequence[TrainingJob],
+        jobs: Sequence[TrainingJob],
         method: Method,
         mentors: MentorBank | None = None,
         lessons: Lessons | None = None,
     ) -> list[Trained]:
-        """The networks of one training, in the order of ``roles``, with their results.
+        """The networks of one training, in the order of ``jobs``, with their results.
 
-        ``roles`` differ in the epoch that they are taken from only. What an earlier process has
-        done of it is not done again, nor is a mentor trained that was trained so before, or that
-        another process trains meanwhile. With ``lessons`` the mentors' records hold these too.
+        ``jobs`` differ only in the epoch that they are taken from. What an earlier process of the
+        run has trained is not trained again, nor is a mentor that is in the store or that another
+        process is training for it. With ``lessons`` the records of epochs also say which classes
+        each mentor taught.
         """
-        done = {role.name: self._finished(role) for role in roles}
-        missing = sorted((p for p in roles if not done[p.name]), key=lambda role: role.last)
+        done = {job.name: self._finished(job) for job in jobs}
+        missing = sorted((p for p in jobs if not done[p.name]), key=lambda job: job.last)
         if missing:
-            with self._claimed(missing[-1]):
-                for role in list(missing):
-                    done[role.name] = self._from_store(role)
-                    if done[role.name]:
-                        missing.remove(role)
-                self._skip(roles, missing)
+            with self.stored.claim(missing[-1]):
+                for job in list(missing):
+                    done[job.name] = self._from_store(job)
+                    if done[job.name]:
+                        missing.remove(job)
+                self._skip(jobs, missing)
                 if missing:
                     done |= self._train(missing, method, mentors, lessons)
         else:
-            self._skip(roles, missing)
-        return [done[role.name] for role in roles]
+            self._skip(jobs, missing)
+        return [done[job.name] for job in jobs]
 
-    def steps(self, roles: Sequence[TrainingJob]) -> int:
-        """Of a training that has been planned for ``roles``; 0 of none."""
-        if not roles:
+    def steps(self, jobs: Sequence[TrainingJob]) -> int:
+        """The steps of the training planned for ``jobs``; 0 if there are none."""
+        if not jobs:
             return 0
-        of_an_epoch = max(len(self.train_set) // self._training(roles[0]).batch_size, 1)
-        return max(role.last for role in roles) * of_an_epoch
+        per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
+        return max(job.last for job in jobs) * per_epoch
 
-    def _skip(self, roles: Sequence[TrainingJob], missing: Sequence[TrainingJob]) -> None:
-        self.progress.skip(self.steps(roles) - self.steps(missing))
+    def _skip(self, jobs: Sequence[TrainingJob], missing: Sequence[TrainingJob]) -> None:
+        self.progress.skip(self.steps(jobs) - self.steps(missing))
 
     def evaluate(
         self,
@@ -106,195 +102,169 @@ class NetworkTrainer:
         part: str,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Evaluation:
-        """Measure ``network`` on a held-out part, whose logits and targets ``watch`` may see."""
+        """Measure ``network`` on a held-out part; ``watch`` gets every batch's logits, targets."""
         self.processes.align(network)
         return evaluate(network, self.held_out[part], self.processes, watch)
 
     def _train(
         self,
-        roles: Sequence[TrainingJob],
+        jobs: Sequence[TrainingJob],
         method: Method,
         mentors: MentorBank | None,
         lessons: Lessons | None,
     ) -> dict[str, Trained]:
-        """Train up to the last of ``roles``, keeping the others on the way."""
-        role, done = roles[-1], {}
-        key, called = (role.phase, role.name), label(role.phase, role.name, self.recipe.method)
-        seed = self._seed(role)
+        """Train up to the last of ``jobs``, keeping the others on the way."""
+        job, seed = jobs[-1], jobs[-1].seed(self.recipe)
         torch.manual_seed(seed)
-        network = models.create(role.architecture, len(self.info.classes))
+        network = models.create(job.architecture, len(self.info.classes))
         network.to(self.device, memory_format=torch.channels_last)
-        info, training = replace(self.info, architecture=role.architecture), self._training(role)
+        with self._training_loader(job.training(self.recipe), seed) as loader:
+            trainer = self._trainer(job, network, loader, method, mentors)
+            saver = self._saver(job, trainer)
+            self._resume(job, saver)
+            measured = self._train_epochs(jobs, saver, lessons)
+        if saver.keeps_best and (epoch := saver.best_epoch()):
+            self.run.keep_best(job.phase, job.name, saver.checkpoints.best(epoch))
+        result = self._finish(job, saver, measured)
+        self.progress.done(trainer.name, saver.records[-1])
+        done = {earlier.name: self._finished(earlier) for earlier in jobs[:-1]}
+        return done | {job.name: (network, result)}
+
+    def _trainer(
+        self,
+        job: TrainingJob,
+        network: nn.Module,
+        loader: Loader,
+        method: Method,
+        mentors: MentorBank | None,
+    ) -> Trainer:
+        training = job.training(self.recipe)
+        called = label(job.phase, job.name, self.recipe.method)
         if training.batch_size > (count := len(self.train_set)):
             self.notify(f"{called}: a batch of {training.batch_size} takes in all {count} images")
-        with self._training_loader(training, seed) as loader:
-            trainer = Trainer(
-                network,
-                loader,
-                training,
-                name=called,
-                peak=peak_learning_rate(training, role.architecture),
-                method=method,
-                mentors=mentors,
-                image_size=info.image_size,
-                dtype=self.dtype,
-                cuda_graph=self.recipe.cuda_graph,
-                compile=self.recipe.compile,
-                processes=self.processes,
+        return Trainer(
+            network,
+            loader,
+            training,
+            name=called,
+            peak=peak_learning_rate(training, job.architecture),
+            method=method,
+            mentors=mentors,
+            image_size=self.info.image_size,
+            dtype=self.dtype,
+            cuda_graph=self.recipe.cuda_graph,
+            compile=self.recipe.compile,
+            processes=self.processes,
+        )
+
+    def _saver(self, job: TrainingJob, trainer: Trainer) -> Saver:
+        return Saver(
+            self.run.checkpoints(job.phase, job.name, keep=self.recipe.checkpoint_keep),
+            trainer,
+            replace(self.info, architecture=job.architecture),
+            self.interrupts,
+            epochs=self.recipe.checkpoint_epochs,
+            minutes=self.recipe.checkpoint_minutes,
+            keeps_best=job.phase != "mentor",
+        )
+
+    def _resume(self, job: TrainingJob, saver: Saver) -> None:
+        """Restore the last training state of an earlier process, if any, and its records."""
+        trainer, steps = saver.trainer, len(saver.trainer.loader)
+        saver.restore(self.notify)
+        if (trainer.epoch, trainer.batch) != (1, 0) and trainer.epoch <= job.last:
+            within = f", batch {trainer.batch + 1} of {steps}" if trainer.batch else ""
+            self.notify(f"{trainer.name}: resuming from epoch {trainer.epoch}{within}")
+        self.run.adopt_records(saver.records)
+        self.progress.skip((trainer.epoch - 1) * steps + trainer.batch)
+
+    def _train_epochs(
+        self, jobs: Sequence[TrainingJob], saver: Saver, lessons: Lessons | None
+    ) -> Evaluation:
+        """Train to the last epoch of ``jobs``, and finish the others at theirs.
+
+        Returns the measurement of the last epoch on the test images.
+        """
+        job, trainer, measured = jobs[-1], saver.trainer, None
+        while trainer.epoch <= job.last:
+            self.progress.begin(trainer.name, trainer.epoch, job.last)
+            record, measured = self._train_epoch(trainer, saver, lessons)
+            record |= self._chance(job, trainer, [*saver.records, record])
+            saver.records.append(
+                {"phase": job.phase, "name": job.name} | record | {"epochs": job.last}
             )
-            saver = Saver(
-                self.run.checkpoints(*key, keep=self.recipe.checkpoint_keep),
-                trainer,
-                info,
-                self.interrupts,
-                epochs=self.recipe.checkpoint_epochs,
-                minutes=self.recipe.checkpoint_minutes,
-                keeps_best=role.phase != "mentor",
-            )
-            saver.restore(self.notify)
-            if (trainer.epoch, trainer.batch) != (1, 0) and trainer.epoch <= role.last:
-                within = f", batch {trainer.batch + 1} of {len(loader)}" if trainer.batch else ""
-                self.notify(f"{called}: resuming from epoch {trainer.epoch}{within}")
-            self.run.adopt_records(saver.records)
-            self.progress.skip((trainer.epoch - 1) * len(loader) + trainer.batch)
-            measured = None
-            while trainer.epoch <= role.last:
-                self.progress.begin(called, trainer.epoch, role.last)
-                record, measured = self._train_epoch(trainer, saver, lessons)
-                record |= self._chance(role, called, [*saver.records, record], len(loader), mentors)
-                saver.records.append(
-                    {"phase": role.phase, "name": role.name} | record | {"epochs": role.last}
-                )
-                self.run.record(saver.records[-1])
-                for earlier in roles[:-1]:
-                    if record["epoch"] == earlier.last:
-                        self._finish(earlier, network, info, measured, saver.records)
-                saver.after_epoch()
-                self.progress.show(record)
-            if measured is None:  # an earlier process got as far as the last epoch
-                measured = self.evaluate(network, "test")
-        if saver.keeps_best and (epoch := saver.best_epoch()):
-            self.run.keep_best(*key, saver.checkpoints.best(epoch))
-        result = self._finish(role, network, info, measured, saver.records)
-        self.progress.done(called, saver.records[-1])
-        for earlier in roles[:-1]:
-            done[earlier.name] = self._finished(earlier)
-        return done | {role.name: (network, result)}
+            self.run.record(saver.records[-1])
+            for earlier in jobs[:-1]:
+                if record["epoch"] == earlier.last:
+                    self._finish(earlier, saver, measured)
+            saver.after_epoch()
+            self.progress.show(record)
+        if measured is None:  # an earlier process got as far as the last epoch
+            measured = self.evaluate(trainer.network, "test")
+        return measured
 
     def _chance(
-        self,
-        role: TrainingJob,
-        called: str,
-        records: Sequence[Mapping[str, Any]],
-        steps: int,
-        mentors: MentorBank | None,
+        self, job: TrainingJob, trainer: Trainer, records: Sequence[Mapping[str, Any]]
     ) -> dict[str, float]:
-        """What the last of ``records`` gets more if the network is at chance, told the first time.
+        """What to add to the last of ``records`` if the network is at chance, reported once.
 
         It is ``chance_top1``, the share of the most frequent class.
         """
-        chance = most_frequent(self.train_set.targets)
-        images = min(steps * self._training(role).batch_size, len(self.train_set))
+        chance, steps = most_frequent(self.train_set.targets), len(trainer.loader)
+        images = min(steps * trainer.training.batch_size, len(self.train_set))
         if not is_at_chance(records, chance=chance, steps=steps, images=images):
             return {}
         if not any("chance_top1" in record for record in records):
-            tries = remedies(self.recipe, role.phase, len(self.info.classes), len(mentors or ()))
+            n_mentors = len(trainer.mentors or ())
+            tries = remedies(self.recipe, job.phase, len(self.info.classes), n_mentors)
             self.notify(
-                f"{called}, epoch {records[-1]['epoch']}: training top-1 is "
+                f"{trainer.name}, epoch {records[-1]['epoch']}: training top-1 is "
                 f"{records[-1]['train_top1']:.1%}, at chance: naming the most frequent class gives "
                 f"{chance:.1%}; {tries}"
             )
         return {"chance_top1": chance}
 
-    def _finish(
-        self,
-        role: TrainingJob,
-        network: nn.Module,
-        info: NetworkInfo,
-        measured: Evaluation,
-        records: Sequence[Mapping[str, Any]],
-    ) -> dict[str, Any]:
-        """Write what a role's network has become, into the store too, and return its result."""
-        own = {"name": role.name, "epochs": role.last}
-        records = [record | own for record in records]
-        result = role.result(network, measured) | best(records)
+    def _finish(self, job: TrainingJob, saver: Saver, measured: Evaluation) -> dict[str, Any]:
+        """Write what a job's network has become, into the store too, and return its result."""
+        network, info = saver.trainer.network, saver.info
+        own = {"name": job.name, "epochs": job.last}
+        records = [record | own for record in saver.records]
+        result = job.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        deciding = self._store_key(role)
-        if deciding and self.processes.is_main:  # before this run counts it as done
-            try:
-                self.store.add(deciding, network, info, done)
-            except OSError as error:
-                self.notify(f"{label(role.phase, role.name)} is not kept in the store: {error}")
-        self.run.finish_network(role.phase, role.name, network, info, done)
+        self.stored.add(job, network, info, done)  # before this run counts it as done
+        self.run.finish_network(job.phase, job.name, network, info, done)
         return result
 
-    def _finished(self, role: TrainingJob) -> Trained | None:
-        """The network as an earlier process of this run has trained it, if it has."""
+    def _finished(self, job: TrainingJob) -> Trained | None:
+        """The network as an earlier process of this run trained it; None if none did."""
         done = network = None
-        if self.processes.is_main and (done := self.run.finished(role.phase, role.name)):
-            network, _, _ = models.load_network(self.run.network_path(role.phase, role.name))
+        if self.processes.is_main and (done := self.run.finished(job.phase, job.name)):
+            network, _, _ = models.load_network(self.run.network_path(job.phase, job.name))
         done, network = self.processes.from_main((done, network))
         if done is None:
             return None
         self.run.adopt_records(done["records"])
         return network.to(self.device, memory_format=torch.channels_last), done["result"]
 
-    def _claimed(self, role: TrainingJob) -> Any:
-        """Within it no other process trains the same mentor for the store."""
-        deciding = self._store_key(role)
-        if deciding is None or self.processes.together:  # those must not wait for one another
-            return nullcontext()
-        return self.store.claim(deciding, self.notify, self.interrupts)
-
-    def _from_store(self, role: TrainingJob) -> Trained | None:
-        """The mentor as it was trained before, measured anew on this run's images, if it was."""
-        deciding = self._store_key(role)
-        found = None
-        if deciding and self.processes.is_main:  # others may have a cache of their own
-            found = self.store.find(deciding, self.notify)
-        found = self.processes.from_main(found)
+    def _from_store(self, job: TrainingJob) -> Trained | None:
+        """The mentor from the store, measured on this run's images; None if it is not there."""
+        found = self.stored.find(job)
         if found is None:
             return None
         network, info, kept = found
         network.to(self.device, memory_format=torch.channels_last)
-        measured = role.result(network, self.evaluate(network, "test"))
+        measured = job.result(network, self.evaluate(network, "test"))
         kept["result"] = kept["result"] | measured | {"reused": True}
-        kept["records"] = [record | {"name": role.name} for record in kept["records"]]
+        kept["records"] = [record | {"name": job.name} for record in kept["records"]]
         self.run.adopt_records(kept["records"])
-        self.run.finish_network(role.phase, role.name, network, info, kept)
-        self.notify(f"{label(role.phase, role.name)}: taken from {self.store.folder}")
+        self.run.finish_network(job.phase, job.name, network, info, kept)
+        self.notify(f"{label(job.phase, job.name)}: taken from {self.stored.store.folder}")
         return network, kept["result"]
-
-    def _store_key(self, role: TrainingJob) -> dict[str, Any] | None:
-        """All that decides a mentor's training, or None where the store is not asked."""
-        if role.phase != "mentor" or not self.recipe.store:
-            return None
-        data = self.recipe.data
-        return {
-            "architecture": role.architecture,
-            "training": self._training(role).deciding(),
-            "epoch": role.last,
-            "images": dict(self.digests),
-            "classes": self.info.classes,
-            "image_size": data.image_size,
-            "augmentation": repr(training_augmentation(data)),
-            # That resize photographs each in its own way.
-            "loader": self.loaders.backend if data.crop == "resize" else None,
-            "mean": self.info.mean,
-            "std": self.info.std,
-            "seed": self._seed(role),
-            **mentor_values(self.recipe),
-            "precision": str(self.dtype),
-            "processes": self.processes.world_size,
-            "device": self.device.type,
-            "threads": self.recipe.threads if self.device.type == "cpu" else None,
-            "versions": versions(),
-        }
 
     def _train_epoch(
         self, trainer: Trainer, saver: Saver, lessons: Lessons | None
     ) -> tuple[dict[str, Any], Evaluation]:
-        """Train and measure an epoch, or what is left of it; its record, and the test part's."""
+        """Train and measure an epoch, or the rest of one: its record, and the test measurement."""
         started = time.perf_counter()
 
         def between_steps() -> None:
@@ -337,26 +307,7 @@ class NetworkTrainer:
             dtype=self.dtype,
         )
 
-    def _training(self, role: TrainingJob) -> TrainingConfig:
-        """How a network is trained."""
-        if role.phase == "mentor":
-            return replace(self.recipe.mentor_training, epochs=role.epochs)
-        return self.recipe.training
-
-    def _seed(self, role: TrainingJob) -> int:
-        seed = mentor_seed(self.recipe) if role.phase == "mentor" else self.recipe.seed
-        return network_seed(seed, role.number, role.architecture)
-
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
         return self.processes.device
-
-
-def network_seed(seed: int, number: int, architecture: str) -> int:
-    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
-
-    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
-    """
-    entropy = (seed, number, *architecture.encode())
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

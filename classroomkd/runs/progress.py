@@ -1,4 +1,4 @@
-"""What a person sees while networks train."""
+"""The progress display while networks train."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _QUIET = 60.0  # seconds between two lines about epochs where there is no termin
 
 
 class TrainingProgress:
-    """One bar over the steps of all networks, what mentors do, and a line a finished network."""
+    """A bar over the steps of all networks, a table of mentors, and a line per finished network."""
 
     def __init__(self, console: Console) -> None:
         self._progress = _Display(
@@ -38,11 +38,11 @@ class TrainingProgress:
         self._progress.stop()
 
     def begin_run(self, steps: int) -> None:
-        """Say how many steps all networks will take."""
+        """Set the number of steps that all networks take together."""
         self._progress.update(self._task, total=steps)
 
     def begin(self, called: str, epoch: int, epochs: int) -> None:
-        """Name the network and the epoch that it begins, counted from 1."""
+        """Show the network and the epoch that it begins, counted from 1."""
         self._called = called
         self._progress.update(self._task, description=escape(f"{called} {epoch}/{epochs}"))
         if epoch == 1:
@@ -65,7 +65,7 @@ class TrainingProgress:
             self._tell(f"epoch {record['epoch']}/{record['epochs']}: {_numbers(record)}")
 
     def done(self, called: str, record: Mapping[str, Any]) -> None:
-        """Leave a line about a network's last epoch."""
+        """Print a line about a network's last epoch."""
         self._called = called
         self._tell(f"epoch {record['epoch']}: {_numbers(record)} held out")
 

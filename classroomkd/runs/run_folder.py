@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +16,7 @@ from classroomkd.errors import UserError
 from classroomkd.files import atomic_write, lock, remove_leftovers, unlock
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.runs.checkpoints import Checkpoints
+from classroomkd.runs.old_runs import current_record, rename_folders
 from classroomkd.runs.tensorboard import TensorBoardWriter
 
 _PATIENCE = 10.0  # seconds, for a killed process's children to end
@@ -23,9 +25,9 @@ _PATIENCE = 10.0  # seconds, for a killed process's children to end
 class RunFolder:
     """Writes one run: its records as they come, and its networks, each file atomically.
 
-    With ``resume`` the folder is one that an earlier process has left. Of several processes only
-    one ``writes``; for the others what would write does nothing. Raises UserError if it cannot be
-    written to, or TensorBoard is asked for and not installed.
+    With ``resume`` the folder is one that an earlier process left. Of several processes only one
+    ``writes``; in the others the writing methods do nothing. Raises UserError if the folder cannot
+    be written to, or TensorBoard is asked for and not installed.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class RunFolder:
             return
         if resume:
             self._claim = _claimed(path)
+            rename_folders(path)
             for folder in (path, *filter(Path.is_dir, path.rglob("*"))):
                 remove_leftovers(folder)
             for done in (path / "checkpoints").glob("*/done.json"):
@@ -52,7 +55,9 @@ class RunFolder:
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):
                 folder.mkdir(parents=True, exist_ok=True)
-            (path / "metrics.jsonl").touch(exist_ok=False)  # claims it from a run started beside
+            (path / "metrics.jsonl").touch(
+                exist_ok=False
+            )  # fails if another run has just begun here
             atomic_write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(
@@ -61,7 +66,7 @@ class RunFolder:
         self._claim = _claimed(path)
 
     def require_same(self, inputs: Mapping[str, str]) -> None:
-        """Note the digests of what the run reads, or raise UserError if they are others now."""
+        """Record the digests of the run's inputs, or raise UserError if they have changed."""
         path = self.path / "inputs.json"
         if not self.writes:
             return
@@ -73,7 +78,7 @@ class RunFolder:
                 raise UserError(f"{name} changed since {self.path} was begun: start a new run")
 
     def begin(self, start: Mapping[str, Any]) -> None:
-        """Note that a process goes to work on the run; what its `start` says stays for the page."""
+        """Record the start of a process that works on the run, as `machine.start` describes it."""
         if self.writes:
             _append(self.path / "starts.jsonl", start)
 
@@ -87,9 +92,10 @@ class RunFolder:
             self._board.record(line)
 
     def adopt_records(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Record lines of an earlier process; what it wrote beyond them is no longer there."""
+        """Keep these lines of an earlier process in metrics.jsonl, and drop what it wrote after."""
         if not self.writes:
             return
+        lines = [current_record(line) for line in lines]
         self._lines += lines
         atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
         for line in lines if self._board else ():
@@ -101,7 +107,7 @@ class RunFolder:
 
     def network_path(self, phase: str, name: str) -> Path:
         """Where a trained network's weights are."""
-        files = {"alone": "student_alone.safetensors", "classroom": "student.safetensors"}
+        files = {"alone": "student_alone.safetensors", "student": "student.safetensors"}
         return self.path / files.get(phase, f"mentors/{name}.safetensors")
 
     def keep_best(self, phase: str, name: str, weights: Path) -> None:
@@ -120,7 +126,7 @@ class RunFolder:
     ) -> None:
         """Write a trained network's weights, then ``done``, which `finished` gives from now on.
 
-        Its training states go: there is nothing left to go on with.
+        Its training states are deleted: nothing is left to resume.
         """
         if not self.writes:
             return
@@ -133,10 +139,13 @@ class RunFolder:
     def finished(self, phase: str, name: str) -> dict[str, Any] | None:
         """What `finish_network` was given, or None if that network has not been trained."""
         path = self.checkpoints(phase, name).folder / "done.json"
-        return _read(path) if path.exists() else None
+        if not path.exists():
+            return None
+        done = _read(path)
+        return done | {"result": current_record(done["result"])}
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the folder, so that another process may resume the run."""
         if self._claim:
             unlock(self._claim)
             self._claim = None
@@ -151,6 +160,23 @@ class RunFolder:
         atomic_write(self.path / "summary.json", text + "\n")
 
 
+@contextmanager
+def errors_name_run(out: Path) -> Iterator[None]:
+    """Let interruptions and failed writes say where the run is."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if (out / "inputs.json").exists():
+            interrupt.args = (
+                f"records and checkpoints until now are in {out}: classroomkd train --resume "
+                f"{out} goes on",
+            )
+        raise
+    except OSError as error:  # a write to a full disk does not say where
+        error.filename = error.filename or str(out)
+        raise
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_bytes())
@@ -159,7 +185,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _claimed(run: Path) -> TextIO:
-    """A file that is locked until this process ends; raises UserError if another one has it."""
+    """Lock the run for this process; raises UserError if another process has it."""
     file = (run / "config.yaml").open("r+")
     try:
         lock(file, _PATIENCE)

@@ -1,4 +1,4 @@
-"""Trained mentors, kept under all that decided their training, so that none is trained twice."""
+"""Trained mentors, kept under all that determines their training, so none is trained twice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from classroomkd.models import NetworkInfo, load_network, save_network
 from classroomkd.runs.interrupts import Interrupted, Interrupts
 from classroomkd.runs.machine import versions
 
-_PAUSE = 0.5  # seconds between two looks at what another process has claimed
+_PAUSE = 0.5  # seconds between two attempts to lock what another process has claimed
 
 
 class MentorStore:
@@ -59,10 +59,10 @@ class MentorStore:
     def claim(
         self, deciding: Mapping[str, Any], notify: Callable[[str], None], interrupts: Interrupts
     ) -> Iterator[None]:
-        """Within it no other process claims the same training, of whichever epoch; waits for it.
+        """While it is open no other process claims the same training, of any epoch; waits for it.
 
-        Raises Interrupted if a signal asks to stop meanwhile. A folder that cannot be written to
-        is no hindrance: then nothing is kept anyway.
+        Raises Interrupted if a signal asks to stop meanwhile. In a folder that cannot be written
+        to nothing is claimed: nothing will be kept there either.
         """
         weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
@@ -132,6 +132,6 @@ def _wait_for(
                 told = True
                 if interrupts.received is not None:
                     raise Interrupted(interrupts.received) from None
-        # The one before may have removed it, and others may have locked the one after it.
+        # The last owner may have removed this file, and others may have locked its successor.
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return

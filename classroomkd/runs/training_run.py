@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loaders, channel_statistics
+from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders, channel_statistics
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.models import NetworkInfo
@@ -42,8 +42,9 @@ from classroomkd.runs.mentors import (
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
 from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
-from classroomkd.runs.run_folder import RunFolder
+from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
+from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import Lessons, evaluation_loader, require_finite
 from classroomkd.training.mentor_bank import MentorBank
@@ -70,7 +71,6 @@ class TrainingRun:
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
-        self._store = MentorStore()
         epochs = recipe.mentor_training.epochs
         self.mentors = find_mentors(teaching(recipe), epochs, self._print)
         untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
@@ -125,11 +125,11 @@ class TrainingRun:
         share of ``train_set``; nothing if the recipe's ``data.validation`` is 0. ``folders`` names
         the folder of each part that has one, for the user.
 
-        With ``resume`` it goes on with the run that ``out`` holds, from its last checkpoint, to the
-        same end: on a CPU bit for bit.
+        With ``resume`` the run in ``out`` continues from its last checkpoint and ends with the
+        same results, on a CPU bit for bit.
 
         Raises UserError if a given mentor does not fit the data, a training diverges, or the run
-        to go on with had other inputs; OSError naming the file or ``out`` if writing fails; and
+        to resume had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
         """
         self._tell_unused_mentors()
@@ -137,7 +137,7 @@ class TrainingRun:
         for mentor in self.mentors:
             if mentor.network is not None:
                 fit_mentor(mentor, info, self._print)
-        with _errors_name(out):
+        with errors_name_run(out):
             sets = self._sets(train_set, test_set, validation_set, folders)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
@@ -149,7 +149,7 @@ class TrainingRun:
         return summary
 
     def _tell_unused_mentors(self) -> None:
-        """Say which of the recipe's mentors the method does not ask for."""
+        """Print which of the recipe's mentors the method does not use."""
         if len(self.mentors) < len(self.recipe.mentors):
             used = (
                 f"the mentor {self.mentors[0].name} only; the others"
@@ -203,31 +203,48 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = {
-            name: opened.enter_context(
-                evaluation_loader(loaders, sets[name], info, **self.processes.place)
-            )
-            for name in ("validation", "test")
-            if name in sets
-        }
+        held_out = self._open_held_out(opened, loaders, info, sets)
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
         self._tell_start(out, sets, folders, loaders)
+        interrupts = opened.enter_context(Interrupts())
+        stored = StoredMentors(
+            store=MentorStore(),
+            recipe=recipe,
+            info=info,
+            digests=digests,
+            backend=loaders.backend,
+            dtype=self.dtype,
+            processes=self.processes,
+            interrupts=interrupts,
+            notify=self._print,
+        )
         return NetworkTrainer(
             recipe=recipe,
             info=info,
             train_set=sets["train"],
             held_out=held_out,
             loaders=loaders,
-            digests=digests,
             dtype=self.dtype,
             run=run,
-            store=self._store,
+            stored=stored,
             processes=self.processes,
-            interrupts=opened.enter_context(Interrupts()),
+            interrupts=interrupts,
             progress=opened.enter_context(TrainingProgress(self.console)),
             notify=self._print,
         )
+
+    def _open_held_out(
+        self, opened: ExitStack, loaders: Loaders, info: NetworkInfo, sets: ImageSets
+    ) -> dict[str, Loader]:
+        """The loaders of the parts that networks are measured on, "test" last."""
+        return {
+            name: opened.enter_context(
+                evaluation_loader(loaders, sets[name], info, **self.processes.place)
+            )
+            for name in ("validation", "test")
+            if name in sets
+        }
 
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
@@ -303,7 +320,7 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """Train the student, alone or by the recipe's method; its result."""
         method, bank, lessons = create("alone"), None, None
-        if job.phase == "classroom":
+        if job.phase == "student":
             method = self._method()
             bank = MentorBank(
                 mentors,
@@ -320,11 +337,11 @@ class TrainingRun:
         return result
 
     def _student_jobs(self) -> list[TrainingJob]:
-        """What the student is trained as, in order."""
+        """The trainings of the student, in order: alone, and by the recipe's method."""
         recipe = self.recipe
         wanted = {
             "alone": recipe.alone or recipe.method == "alone",
-            "classroom": recipe.method != "alone",
+            "student": recipe.method != "alone",
         }
         return [
             TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
@@ -366,25 +383,8 @@ class TrainingRun:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-@contextmanager
-def _errors_name(out: Path) -> Iterator[None]:
-    """Let interruptions and failed writes say where the run is."""
-    try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        if (out / "inputs.json").exists():
-            interrupt.args = (
-                f"records and checkpoints until now are in {out}: classroomkd train --resume "
-                f"{out} goes on",
-            )
-        raise
-    except OSError as error:  # a write to a full disk does not say where
-        error.filename = error.filename or str(out)
-        raise
-
-
 def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """Where a part of the images comes from, to be put behind its name."""
+    """Where a part of the images comes from, to follow its name."""
     if part in folders:
         return f" ({folders[part]})"
     return f" (split off {folders['train']})" if folders else ""

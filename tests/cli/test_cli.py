@@ -104,7 +104,7 @@ def test_quickstart_from_the_command_line(tmp_path: Path):
         ("mentor", "resnet14"),
         ("mentor", "resnet8"),
         ("alone", "resnet8"),
-        ("classroom", "resnet8"),
+        ("student", "resnet8"),
     ]
     for result in summary["results"]:
         assert f"{result['top1']:.2%}" in done.stdout
@@ -118,7 +118,7 @@ def test_quickstart_from_the_command_line(tmp_path: Path):
 
 def checkpoint_of(out: Path) -> Path:
     """The student's last training state."""
-    return Checkpoints(out / "checkpoints" / "classroom-resnet8").newest()
+    return Checkpoints(out / "checkpoints" / "student-resnet8").newest()
 
 
 def test_train_then_evaluate_agree(split: Path, tmp_path: Path, capsys, states_kept):
@@ -608,7 +608,7 @@ def test_what_cannot_be_resumed(split, tmp_path, capsys):
     assert f"no run to go on with in {out}" in error_of(capsys, cli.main(resume))
     assert train(split, out, "alone=false") == 0
     (out / "summary.json").unlink()
-    for damaged in ("checkpoints/classroom-resnet8/done.json", "inputs.json"):
+    for damaged in ("checkpoints/student-resnet8/done.json", "inputs.json"):
         (out / damaged).write_text("{")
         assert f"{out / damaged} is damaged" in error_of(capsys, cli.main(resume))
 

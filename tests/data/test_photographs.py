@@ -301,7 +301,7 @@ def test_train_then_evaluate_agree(photos, tmp_path, capsys, monkeypatch, backen
     summary = json.loads((out / "summary.json").read_text())
     assert summary["data"]["train_images"] == 27
     assert summary["data"]["validation_images"] == 3
-    result = next(r for r in summary["results"] if r["phase"] == "classroom")
+    result = next(r for r in summary["results"] if r["phase"] == "student")
     assert result["name"] == "tv:shufflenet_v2_x0_5"
     _, info, architecture = load_network(out)
     assert architecture == "tv:shufflenet_v2_x0_5"
@@ -327,7 +327,7 @@ def test_both_halves_of_an_interrupted_run_are_the_whole(photos, tmp_path, capsy
     assert cli.main(["train", *options, "--out", str(whole)]) == 0
     shutil.copytree(whole, halves)
     (halves / "summary.json").unlink()
-    folder = halves / "checkpoints" / "classroom-tv:shufflenet_v2_x0_5"
+    folder = halves / "checkpoints" / "student-tv:shufflenet_v2_x0_5"
     (folder / "done.json").unlink()
     states = sorted(folder.glob("*.pt"))
     assert len(states) == 2

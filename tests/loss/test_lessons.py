@@ -85,7 +85,7 @@ def test_runs_record_it_by_their_own_filter(tmp_path):
         [
             [shares for numbers in record["mentors"].values() for shares in numbers["taught"]]
             for record in records(tmp_path / run)
-            if record["phase"] == "classroom"
+            if record["phase"] == "student"
         ]
         for run in ("all", "better")
     )

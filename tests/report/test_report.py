@@ -56,10 +56,10 @@ def make_run(
 
     best = {name: 0.985 - 0.012 * place for place, name in enumerate(mentors)}
     curves = [("mentor", name, best[name]) for name in mentors if name not in given]
-    curves += [("alone", "resnet8", 0.93), ("classroom", "resnet8", 0.95)]
+    curves += [("alone", "resnet8", 0.93), ("student", "resnet8", 0.95)]
     records = [epoch_record(*curve, epoch) for curve in curves for epoch in range(1, epochs + 1)]
     for record in records:
-        if record["phase"] == "classroom":
+        if record["phase"] == "student":
             left = 1 - record["epoch"] / (epochs + 5)
             record["train_loss"] *= 9
             record |= {"task_loss": record["train_loss"] / 9, "student_confidence": 1 - 0.8 * left}
@@ -93,7 +93,7 @@ def make_run(
             for phase, name, top1 in (
                 *(("mentor", name, best[name]) for name in mentors),
                 ("alone", "resnet8", 0.93),
-                ("classroom", "resnet8", 0.95),
+                ("student", "resnet8", 0.95),
             )
         ],
     }
@@ -106,12 +106,12 @@ def make_run(
 
 def expected_plots(records: list[dict], mentors: tuple[str, ...] = MENTORS) -> dict:
     """For each plot its traces, {name: (epochs, values)}, straight from the records."""
-    suffix = {"mentor": " (mentor)", "alone": " alone", "classroom": " in the classroom"}
+    suffix = {"mentor": " (mentor)", "alone": " alone", "student": " in the classroom"}
     plots = {"accuracy": {}, "loss": {}} | {key: {} for key in LESSONS}
     for record in records:
         name = record["name"] + suffix[record["phase"]]
         points = [("accuracy", name, record["test_top1"]), ("loss", name, record["train_loss"])]
-        if record["phase"] == "classroom":
+        if record["phase"] == "student":
             points += [
                 (key, f"{m} (mentor)", record["mentors"][m][key])
                 for key in LESSONS
@@ -552,7 +552,7 @@ def test_classes_taught_and_gained(browser, tmp_path, width, classes):
     order = sorted(shown, key=lambda c: -expected[c])
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    lessons = [record["mentors"] for record in records if record["phase"] == "classroom"]
+    lessons = [record["mentors"] for record in records if record["phase"] == "student"]
     assert plots["taught"]["titles"] == list(MENTORS)
     for name, (_, x, y), cells in zip(
         MENTORS, plots["taught"]["traces"], plots["taught"]["cells"], strict=True
@@ -652,7 +652,7 @@ def separate(folder: Path) -> list[Path]:
         records = [json.loads(line) for line in (whole / "metrics.jsonl").open()]
         for method, phase, change in (
             ("alone", "alone", {"mentors": []}),
-            ("kd", "classroom", {"mentors": ["resnet20"], "loss": {"temperature": 4.0}}),
+            ("kd", "student", {"mentors": ["resnet20"], "loss": {"temperature": 4.0}}),
         ):
             run = folder / f"{method}-{seed}"
             run.mkdir()
@@ -924,7 +924,7 @@ def test_gains_of_nothing_are_told_in_words(browser, tmp_path):
 def test_curves_that_end_near_one_another_at_the_top_are_told_apart(browser, tmp_path):
     run = tmp_path / "run"
     records, _ = make_run(run, mentors=("resnet56", "resnet32"), given=())
-    ends = {"mentor": 0.97, "alone": 0.98, "classroom": 1.0}
+    ends = {"mentor": 0.97, "alone": 0.98, "student": 1.0}
     for record in records:
         if record["epoch"] == 30:
             record["test_top1"] = ends[record["phase"]]

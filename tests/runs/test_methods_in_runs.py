@@ -99,7 +99,7 @@ def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch, states_kep
     after = values_of(trainer.method)
     assert before
     assert not any(torch.equal(before[name], after[name]) for name in before if "weight" in name)
-    folder = tmp_path / "whole" / "checkpoints" / "classroom-resnet8"
+    folder = tmp_path / "whole" / "checkpoints" / "student-resnet8"
     states = [torch.load(path, weights_only=True) for path in sorted(folder.glob("step-*.pt"))]
     assert same(states[-1]["method"], after)
     # From the state after its first epoch it comes to the same end.
@@ -389,7 +389,7 @@ def test_the_weights_of_the_best_epoch_are_kept(tmp_path, monkeypatch, states_ke
     ):
         network, _, _ = load_network(tmp_path / "run" / f"{file}_best.safetensors")
         assert same(network.state_dict(), after[name, epoch])
-    folder = tmp_path / "run" / "checkpoints" / "classroom-resnet8"
+    folder = tmp_path / "run" / "checkpoints" / "student-resnet8"
     assert [path.name for path in folder.glob("best-*")] == [f"best-{chosen[1]}.safetensors"]
     assert not list((tmp_path / "run" / "mentors").glob("*_best*"))
 
@@ -401,7 +401,7 @@ def test_no_epoch_is_chosen_on_the_test_images(tmp_path):
 
 def test_as_many_states_are_kept_as_asked_for(tmp_path, states_kept):
     stored_run(tmp_path / "run", "training.epochs=4", "checkpoint_keep=3")
-    folder = tmp_path / "run" / "checkpoints" / "classroom-resnet8"
+    folder = tmp_path / "run" / "checkpoints" / "student-resnet8"
     assert len(list(folder.glob("step-*.pt"))) == 3
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 
 from classroomkd.errors import UserError
+from classroomkd.report.records import read_run
 from classroomkd.runs.checkpoints import Checkpoints, Saver
 from classroomkd.runs.interrupts import Interrupted
 from classroomkd.runs.run_folder import RunFolder
@@ -262,7 +264,7 @@ def test_epochs_recorded_before_the_first_state_come_once(tmp_path, monkeypatch)
     hold(resume=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [(line["phase"], line["epoch"]) for line in lines] == [
-        (phase, epoch) for phase in ("mentor", "alone", "classroom") for epoch in (1, 2)
+        (phase, epoch) for phase in ("mentor", "alone", "student") for epoch in (1, 2)
     ]
 
 
@@ -352,3 +354,62 @@ def test_a_finished_run_keeps_no_training_states(undisturbed):
     """Only what tells that its networks are done."""
     kept = {path.name for path in (undisturbed / "checkpoints").rglob("*") if path.is_file()}
     assert kept == {"done.json"}
+
+
+def make_old(out):
+    """Turn a run folder into one of the version in which the student's phase was "classroom"."""
+
+    def old(text):
+        return text.replace('"phase": "student"', '"phase": "classroom"')
+
+    folder = (out / "checkpoints" / "student-resnet8").rename(
+        out / "checkpoints" / "classroom-resnet8"
+    )
+    (out / "tensorboard" / "student").rename(out / "tensorboard" / "classroom")
+    for file in (out / "metrics.jsonl", *folder.glob("done.json"), *out.glob("summary.json")):
+        file.write_text(old(file.read_text()))
+    checkpoints = Checkpoints(folder, keep=1)
+    if state := checkpoints.load(print):
+        state["records"] = json.loads(old(json.dumps(state["records"])))
+        checkpoints.save(state, 1000)
+
+
+@pytest.mark.parametrize("place", ["within the student's training", "before the summary", "done"])
+def test_a_run_of_an_earlier_version_is_read_and_resumed(tmp_path, monkeypatch, place):
+    pytest.importorskip("tensorboard")
+    short = recipe("mentors=[resnet8]", "alone=false", "tensorboard=true")
+    between_steps = Saver.between_steps
+
+    def start(out, resume=False):
+        sets = colours(28), colours(13, seed=1)
+        return TrainingRun(short, Console(file=io.StringIO())).run(*sets, out, resume=resume)
+
+    def stop_in_the_second_epoch(saver):
+        if saver.keeps_best and (saver.trainer.epoch, saver.trainer.batch) == (2, 1):
+            saver.interrupts.received = signal.SIGTERM
+        between_steps(saver)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    whole, out = start(tmp_path / "whole"), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        if place == "within the student's training":
+            patch.setattr(Saver, "between_steps", stop_in_the_second_epoch)
+        elif place == "before the summary":
+            patch.setattr(RunFolder, "finish", stop)
+        with nullcontext() if place == "done" else pytest.raises(KeyboardInterrupt):
+            start(out)
+    make_old(out)
+    read = read_run(out)
+    assert [record["epoch"] for record in read.classroom] == (
+        [1] if place == "within the student's training" else [1, 2]
+    )
+    if place == "done":
+        assert read.summary["results"] == whole["results"]
+        return
+    assert start(out, resume=True)["results"] == whole["results"]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["phase"] for line in lines] == ["mentor", "mentor", "student", "student"]
+    assert not list(out.rglob("*classroom*"))
+    assert list((out / "tensorboard" / "student").rglob("events*"))

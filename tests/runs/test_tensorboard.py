@@ -25,7 +25,7 @@ def taught(share: float) -> dict:
 LINES = [
     *(line("mentor", "resnet20", epoch, 0.1 * epoch) for epoch in (1, 2, 3, 4, 5)),
     *(
-        line("classroom", "resnet8", epoch, 0.125 * epoch, **taught(0.5 / epoch))
+        line("student", "resnet8", epoch, 0.125 * epoch, **taught(0.5 / epoch))
         for epoch in (1, 2, 3, 4)
     ),
 ]

@@ -566,7 +566,7 @@ TRAINED = [  # in this order
     ("mentor", "resnet14", 1),
     ("mentor", "resnet8-2", 1),
     ("alone", "resnet8", 2),
-    ("classroom", "resnet8", 2),
+    ("student", "resnet8", 2),
 ]
 
 
@@ -586,7 +586,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path, states_kept):
     ]
     for line in lines:
         assert line["images_per_second"] > 0 < line["seconds"]
-        assert ("mentors" in line) == (line["phase"] == "classroom")
+        assert ("mentors" in line) == (line["phase"] == "student")
     assert list(lines[-1]["mentors"]) == ["resnet8", "resnet14", "resnet8-2"]
     assert [line["learning_rate"] for line in lines[-4:]] == pytest.approx([0.05, 0.01] * 2)
 
@@ -604,7 +604,7 @@ def test_classroom_leaves_the_records_and_networks(tmp_path: Path, states_kept):
     files = {
         **{("mentor", f.stem): f for f in (out / "mentors").iterdir()},
         ("alone", "resnet8"): out / "student_alone.safetensors",
-        ("classroom", "resnet8"): out / "student.safetensors",
+        ("student", "resnet8"): out / "student.safetensors",
     }
     assert len(files) == 5
     for result in summary["results"]:
@@ -647,7 +647,7 @@ def test_validation_images_are_trained_on_by_nobody(tmp_path: Path, monkeypatch)
     assert trained_on[0] < whole
     assert (summary["data"]["train_images"], summary["data"]["validation_images"]) == (22, 6)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    last = [line for line in lines if line["phase"] == "classroom"]
+    last = [line for line in lines if line["phase"] == "student"]
     result = summary["results"][-1]
     assert result["best_test_top1"] == max(line["test_top1"] for line in last)
     validation = [line["validation_top1"] for line in last]
@@ -664,8 +664,8 @@ def test_records_go_to_tensorboard_too(tmp_path: Path):
     out = tmp_path / "run"
     hold(out, "tensorboard=true", "mentors=[resnet8]")
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    expected = [line["test_top1"] for line in lines if line["phase"] == "classroom"]
-    read = events.EventAccumulator(str(out / "tensorboard" / "classroom" / "resnet8")).Reload()
+    expected = [line["test_top1"] for line in lines if line["phase"] == "student"]
+    read = events.EventAccumulator(str(out / "tensorboard" / "student" / "resnet8")).Reload()
     assert [event.value for event in read.Scalars("test_top1")] == pytest.approx(expected)
 
 
