@@ -45,7 +45,13 @@ def channel_statistics(
         squares = sum(v * v * count for v, count in enumerate(counts))
         means.append(total / (255 * n))
         stds.append(math.sqrt(n * squares - total * total) / (255 * n) or 1.0)
-    return (means[0], means[1], means[2]), (stds[0], stds[1], stds[2])
+    return per_channel(means), per_channel(stds)
+
+
+def per_channel(values: Sequence[float]) -> tuple[float, float, float]:
+    """The three values, of red, green and blue, as a tuple."""
+    red, green, blue = values
+    return red, green, blue
 
 
 class Loader(ABC):

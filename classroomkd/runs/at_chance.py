@@ -60,6 +60,6 @@ def remedies(recipe: Recipe, phase: str, n_classes: int, n_mentors: int) -> str:
         tries.append(f"{section}.clip_norm=1")
     if taught:
         options = LossOptions(mentor_weight=recipe.loss.mentor_weight)
-        if weight := options.weight_of_mentors(n_classes, n_mentors):
+        if weight := options.mentor_weight_for(n_classes, n_mentors):
             tries.append(f"loss.mentor_weight={weight / 3:.1g}")
     return f"try {' or '.join(tries)}"
