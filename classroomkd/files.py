@@ -14,7 +14,7 @@ from typing import IO
 try:
     import fcntl
 except ImportError:
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 _SUFFIX = ".unfinished"
 

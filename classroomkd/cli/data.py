@@ -217,7 +217,7 @@ def verify(arguments: argparse.Namespace) -> None:
     print(f"{arguments.file}: {len(beton):,} images {' and '.join(equal)}")
 
 
-def _photo_options(arguments: argparse.Namespace) -> dict[str, int | None]:
+def _photo_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """What packing and verifying do to photographs; UserError for options that do not go together.
 
     Without ``--photos`` images have been brought to one size already.
@@ -272,9 +272,10 @@ def _load(arguments: argparse.Namespace) -> Parts[ImageSet]:
     parts = NAMED_SOURCES[arguments.source].read(*split)
     if size is None:
         return Parts(*parts)
-    return Parts(
-        *(ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts)
+    train, test = (
+        ImageSet(resize(part.images, size), part.targets, part.classes) for part in parts
     )
+    return Parts(train, test)
 
 
 def _load_with_sizes(

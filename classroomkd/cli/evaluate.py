@@ -70,10 +70,9 @@ def evaluate(arguments: argparse.Namespace) -> None:
     require_checkpoint(str(arguments.student))
     source = _source(arguments)
 
-    import torch
-
-    from classroomkd.data import channel_statistics, is_split_by_seed, join
+    from classroomkd.data import ImageSet, channel_statistics, is_split_by_seed, join
     from classroomkd.models import NetworkInfo, load_network
+    from classroomkd.models.layout import to_channels_last
     from classroomkd.runs.images import open_loaders, read_images
     from classroomkd.runs.machine import find_device
     from classroomkd.runs.mentors import fit_to_data
@@ -100,6 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     sets = read_images(data, split["seed"])
     train_set, test_set = sets.train, sets.test
     if info is None:
+        assert isinstance(train_set, ImageSet)  # as the check of --crop sees to
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
         )
@@ -108,7 +108,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
         )
     fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
-    network.to(device, memory_format=torch.channels_last)
+    to_channels_last(network, device)
     images = join(*sets.sets().values()) if arguments.all else test_set
     loaders = open_loaders(loader, [images], image_size, device)
     with evaluation_loader(loaders, images, info) as batches:

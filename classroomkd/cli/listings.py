@@ -37,9 +37,9 @@ def recipes(_: argparse.Namespace) -> None:
             values |= yaml_mapping(*part)
         mentors = (m if isinstance(m, dict) else mentor(m) for m in values["mentors"])
         lines.append((name, values["student"], " ".join(each["source"] for each in mentors)))
-    first, second, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
-    for name, student, mentors in lines:  # too wide for a table
-        print(f"{name:{first}}  {student:{second}}  {mentors}")
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for name, student, sources in lines:  # too wide for a table
+        print(f"{name:{widths[0]}}  {student:{widths[1]}}  {sources}")
 
 
 def models(_: argparse.Namespace) -> None:

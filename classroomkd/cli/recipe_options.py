@@ -127,4 +127,5 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def lacks(arguments: argparse.Namespace, option: str) -> NoReturn:
     """Report that neither the command line nor the recipe gives a required value."""
-    arguments.parser.error(f"{option} is required, here or in a --recipe")
+    parser: argparse.ArgumentParser = arguments.parser
+    parser.error(f"{option} is required, here or in a --recipe")

@@ -113,7 +113,7 @@ def normalisation_table(mean: Sequence[float], std: Sequence[float]) -> np.ndarr
     ``mean`` and ``std`` are per RGB channel, of values scaled to 0..1. Raises UserError if a
     standard deviation is not positive.
     """
-    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    if not (std > 0).all():
-        raise UserError(f"the standard deviation of each channel must be positive, got {std}")
-    return ((np.arange(256) / 255 - mean[:, None]) / std[:, None]).astype(np.float32)
+    means, stds = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    if not (stds > 0).all():
+        raise UserError(f"the standard deviation of each channel must be positive, got {stds}")
+    return ((np.arange(256) / 255 - means[:, None]) / stds[:, None]).astype(np.float32)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -76,7 +76,7 @@ class Loaders:
             return "torch", reason
         if self.device.type == "cpu":  # where the sets are in memory already
             return "resident", reason
-        needed = sum(image_set.images.nbytes for image_set in image_sets)
+        needed = sum(part.images.nbytes for part in image_sets if isinstance(part, ImageSet))
         free, _ = torch.cuda.mem_get_info(self.device)
         if needed <= _SHARE * free:
             return "resident", reason
@@ -96,8 +96,10 @@ class Loaders:
             from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
             return FFCVLoader(self._files[places[0]], batch_size, **options)
-        kind = ResidentLoader if self.backend == "resident" else TorchLoader
-        return kind(image_set, batch_size, **options)
+        if self.backend == "resident":
+            assert isinstance(image_set, ImageSet)  # of photographs the backend is another
+            return ResidentLoader(image_set, batch_size, **options)
+        return TorchLoader(image_set, batch_size, **options)
 
 
 def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
@@ -110,7 +112,8 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     """
     from classroomkd.data.ffcv.beton import pack
 
-    content, options = image_set.digest(), {}
+    content = image_set.digest()
+    options: dict[str, Any] = {}
     if isinstance(image_set, ImageFiles):
         options = {"jpeg": True, "quality": QUALITY, "max_side": max_side}
     others = hashlib.sha256(json.dumps([image_set.classes, options]).encode()).hexdigest()

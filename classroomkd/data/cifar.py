@@ -109,8 +109,8 @@ def read(layout: _Layout, folder: Path) -> tuple[Part, Part, list[str]]:
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise _damaged(folder / layout.meta, f"no list {layout.names!r}")
     parts = [_read_batch(layout, folder / file, len(classes)) for file in layout.train]
-    train = tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return train, _read_batch(layout, folder / layout.test, len(classes)), classes
+    images, targets = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return (images, targets), _read_batch(layout, folder / layout.test, len(classes)), classes
 
 
 def _read_batch(layout: _Layout, file: Path, classes: int) -> Part:

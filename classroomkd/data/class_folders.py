@@ -38,7 +38,8 @@ def _natural(name: str) -> tuple[list[int | str], str]:
 
 def files_in(path: Path) -> tuple[list[Path], list[Path]]:
     """A folder's image files in natural order, and the other files; hidden files are neither."""
-    images, others = [], []
+    images: list[str] = []
+    others: list[str] = []
     with os.scandir(path) as entries:
         for entry in entries:
             if _is_hidden(entry.name) or _is(entry.is_dir):

@@ -115,5 +115,5 @@ def _check_size(size: int) -> None:
         raise UserError(f"size must be within 1..1024 pixels, got {size}")
 
 
-def _between(bounds: tuple[float, float], sixteen_bits: np.ndarray) -> np.ndarray:
+def _between(bounds: tuple[float, float] | np.ndarray, sixteen_bits: np.ndarray) -> np.ndarray:
     return bounds[0] + (bounds[1] - bounds[0]) * (sixteen_bits / 2**16)

@@ -78,8 +78,8 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(file, formats=_FORMATS) as image:
-            image = ImageOps.exif_transpose(image)  # reads it whole, so a truncated file raises
+        with Image.open(file, formats=_FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened)  # reads it whole, so a truncated file raises
         image = rgb(image)
         return np.asarray(image if size is None else _square(image, size))
     except UnidentifiedImageError:

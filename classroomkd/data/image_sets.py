@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from operator import index as as_index
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 
@@ -67,7 +67,7 @@ def samples_digest(
     for column, dtype in ((modes, "u1"), (heights, "<u2"), (widths, "<u2")):
         digest.update(column.astype(dtype).tobytes())
     for image in images:
-        digest.update(image)
+        digest.update(image.data)
     return digest.hexdigest()
 
 
@@ -124,16 +124,17 @@ def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
     object.__setattr__(image_set, "classes", classes)
 
 
-AnySet = TypeVar("AnySet", ImageSet, ImageFiles)
+AnySet = TypeVar("AnySet", bound=ImageSet | ImageFiles)
 
 
 def join(*parts: AnySet) -> AnySet:
     """The images of all parts of a data set, in order."""
     targets = np.concatenate([part.targets for part in parts])
     if isinstance(parts[0], ImageFiles):
-        files = [file for part in parts for file in part.files]
-        return ImageFiles(files, targets, parts[0].classes)
-    return ImageSet(np.concatenate([part.images for part in parts]), targets, parts[0].classes)
+        files = [file for part in parts for file in cast(ImageFiles, part).files]
+        return replace(parts[0], files=files, targets=targets)
+    images = np.concatenate([cast(ImageSet, part).images for part in parts])
+    return replace(parts[0], images=images, targets=targets)
 
 
 def select(image_set: AnySet, mask: np.ndarray) -> AnySet:
@@ -156,7 +157,7 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
     """
     if not len(dataset):
         raise UserError("the data set is empty")
-    images = targets = None
+    images, targets = None, np.empty(len(dataset), np.int64)
     for i in range(len(dataset)):
         try:
             image, target = dataset[i]
@@ -166,13 +167,13 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
             raise UserError(f"sample {i} of the data set cannot be taken: {reason}") from error
         if images is None:
             images = np.empty((len(dataset), *image.shape), np.uint8)
-            targets = np.empty(len(dataset), np.int64)
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"image {i} of the data set is {list(image.shape)}, but image 0 is "
                 f"{list(images.shape[1:])}: bring them to one size first"
             )
         images[i], targets[i] = image, target
+    assert images is not None  # there is at least one
     if classes is None:
         classes = getattr(dataset, "classes", None) or [str(k) for k in range(targets.max() + 1)]
     return ImageSet(images, targets, list(classes))

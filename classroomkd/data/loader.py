@@ -45,7 +45,13 @@ def channel_statistics(
         squares = sum(v * v * count for v, count in enumerate(counts))
         means.append(total / (255 * n))
         stds.append(math.sqrt(n * squares - total * total) / (255 * n) or 1.0)
-    return tuple(means), tuple(stds)
+    return per_channel(means), per_channel(stds)
+
+
+def per_channel(values: Sequence[float]) -> tuple[float, float, float]:
+    """The three values, of red, green and blue, as a tuple."""
+    red, green, blue = values
+    return red, green, blue
 
 
 class Loader(ABC):
@@ -116,10 +122,12 @@ class Loader(ABC):
                 "make it smaller"
             )
         self.count, self.batch_size, self.drop_last = count, batch_size, drop_last
-        self.augmentation, self.shuffle, self.seed = augmentation, shuffle, seed
+        self.crop: RandomResizedCrop | CentreCrop | None = None
+        if isinstance(augmentation, RandomResizedCrop | CentreCrop):
+            self.crop, augmentation = augmentation, augmentation.after
+        self.augmentation = augmentation
+        self.shuffle, self.seed = shuffle, seed
         self.mixing = mixing
-        is_crop = isinstance(augmentation, RandomResizedCrop | CentreCrop)
-        self.crop = augmentation if is_crop else None
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is None:
@@ -183,6 +191,14 @@ class Loader(ABC):
     @abstractmethod
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         """Give a batch of ``epoch`` for each array of sample indices."""
+
+    def _to_device(self, images: Tensor, targets: Tensor, indices: Tensor) -> Batch:
+        """A batch on its way to the device; the host waits for no GPU."""
+        return (
+            images.to(self.device, non_blocking=True),
+            targets.to(self.device, non_blocking=True),
+            indices.to(self.device, non_blocking=True),
+        )
 
     def close(self) -> None:
         """Give back memory, threads and processes. Closing again is fine.

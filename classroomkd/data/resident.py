@@ -54,8 +54,7 @@ class ResidentLoader(Loader):
             starts, augmentation = indices * size, self.augmentation
             augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self._table, out)
             samples = torch.from_numpy(indices)
-            batch = out.permute(0, 3, 1, 2), self._targets[samples], samples
-            yield tuple(part.to(self.device, non_blocking=True) for part in batch)
+            yield self._to_device(out.permute(0, 3, 1, 2), self._targets[samples], samples)
 
     def _on_gpu(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         from classroomkd.kernels.augment import gather_augment
@@ -82,4 +81,4 @@ class ResidentLoader(Loader):
 
     def close(self) -> None:
         super().close()
-        self._images = self._targets = None
+        self._images = self._targets = torch.empty(0)

@@ -105,9 +105,10 @@ def _load(
     path = _folder(path, test_share, download)
     found = cifar.find(path, download)
     if found:
-        train, test, classes = cifar.read(*found)
+        (images, targets), (test_images, test_targets), classes = cifar.read(*found)
         return Parts(
-            *(ImageSet(resize(part[0], image_size), part[1], classes) for part in (train, test))
+            ImageSet(resize(images, image_size), targets, classes),
+            ImageSet(resize(test_images, image_size), test_targets, classes),
         )
     parts = _list_folders(path, seed, test_share)
     return decode(parts if validation else parts._replace(validation=None), image_size)
@@ -151,7 +152,8 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
     images = resize(np.repeat(grey[..., None], 3, axis=3), 16)
     targets, classes = data.target.astype(np.int64), [str(name) for name in data.target_names]
     test = _held_out(targets, classes, seed, test_share, "the digits")
-    return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
+    train_set, test_set = (ImageSet(images[p], targets[p], classes) for p in (~test, test))
+    return train_set, test_set
 
 
 class NamedSource(NamedTuple):
@@ -310,7 +312,8 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
             f"no class folders in {path}: put the images of each class in a folder of its own, in "
             f"{path.name}/cat/ and {path.name}/dog/ for two{remedy}"
         )
-    files, targets = [], []
+    files: list[Path] = []
+    targets: list[int] = []
     loose, others = files_in(path)
     for target, name in enumerate(classes):
         before = len(files)
@@ -329,9 +332,7 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
     return ImageFiles(files, np.array(targets, np.int64), classes), _PassedOver([], loose, others)
 
 
-def split_off(
-    image_set: ImageSet | ImageFiles, share: float, seed: int
-) -> tuple[ImageSet, ImageSet] | tuple[ImageFiles, ImageFiles]:
+def split_off(image_set: AnySet, share: float, seed: int) -> tuple[AnySet, AnySet]:
     """The rest of ``image_set``, and its validation part: of each class the share ``share``.
 
     At least one image per class, and at most all but one, chosen by ``seed``. Raises UserError if a

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageSet, as_pixels
 from classroomkd.data.loader import Batch, Loader, available_cores
 from classroomkd.errors import UserError
@@ -57,6 +58,7 @@ class TorchLoader(Loader):
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         self._keys[:] = keys = [(epoch, indices) for indices in batches]
+        assert self._loader is not None  # it is open, as __iter__ requires
         self._running, self._source = keys, iter(self._loader)
         for _ in keys:
             if self._running is not keys:
@@ -64,7 +66,7 @@ class TorchLoader(Loader):
             batch = next(self._source)
             if isinstance(batch, UserError):
                 raise batch
-            images, targets, indices = (part.to(self.device, non_blocking=True) for part in batch)
+            images, targets, indices = self._to_device(*batch)
             yield images.permute(0, 3, 1, 2), targets, indices
 
     def close(self) -> None:
@@ -95,15 +97,16 @@ class _Batches(Dataset):
         else:
             images, targets = self._collect(epoch, indices)
             rows = np.arange(len(indices))
-        augmentation = self.crop.after if self.crop else self.augmentation
         shape = images.shape[1:]
         out = torch.empty((len(indices), *shape), dtype=self.table.dtype, device="cpu")
         pixels, starts = images.reshape(-1), rows * math.prod(shape)
-        augment_batch(pixels, starts, indices, augmentation, self.seed, epoch, self.table, out)
+        options = self.augmentation, self.seed, epoch, self.table, out
+        augment_batch(pixels, starts, indices, *options)
         return out, torch.from_numpy(targets), torch.from_numpy(indices)
 
     def _collect(self, epoch: int, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        images, targets = [], np.empty(len(indices), np.int64)
+        images: list[np.ndarray] = []
+        targets = np.empty(len(indices), np.int64)
         for i, index in enumerate(indices.tolist()):
             image, target = self.data[index]
             try:
@@ -112,7 +115,7 @@ class _Batches(Dataset):
                 message = f"sample {index} of the data set cannot be taken: {error}"
                 raise UserError(message) from error
             if self.crop:
-                image = self._resized(image, epoch, index)
+                image = self._resized(image, self.crop, epoch, index)
             if images and image.shape != images[0].shape:
                 raise UserError(
                     f"sample {index} of the data set is {list(image.shape)} beside one of "
@@ -121,12 +124,14 @@ class _Batches(Dataset):
             images.append(image)
         return np.stack(images), targets
 
-    def _resized(self, image: np.ndarray, epoch: int, index: int) -> np.ndarray:
+    def _resized(
+        self, image: np.ndarray, crop: RandomResizedCrop | CentreCrop, epoch: int, index: int
+    ) -> np.ndarray:
         from PIL import Image
 
         place = (np.array([n]) for n in (index, *image.shape[:2]))
-        ((row, column, height, width),) = self.crop.boxes(self.seed, epoch, *place)
+        ((row, column, height, width),) = crop.boxes(self.seed, epoch, *place)
         part = Image.fromarray(np.ascontiguousarray(image)).crop(
             (column, row, column + width, row + height)
         )
-        return np.asarray(part.resize((self.crop.size,) * 2, Image.Resampling.BILINEAR))
+        return np.asarray(part.resize((crop.size, crop.size), Image.Resampling.BILINEAR))

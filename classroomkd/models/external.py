@@ -150,6 +150,7 @@ def _find(name: str) -> tuple[ModuleType, str]:
     """The library that ``name`` points into, and the name there."""
     prefix, _, architecture = name.partition(":")
     models = import_torchvision("models")  # timm needs it too, and would not find it by itself
+    known: Collection[str]
     if prefix == "tv":
         library, known = models, [name[len("tv:") :] for name in architectures("tv")]
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -75,9 +75,10 @@ class StageOutputs:
         Raises RuntimeError if there was no call since they were last taken.
         """
         features, self._features = self._features, [None] * len(self._features)
-        if any(tensor is None for tensor in features):
+        taken = tuple(tensor for tensor in features if tensor is not None)
+        if len(taken) < len(features):
             raise RuntimeError("the network was not called since its features were last taken")
-        return tuple(features)
+        return taken
 
 
 @torch.no_grad()
@@ -90,4 +91,9 @@ def feature_shapes(name: str, image_size: int) -> list[tuple[int, int, int]]:
         network = build(name, 2).eval()
         features = StageOutputs(network)
         network(torch.empty(1, 3, image_size, image_size))
-    return [tuple(feature.shape[1:]) for feature in features.take()]
+    return shapes_of(features.take())
+
+
+def shapes_of(features: Iterable[Tensor]) -> list[tuple[int, int, int]]:
+    """The shapes (C, H, W) of features [B, C, H, W]."""
+    return [(channels, height, width) for _, channels, height, width in (f.shape for f in features)]

@@ -104,7 +104,7 @@ def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
     means = {
         number: mean(known)
         for number in range(max(map(len, gained), default=0))
-        if (known := [g[number] for g in gained if len(g) > number and g[number] is not None])
+        if (known := [v for g in gained if len(g) > number and (v := g[number]) is not None])
     }
     return sorted(means, key=lambda number: -means[number])
 
@@ -121,13 +121,15 @@ def gain_plot(
     names = _names(pairs[0][0])
     bars = []
     for number in order:
-        values = [of[number] for of in known if of[number] is not None]
+        values = [value for of in known if (value := of[number]) is not None]
         if middle := spread([100 * value for value in values]):
             bars.append((escape(names[number]), *middle))
     if not bars:
         return None
     classes, heights, deviations = zip(*bars, strict=True)
-    data = pairs[0][0].summary["data"]
+    summary = pairs[0][0].summary
+    assert summary is not None  # it has the gains
+    data = summary["data"]
     images = data["test_images"] / data["classes"]
     note = (
         "For each class, top-1 of the student taught by mentors less that of the student alone, "

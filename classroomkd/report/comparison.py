@@ -86,24 +86,24 @@ def _paired(groups: Sequence[Sequence[Entry]]) -> str:
     """A table of how much better each group's students do than the first one's, seed by seed."""
     tops = [
         {
-            (entry.data, *sorted(entry.run.digests.items()), entry.seed): top
+            (entry.data, *sorted(entry.run.digests.items()), entry.seed): last
             for entry in finished_seeds(group)
-            if (top := entry.numbers()[0]) is not None
+            if (last := entry.numbers()[0]) is not None
         }
         for group in groups
     ]
     rows = []
     for group, top in list(zip(groups, tops, strict=True))[1:]:
         gained = {key[-1]: top[key] - tops[0][key] for key in tops[0] if key in top}
-        if not gained:
-            continue
         middle = spread(list(gained.values()))
+        if middle is None:
+            continue
         error = middle[1] and middle[1] / math.sqrt(len(gained))
         each = ", ".join(
-            f"{seed}: {percent([value, None], signed=True)}" for seed, value in gained.items()
+            f"{seed}: {percent((value, None), signed=True)}" for seed, value in gained.items()
         )
         what = f"{called(group)} − {called(groups[0])}"
-        rows.append(Row([what, percent([middle[0], error], signed=True), str(len(gained)), each]))
+        rows.append(Row([what, percent((middle[0], error), signed=True), str(len(gained)), each]))
     if not rows:
         return ""
     return f"""<h2>Paired differences</h2>
@@ -153,7 +153,8 @@ def _row(kind: str, entries: Sequence[Entry], name: str, differs: str, colour: s
     """A line of one run, or of those of one recipe with different seeds."""
     seeds = [entry.seed for entry in entries]
     last, best, alone = zip(*(entry.numbers() for entry in entries), strict=True)
-    gains = differences(*(dict(zip(seeds, shares, strict=True)) for shares in (last, alone)))
+    own, others = (dict(zip(seeds, shares, strict=True)) for shares in (last, alone))
+    gains = differences(own, others)
     cells = [name, differs, *_facts(entries[0]), ", ".join(seeds)]
     cells += [percent(spread(shares), unit="%") for shares in (last, best, alone)]
     return Row([*cells, percent(spread(gains), signed=True)], kind, colour)

@@ -107,12 +107,12 @@ def entries_of(runs: Sequence[RunRecords]) -> list[Entry]:
     distinct = list(dict.fromkeys(places))
     words = dict(zip(distinct, unique_names(distinct), strict=True))
     data = [words[place] for place in places]
-    recipes = [_recipe(*of) or name for *of, name in zip(runs, data, names, strict=True)]
+    recipes = [_recipe(run, of) or name for run, of, name in zip(runs, data, names, strict=True)]
     kinds = list(dict.fromkeys(recipes))
 
     # As the tables of `classroomkd reproduce` do, a run is compared with that of its own seed.
     students = [
-        (_recipe(run, name, alone=True), *sorted(run.digests.items()), str(run.fact("seed")))
+        (_recipe(run, name, alone=True), tuple(sorted(run.digests.items())), str(run.fact("seed")))
         for run, name in zip(runs, data, strict=True)
     ]
     alone = {

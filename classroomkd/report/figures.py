@@ -66,7 +66,9 @@ def curve(
     )
     if len(runs) == 1:
         return [trace]
-    known = {epoch: both for epoch, both in found.items() if both}
+    known = {
+        epoch: (both[0], both[1]) for epoch, both in found.items() if both and both[1] is not None
+    }
     upper, lower = ([m + side * d for m, d in known.values()] for side in (1, -1))
     band = go.Scatter(
         x=[*known, *reversed(known)],

@@ -5,31 +5,33 @@ from __future__ import annotations
 import re
 from collections.abc import Hashable, Mapping, Sequence
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 UNKNOWN = "–"
 
-Spread = list[float | None]
+Spread = tuple[float, float | None]
+Seed = TypeVar("Seed", bound=Hashable)
 
 _NUMBER = re.compile(r"([+−\d.,±%×* –]|\de-?\d)*( of \d+| s| min| h)?")
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """``[mean, sample standard deviation]``, the latter None of one value.
+    """``(mean, sample standard deviation)``, the latter None of one value.
 
     None without a value, or if one is None.
     """
-    if not values or None in values:
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
         return None
-    return [mean(values), stdev(values) if len(values) > 1 else None]
+    return mean(known), stdev(known) if len(known) > 1 else None
 
 
 def differences(
-    own: Mapping[Hashable, float | None], others: Mapping[Hashable, float | None]
+    own: Mapping[Seed, float | None], others: Mapping[Seed, float | None]
 ) -> list[float]:
     """Each of ``own`` less that of ``others`` with the same key, which is a run's seed."""
     pairs = ((value, others.get(seed)) for seed, value in own.items())
-    return [value - other for value, other in pairs if None not in (value, other)]
+    return [mine - other for mine, other in pairs if mine is not None and other is not None]
 
 
 def percent(values: Spread | None, signed: bool = False, unit: str = "") -> str:

@@ -60,7 +60,7 @@ def _page(run: RunRecords) -> str:
     body = f"""<p>{escape(facts)}</p>
 {warning(incomplete(run) + ".") if run.unreadable else ""}
 {"".join(warning(f"{line}.") for line in at_chance(run))}
-{_results(run) if run.summary else _progress(run)}
+{_results(run, run.summary) if run.summary else _progress(run)}
 {sections(plots(run))}
 <details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>
 {_starts(run)}
@@ -104,16 +104,16 @@ def _starts(run: RunRecords) -> str:
     return f"<h2>How it was run</h2>{''.join(blocks)}"
 
 
-def _results(run: RunRecords) -> str:
+def _results(run: RunRecords, summary: dict) -> str:
     rows = [
         Row(
             cells,
             "mentor" if result["phase"] == "mentor" else "student",
             colour(run, result["phase"], result["name"]),
         )
-        for result, cells in zip(run.summary["results"], result_rows(run.summary), strict=True)
+        for result, cells in zip(summary["results"], result_rows(summary), strict=True)
     ]
-    return f'{table(COLUMNS, rows)}<p class="note">{escape(evidence(run.summary))}</p>'
+    return f'{table(COLUMNS, rows)}<p class="note">{escape(evidence(summary))}</p>'
 
 
 def _progress(run: RunRecords) -> str:

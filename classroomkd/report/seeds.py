@@ -33,7 +33,9 @@ def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         group |= {key: spread([row[key] for row in own]) for key in _MEASURES}
         for baseline in _BASELINES:
             others = {} if variant == baseline else runs.get((classroom, baseline), {})
-            last = ({seed: row["last"] for seed, row in of.items()} for of in (by_seed, others))
-            group[f"over_{baseline}"] = spread(differences(*last))
+            last, alone = (
+                {seed: row["last"] for seed, row in of.items()} for of in (by_seed, others)
+            )
+            group[f"over_{baseline}"] = spread(differences(last, alone))
         groups.append(group)
     return groups

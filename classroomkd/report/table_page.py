@@ -149,7 +149,7 @@ def result_cells(results: Mapping[str, Any]) -> tuple[list[str], Rows]:
             group["classroom"],
             group["variant"],
             str(len(group["seeds"])),
-            percent(group["teacher_last"] and [group["teacher_last"], None]),
+            percent(group["teacher_last"] and (group["teacher_last"], None)),
             *(percent(group[key], signed=key.startswith("over")) for key in keys),
             duration(group["seconds"][0]),
         ]
@@ -173,7 +173,7 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
             for group in groups
             if group["classroom"] == classroom and group["teacher_last"] is not None
         }
-        row = [classroom, percent([max(teachers), None]) if len(teachers) == 1 else UNKNOWN]
+        row = [classroom, percent((max(teachers), None)) if len(teachers) == 1 else UNKNOWN]
         row += [percent(last.get((classroom, variant))) for variant in variants]
         if published:
             numbers = published.get(classroom) or [None] * len(Published._fields)

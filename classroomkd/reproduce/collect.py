@@ -27,11 +27,12 @@ def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, 
 
     Raises UserError if runs that should differ in their seed only differ in more.
     """
-    rows, first = [], {}
+    rows: list[dict[str, Any]] = []
+    first: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
     for path in sorted((out / "runs").rglob("seed*/summary.json")):
         folder = path.parent
-        *row, variant, _ = folder.relative_to(out / "runs").parts
-        row = "/".join(row)
+        *parts, variant, _ = folder.relative_to(out / "runs").parts
+        row = "/".join(parts)
         summary, values = _read(path), run_values(folder)
         other, expected = first.setdefault((row, variant), (folder, values))
         if differing := difference(expected, values):

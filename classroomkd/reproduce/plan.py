@@ -107,7 +107,9 @@ def make_plan(
     shared = list(_SHARED)
     if data is not None:
         shared.append(f"data.source={json.dumps(str(data))}")
-    spec, rows, known = TABLES[table], {}, {}
+    spec = TABLES[table]
+    rows: dict[str, tuple[str, list[str], dict[str, Variant]]] = {}
+    known: dict[str, Variant] = {}
     for classroom in classrooms or spec.rows:
         file = recipes.find(classroom)
         row = classroom if classroom in recipes.names() else file.stem

@@ -95,8 +95,9 @@ class Runner:
                     if not self._running:
                         break
                     time.sleep(_LOOK_EVERY)
-                for running in self._running:
-                    running.process.send_signal(interrupts.received)
+                if interrupts.received is not None:
+                    for running in self._running:
+                        running.process.send_signal(interrupts.received)
                 for running in self._running:
                     running.process.wait()
                     self._note_time(running)
@@ -192,7 +193,7 @@ class Runner:
             self._told_at = time.monotonic()
             left = duration(seconds_left(self._plan, self.out, len(self.devices)))
             self._progress.update(total, what=f"runs; left: {left}")
-        ended = self._progress.tasks[0].total - len(self._waiting) - len(self._running)
+        ended = (self._progress.tasks[0].total or 0) - len(self._waiting) - len(self._running)
         self._progress.update(total, completed=ended)
 
     def _print(self, line: str) -> None:

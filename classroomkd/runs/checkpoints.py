@@ -80,7 +80,7 @@ class Checkpoints:
         files = self._files()
         for path, earlier in zip_longest(files, files[1:]):
             content = path.read_bytes()
-            if hashlib.sha256(content).hexdigest()[:16] == _NAME.fullmatch(path.name)[2]:
+            if hashlib.sha256(content).hexdigest()[:16] == _parsed(path)[2]:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
             warn(f"{path} is damaged: " + ("taking the one before it" if earlier else "beginning"))
         return None
@@ -88,7 +88,14 @@ class Checkpoints:
     def _files(self) -> list[Path]:
         """The checkpoints, newest first."""
         found = [path for path in self.folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]), reverse=True)
+        return sorted(found, key=lambda path: int(_parsed(path)[1]), reverse=True)
+
+
+def _parsed(path: Path) -> re.Match[str]:
+    """The name of a checkpoint: its step, and the digest of its content."""
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return match
 
 
 class Saver:

@@ -82,6 +82,7 @@ def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
     """What becomes of an image that a network trains on."""
     if data.crop == "resize":
         return RandomResizedCrop(data.image_size, data.flips())
+    assert data.padding is not None  # `load_recipe` has filled it in
     return Augmentation(data.padding, data.flips(), data.cutout)
 
 

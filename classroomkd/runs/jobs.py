@@ -33,13 +33,15 @@ class TrainingJob:
     number: int = 0
 
     @property
-    def last(self) -> int | None:
-        """The last epoch that it is trained for."""
+    def last(self) -> int:
+        """The last epoch that it is trained for, if it is trained here."""
+        assert self.epochs is not None
         return self.at or self.epochs
 
     def training(self, recipe: Recipe) -> TrainingConfig:
         """How the network is trained in a run of ``recipe``."""
         if self.phase == "mentor":
+            assert self.epochs is not None
             return replace(recipe.mentor_training, epochs=self.epochs)
         return recipe.training
 
@@ -61,7 +63,7 @@ class TrainingJob:
             "calibration_error": measured.calibration_error,
             "per_class": measured.per_class,
             "trained": self.epochs is not None,
-            "epochs": self.last,
+            "epochs": None if self.epochs is None else self.last,
         }
 
 

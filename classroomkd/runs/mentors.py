@@ -46,10 +46,11 @@ def find_mentors(
 
     Raises UserError for a file that cannot be loaded, or that is given epochs.
     """
-    mentors, taken = [], Counter()
+    mentors: list[Mentor] = []
+    taken: Counter[str] = Counter()
     for config in configs:
         source, network, info, architecture = config.source, None, None, config.source
-        length = config.epochs or epochs
+        length: int | None = config.epochs or epochs
         if is_checkpoint(source):
             if config.epochs is not None or config.at is not None:
                 raise UserError(f"mentor {source} is trained already: give it no epochs")
@@ -100,14 +101,15 @@ def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
 
 def fit_mentor(mentor: Mentor, data: NetworkInfo, notify: Callable[[str], None]) -> None:
     """Make a loaded mentor take images normalised as ``data`` says; UserError if it cannot."""
-    what = f"mentor {mentor.source}"
-    if models.is_external(mentor.source) and len(mentor.info.classes) == len(data.classes):
+    what, info = f"mentor {mentor.source}", mentor.info
+    assert mentor.network is not None
+    if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
         notify(f"{what}: its classes are taken to be the data's, in their order")
-        mentor.info = replace(mentor.info, classes=data.classes)
-    mentor.network = fit_to_data(mentor.network, mentor.info, data, what)
-    if mentor.info is None:
+        mentor.info = info = replace(info, classes=data.classes)
+    mentor.network = fit_to_data(mentor.network, info, data, what)
+    if info is None:
         notify(f"{what} does not say how to normalise; it gets what this data has")
-    elif (own := mentor.info.image_size) != data.image_size:
+    elif (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
 
 
@@ -160,6 +162,9 @@ class Renormalised(nn.Module):
 
     Maps images [B, 3, H, W] to logits [B, C].
     """
+
+    scale: Tensor
+    shift: Tensor
 
     def __init__(self, network: nn.Module, data: NetworkInfo, own: NetworkInfo) -> None:
         super().__init__()

@@ -16,6 +16,7 @@ from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
+from classroomkd.models.layout import to_channels_last
 from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.checkpoints import Saver
@@ -71,13 +72,13 @@ class NetworkTrainer:
         process is training for it. With ``lessons`` the records of epochs also say which classes
         each mentor taught.
         """
-        done = {job.name: self._finished(job) for job in jobs}
-        missing = sorted((p for p in jobs if not done[p.name]), key=lambda job: job.last)
+        done = {job.name: found for job in jobs if (found := self._finished(job))}
+        missing = sorted((j for j in jobs if j.name not in done), key=lambda job: job.last)
         if missing:
             with self.stored.claim(missing[-1]):
                 for job in list(missing):
-                    done[job.name] = self._from_store(job)
-                    if done[job.name]:
+                    if stored := self._from_store(job):
+                        done[job.name] = stored
                         missing.remove(job)
                 self._skip(jobs, missing)
                 if missing:
@@ -117,7 +118,7 @@ class NetworkTrainer:
         job, seed = jobs[-1], jobs[-1].seed(self.recipe)
         torch.manual_seed(seed)
         network = models.create(job.architecture, len(self.info.classes))
-        network.to(self.device, memory_format=torch.channels_last)
+        to_channels_last(network, self.device)
         with self._training_loader(job.training(self.recipe), seed) as loader:
             trainer = self._trainer(job, network, loader, method, mentors)
             saver = self._saver(job, trainer)
@@ -127,7 +128,7 @@ class NetworkTrainer:
             self.run.keep_best(job.phase, job.name, saver.checkpoints.best(epoch))
         result = self._finish(job, saver, measured)
         self.progress.done(trainer.name, saver.records[-1])
-        done = {earlier.name: self._finished(earlier) for earlier in jobs[:-1]}
+        done = {j.name: found for j in jobs[:-1] if (found := self._finished(j))}
         return done | {job.name: (network, result)}
 
     def _trainer(
@@ -244,7 +245,7 @@ class NetworkTrainer:
         if done is None:
             return None
         self.run.adopt_records(done["records"])
-        return network.to(self.device, memory_format=torch.channels_last), done["result"]
+        return to_channels_last(network, self.device), done["result"]
 
     def _from_store(self, job: TrainingJob) -> Trained | None:
         """The mentor from the store, measured on this run's images; None if it is not there."""
@@ -252,7 +253,7 @@ class NetworkTrainer:
         if found is None:
             return None
         network, info, kept = found
-        network.to(self.device, memory_format=torch.channels_last)
+        to_channels_last(network, self.device)
         measured = job.result(network, self.evaluate(network, "test"))
         kept["result"] = kept["result"] | measured | {"reused": True}
         kept["records"] = [record | {"name": job.name} for record in kept["records"]]

@@ -23,7 +23,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -192,7 +192,7 @@ def load_recipe(
         merged = deepcopy(begun)
         if values is not None:
             given = layers.layer(values)
-            merged = OmegaConf.merge(merged, given)
+            merged = _merged(merged, given)
             says_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
         chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
         method = chosen[-1] if chosen else merged.method
@@ -212,7 +212,7 @@ def load_recipe(
         )
         if not says_mentor_epochs:
             merged.mentor_training.epochs = merged.training.epochs
-        recipe = OmegaConf.to_object(merged)
+        recipe = cast(Recipe, OmegaConf.to_object(merged))
         # Of a file, whose method may be overridden, loss is kept; an override would do nothing.
         idle = [item for item in overrides if re.match(r"loss[.=]", item)]
         if idle and recipe.method != "classroom":
@@ -229,7 +229,7 @@ def load_recipe(
     except (ConfigKeyError, ConfigAttributeError) as error:
         from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
 
-        raise UserError(f"{where}{unknown_key(error.full_key, method, item)}") from None
+        raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{where}{layers.reason(error)}") from None
     _check(recipe, where)
@@ -256,7 +256,7 @@ def mentor_seed(recipe: Recipe) -> int:
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, for YAML."""
-    return OmegaConf.to_container(OmegaConf.structured(recipe))
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe)))
 
 
 def teaching(recipe: Recipe) -> list[MentorConfig]:
@@ -280,13 +280,17 @@ def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictCon
     """The files' values over the defaults, and whether one sets the mentors' epochs."""
     if not files:
         defaults = OmegaConf.structured(Recipe)
-        return (OmegaConf.merge(defaults, _OF_OLD_RUNS) if of_run else defaults), False
+        return (_merged(defaults, _OF_OLD_RUNS) if of_run else defaults), False
     merged, sets_mentor_epochs = _begun(files[:-1], of_run)
     values = layers.yaml_mapping(*files[-1])
     values.pop("base", None)
     given = layers.layer(values)
     sets_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    return OmegaConf.merge(merged, given), sets_mentor_epochs
+    return _merged(merged, given), sets_mentor_epochs
+
+
+def _merged(base: DictConfig, values: Any) -> DictConfig:
+    return cast(DictConfig, OmegaConf.merge(base, values))
 
 
 def _check(recipe: Recipe, where: str) -> None:

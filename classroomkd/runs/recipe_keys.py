@@ -6,6 +6,7 @@ A key's type is that of its field in ``config``, its meaning the docstring below
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 import json
@@ -58,14 +59,16 @@ def options(method: str) -> list[Key]:
 
 
 def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
-    meanings = docstrings.fields(docstrings.definition(Path(inspect.getfile(kind)), kind.__name__))
+    definition = docstrings.definition(Path(inspect.getfile(kind)), kind.__name__)
+    assert isinstance(definition, ast.ClassDef)
+    meanings = docstrings.fields(definition)
     if kind is LossConfig:
         meanings = catalogue.entry("classroom").meanings
     for name, hint in get_type_hints(kind).items():
         value = None if values is None else getattr(values, name)
         if hint is LossConfig and values.method != "classroom":
             continue
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             yield from _keys(hint, value, f"{prefix}{name}.")
             continue
         text = None if values is None else as_text(value)
@@ -73,7 +76,7 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
         if name == "mentors":
             yield from _keys(MentorConfig, None, f"{prefix}{name}.N.")
         if name == "method_options" and values.method != "classroom":
-            yield from _options(values.method, value)
+            yield from _options(values.method, values.method_options)
 
 
 def _options(method: str, given: dict[str, Any]) -> Iterator[Key]:

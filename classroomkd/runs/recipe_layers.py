@@ -100,13 +100,15 @@ def override(recipe: Any, key: str, value: Any) -> None:
 def value_of(text: str) -> Any:
     """As OmegaConf reads values, in which 1e-4 is a number; ValueError if it cannot be read."""
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))["_"]
+        values = OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))
     except yaml.MarkedYAMLError as error:
         raise ValueError(
             f"it is not YAML: {error.problem}; quote it or close its brackets"
         ) from None
     except GrammarParseError:
         raise ValueError("${…} is for another key, like ${seed}") from None
+    assert isinstance(values, dict)
+    return values["_"]
 
 
 def reason(error: Exception) -> str:

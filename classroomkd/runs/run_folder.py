@@ -98,8 +98,9 @@ class RunFolder:
         lines = [current_record(line) for line in lines]
         self._lines += lines
         atomic_write(self.path / "metrics.jsonl", "".join(map(_line, self._lines)))
-        for line in lines if self._board else ():
-            self._board.record(line)
+        if self._board:
+            for line in lines:
+                self._board.record(line)
 
     def checkpoints(self, phase: str, name: str, keep: int = 2) -> Checkpoints:
         """The training states of one network, of which the last ``keep`` stay."""

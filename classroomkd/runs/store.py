@@ -50,6 +50,7 @@ class MentorStore:
             if _sha256(weights) != kept["sha256"]:
                 raise UserError("its weights are others than were kept")
             network, info, _ = load_network(weights)
+            assert info is not None  # `add` has written it
             return network, info, kept["done"]
         except (OSError, ValueError, KeyError) as error:
             warn(f"{weights} is damaged ({error}): training it again")

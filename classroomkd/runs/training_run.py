@@ -15,10 +15,13 @@ from rich.console import Console
 from torch import nn
 
 from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
+from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.models.layout import to_channels_last
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.runs.images import ImageSets, open_loaders, split_validation
@@ -60,13 +63,14 @@ class TrainingRun:
     def __init__(self, recipe: Recipe, console: Console) -> None:
         self.device = local_device(find_device(recipe.device))
         self.processes = Processes(self.device)
+        threads = recipe.threads or torch.get_num_threads()
         recipe = replace(
             recipe,
             mentors=[with_absolute_path(mentor) for mentor in recipe.mentors],
             device=self.device.type if self.processes.together else str(self.device),
-            threads=recipe.threads or torch.get_num_threads(),
+            threads=threads,
         )
-        torch.set_num_threads(recipe.threads)
+        torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = True  # batches have one shape: the search pays
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
@@ -161,10 +165,12 @@ class TrainingRun:
     def _network_info(self, train_set: ImageSet | ImageFiles) -> NetworkInfo:
         """What the student's file will say of it: classes, image size, normalisation."""
         data = self.recipe.data
-        mean, std = (data.mean, data.std) if data.mean else channel_statistics(train_set)
-        return NetworkInfo(
-            self.recipe.student, train_set.classes, tuple(mean), tuple(std), data.image_size
-        )
+        if data.mean and data.std:
+            mean, std = per_channel(data.mean), per_channel(data.std)
+        else:
+            assert isinstance(train_set, ImageSet)  # for photographs the recipe has them
+            mean, std = channel_statistics(train_set)
+        return NetworkInfo(self.recipe.student, train_set.classes, mean, std, data.image_size)
 
     def _sets(
         self,
@@ -298,22 +304,23 @@ class TrainingRun:
     def _train_all(self, trainer: NetworkTrainer) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
         # Given mentors come first, so that a nonfinite one is found before anything is trained.
+        networks = {m.name: m.network for m in self.mentors if m.network is not None}
         results = {
-            mentor.name: self._measure_given(mentor, trainer)
+            mentor.name: self._measure_given(mentor, networks[mentor.name], trainer)
             for mentor in self.mentors
-            if mentor.network is not None
+            if mentor.name in networks
         }
         trainings, students = mentor_trainings(self.mentors), self._student_jobs()
         steps = sum(map(trainer.steps, trainings))
         trainer.progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
-        networks = {mentor.name: mentor.network for mentor in self.mentors}
         for jobs in trainings:
             trained = trainer.train(jobs, create("alone"))
             for job, (network, result) in zip(jobs, trained, strict=True):
                 networks[job.name], results[job.name] = network, result
+        mentors = {mentor.name: networks[mentor.name] for mentor in self.mentors}
         for job in students:
-            results[job.phase] = self._train_student(job, trainer, networks)
-        return [results[key] for key in (*networks, *(job.phase for job in students))]
+            results[job.phase] = self._train_student(job, trainer, mentors)
+        return [results[key] for key in (*mentors, *(job.phase for job in students))]
 
     def _train_student(
         self, job: TrainingJob, trainer: NetworkTrainer, mentors: Mapping[str, nn.Module]
@@ -330,7 +337,7 @@ class TrainingRun:
                 compile=self.recipe.compile,
                 features=method.uses_features,
             )
-            if method.reports:
+            if isinstance(method, Classroom):
                 lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
         # Number 0 alone too: the same first weights, the same batches.
         ((_, result),) = trainer.train([job], method, bank, lessons)
@@ -370,14 +377,14 @@ class TrainingRun:
         images = {f"the {name} images": digest for name, digest in digests.items()}
         return images | files
 
-    def _measure_given(self, mentor: Mentor, trainer: NetworkTrainer) -> dict[str, Any]:
+    def _measure_given(
+        self, mentor: Mentor, network: nn.Module, trainer: NetworkTrainer
+    ) -> dict[str, Any]:
         """Measure a given mentor; raises UserError if its loss is not finite."""
-        mentor.network.to(self.device, memory_format=torch.channels_last)
-        measured = trainer.evaluate(mentor.network, "test")
+        to_channels_last(network, self.device)
+        measured = trainer.evaluate(network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
-        return TrainingJob("mentor", mentor.name, mentor.architecture).result(
-            mentor.network, measured
-        )
+        return TrainingJob("mentor", mentor.name, mentor.architecture).result(network, measured)
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -17,11 +17,13 @@ from torch.nn.parallel import DistributedDataParallel
 from classroomkd.errors import UserError
 
 # Batch norm's statistics stay each process's own; newer torch has another word for it.
-_SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
+_OWN_BUFFERS: dict[str, Any] = {
+    next(
+        name
+        for name in ("forward_sync_buffers", "broadcast_buffers")
+        if name in inspect.signature(DistributedDataParallel).parameters
+    ): False
+}
 
 
 class Processes:
@@ -69,14 +71,15 @@ class Processes:
         if not self.together:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, **{_SYNC_BUFFERS: False})
+        return DistributedDataParallel(network, device_ids=ids, **_OWN_BUFFERS)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """The same for parameters that no `wrap` looks after."""
         if self.together:
             for parameter in parameters:
+                assert parameter.grad is not None  # all of them took part in the loss
                 dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
-                parameter.grad /= self.world_size
+                parameter.grad.div_(self.world_size)
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum of everyone's ``values``, in place."""

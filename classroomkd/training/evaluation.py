@@ -72,7 +72,8 @@ def evaluate(
     ``watch`` is given the logits [B, C], float32, and targets [B] of every batch.
     """
     network.eval()
-    sums, bins, classes, images_seen = 0.0, 0.0, 0.0, 0
+    sums = bins = classes = torch.zeros(())
+    images_seen = 0
     for images, targets, _ in loader:
         logits = network(images).float()
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]

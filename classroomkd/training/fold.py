@@ -23,12 +23,14 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
     """
     folded = copy.deepcopy(network).eval()
     for norm_name, conv_name in foldable(folded).items():
-        conv = folded.get_submodule(conv_name)
+        conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
+        assert isinstance(conv, nn.Conv2d)  # timm's are, too
+        assert isinstance(norm, nn.BatchNorm2d)
         # Copies, for another layer may share these tensors.
-        precise = [copy.deepcopy(folded.get_submodule(n)).double() for n in (conv_name, norm_name)]
-        folded.set_submodule(conv_name, fuse_conv_bn_eval(*precise).to(conv.weight.dtype))
+        fused = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
+        folded.set_submodule(conv_name, fused.to(conv.weight.dtype))
         # An identity, for the norms of PyTorch have no parts.
-        rest = nn.Sequential(*folded.get_submodule(norm_name).children())
+        rest = nn.Sequential(*norm.children())
         folded.set_submodule(norm_name, rest.eval())
     return folded
 

@@ -30,6 +30,8 @@ class CapturedStep:
             return
         if self._graph is None:
             self._capture(images, targets)
+        assert self._graph is not None
+        assert self._inputs is not None
         for static, given in zip(self._inputs, (images, targets), strict=True):
             static.copy_(given)
         self._graph.replay()

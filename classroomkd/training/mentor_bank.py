@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Outputs
+from classroomkd.models.layout import to_channels_last
 from classroomkd.models.stages import StageOutputs
 from classroomkd.training.fold import fold_batch_norms
 
@@ -54,11 +55,13 @@ class MentorBank:
         self._dtype = dtype
         networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
         self._stages = [StageOutputs(network) for network in networks] if features else None
-        self._networks = [torch.compile(n) for n in networks] if compile else networks
+        self._networks: Sequence[Callable[[Tensor], Tensor]] = (
+            [torch.compile(n) for n in networks] if compile else networks
+        )
         self._streams = (
             [torch.cuda.Stream(self._device) for _ in networks]
             if self._device.type == "cuda"
-            else None
+            else []
         )
 
     def __len__(self) -> int:
@@ -111,4 +114,4 @@ def _prepare(mentor: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.
             for tensor in chain(module.parameters(recurse=False), module.buffers(recurse=False)):
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(dtype)
-    return network.to(device, memory_format=torch.channels_last)
+    return to_channels_last(network, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from classroomkd.data import Loader
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, Outputs
 from classroomkd.loss.methods.base import valid_rows
-from classroomkd.models.stages import StageOutputs
+from classroomkd.models.stages import StageOutputs, shapes_of
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.distributed import Processes
 from classroomkd.training.graph import CapturedStep
@@ -72,8 +72,8 @@ class Trainer:
         self.device = next(network.parameters()).device
         self.method = method
         self._stages = StageOutputs(network) if method.uses_features else None
-        if method.uses_features:
-            self._show_features(image_size)
+        if self._stages:
+            self._show_features(self._stages, image_size)
         method.to(self.device)
         self.processes = processes or Processes(self.device)
         together = self.processes.together
@@ -89,24 +89,22 @@ class Trainer:
         )
         # Images, those of batches whose loss was not finite, loss and hits; where the method
         # reports on them, then task loss and confidence; then four numbers a mentor.
-        size = 4 + (2 + 4 * len(mentors) if method.reports else 0)
+        size = 4 + (2 + 4 * len(mentors or ()) if method.reports else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
         self._fetched: torch.cuda.Event | None = None
-        self._forward = self.processes.wrap(torch.compile(network) if compile else network)
+        compiled = cast(nn.Module, torch.compile(network)) if compile else network
+        self._forward = self.processes.wrap(compiled)
         captured = self._on_gpu and cuda_graph and not together
         self._step_on = CapturedStep(self._step) if captured else self._step
 
     @torch.no_grad()
-    def _show_features(self, image_size: int) -> None:
+    def _show_features(self, stages: StageOutputs, image_size: int) -> None:
         """Tell the method the shapes of the features, for which it may need parameters."""
         images = torch.zeros(1, 3, image_size, image_size, device=self.device)
         self.network.eval()(images)
-        student, *mentors = (
-            [feature.shape[1:] for feature in features]
-            for features in (self._stages.take(), *(m.features for m in self.mentors(images)))
-        )
-        self.method.prepare(student, mentors)
+        mentors = self.mentors(images) if self.mentors else []
+        self.method.prepare(shapes_of(stages.take()), [shapes_of(m.features) for m in mentors])
 
     @property
     def _on_gpu(self) -> bool:
@@ -223,10 +221,10 @@ class Trainer:
 
     def _classroom_record(self, means: list[float]) -> dict[str, Any]:
         task_loss, student_confidence, *values = means
-        count = len(self.mentors)
+        names = self.mentors.names if self.mentors else []
         mentors = {}
-        for index, name in enumerate(self.mentors.names):
-            active, weight, temperature, kl = values[index::count]
+        for index, name in enumerate(names):
+            active, weight, temperature, kl = values[index :: len(names)]
             mentors[name] = {
                 "active_share": active,
                 "rank_weight": weight,
@@ -291,9 +289,10 @@ def _parameter_groups(
     parameters: Sequence[nn.Parameter], training: TrainingConfig
 ) -> list[dict[str, Any]]:
     """All parameters, those that are not decayed (vectors: norms and biases) in a second group."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for parameter in parameters:
         is_vector = parameter.ndim <= 1 and not training.decay_norms_and_biases
         (others if is_vector else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": training.weight_decay}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": training.weight_decay}]
     return groups + ([{"params": others, "weight_decay": 0.0}] if others else [])

@@ -243,8 +243,8 @@ def test_means_and_deviations_by_hand():
     assert alone["over_alone"] is None
     assert kd["best"] == pytest.approx([0.53, 0.01 * 2**0.5])
     assert kd["over_alone"] == pytest.approx([0.01, 0], abs=1e-12)
-    assert classroom["last"] == [0.60, None]
-    assert classroom["over_alone"] == [pytest.approx(0.03), None]
+    assert classroom["last"] == (0.60, None)
+    assert classroom["over_alone"] == (pytest.approx(0.03), None)
     assert classroom["over_kd"] is None  # no seed in common
     assert kd["chosen"] is None
 

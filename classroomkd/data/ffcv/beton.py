@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -227,7 +227,7 @@ class _InOrder:
 
 def _read_ahead(
     images: ImageSet | ImageFiles, max_side: int | None, most: int = _LARGEST_PAGE
-) -> Iterator[tuple[np.ndarray, int]]:
+) -> Generator[tuple[np.ndarray, int], None, None]:
     """All samples in order, as they are to be stored; files are decoded by threads, ahead."""
     if isinstance(images, ImageSet):
         for i in range(len(images)):

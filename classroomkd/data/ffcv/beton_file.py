@@ -238,7 +238,7 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
     if count == 0 or begin > end or page_size == 0 or end % page_size:
         raise UserError(corrupt.format("its header contradicts itself"))
     samples = table(get_metadata_type(get_handlers(described)), tables, count)
-    image, targets = (samples[name] for name in samples.dtype.names)
+    image, targets = (samples[name] for name in samples.dtype.names or ())
     places = table(ALLOC_TABLE_TYPE, end, count)
     places = places[np.argsort(places["sample_id"], kind="stable")]
     if not np.array_equal(places["sample_id"], np.arange(count)):
@@ -273,7 +273,7 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
 def decode_jpeg(data: np.ndarray) -> np.ndarray:
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+    with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
         return np.array(image.convert("RGB"))
 
 
@@ -281,7 +281,7 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
     """Height, width and 3, as the header says, for nothing is decoded."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+    with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
         return image.height, image.width, 3
 
 

@@ -24,6 +24,8 @@ class InProcessWriter(DatasetWriter):
     number of samples written since the last call.
     """
 
+    metadata_sm: Any
+
     def __init__(
         self, path: str, fields: dict[str, Any], page_size: int, advance: Callable[[int], None]
     ) -> None:
@@ -43,7 +45,8 @@ class InProcessWriter(DatasetWriter):
     ) -> None:
         self.num_samples = num_samples
         self.prepare()
-        work, allocations = SimpleQueue(), SimpleQueue()
+        work: SimpleQueue[Any] = SimpleQueue()
+        allocations: SimpleQueue[Any] = SimpleQueue()
         for chunk in queue_content:
             work.put(chunk)
         work.put(None)  # the end

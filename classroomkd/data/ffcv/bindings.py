@@ -68,7 +68,7 @@ def _replaced() -> Iterator[None]:
             import distutils.log  # noqa: F401
     except ImportError:
         stubs = {name: ModuleType(name) for name in ("distutils", "distutils.log")}
-        stubs["distutils.log"].warn = warnings.warn
+        vars(stubs["distutils.log"])["warn"] = warnings.warn
     typed_dict = numba.typed.Dict
     sys.modules |= stubs
     numba.typed.Dict = dict

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.ffcv.beton_file import RAW, Beton, open_beton
 from classroomkd.data.ffcv.bindings import import_ffcv, kept_threads
 from classroomkd.data.loader import Batch, Loader, available_cores
@@ -156,18 +157,17 @@ class _MakeBatch(Operation):
                 buffer = torch.empty(shape, dtype=loader.dtype, device="cpu")
             elif buffer.data_ptr() in self.copied:  # its last copy may still be under way
                 self.copied[buffer.data_ptr()].synchronize()
-            augmentation, pixels, starts = loader.augmentation, storage[0], beton.starts[indices]
+            pixels, starts = storage[0], beton.starts[indices]
             if loader.crop:
-                augmentation, pixels = loader.crop.after, self._crops(epoch, indices)
+                pixels = self._crops(loader.crop, epoch, indices)
                 starts = np.arange(len(indices)) * math.prod(self.shape)
-            options = augmentation, loader.seed, epoch, loader._table, buffer
+            options = loader.augmentation, loader.seed, epoch, loader._table, buffer
             augment_batch(pixels, starts, indices, *options, loader._pool, loader._workers)
             images = buffer.permute(0, 3, 1, 2)
-            parts = torch.from_numpy(beton.targets[indices]), torch.from_numpy(indices)
+            targets, samples = torch.from_numpy(beton.targets[indices]), torch.from_numpy(indices)
             if loader.device.type == "cpu":
-                return (images, *parts), None
-            parts = images, *(part.pin_memory() for part in parts)
-            batch = tuple(part.to(loader.device, non_blocking=True) for part in parts)
+                return (images, targets, samples), None
+            batch = loader._to_device(images, targets.pin_memory(), samples.pin_memory())
             event = torch.cuda.Event(blocking=True)  # a wait for it leaves the core to others
             event.record()
             self.copied[buffer.data_ptr()] = event
@@ -175,11 +175,13 @@ class _MakeBatch(Operation):
 
         return make
 
-    def _crops(self, epoch: int, indices: np.ndarray) -> np.ndarray:
+    def _crops(
+        self, crop: RandomResizedCrop | CentreCrop, epoch: int, indices: np.ndarray
+    ) -> np.ndarray:
         """The photographs' crops, decoded and resized by FFCV's library, uint8 [bytes]."""
         loader, beton = self.loader, self.beton
         sizes = beton.heights[indices], beton.widths[indices]
-        boxes = loader.crop.boxes(loader.seed, epoch, indices, *sizes)
+        boxes = crop.boxes(loader.seed, epoch, indices, *sizes)
         crops = np.empty((len(indices), *self.shape), np.uint8)
 
         def fill(index: int, box: np.ndarray, crop: np.ndarray) -> None:
