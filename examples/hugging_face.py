@@ -1,6 +1,6 @@
 """ClassroomKD in a subclass of Hugging Face's Trainer, on sentences made up here.
 
-    pip install -c constraints.txt -e . transformers accelerate
+    pip install -c constraints.txt -e ".[examples]"
     python examples/hugging_face.py
 
 trains two small BERTs and, on a quarter of their sentences, a smaller one twice, alone and in their

@@ -1,6 +1,6 @@
 """ClassroomKD in a LightningModule, on scikit-learn's handwritten digits.
 
-    pip install -c constraints.txt -e . lightning
+    pip install -c constraints.txt -e ".[examples]"
     python examples/lightning_module.py
 
 trains two perceptrons on two thirds of the digits and, on a tenth of these, another one twice,

@@ -1,6 +1,6 @@
 """ClassroomKD in a plain PyTorch loop, on scikit-learn's handwritten digits.
 
-    pip install -c constraints.txt -e .
+    pip install -c constraints.txt -e ".[train]"
     python examples/plain.py
 
 trains a teacher, a peer, and one student twice, alone and in their classroom, on the GPU if there

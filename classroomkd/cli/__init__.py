@@ -11,6 +11,10 @@ from collections.abc import Sequence
 from classroomkd.cli.parser import make_parser
 from classroomkd.errors import UserError
 
+# What the extra "train" of setup.py installs, by the names of the modules.
+_OF_TRAIN = {"PIL", "omegaconf", "plotly", "rich", "safetensors", "scipy", "sklearn"}
+_OF_TRAIN |= {"torchvision", "yaml"}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status.
@@ -26,6 +30,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes the buffer at exit, and would report the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in _OF_TRAIN:
+            raise
+        print(
+            f"classroomkd: error: this command needs {package}, which is not installed: "
+            'pip install "classroomkd[train]"',
+            file=sys.stderr,
+        )
+        return 2
     except (UserError, OSError) as error:
         message = _system_message(error) if isinstance(error, OSError) else str(error)
         print(f"classroomkd: error: {' '.join(message.split())}", file=sys.stderr)

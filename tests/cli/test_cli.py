@@ -711,3 +711,21 @@ def test_a_quickstart_can_be_evaluated(tmp_path: Path, capsys):
     text = capsys.readouterr().out
     assert "images  599 of 1797 (held out by seed 0" in text
     assert f"top-1   {summary['results'][-1]['top1']:.2%}" in text
+
+
+@pytest.mark.parametrize("command", ["train --data x --student resnet8", "report x", "recipes"])
+def test_a_command_without_its_packages_says_what_to_install(command):
+    """As after `pip install classroomkd`, which installs what the loss needs."""
+    code = (
+        "import sys\n"
+        "for name in ('omegaconf', 'plotly', 'rich', 'yaml', 'PIL', 'safetensors', 'sklearn'):\n"
+        "    sys.modules[name] = None\n"
+        "from classroomkd.cli import main\n"
+        f"sys.exit(main({command.split()!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LAST_RESORT
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.endswith('which is not installed: pip install "classroomkd[train]"')
