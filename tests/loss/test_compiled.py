@@ -162,8 +162,9 @@ def sampled():
 def test_a_sample_of_the_covering_rows_compiles(compile_all):
     for row, call in zip(sampled(), compile_all(compiled.compile_row, sampled()), strict=True):
         assert "error" not in call, f"{row}: {call['error']}"
-        # In the rarest rows ptxas keeps a value or two that no loop needs in memory.
-        assert compiled.spilled(call) <= 16, f"{row}: {call}"
+        # One kernel keeps 8 bytes in memory, outside its loops.
+        spills = (row["target"], row["n_classes"], row["n_mentors"]) == ("cuda:80", 32_768, 1)
+        assert compiled.spilled(call) <= 8 * spills, f"{row}: {call}"
 
 
 FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 6), "target": ("cuda:90",)}
