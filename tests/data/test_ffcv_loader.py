@@ -47,6 +47,7 @@ def run(code, packed, **environment):
         import sys, threading
         sys.path.insert(0, {str(TESTS)!r})
         import torch
+        from loader_cases import OPTIONS
 
         PATH = {str(packed)!r}
     """
