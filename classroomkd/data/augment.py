@@ -14,15 +14,16 @@ arithmetic below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift:
 to 23 those of ``crops``, 24 and 25 those of ``mixing``.
 
 Order      samples by ascending word (no two are equal).
-Crop       with h = word and p = padding: the image is bordered by p black pixels (0, 0, 0), and
-           the window of its own size is taken whose first row is ((h >> 17) · (2p + 1)) >> 15 and
-           first column (((h >> 2) & 0x7FFF) · (2p + 1)) >> 15, both within 0..2p.
+Crop       with h = word and p = padding: the image is padded with p black pixels (0, 0, 0) on each
+           side, and a window of the original size is cut from it, whose first row is
+           ((h >> 17) · (2p + 1)) >> 15 and first column (((h >> 2) & 0x7FFF) · (2p + 1)) >> 15,
+           both within 0..2p.
 Flip       of the window, left to right, if the lowest bit of h is set.
 Normalise  through a float32 table: the float64 value (v/255 − mean)/std, rounded once to float32
            and from there to the dtype asked for.
 Cutout     with h = word of its own stream: the square of k pixels per side that begins at row
            (((h >> 17) · H) >> 15) − k div 2 and column ((((h >> 2) & 0x7FFF) · W) >> 15) − k div 2
-           of the finished image, as far as it lies inside, is set to 0, the mean colour. (DeVries
+           of the finished image, clipped to the image, is set to 0, the mean colour. (DeVries
            and Taylor, "Improved regularization of convolutional neural networks with cutout".)
 """
 
@@ -50,7 +51,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream_key(stream: int, seed: int, epoch: int) -> int:
-    """The hash's key, 0 ≤ key < 2³²; of ``seed`` the lowest 64 bits count, of ``epoch`` 32."""
+    """The hash's key, 0 ≤ key < 2³², of the lowest 64 bits of ``seed`` and 32 of ``epoch``."""
     key = stream
     for part in (seed & _MASK, (seed >> 32) & _MASK, epoch & _MASK):
         key = int(_mix(np.array([((key ^ part) + 0x9E3779B9) & _MASK], np.uint32))[0])
@@ -70,10 +71,10 @@ def sample_order(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crop from an image bordered by ``padding`` black pixels, then a random flip.
+    """Random crop from an image padded with ``padding`` black pixels, then a random flip.
 
-    Then ``cutout`` erases a square of so many pixels per side; 0 is none. Raises UserError if
-    padding or cutout are not within 0..1024.
+    ``cutout`` then erases a square of that many pixels per side; 0 disables it. Raises UserError
+    if padding or cutout is not within 0..1024.
     """
 
     padding: int

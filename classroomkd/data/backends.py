@@ -23,21 +23,21 @@ from classroomkd.limits import Backend
 
 BACKENDS = get_args(Backend)
 
-_SHARE = 0.5  # of a GPU's free memory that images may take, for networks need the rest
+_SHARE = 0.5  # of a GPU's free memory that images may take; networks need the rest
 
 
 class Loaders:
     """Opens loaders of ``image_sets`` through one back end.
 
-    "auto" is ffcv where FFCV imports and its files can be packed, else resident where the sets fit
-    into the device's memory, else torch; ``backend`` says which it came to and ``reason`` why.
-    Another name is taken at its word. FFCV's files are packed at first use into a cache, in the
-    folder ``CLASSROOMKD_CACHE`` names or ~/.cache/classroomkd, under the digest of their content.
+    "auto" picks ffcv if FFCV can be imported and its files packed, else resident if the sets fit
+    into the device's memory, else torch. The attribute ``backend`` is the choice, ``reason`` the
+    reason for it. FFCV's files are packed on first use into the cache (the folder that
+    ``CLASSROOMKD_CACHE`` names, by default ~/.cache/classroomkd), under a digest of their content.
 
-    Photographs (`ImageFiles`) are never resident; for ffcv they are packed as JPEGs, shrunk to
-    ``max_side`` pixels where they are larger.
+    Photographs (`ImageFiles`) are never resident; for ffcv they are packed as JPEGs, those larger
+    than ``max_side`` pixels shrunk to it.
 
-    Raises UserError if the back end asked for cannot be used.
+    Raises UserError if the back end that was asked for cannot be used.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Loaders:
         return "torch", f"{reason}; {sizes}"
 
     def open(self, image_set: ImageSet | ImageFiles, batch_size: int, **options) -> Loader:
-        """A loader of one of the sets; the options are those of `Loader`, less the device.
+        """A loader of one of the sets; the options are those of `Loader`, except the device.
 
-        Raises UserError if it is none of the sets that this was made for.
+        Raises UserError if ``image_set`` is not one of the sets given to the constructor.
         """
         options |= {"device": self.device}
         places = [i for i, known in enumerate(self._image_sets) if known is image_set]
@@ -103,11 +103,11 @@ class Loaders:
 
 
 def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
-    """The ``.beton`` file of ``image_set`` in the cache, packed if it is not there whole.
+    """The ``.beton`` file of ``image_set`` in the cache, packed first if missing or incomplete.
 
     Photographs become JPEGs of at most ``max_side`` pixels per side.
 
-    Raises UserError if FFCV is not installed, there is no space for it or a photograph cannot be
+    Raises UserError if FFCV is not installed, there is not enough space or a photograph cannot be
     read; OSError if the cache cannot be written to.
     """
     from classroomkd.data.ffcv.beton import pack
@@ -118,7 +118,7 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
         options = {"jpeg": True, "quality": QUALITY, "max_side": max_side}
     others = hashlib.sha256(json.dumps([image_set.classes, options]).encode()).hexdigest()
     path = cache_folder() / f"{content[:16]}-{others[:8]}.beton"
-    digest = None if options else content  # of JPEGs it depends on what encoded them
+    digest = None if options else content  # a JPEG's bytes depend on the encoder
     if not _is_whole(path, digest):
         path.parent.mkdir(parents=True, exist_ok=True)
         with _packing_alone(path.parent):
@@ -129,12 +129,12 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
 
 
 def _is_whole(path: Path, digest: str | None) -> bool:
-    """Whether there is a file with its side file, of the samples of that ``digest`` if given."""
+    """Whether the file and its side file are complete, and of that ``digest`` if one is given."""
     from classroomkd.data.ffcv.beton import open_beton
 
     try:
         found = open_beton(path).sha256 if path.exists() else None
-    except (UserError, FileNotFoundError):  # cut off, overwritten, or just removed
+    except (UserError, FileNotFoundError):  # truncated, overwritten, or just removed
         return False
     return found is not None and digest in (None, found)
 

@@ -1,4 +1,4 @@
-"""What is kept between runs, and the digests of files, which can take minutes to read."""
+"""The cache folder, and digests of files, kept in it because reading them can take minutes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from classroomkd.files import atomic_write
 
-_CHUNK = 64  # files a thread reads before it reports
+_CHUNK = 64  # files that a thread reads at a time
 
 
 def cache_folder() -> Path:
@@ -22,10 +22,10 @@ def cache_folder() -> Path:
 
 
 def files_digest(files: Sequence[Path]) -> str:
-    """One SHA-256, in hexadecimal, of what is in all ``files``, in their order.
+    """One SHA-256, in hexadecimal, of the content of all ``files``, in their order.
 
-    It is kept in the cache under the names, sizes and times of change of the files, which are not
-    read again as long as these stay. Raises OSError, naming the file, if one cannot be read.
+    It is cached under the files' names, sizes and modification times: as long as these stay the
+    same, the files are not read again. Raises OSError, naming the file, if one cannot be read.
     """
     key = hashlib.sha256()
     for file in files:
@@ -44,7 +44,7 @@ def files_digest(files: Sequence[Path]) -> str:
     with ThreadPoolExecutor() as pool:
         for digests in pool.map(digests_from, range(0, len(files), _CHUNK)):
             digest.update(digests)
-    with suppress(OSError):  # a cache that cannot be written to costs time only
+    with suppress(OSError):  # without a writable cache only time is lost
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, digest.hexdigest())
     return digest.hexdigest()

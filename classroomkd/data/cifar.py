@@ -78,7 +78,7 @@ def find(path: Path, kind: str | None = None) -> tuple[_Layout, Path] | None:
 
 
 def download(path: Path, kind: str) -> None:
-    """Fetch a set into ``path`` through torchvision, which checks it, unless it is there whole."""
+    """Download a set into ``path`` by torchvision, which checks it, unless it is complete there."""
     layout = LAYOUTS[kind]
     found = find(path, kind)
     if found and all((found[1] / file).is_file() for file in layout.files):
@@ -128,7 +128,7 @@ def _read_batch(layout: _Layout, file: Path, classes: int) -> Part:
     return np.ascontiguousarray(images), np.array(labels, np.int64)
 
 
-# The function that arrays are rebuilt by, whose module's name differs among NumPy versions.
+# The function that rebuilds arrays; the name of its module differs among NumPy versions.
 _reconstruct = np.empty(0).__reduce__()[0]
 _REBUILDS_ARRAYS = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -150,7 +150,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(file: Path) -> dict:
     try:
         with file.open("rb") as stream:
-            # Python 2 did not tell text from bytes; latin1 keeps both, and is what NumPy expects.
+            # Python 2 had one type for text and bytes; latin1 keeps both, as NumPy expects.
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise _damaged(file, " ".join(str(error).split()) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""What lies in a folder: sub-folders and image files, in an order that every machine has."""
+"""The sub-folders and image files of a folder, in an order that is the same on every machine."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def subfolders(path: Path) -> list[str]:
 
 
 def _is(kind: Callable[[], bool]) -> bool:
-    """What an entry says of itself; a link to itself is nothing, and says so by an OSError."""
+    """What ``kind`` returns; False if it raises OSError, as for a link to itself."""
     with suppress(OSError):
         return kind()
     return False
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether people do not see it; Macs put ``__MACOSX`` with metadata into archives."""
+    """Whether a name is a hidden one; macOS adds ``__MACOSX`` with metadata to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
@@ -55,7 +55,7 @@ def files_in(path: Path) -> tuple[list[Path], list[Path]]:
 
 
 def folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """``path`` and all folders below it, also through links, but not round in circles."""
+    """``path`` and all folders below it; links are followed, but not in cycles."""
     status = path.stat()
     this = status.st_dev, status.st_ino
     if this in above:

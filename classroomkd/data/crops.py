@@ -5,17 +5,17 @@ width W, by the hash of ``augment``. Attempt a of ten draws, with h and g the wo
 4 + 2a and 5 + 2a, in float64,
 
     area    = H·W · (low + (high − low) · (h >> 16) / 2¹⁶)
-    aspect  = exp(log low + (log high − log low) · (h mod 2¹⁶) / 2¹⁶)       width by height
+    aspect  = exp(log low + (log high − log low) · (h mod 2¹⁶) / 2¹⁶)       width / height
     width   = round(√(area · aspect)),   height = round(√(area / aspect))   ties to even
     row     = ((g >> 16) · (H − height + 1)) >> 16
     column  = ((g mod 2¹⁶) · (W − width + 1)) >> 16
 
-and the first that lies inside counts. If none does, it is the largest centred crop whose aspect is
-within the bounds. The flip is that of ``Augmentation``. (Szegedy et al., "Going deeper with
-convolutions", section 6.)
+and the first crop that lies inside the photograph is used; if none does, the largest centred crop
+whose aspect is within the bounds. The flip is that of ``Augmentation``. (Szegedy et al., "Going
+deeper with convolutions", section 6.)
 
-Where a crop is, is the same for every loader; what its pixels become when it is resized is not.
-FFCV takes the mean over areas, Pillow (in the torch loader) a triangle filter.
+The position of a crop is the same for every loader; its resized pixels are not: FFCV averages over
+areas, Pillow (in the torch loader) uses a triangle filter.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _FIRST_STREAM, _ATTEMPTS = 4, 10
 class RandomResizedCrop:
     """A random part of a photograph, resized to ``size`` × ``size`` pixels, then a random flip.
 
-    ``area`` bounds its share of the photograph's area, ``aspect`` its width by its height. Raises
-    UserError if these are not ordered or out of range, or the size is not within 1..1024.
+    ``area`` bounds the part's share of the photograph's area, ``aspect`` its width divided by its
+    height. Raises UserError if bounds are out of order or range, or the size not within 1..1024.
     """
 
     size: int
@@ -53,7 +53,7 @@ class RandomResizedCrop:
 
     @property
     def after(self) -> Augmentation:
-        """What is left to do with the resized crop."""
+        """The augmentation that remains for the resized crop."""
         return Augmentation(0, self.flip)
 
     def boxes(
@@ -88,8 +88,8 @@ class RandomResizedCrop:
 class CentreCrop:
     """The centre of a photograph, resized to ``size`` × ``size`` pixels: for evaluation.
 
-    It is a square of the share ``share`` of the shorter side. Raises UserError if that is not
-    within 0..1, or the size not within 1..1024.
+    The side of this square is ``share`` times the photograph's shorter side. Raises UserError if
+    the share is not within 0..1, or the size not within 1..1024.
     """
 
     size: int

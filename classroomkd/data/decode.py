@@ -1,4 +1,4 @@
-"""Image files into uint8 RGB arrays: upright, opaque, and square where that is asked for."""
+"""Decode image files into uint8 RGB arrays: upright, opaque and, on request, square."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # Pillow is imported where it is used: sets of decoded images
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_CHUNK = 64  # images a thread decodes before it reports
+_CHUNK = 64  # images that a thread decodes at a time
 
 
 def read_files(files: list[Path], size: int) -> np.ndarray:
@@ -59,9 +59,9 @@ def read_files(files: list[Path], size: int) -> np.ndarray:
 
 @contextmanager
 def bombs_refused() -> Iterator[None]:
-    """Within it, an image of absurdly many pixels is an error instead of a warning.
+    """Turn Pillow's warning of a decompression bomb into an error.
 
-    Python's warning filters belong to the process, so this goes around the threads that decode.
+    Warning filters are global to the process, so this must enclose the threads that decode.
     """
     from PIL import Image
 
@@ -73,7 +73,7 @@ def bombs_refused() -> Iterator[None]:
 def read_image(file: Path, size: int | None = None) -> np.ndarray:
     """Decode ``file`` into uint8 [size, size, 3], or [H, W, 3] of its own size.
 
-    Raises UserError, naming the file, if it cannot be decoded whole.
+    Raises UserError, naming the file, if it cannot be decoded completely.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -90,17 +90,17 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
 
 def read_size(file: Path) -> tuple[int, int]:
-    """Height and width of the image that ``file``, which can be decoded, holds."""
+    """Height and width of the image in ``file``, which must be one that can be decoded."""
     from PIL import ExifTags, Image
 
     with Image.open(file, formats=_FORMATS) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # lies on its side
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
     return (width, height) if turned else (height, width)
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """In RGB: transparent pixels laid on white, 16-bit grey scaled to 8 bits."""
+    """Convert to RGB: transparent pixels over white, 16-bit grey scaled to 8 bits."""
     from PIL import Image
 
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
@@ -112,7 +112,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def resize(images: np.ndarray, size: int) -> np.ndarray:
-    """uint8 [N, H, W, 3] as [N, size, size, 3], in the way that files are brought to a size."""
+    """uint8 [N, H, W, 3] as [N, size, size, 3], resized as image files are."""
     if images.shape[1:3] == (size, size):
         return images
     return np.stack([square(image, size) for image in images])

@@ -1,4 +1,4 @@
-"""Images with their classes: decoded in memory, or as files that are decoded when asked for."""
+"""Images with their classes: decoded in memory, or as files that are decoded on access."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from classroomkd.errors import UserError
 class ImageSet:
     """Decoded images: uint8 [N, H, W, 3] RGB, int64 [N] class indices, and the class names.
 
-    NumPy arrays are all it takes: ``ImageSet(images, targets, ["cat", "dog"])``. ``set[i]`` is the
+    It is made of NumPy arrays: ``ImageSet(images, targets, ["cat", "dog"])``. ``set[i]`` is the
     image, uint8 [H, W, 3], and the class index of sample i.
 
-    Raises UserError if the images are not uint8 [N, H, W, 3], or targets and classes do not fit.
+    Raises UserError if the images are not uint8 [N, H, W, 3], or the targets are not N indices of
+    the classes.
     """
 
     images: np.ndarray
@@ -47,7 +48,7 @@ class ImageSet:
         return self.images[index], int(self.targets[index])
 
     def digest(self) -> str:
-        """The SHA-256, in hexadecimal, of targets and images: that of a ``.beton`` file of them."""
+        """The SHA-256, in hexadecimal, of targets and images, as for a ``.beton`` file of them."""
         count, *sides, _ = self.images.shape
         modes = np.ones(count, np.uint8)  # raw
         heights, widths = (np.full(count, side) for side in sides)
@@ -62,7 +63,7 @@ def samples_digest(
     widths: np.ndarray,
     images: Iterable[np.ndarray],
 ) -> str:
-    """The SHA-256, in hexadecimal, that stands beside a ``.beton`` file of these samples."""
+    """The SHA-256, in hexadecimal, in the side file of a ``.beton`` file of these samples."""
     digest = hashlib.sha256(targets.astype("<i8").tobytes())
     for column, dtype in ((modes, "u1"), (heights, "<u2"), (widths, "<u2")):
         digest.update(column.astype(dtype).tobytes())
@@ -73,12 +74,12 @@ def samples_digest(
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files, int64 [N] class indices, and the class names; nothing is decoded before its use.
+    """Image files, int64 [N] class indices, and the class names; an image is decoded on access.
 
     ``files[i]`` is the image of sample i in its own size, uint8 [H, W, 3], and its class index; it
     raises UserError, naming the file, if that cannot be decoded.
 
-    Raises UserError if targets and classes do not fit.
+    Raises UserError if the targets are not N indices of the classes.
     """
 
     files: list[Path]
@@ -95,7 +96,7 @@ class ImageFiles:
         return read_image(self.files[index]), int(self.targets[index])
 
     def digest(self) -> str:
-        """The SHA-256, in hexadecimal, of targets and files, none of which is decoded.
+        """The SHA-256, in hexadecimal, of targets and files; no image is decoded.
 
         Raises OSError, naming the file, if one cannot be read.
         """
@@ -104,7 +105,7 @@ class ImageFiles:
 
 
 def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
-    """Raise UserError unless ``count`` targets are within the classes; make them int64."""
+    """Raise UserError unless there are ``count`` targets within the classes; make them int64."""
     targets, classes = np.asarray(image_set.targets), list(image_set.classes)
     for name in classes:
         if not isinstance(name, str):
@@ -138,7 +139,7 @@ def join(*parts: AnySet) -> AnySet:
 
 
 def select(image_set: AnySet, mask: np.ndarray) -> AnySet:
-    """The samples that ``mask``, bool [N], is set for, in order."""
+    """The samples where ``mask``, bool [N], is True, in order."""
     targets = image_set.targets[mask]
     if isinstance(image_set, ImageFiles):
         files = [image_set.files[i] for i in np.flatnonzero(mask)]
@@ -147,13 +148,13 @@ def select(image_set: AnySet, mask: np.ndarray) -> AnySet:
 
 
 def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet:
-    """Collect a map-style data set of (image, class index) pairs, as torchvision's are, in memory.
+    """Load a map-style data set of (image, class index) pairs, as torchvision's are, into memory.
 
     The images, all of one size, are PIL images, or uint8 arrays or CPU tensors [H, W, 3] or
-    [3, H, W] (where both would do, arrays are the former and tensors the latter). The class names
-    are ``classes``, or the data set's own ``classes``, or "0", "1", ….
+    [3, H, W] (if a shape fits both, arrays are read as the former and tensors as the latter). The
+    class names are ``classes``, or the data set's own ``classes``, or "0", "1", ….
 
-    Raises UserError, naming the index, if a sample cannot be read or is anything else.
+    Raises UserError, naming the index, if a sample cannot be read or is not such a pair.
     """
     if not len(dataset):
         raise UserError("the data set is empty")
@@ -180,8 +181,8 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
 
 
 def as_pixels(image: Any) -> np.ndarray:
-    """An image of any of the kinds that `from_dataset` takes, as uint8 [H, W, 3]."""
-    pillow = sys.modules.get("PIL.Image")  # imported, if there is one of its images
+    """An image of any type that `from_dataset` takes, as uint8 [H, W, 3]."""
+    pillow = sys.modules.get("PIL.Image")  # imported already if the image is one of Pillow's
     if pillow is not None and isinstance(image, pillow.Image):
         return np.asarray(rgb(image))
     array = np.asarray(image)

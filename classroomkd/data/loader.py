@@ -1,4 +1,4 @@
-"""What every loader is: an order, its shares, and batches of finished images on a device."""
+"""The loaders' base class: the order of the samples, shared by processes, and batches of it."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def channel_statistics(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation (of the population) per RGB channel, of values scaled to 0..1.
 
-    The sums are exact integers, so the result is the same on every machine. A channel of one value
-    throughout has no deviation to divide by: its 0 is given as 1, so that it normalises to 0.
-    Raises UserError if there are no images.
+    The sums are exact integers, so the result is the same on every machine. The deviation of a
+    constant channel is given as 1 instead of 0, so that its values normalise to 0. Raises UserError
+    if there are no images.
     """
     if not len(image_set):
         raise UserError("there are no images to take the mean and standard deviation of")
@@ -58,20 +58,19 @@ class Loader(ABC):
     """Batches of a set of ``count`` images.
 
     Iterating gives ``(images, targets, indices)``: images [B, 3, H, W] of ``dtype``, normalised,
-    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``, and the
-    caller's to keep. Order and augmentation depend only on ``seed``, the epoch set with
-    ``set_epoch`` (0 at first) and the sample's index, so every loader gives the same bits, whatever
-    its batch size, workers and place among others, and an epoch iterated again gives them again.
-    With ``mixing`` the targets are class probabilities, float32 [B, C], and images are mixed with
-    others of their batch, so that there the batch size and the place among processes count too.
-    What an iteration gives is fixed when it begins, with ``iter()``. One epoch is iterated at a
-    time; for two at once take two loaders.
+    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``, and never
+    written to again. Order and augmentation depend only on ``seed``, the epoch set with
+    ``set_epoch`` (0 at first) and the sample's index: every loader gives the same bits, whatever
+    its batch size, workers and rank, and gives them again when an epoch is iterated again. With
+    ``mixing`` the targets are class probabilities, float32 [B, C], and images are mixed with others
+    of their batch, so the bits then depend on batch size and rank too. An iteration is determined
+    when it begins, with ``iter()``. One epoch is iterated at a time; use two loaders for two.
 
-    Among ``world_size`` processes the b-th batches together are the batch that one process with
-    ``batch_size · world_size`` would have; the last one, where it is not full, is shared out as
-    evenly as can be, and a process that would get none of it has a batch less. Where processes wait
-    for each other at every batch (DistributedDataParallel), the others would then wait for ever:
-    set ``drop_last``.
+    The b-th batches of ``world_size`` processes together are the b-th batch of one process with
+    batch size ``batch_size · world_size``. The last one, if it is not full, is divided as evenly as
+    possible, and a process that would get none of it has one batch fewer. Where processes wait for
+    each other at every batch (DistributedDataParallel), the others would then wait forever: set
+    ``drop_last``.
 
     Args:
         count: how many images the set has.
@@ -79,14 +78,14 @@ class Loader(ABC):
         mean: per RGB channel, of values scaled to 0..1.
         std: likewise; both as ``channel_statistics`` gives them.
         augmentation: random crop, flip and cutout, or None for the images as they are; for
-            photographs a crop to one size.
+            photographs, a crop to one size.
         mixing: MixUp or CutMix of the finished images, or None.
         shuffle: a new order each epoch instead of the set's own.
-        drop_last: leave out the last batch where it is not full.
-        seed: any integer; its lowest 64 bits count.
+        drop_last: leave out the last batch if it is not full.
+        seed: any integer, of which the lowest 64 bits are used.
         rank: which process this is, 0 ≤ rank < ``world_size``.
         world_size: how many processes share the set.
-        device: where the batches are wanted; "cuda" is the GPU that is current now.
+        device: of the batches; "cuda" is the GPU that is current when the loader is made.
         dtype: of the images, floating.
 
     Raises:
@@ -137,9 +136,9 @@ class Loader(ABC):
         self._table = torch.from_numpy(normalisation_table(mean, std)).to(dtype)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch that the next iteration gives, from its batch ``first_batch`` on.
+        """Choose the epoch of the next iteration, which starts at the batch ``first_batch``.
 
-        Raises UserError if the epoch has no such batch (its end is one).
+        Raises UserError unless that is within 0..``len(self)``, the epoch's end.
         """
         if not 0 <= first_batch <= len(self):
             raise UserError(f"the first batch must be within 0..{len(self)}, got {first_batch}")
@@ -201,9 +200,9 @@ class Loader(ABC):
         )
 
     def close(self) -> None:
-        """Give back memory, threads and processes. Closing again is fine.
+        """Release memory, threads and processes; a second call does nothing.
 
-        Iterating then raises RuntimeError, and so does the next step of an iteration under way.
+        Iterating then raises RuntimeError, as does the next step of an unfinished iteration.
         """
         self.closed = True
 

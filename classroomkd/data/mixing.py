@@ -10,7 +10,7 @@ Share      λ = the quantile of Beta(α, α) at ((h >> 16) + 1/2) / 2¹⁶, roun
 MixUp      every pixel is λ · own + (1 − λ) · partner's, and so are the class probabilities.
 CutMix     of float64 sides a = rint(H·√(1 − λ)) and b = rint(W·√(1 − λ)), ties to even, the box
            that begins at row (((g >> 16) · H) >> 16) − a div 2 and column
-           (((g mod 2¹⁶) · W) >> 16) − b div 2 is the partner's as far as it lies inside. The own
+           (((g mod 2¹⁶) · W) >> 16) − b div 2, clipped to the image, is the partner's. The own
            class gets the share of pixels outside it, rounded to a multiple of 2⁻²⁴.
 Both       CutMix for the samples whose h is odd, MixUp for the others.
 
@@ -41,8 +41,8 @@ SHARE, BOX = 24, 25  # the streams
 class Mixing:
     """Mixes batches of ``num_classes`` classes, by MixUp, by CutMix, or each sample by one of them.
 
-    ``mixup`` and ``cutmix`` are the α of their Beta(α, α): 0, which is off, or from 0.001 to 1000.
-    Raises UserError if one is neither, both are 0, or there is no class.
+    ``mixup`` and ``cutmix`` are the α of their Beta(α, α), from 0.001 to 1000, or 0, which turns
+    them off. Raises UserError if one is out of range, both are 0, or ``num_classes`` is below 1.
     """
 
     num_classes: int
@@ -135,7 +135,7 @@ class Mixing:
 
 @cache
 def _quantiles(alpha: float) -> np.ndarray:
-    """Those of Beta(α, α) at the middles of 2¹⁶ equal parts of 0..1, float64, see above."""
+    """Of Beta(α, α), at the midpoints of 2¹⁶ equal parts of 0..1: float64 [65536], see above."""
     from scipy.special import betaincinv  # takes a while to import
 
     return _exact(betaincinv(alpha, alpha, (np.arange(2**16) + 0.5) / 2**16))

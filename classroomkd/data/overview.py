@@ -14,13 +14,13 @@ from classroomkd.data.image_sets import ImageFiles, ImageSet
 
 LISTED = 20  # classes that are listed with their counts, and that a contact sheet shows
 _COLUMNS = 10  # images of a class on a contact sheet
-_TILE = 48  # pixels, at least, that an image takes on it
+_TILE = 48  # pixels, the least longer side of an image on it
 
 
 def contact_sheet(image_set: ImageSet) -> Image.Image:
-    """The first images of each of the first classes, one row per class, its name before them."""
+    """The first images of each of the first classes, one row per class, after its name."""
     font, gap = ImageFont.load_default(), 2
-    # Pillow's own font has no other letters, and minds.
+    # Pillow's default font has only the letters of Latin-1, and raises for others.
     names = [
         name.encode("latin-1", "replace").decode("latin-1") for name in image_set.classes[:LISTED]
     ]
@@ -40,7 +40,7 @@ def contact_sheet(image_set: ImageSet) -> Image.Image:
 
 
 def load_beton(path: Path, size: int | None, common_size: int) -> tuple[ImageSet, np.ndarray]:
-    """A file's images in memory, where they differ in size as squares, and their sizes [N, 2]."""
+    """A file's images in memory, as squares if their sizes differ, and these sizes [N, 2]."""
     beton = open_beton(path)
     sizes = np.stack((beton.heights, beton.widths), axis=1)
     if size is None and (sizes != sizes[0]).any():

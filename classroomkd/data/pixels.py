@@ -1,8 +1,8 @@
 """The augmentation on the CPU: one pass from stored bytes to finished values, compiled by numba.
 
-An image's bytes are read once and its values written once. The compiled function runs without the
-interpreter's lock, so that threads can share a batch, and is kept on disk for the next process
-where there is a place for it.
+An image's bytes are read once and its values written once. The compiled function releases the
+interpreter's lock, so that threads can share a batch, and is cached on disk for later processes if
+numba finds a folder that it can write to.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def augment_batch(
     Args:
         pixels: uint8 [bytes], which holds the images, H·W·3 bytes each.
         starts: int64 [B], where each image begins in it; not checked.
-        indices: int64 [B], the samples' indices in the set, which decide on crop and flip.
+        indices: int64 [B], the samples' indices in the set, which determine crop and flip.
         augmentation: or None for the images as they are.
         seed: of the hash.
         epoch: of the hash.
         table: the normalised values [3, 256] of any floating dtype, on the CPU.
         out: [B, H, W, 3] of that dtype, contiguous; written to.
-        pool: where given, shares the batch among its ``threads``.
+        pool: if given, the batch is divided among ``threads`` of its threads.
         threads: as above.
     """
     B, H, W, _ = out.shape
@@ -75,7 +75,7 @@ def augment_batch(
 def _compiled(function: Callable) -> Callable:
     try:
         return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # there is no folder that numba could keep it in
+    except RuntimeError:  # numba finds no folder for its cache
         return njit(nogil=True)(function)
 
 

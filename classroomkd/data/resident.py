@@ -16,12 +16,12 @@ from classroomkd.kernels import triton_obstacle
 
 
 class ResidentLoader(Loader):
-    """Holds an ``ImageSet`` on ``device``; all else as for `Loader`.
+    """Holds an ``ImageSet`` on ``device``; otherwise as `Loader`.
 
     On a GPU one kernel launch gathers, augments, normalises and casts a batch; the host copies the
     epoch's order and never waits. Without Triton 3.4, which that kernel needs (3.3 fails to compile
-    its lookup), the set stays in the host's memory and batches are made there, as a warning says.
-    Raises UserError if asked to crop photographs.
+    its lookup), the set stays in the host's memory, where batches are made, with a warning. Raises
+    UserError if ``augmentation`` is a crop of photographs.
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, **options) -> None:
@@ -66,7 +66,7 @@ class ResidentLoader(Loader):
             order = order.pin_memory().to(self.device, non_blocking=True)
             stream = torch.cuda.current_stream(self.device)
             for tensor in (self._images, self._targets, self._table):
-                tensor.record_stream(stream)  # which need not be the one that they were made on
+                tensor.record_stream(stream)  # which may differ from the one they were made on
         augmentation = self.augmentation or Augmentation(0, flip=False)
         options = {
             **vars(augmentation),

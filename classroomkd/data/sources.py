@@ -27,7 +27,7 @@ _PARTS = {
 
 
 class Parts(NamedTuple, Generic[AnySet]):
-    """A data set: its training and held-out part, and what it brings along to validate on, if so.
+    """A data set's training and held-out parts, and its own validation part if it has one.
 
     ``folders`` names the folder of each part ("train", "validation", "test") that has one.
     """
@@ -38,7 +38,7 @@ class Parts(NamedTuple, Generic[AnySet]):
     folders: Mapping[str, str] = MappingProxyType({})
 
     def sets(self) -> dict[str, AnySet]:
-        """The parts that there are, by name, the held-out part last."""
+        """The parts that exist, by name, the held-out part last."""
         sets = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: part for name, part in sets.items() if part is not None}
 
@@ -66,15 +66,16 @@ def load_source(
     files and folders are skipped silently; other files that are ignored are counted on stderr.
     The classes are the sorted folder names; the files of a class are in natural order (2 before
     10), those of a folder before those of its sub-folders, so that the arrays are the same on every
-    machine. Photographs are turned upright, transparent pixels
-    laid on white, 16-bit grey scaled to 8 bits; an image of another size gives its largest centred
-    square, resampled to ``image_size`` with an antialiasing (Lanczos) filter.
+    machine. Photographs are rotated upright, transparent pixels drawn over white, 16-bit grey
+    scaled to 8 bits; of an image of another size, the largest centred square is resampled to
+    ``image_size`` with an antialiasing (Lanczos) filter.
 
-    ``download`` ("cifar10" or "cifar100") fetches that set into ``path`` first, if not there.
+    ``download`` ("cifar10" or "cifar100") downloads that set into ``path`` first, unless it is
+    there.
 
     Raises UserError, naming the path, if there is no such data, an image is damaged, there are
-    fewer than two classes, the classes of two parts differ, a class is too small to split, or it
-    cannot be told which folder is which part.
+    fewer than two classes, the classes of two parts differ, a class is too small to split, or the
+    folders of the parts are ambiguous.
     """
     parts = _load(path, image_size, seed, test_share, download, validation=False)
     return parts.train, parts.test
@@ -168,7 +169,7 @@ class NamedSource(NamedTuple):
 
 
 NAMED_SOURCES = {"digits": NamedSource(digits, flip=False)}
-"""What the command line takes by a word instead of a path."""
+"""Data sets that the command line takes by name instead of by path."""
 
 
 def list_source(
@@ -177,7 +178,7 @@ def list_source(
     """The files of the class folders at ``path``, training and held-out part, decoded on use.
 
     Folders, classes, order and split are those of `load_source`; each image keeps its own size.
-    Raises UserError as `load_source` does, but finds a damaged image only when it is asked for.
+    Raises UserError as `load_source` does, except that a damaged image is found only on access.
     """
     parts = list_parts(path, seed, test_share)
     return parts.train, parts.test
@@ -192,7 +193,7 @@ def list_parts(path: Path | str, seed: int = 0, test_share: float = 0.2) -> Part
 
 
 def _folder(path: Path | str, test_share: float, download: str | None = None) -> Path:
-    """The folder at ``path``, into which ``download`` is fetched first; UserError if none."""
+    """The folder at ``path``, with ``download`` downloaded into it; UserError if there is none."""
     path = Path(path).expanduser()
     if not 0 < test_share < 1:
         raise UserError(f"the held-out share must be between 0 and 1, got {test_share}")
@@ -271,7 +272,7 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
 
 
 class _PassedOver(NamedTuple):
-    """What lies in a data set and is not used: folders, images in no class folder, other files."""
+    """What is in a data set's folder but not used."""
 
     folders: list[Path]
     loose: list[Path]
@@ -304,7 +305,7 @@ def _check_is_class(path: Path) -> None:
 def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver]:
     """The image files below ``path`` with their classes, and the other files.
 
-    ``remedy`` is what else the message advises where there are not two classes.
+    ``remedy`` is further advice for the message if there are fewer than two classes.
     """
     classes = subfolders(path)
     if not classes:
@@ -333,10 +334,10 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
 
 
 def split_off(image_set: AnySet, share: float, seed: int) -> tuple[AnySet, AnySet]:
-    """The rest of ``image_set``, and its validation part: of each class the share ``share``.
+    """Split ``image_set`` into the rest and a validation part, the share ``share`` of each class.
 
-    At least one image per class, and at most all but one, chosen by ``seed``. Raises UserError if a
-    class has only one.
+    At least one image per class, and at most all but one, chosen by ``seed``, goes into the
+    validation part. Raises UserError if a class has only one.
     """
     mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
     return select(image_set, ~mask), select(image_set, mask)
@@ -350,9 +351,9 @@ def _held_out(
     source: object,
     purpose: int = 0,
 ) -> np.ndarray:
-    """A mask [N] of the held-out samples: of each class, those of the lowest hash words.
+    """A mask [N] of the held-out samples: of each class, those with the lowest hash words.
 
-    ``purpose`` stands in the epoch's place: one split of a set says nothing of another.
+    ``purpose`` takes the epoch's place in the hash, so that two splits of a set are independent.
     """
     order = words(SPLIT, seed, purpose, np.arange(len(targets)))
     mask = np.zeros(len(targets), bool)

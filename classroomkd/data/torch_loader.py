@@ -1,4 +1,4 @@
-"""The loader on PyTorch's DataLoader: for any map-style data set, and to compare with."""
+"""The loader on PyTorch's DataLoader: for any map-style data set, and as a baseline."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class TorchLoader(Loader):
 
     Such a set has a length and gives ``(image, target)`` by index: the image a PIL image or a uint8
     array [H, W, 3], the target an integer. Images of more than one size need a `RandomResizedCrop`
-    or a `CentreCrop` as ``augmentation``. The batches are made whole in the
-    workers (by default one a core; 0 makes them in this process). All else is as for `Loader`.
+    or a `CentreCrop` as ``augmentation``. The workers (by default one per core; with 0 this
+    process) make whole batches. Otherwise as `Loader`.
 
-    The workers know one epoch at a time: another iteration ends the one before it, whose next step
-    raises RuntimeError. On a GPU, PyTorch pins the batches in a thread of its own, so a CUDA graph
-    that is captured meanwhile needs ``capture_error_mode="thread_local"``.
+    A new iteration ends the previous one, whose next step raises RuntimeError. On a GPU, PyTorch
+    pins the batches in a thread of its own, so a CUDA graph that is captured meanwhile needs
+    ``capture_error_mode="thread_local"``.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class TorchLoader(Loader):
             workers = available_cores()
         if workers < 0:
             raise UserError(f"the number of workers must be at least 0, got {workers}")
-        import classroomkd.data.pixels  # noqa: F401  (or every worker would, after its start)
+        import classroomkd.data.pixels  # noqa: F401  (otherwise each worker imports it)
 
         self._keys: list[tuple[int, np.ndarray]] = []
         self._loader: DataLoader | None = DataLoader(
@@ -48,11 +48,11 @@ class TorchLoader(Loader):
             batch_size=None,
             sampler=self._keys,
             num_workers=workers,
-            generator=torch.Generator(),  # or each epoch would draw from the networks' one
+            generator=torch.Generator(),  # otherwise each epoch draws from the global one
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )
-        # No iteration may hold on to the second: with the last reference to it the workers end.
+        # No iteration may keep a reference to the source: without one the workers end.
         self._running: list | None = None
         self._source: Iterator | None = None
 

@@ -1,10 +1,10 @@
 """Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
 
-A file a family; ``registry`` builds them by name, ``catalogue`` says without torch which there are,
-``external`` asks the other libraries, ``stages`` says where features are taken, ``layout`` moves a
-network to its device, ``checkpoint`` writes and loads weights: ``files`` reads them safely,
-``states`` finds the state dicts in a file, ``recognition`` tells whose they are. How a network is
-trained, or in what role, is not known here.
+Each family has a file. ``registry`` builds networks by name, ``catalogue`` lists the names without
+importing torch, ``external`` asks the other libraries, ``stages`` says where features are taken,
+``layout`` moves a network to its device, and ``checkpoint`` writes and loads weights: ``files``
+reads them safely, ``states`` finds the state dicts in a file, ``recognition`` finds their network.
+This package knows nothing of training.
 """
 
 from typing import TYPE_CHECKING

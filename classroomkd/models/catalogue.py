@@ -1,4 +1,4 @@
-"""What is known of networks by their names, without building one, which takes torch."""
+"""What is known of networks by their names, without building one, for which torch is needed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def is_external(name: str) -> bool:
 def split_entry(source: str | Path) -> tuple[Path, str | None]:
     """The path, with ``~`` expanded, and the entry that ``FILE:ENTRY`` names.
 
-    The entry is None of a path that exists as it is, and where no file is named before a colon.
+    The entry is None if the whole of ``source`` is a path that exists, or no file comes before a
+    colon.
     """
     text = os.path.expanduser(source)
     if not Path(text).exists():

@@ -1,7 +1,7 @@
-"""Networks on disk: our own safetensors files, training checkpoints and everyone else's.
+"""Networks on disk: this project's safetensors files and training states, and foreign checkpoints.
 
-A file of our own says what it holds. In a foreign one the state dict is looked for (``states``) and
-recognised by the names and shapes of its tensors (``recognition``).
+A file of this project says what it holds. In a foreign one the state dict is searched for
+(``states``) and recognised by the names and shapes of its tensors (``recognition``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _METADATA_KEY = "classroomkd"
 def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
     """Write the weights and ``info`` to ``path``, a .safetensors file, atomically.
 
-    A compiled or data-parallel wrapper around the network leaves no trace in the names.
+    The prefixes that torch.compile and DataParallel add to the names are removed.
     """
     state = {
         name: tensor.detach().cpu().contiguous()
@@ -47,7 +47,7 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
 
 
 def student_file(run: Path) -> Path:
-    """The weights of a run's student: as it was taught, or alone if that is all that was trained.
+    """The weights of a run's student, or of the student alone if the run trained only that.
 
     Raises UserError if there are none.
     """
@@ -71,11 +71,11 @@ def load_network(
     ``path`` is a .safetensors file, a run folder (then its `student_file`), or anything that
     ``torch.load`` reads with ``weights_only=True``, in which a state dict lies under any keys and
     prefixes; ``FILE:ENTRY`` chooses one of several. The info is None unless this project wrote the
-    file; foreign files are of networks of the zoo, torchvision or timm. Floating-point weights of
-    any precision become float32. ``notify`` is told in one line which of several was taken and
-    what was left out, renamed or guessed; by default it is a warning.
+    file; foreign files may hold networks of the zoo, torchvision or timm. Floating-point weights of
+    any precision become float32. ``notify`` gets one line that says which of several was taken and
+    what was left out, renamed or guessed; by default it warns.
 
-    Raises UserError if the file cannot be read, is damaged, fits no network, or has other than
+    Raises UserError if the file cannot be read, is damaged, fits no network, or has not
     ``num_classes`` classes.
     """
     path, entry = split_entry(path)
@@ -105,7 +105,7 @@ def load_network(
         model = _blank(match.architecture, match.classes)
     except UserError as error:
         raise UserError(f"{path} cannot be loaded: {error}") from None
-    # Checkpoints from before batch norm counted its steps have no counters.
+    # Checkpoints of old versions of PyTorch, whose batch norm counted no steps, have no counters.
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(COUNTER)}
     tensors = {name: state.tensors[theirs] for name, theirs in match.names.items()}
     model.load_state_dict({**counters, **tensors})
@@ -115,7 +115,7 @@ def load_network(
 
 
 def _require_weights(state: State, match: Match, path: Path) -> None:
-    """Raise UserError if what fits a network by its names and shapes cannot be its weights."""
+    """Raise UserError if tensors of the right names and shapes cannot be a network's weights."""
     if match.classes == 0:
         raise UserError(f"{path} is a {match.architecture} for 0 classes, which predicts nothing")
     for name, theirs in match.names.items():
@@ -137,7 +137,7 @@ def _require_weights(state: State, match: Match, path: Path) -> None:
 
 
 def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Match]:
-    """The tensors of the network that a file of ours says it holds."""
+    """The tensors of the network that a file of this project says it holds."""
     architecture, classes = info.architecture, len(info.classes)
     if architecture not in ZOO and not is_external(architecture):
         raise UserError(f"{path} is of an unknown network, {architecture!r}")
@@ -158,7 +158,7 @@ def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Matc
 
 
 def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> tuple[State, Match]:
-    """The tensors of the lowest rank that fit a network, the zoo's before others."""
+    """The tensors of the lowest rank that fit a network, one of the zoo before others."""
     texts = set(_texts(content))
     for _, group in itertools.groupby(found, key=lambda state: state.rank):
         if recognised := _first(list(group), texts):
@@ -175,7 +175,7 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
 
 
 def _first(found: list[State], texts: set[str]) -> tuple[State, Match] | None:
-    """The first that fits a network of the zoo, else one that ``texts`` name, else any other."""
+    """The first that fits a network of the zoo, else one named in ``texts``, else any other."""
     for way in _ways(texts):
         for state in found:
             if match := way(shapes_of(state.tensors)):
@@ -194,7 +194,7 @@ def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
 def _told(
     path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """What a user of a foreign file should know of how it was read."""
+    """What the user should know about how a foreign file was read."""
     if is_external(match.architecture):
         yield f"recognised as {match.architecture} by its names and shapes"
     if match.alike:
@@ -225,7 +225,7 @@ def _told(
 
 
 def _texts(content: object, depth: int = 0) -> Iterator[str]:
-    """What the file says in words, the name of its network maybe."""
+    """All texts in the file, one of which may be the name of its network."""
     if isinstance(content, argparse.Namespace):
         content = vars(content)
     if isinstance(content, str):
@@ -236,7 +236,7 @@ def _texts(content: object, depth: int = 0) -> Iterator[str]:
 
 
 def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
-    """The info in the file ``path``, taken out of ``content``, or None if it is not ours."""
+    """The info of the file ``path``, or None if it is foreign; drops ``content``'s metadata."""
     metadata = content.pop("__metadata__", None)
     if metadata is None:
         return _info(content.get("info"), path)
@@ -248,7 +248,7 @@ def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
 
 
 def _info(values: object, path: Path) -> NetworkInfo | None:
-    """The info in the file ``path``, or None if it is not ours."""
+    """The info in the file ``path``, or None if it is foreign."""
     if not isinstance(values, dict) or set(values) != {field.name for field in fields(NetworkInfo)}:
         return None
     means, stds = (_channels(values[name]) for name in ("mean", "std"))
@@ -276,7 +276,7 @@ def _channels(values: object) -> tuple[float, float, float] | None:
 
 
 def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take off the prefixes that DataParallel and torch.compile put before every name."""
+    """Remove the prefixes that DataParallel and torch.compile add to every name."""
     for prefix in ("module.", "_orig_mod.", "module."):
         if all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
@@ -284,7 +284,7 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _blank(architecture: str, num_classes: int) -> nn.Module:
-    """The network on the CPU with any weights; draws nothing from the random number generator."""
+    """The network on the CPU with arbitrary weights; the random number generator is unchanged."""
     if not is_external(architecture):
         with torch.device("meta"):
             network = build(architecture, num_classes)

@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm by name, ``tv:NAME`` and ``timm:NAME``, for ImageNet's sizes."""
+"""Networks of torchvision and timm by name, ``tv:NAME`` and ``timm:NAME``, made for ImageNet."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from classroomkd.errors import UserError
 from classroomkd.models.info import NetworkInfo
 from classroomkd.torchvision import import_torchvision
 
-# Two networks of torchvision have auxiliary heads, useless here, and take images normalised
-# otherwise than their weights' transforms do, unless told to convert them.
+# Two networks of torchvision have auxiliary heads, which are not needed here, and expect images
+# normalised differently from what their weights' transforms do, unless told to convert them.
 _TORCHVISION_OPTIONS = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": True}
     for name in ("googlenet", "inception_v3")
@@ -39,7 +39,7 @@ def architectures(library: str) -> list[str]:
 
 
 def named(texts: Collection[str]) -> list[str]:
-    """The networks that one of ``texts`` names, with or without the prefix."""
+    """The networks whose name, with or without the prefix, is one of ``texts``."""
     return [
         name
         for library in ("tv", "timm")
@@ -51,8 +51,8 @@ def named(texts: Collection[str]) -> list[str]:
 def with_tensors(library: str, names: Collection[str]) -> list[str]:
     """The networks of a library whose first convolution may be among tensors of these ``names``.
 
-    Of torchvision's few networks those are all; timm says of each where its first convolution is,
-    so that few of its thousand have to be built.
+    For torchvision, which has few networks, all of them; timm says where the first convolution of
+    each is, so that few of its thousand networks have to be built.
     """
     if library == "tv" or not architectures(library):
         return architectures(library)
@@ -68,7 +68,7 @@ def with_tensors(library: str, names: Collection[str]) -> list[str]:
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network with the weights its library starts from, mapping images to [B, num_classes].
+    """The network, mapping images to [B, num_classes], as its library initialises it.
 
     Raises UserError if its library has no network of this name, or is timm and not installed.
     """
@@ -100,12 +100,12 @@ def load_pretrained(name: str) -> tuple[nn.Module, NetworkInfo]:
     if library.__name__ == "timm":
         return _load_timm(library, name, architecture)
     weights = library.get_model_weights(architecture).DEFAULT
-    # Its files' names end in the first digits of their SHA-256.
+    # The names of torchvision's files end in the first digits of their SHA-256.
     file = _fetch(name, weights.url, Path(weights.url).name, Path(weights.url).stem.split("-")[-1])
-    try:  # get_model would unpickle anything
+    try:  # first with weights_only, for get_model unpickles anything
         torch.load(file, map_location="cpu", weights_only=True)
         network = library.get_model(architecture, weights=weights)
-    except Exception as error:  # bytes that are no pickle can fail in any way
+    except Exception as error:  # damaged pickles raise almost anything
         raise _damaged(name, file) from error
     if hasattr(network, "AuxLogits"):
         network.aux_logits, network.AuxLogits = False, None
@@ -126,7 +126,7 @@ def _load_timm(timm: ModuleType, name: str, architecture: str) -> tuple[nn.Modul
             f"timm's hub has no weights for {name}: take another network or train this one"
         )
     url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
-    # Downloaded here and not by timm, which tries for most of a minute where there is no network.
+    # Downloaded here and not by timm, which retries for most of a minute without a network.
     file = _fetch(name, url, Path(config.hf_hub_id).name + ".safetensors")
     try:
         overlay = {"state_dict": safetensors.torch.load_file(file)}
@@ -147,9 +147,9 @@ def _load_timm(timm: ModuleType, name: str, architecture: str) -> tuple[nn.Modul
 
 
 def _find(name: str) -> tuple[ModuleType, str]:
-    """The library that ``name`` points into, and the name there."""
+    """The library of the network ``name``, and its name there."""
     prefix, _, architecture = name.partition(":")
-    models = import_torchvision("models")  # timm needs it too, and would not find it by itself
+    models = import_torchvision("models")  # timm imports it too, without the shim's help
     known: Collection[str]
     if prefix == "tv":
         library, known = models, [name[len("tv:") :] for name in architectures("tv")]
@@ -170,14 +170,14 @@ def _find(name: str) -> tuple[ModuleType, str]:
 
 @functools.cache
 def _names_in_timm() -> dict[str, None]:
-    """All that timm builds, with or without a tag that says which weights."""
+    """The names of all networks of timm, with and without a tag that names weights."""
     import timm
 
     return dict.fromkeys(timm.list_models() + timm.list_pretrained())
 
 
 def _fetch(name: str, url: str, file_name: str, sha256: str | None = None) -> Path:
-    """Where the file lies on this machine, downloaded if it was not there.
+    """The path of the file in torch.hub's folder, where it is downloaded to if it is missing.
 
     ``sha256`` is what a downloaded file's hash, in hexadecimal, must start with.
     """

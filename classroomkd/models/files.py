@@ -1,4 +1,4 @@
-"""Checkpoints read safely: tensors and plain values, never code; and what another file is."""
+"""Reads checkpoints safely: tensors and plain values, never code; says what other files are."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from classroomkd.errors import UserError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """What the file holds: of safetensors the tensors and, as ``__metadata__``, the metadata.
+    """The content of a file; of safetensors, the tensors and the metadata as ``__metadata__``.
 
-    Values are tensors on the CPU, numbers, text, and containers of such. Nothing that a file holds
-    is run: of other common classes an empty stand-in is made, which keeps no value.
+    Values are tensors on the CPU, numbers, text, and containers of these. No code in a file is run:
+    objects of other common classes become empty stand-ins, which keep no value.
 
-    Raises UserError, saying what the file is, if it is no checkpoint, is damaged, or holds another
-    class; OSError if it cannot be read.
+    Raises UserError, saying what the file is, if it is not a checkpoint, is damaged, or holds an
+    object of another class; OSError if it cannot be read.
     """
-    with path.open("rb") as file:  # of a file it may not read safetensors says that there is none
+    with path.open("rb") as file:  # without permission, safetensors would report a missing file
         start = file.read(512)
     if other := _other_kind(start):
         raise UserError(f"{path} {other}")
@@ -34,7 +34,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def _other_kind(start: bytes) -> str:
-    """What the file is that begins so, if that is told at once and it is no checkpoint."""
+    """What a file that starts with these bytes is, if they show that it is not a checkpoint."""
     if not start:
         return "is not a checkpoint, it is empty: fetch it again"
     if start.startswith(b"version https://git-lfs"):
@@ -72,7 +72,7 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
         _check_archive(path)
     try:
         with (
-            path.open("rb") as file,  # of a path torch.load would look at the suffix
+            path.open("rb") as file,  # given a path, torch.load would look at the suffix
             warnings.catch_warnings(),
             torch.serialization.safe_globals(_ALLOWED),
         ):
@@ -80,7 +80,7 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # bytes that are no pickle can fail in any way
+    except Exception as error:  # damaged pickles raise almost anything
         refused = re.search(_REFUSED, str(error))
         if refused:
             raise UserError(
@@ -96,7 +96,7 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Raise UserError of a zip archive that is truncated, or is not one of tensors."""
+    """Raise UserError for a zip archive that is truncated or not a checkpoint."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2] for name in archive.namelist()}
@@ -114,7 +114,7 @@ def _check_archive(path: Path) -> None:
 
 
 class _Unread:
-    """Stands for a value beside the weights that is not looked at: nothing of it is kept."""
+    """Stands for an object beside the weights that is not read: nothing of it is kept."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -139,7 +139,7 @@ _UNREAD = {
     "pathlib._local": "PosixPath PurePosixPath PureWindowsPath WindowsPath",
     "typing": "Any",
 }
-# The real ones would do more than hold a value: NumPy's states of arrays are trusted with memory,
+# The real classes do more than hold a value: NumPy trusts the sizes in an array's pickled state,
 # and OmegaConf runs what an interpolation names. A Namespace may name the architecture.
 _ALLOWED: list[Any] = [
     argparse.Namespace,

@@ -1,4 +1,4 @@
-"""What is known of a network beside its weights."""
+"""What is recorded about a network beside its weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class NetworkInfo:
-    """What a network's weights do not say of themselves.
+    """What a network's weights do not tell.
 
     ``mean`` and ``std`` are of pixel values scaled to 0..1, one for each RGB channel; images are
     ``image_size`` pixels high and wide; ``classes`` are in the order of the logits.

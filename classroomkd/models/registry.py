@@ -46,7 +46,7 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network as its layers or its library initialise it; for loading weights into.
+    """The network as its layers or its library initialise it, for weights to be loaded into.
 
     Raises UserError if there is no network of this name.
     """
@@ -58,7 +58,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 @cache
 def has_depthwise_convolutions(name: str) -> bool:
-    """Whether a network filters channels one by one somewhere. Nothing is computed.
+    """Whether a network has a depthwise convolution. Nothing is computed.
 
     Raises UserError as `build` does.
     """
@@ -74,10 +74,10 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
     """A network of the zoo, or ``tv:NAME`` of torchvision or ``timm:NAME`` of timm.
 
     It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks take any H and W from 8.
-    Those are freshly initialised: convolutions drawn from He's normal distribution (fan-out) with
-    zero biases, batch norms of scale 1 and shift 0, the classifier as PyTorch's `Linear` does. The
-    others start as their library's do or, ``pretrained``, from its default weights, in eval mode
-    (`load_pretrained` also says how they want their images).
+    Networks of the zoo are initialised anew: convolutions from He's normal distribution (fan-out)
+    with zero biases, batch norms with scale 1 and shift 0, the classifier as PyTorch's `Linear`.
+    Others are as their library initialises them or, if ``pretrained``, have its default weights, in
+    eval mode (`load_pretrained` also returns how their images must be normalised).
 
     Raises UserError if there is no network of this name, or no such weights for num_classes.
     """

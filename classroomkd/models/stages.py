@@ -1,4 +1,4 @@
-"""The features of the zoo's networks: what their stages put out, before global pooling."""
+"""The features of the zoo's networks: the outputs of their stages, before global pooling."""
 
 from __future__ import annotations
 
@@ -16,9 +16,8 @@ from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classroomkd.models.vgg import VGG
 from classroomkd.models.wrn import WideResNet
 
-# As the literature on distillation counts them: the first block of a VGG, and the first of a
-# MobileNetV2, belong to the stem; of the latter's others those before a change of resolution count,
-# and the last.
+# As the literature on distillation counts them: the first block of a VGG or a MobileNetV2 belongs
+# to the stem; of a MobileNetV2, the blocks before a change of resolution and the last one count.
 _STAGES: dict[type[nn.Module], tuple[str, ...]] = {
     ResNet: ("layer1", "layer2", "layer3"),
     ResNetFourStage: ("layer1", "layer2", "layer3", "layer4"),
@@ -31,11 +30,10 @@ _STAGES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def stages(network: nn.Module) -> list[nn.Module]:
-    """The modules of a network of the zoo, or of one within ``network``, that end its stages.
+    """The modules that end the stages of ``network``, or of the first network of the zoo in it.
 
-    Their outputs [B, C_i, H_i, W_i] are what follows a stage's last ReLU, except in pre-activation
-    and inverted residual networks (WideResNet, MobileNetV2), whose stages end in a sum or in a
-    convolution's batch norm.
+    Their outputs [B, C_i, H_i, W_i] are those of a stage's last ReLU, except in pre-activation and
+    inverted residual networks (WideResNet, MobileNetV2), whose stages end in a sum or a batch norm.
 
     Raises UserError if there is no network of the zoo.
     """
@@ -49,10 +47,10 @@ def stages(network: nn.Module) -> list[nn.Module]:
 
 
 class StageOutputs:
-    """Keeps what the stages of ``network`` put out when it is called, until it is taken.
+    """Keeps the outputs of the stages of ``network`` when it is called, until they are taken.
 
-    Outputs are as they are: with their autograd graph, or tensors of inference mode. Hooks do not
-    run in compiled code.
+    Outputs are kept unchanged, with their autograd graph if they have one. Hooks do not run in
+    compiled code.
 
     Raises UserError as `stages` does.
     """
@@ -70,7 +68,7 @@ class StageOutputs:
         return hook
 
     def take(self) -> tuple[Tensor, ...]:
-        """The last call's features [B, C_i, H_i, W_i], in order, which are then let go of here.
+        """The last call's features [B, C_i, H_i, W_i], in order; they are no longer kept here.
 
         Raises RuntimeError if there was no call since they were last taken.
         """

@@ -1,4 +1,4 @@
-"""The state dicts that a checkpoint holds, wherever in it, each under the name of its entry."""
+"""Finds the state dicts in a checkpoint, at any depth, each with the name of its entry."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 
 COUNTER = "num_batches_tracked"
-_DEPTH = 4  # dicts within dicts
-FEWEST = 6  # tensors of a network that is looked for among others
+_DEPTH = 4  # of nested dicts that are searched
+FEWEST = 6  # tensors that a network has, if others lie beside it
 _SHOWN = 3  # names listed of each kind
-# Words of the names of what is no weight of a network: losses and metrics, what profilers count,
-# what averaging counts, what images are normalised by, and heads for the training only.
+# Words in the names of tensors that are not a network's weights: losses and metrics, counters of
+# profilers and of averaging, the images' mean and std, and heads used only in training.
 _OTHER = re.compile(
     r"(^|[._])(criterion|loss|losses|metric|metrics|accuracy|acc)\d*([._]|$)"
     r"|(^|\.)((pixel_)?(mean|std)$)|(^|\.)(n_averaged|total_ops|total_params|AuxLogits|aux\d|aux_logits|aux_classifier)(\.|$)"
 )
-# Keys and prefixes of averages of weights, of another network's and of what an optimiser holds: a
-# word at the end of one, or before another that only says that these are weights.
+# Keys and prefixes of averaged weights, of another network's weights, and of an optimiser's state:
+# such a word at the end of a key, or followed only by words that mean weights.
 _NOT_PLAIN = re.compile(
     r"(^|[._])(ema|swa|shadow|polyak|teacher|momentum|averaged?|avg|optimi[sz]er)\d*"
     r"(_(model|net|network|module|backbone|encoder|state|states|dict|weights?|params?|parameters|"
@@ -33,8 +33,8 @@ _NOT_PLAIN = re.compile(
 class State:
     """Tensors by name, found at ``entry``: keys and prefixes joined by dots, "" for the file.
 
-    ``left_out`` are the names, as in the file, of what lies beside them and is not among them.
-    ``rank`` is 0 of what was asked for: plain weights, at the entry given and not deeper.
+    ``left_out`` are the names, as in the file, of the tensors beside them that are not among them.
+    ``rank`` is 0 for plain weights at the very entry that was asked for, else higher.
     """
 
     entry: str
@@ -44,16 +44,16 @@ class State:
 
     @property
     def may_be_network(self) -> bool:
-        """Whether there are enough tensors, and one that takes images."""
+        """Whether there are enough tensors, one of them a convolution of images."""
         return len(self.tensors) >= FEWEST and _takes_images(self.tensors)
 
     def holds(self, other: State) -> bool:
-        """Whether the other lies within this one, or is the same."""
+        """Whether the other is inside this one, or the same."""
         return not self.entry or f"{other.entry}.".startswith(f"{self.entry}.")
 
 
 def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
-    """All that may be the state dict of a network, by rank; of ``entry`` if given."""
+    """All possible state dicts of networks, by rank; only those of ``entry`` if it is given."""
     found = [state for path, tensors in _holders(content) for state in _within(path, tensors)]
     asked = f".{entry}." if entry else "."
     found = [state for state in found if asked in f".{state.entry}."]
@@ -64,7 +64,7 @@ def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
 
 
 def entries(content: Mapping[str, Any]) -> list[str]:
-    """The keys, joined by dots, of the dicts that hold tensors."""
+    """The keys, joined by dots, of the dicts that contain tensors."""
     return [path for path, _ in _holders(content) if path]
 
 
@@ -92,9 +92,9 @@ def _holders(
 
 
 def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
-    """The tensors, with fewer and fewer of their prefixes, then those of networks among them.
+    """The tensors with one prefix after another removed, then those of each network among them.
 
-    Where few tensors lie beside a network, as `head.*` beside `backbone.*`, also all of these.
+    If few tensors lie beside a network, as `head.*` beside `backbone.*`, also all of them together.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not _OTHER.search(name)}
     pending = [""]

@@ -1,1 +1,1 @@
-"""All that knows FFCV: its bindings, its ``.beton`` files, and the loader that reads them."""
+"""Everything that uses FFCV: the import shim, ``.beton`` files, and the loader that reads them."""

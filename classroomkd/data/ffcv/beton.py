@@ -1,6 +1,6 @@
-"""``.beton`` files packed from images, and compared with them.
+"""Pack images into ``.beton`` files, and compare such files with their source.
 
-`classroomkd.data.ffcv.beton_file` says what is in such a file and beside it.
+`classroomkd.data.ffcv.beton_file` describes the content of such a file and of its side file.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from classroomkd.files import atomic_file, atomic_write, sync
 
 __all__ = ["JPEG", "RAW", "Beton", "check_free", "open_beton", "pack", "side_file", "verify"]
 
-QUALITY, MAX_SIDE = 90, 500  # of photographs, in pixels the second
-JPEG_ERROR = 8.0  # mean levels, of 255, by which two encoders' results for one image may differ
+QUALITY, MAX_SIDE = 90, 500  # of photographs: of the JPEGs, and in pixels
+JPEG_ERROR = 8.0  # mean difference allowed between two encoders' results, in levels of 0..255
 
 _SMALLEST_PAGE, _LARGEST_PAGE = 1 << 21, 1 << 27  # bytes; the first is FFCV's own bound
 _LONGEST_SIDE = 65535  # the format has 16 bits for it
-_PROBED = 32  # images encoded to estimate the space that all will take
+_PROBED = 32  # images encoded to estimate the space that all need
 
 
 def pack(
@@ -57,13 +57,13 @@ def pack(
     """Write ``images`` to the ``.beton`` file ``path`` and its side file, and open it.
 
     Images whose longer side is above ``max_side`` pixels are shrunk to it. Each is stored as its
-    pixels, or with ``jpeg`` at that ``quality`` (1..100). The same images give the same bytes (as
-    JPEG, with the same release of OpenCV). Whatever happens, an interruption too, ``path`` is
-    afterwards either as it was or complete.
+    pixels, or with ``jpeg`` as a JPEG of that ``quality`` (1..100). The same images give the same
+    bytes (as JPEG, with the same release of OpenCV). After an error or an interruption, ``path`` is
+    either unchanged or complete.
 
     Raises UserError if ``path`` exists and ``overwrite`` is not set, there is no image or not
-    enough space, or, naming it, an image that cannot be read or stored; OSError, naming ``path``,
-    as the system does.
+    enough space, or an image, which is named, cannot be read or stored; OSError, naming ``path``,
+    if the file cannot be written.
     """
     path = Path(path).expanduser()
     check_free(path, overwrite)
@@ -104,7 +104,7 @@ def pack(
 
 
 def _record_of(path: Path) -> dict[str, Any]:
-    """The record of the file at ``path``, as far as there is one."""
+    """The record of the file at ``path``, empty if there is none."""
     try:
         return read_record(path, path.stat().st_ino) or {}
     except (FileNotFoundError, UserError):
@@ -118,9 +118,9 @@ def _write_side(path: Path, content: dict[str, Any]) -> None:
 def check_free(
     path: Path, overwrite: bool, remedy: str = "give another name, or overwrite=True to replace it"
 ) -> None:
-    """Raise UserError unless a file can be written at ``path``, replacing none unless told.
+    """Raise UserError unless ``path`` can name a new file, or with ``overwrite`` replace one.
 
-    ``remedy`` is what its message advises where there is a file.
+    ``remedy`` is the message's advice if the file exists.
     """
     if path.is_dir() or not path.name:
         raise UserError(f"{path} is a folder: give the name of a file to write")
@@ -141,10 +141,10 @@ def verify(
 
     Raw images must equal the source's (shrunk to ``max_side`` as in packing) in every pixel. A JPEG
     must have the same bytes as the source's image compressed at ``quality``, or the same size and
-    pixels that differ from that by at most `JPEG_ERROR` levels in the mean, for releases of OpenCV
-    compress in slightly different ways. Without ``source`` only the SHA-256 is compared.
+    pixels whose mean difference from it is at most `JPEG_ERROR` levels, since releases of OpenCV
+    compress slightly differently. Without ``source`` only the SHA-256 is compared.
 
-    Raises UserError that names the first index that differs, or if there is nothing to compare.
+    Raises UserError, naming the first index that differs, or if there is nothing to compare with.
     """
     beton = open_beton(path)
     if source is None and beton.sha256 is None:
@@ -213,7 +213,7 @@ def _name(images: ImageSet | ImageFiles, index: int) -> str:
 
 
 class _InOrder:
-    """An iterator as the indexable that FFCV's writer asks for samples 0, 1, 2, …"""
+    """An iterator in the form that FFCV's writer reads, which asks for samples 0, 1, 2, …"""
 
     def __init__(self, samples: Iterator, count: int) -> None:
         self._samples, self._count = samples, count
@@ -228,7 +228,7 @@ class _InOrder:
 def _read_ahead(
     images: ImageSet | ImageFiles, max_side: int | None, most: int = _LARGEST_PAGE
 ) -> Generator[tuple[np.ndarray, int], None, None]:
-    """All samples in order, as they are to be stored; files are decoded by threads, ahead."""
+    """All samples in order, as they are to be stored; files are decoded ahead, by threads."""
     if isinstance(images, ImageSet):
         for i in range(len(images)):
             yield _to_store(images, i, max_side, most)
@@ -271,9 +271,9 @@ def _to_store(
 
 
 def _page_size(images: ImageSet | ImageFiles, max_side: int | None) -> int:
-    """Bytes of the pages that a file is made of, which no image may cross: a power of two.
+    """The size in bytes, a power of two, of the file's pages, whose ends no image may cross.
 
-    Eight of the largest images, so that little is lost at their ends, as far as that is known.
+    Room for eight of the largest images, if their size is known, so that little of it is unused.
     """
     if isinstance(images, ImageSet):
         largest = images.images[0].nbytes
@@ -285,7 +285,7 @@ def _page_size(images: ImageSet | ImageFiles, max_side: int | None) -> int:
 def _check_space(
     images: ImageSet | ImageFiles, path: Path, field: Any, page_size: int, max_side: int | None
 ) -> None:
-    """Raise UserError if the file would not fit, as far as a few images spread evenly tell."""
+    """Raise UserError if the file would not fit, estimated from a few evenly spaced images."""
     sizes = []
 
     def measure(size: int) -> tuple[int, np.ndarray]:

@@ -1,13 +1,13 @@
 """``.beton`` files, the format of FFCV, opened with every table checked.
 
-A file has the fields ``image`` (RGB, each raw or as JPEG) and ``label`` (integer) and nothing that
-FFCV itself would not write, so any of its users can read it. What it has no place for stands in a
-side file, ``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their
-indices: all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then
-each image's stored bytes, all little-endian. It depends on nothing but the samples.
+A file has the fields ``image`` (RGB, each raw or as JPEG) and ``label`` (integer), as FFCV itself
+writes them, so any user of FFCV can read it. What the format has no place for is in a side file,
+``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their indices:
+all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then each image's
+stored bytes, all little-endian. It depends on the samples alone.
 
-No two files can be replaced at once. So before a ``.beton`` file is replaced, its side file is
-given the new one's record too, as ``next`` with its inode, and the inode says which record counts.
+Two files cannot be replaced in one step. So before a ``.beton`` file is replaced, the new record is
+added to its side file, as ``next`` with the new file's inode, which tells the record that applies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
 _Read = TypeVar("_Read")
 
 _FIELDS = [("image", 2), ("label", 1)]  # names, and FFCV's numbers for their types
-_MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is soon above it
+_MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is likely above it
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +41,15 @@ class Beton:
 
     Attributes:
         path: of the file.
-        classes: their names; "0", "1", … where there is no side file.
+        classes: their names; "0", "1", … if there is no side file.
         targets: class indices, int64 [N].
         heights: in pixels, int64 [N].
         widths: in pixels, int64 [N].
         modes: `JPEG` or `RAW`, uint8 [N].
         starts: where each image's bytes begin in the file, int64 [N].
-        sizes: how many they are, int64 [N]; 3 · height · width for raw ones.
-        sha256: of the samples, as the side file has it; None without one.
-        data: the whole file, uint8, mapped into memory for reading.
+        sizes: how many bytes each image has, int64 [N]; 3 · height · width for raw ones.
+        sha256: of the samples, from the side file; None without one.
+        data: the whole file, uint8, memory-mapped for reading.
     """
 
     path: Path
@@ -67,7 +67,7 @@ class Beton:
         return len(self.targets)
 
     def stored(self, index: int) -> np.ndarray:
-        """The bytes of an image as they are stored, a uint8 view of the file."""
+        """The stored bytes of an image, a uint8 view of the file."""
         return self.data[self.starts[index] : self.starts[index] + self.sizes[index]]
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
@@ -84,7 +84,7 @@ class Beton:
         return image, int(self.targets[index])
 
     def check_jpeg(self, index: int) -> None:
-        """Raise UserError unless the header of an image's JPEG has the size that its entry has."""
+        """Raise UserError unless the header of an image's JPEG gives the size in its entry."""
         self._require_shape(index, self._read(index, jpeg_shape))
 
     def _read(self, index: int, read: Callable[[np.ndarray], _Read]) -> _Read:
@@ -106,7 +106,7 @@ class Beton:
         """The SHA-256 of the samples (see the module), in hexadecimal."""
 
         def images() -> Iterator[np.ndarray]:
-            with progress_bar(f"Summing {len(self):,} images", len(self)) as advance:
+            with progress_bar(f"Hashing {len(self):,} images", len(self)) as advance:
                 for i in range(len(self)):
                     yield self.stored(i)
                     advance(1)
@@ -122,9 +122,9 @@ def side_file(path: Path) -> Path:
 def open_beton(path: Path | str) -> Beton:
     """Open a ``.beton`` file of images and labels, and check all of its tables.
 
-    Raises UserError, naming the file and where there is one the index, if it is not there, was cut
-    off, is no such file, has other fields, or says what cannot be, or if the side file is another
-    file's.
+    Raises UserError, naming the file and, of a faulty image, its index, if the file is missing,
+    truncated, of another format, with other fields, or inconsistent, or if the side file belongs to
+    another file.
     """
     path = Path(path).expanduser()
     import_ffcv()
@@ -138,11 +138,11 @@ def open_beton(path: Path | str) -> Beton:
             record = read_record(path, opened.st_ino)
             if os.path.samestat(opened, path.stat()):
                 return _open_recorded(path, file, record)
-        # It was replaced since, and the record may be its successor's: once more.
+        # It was replaced meanwhile, and the record may be its successor's: try again.
 
 
 def read_record(path: Path, inode: int) -> dict[str, Any] | None:
-    """What the side file of ``path`` says of the file with that inode; None if it says nothing.
+    """The record in the side file of ``path`` of the file with that inode; None if it has none.
 
     Raises UserError if it is damaged.
     """
@@ -183,7 +183,7 @@ def _open_recorded(path: Path, file: BinaryIO, record: dict[str, Any] | None) ->
 
 
 def open_alone(path: Path, classes: list[str]) -> Beton:
-    """Open a file without a look at its side file."""
+    """Open a file without reading its side file."""
     with path.open("rb") as file:
         return _open(path, file, classes, None)
 
@@ -204,7 +204,7 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
     data = np.asarray(np.memmap(file, np.uint8, mode="r"))
 
     def table(dtype: np.dtype, start: int, count: int) -> np.ndarray:
-        """As many of ``count`` entries as the file has there."""
+        """``count`` entries from the byte ``start`` on, or fewer if the file ends before."""
         part = data[start : start + count * dtype.itemsize]
         return part[: len(part) // dtype.itemsize * dtype.itemsize].view(dtype)
 
@@ -278,7 +278,7 @@ def decode_jpeg(data: np.ndarray) -> np.ndarray:
 
 
 def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
-    """Height, width and 3, as the header says, for nothing is decoded."""
+    """Height, width and 3, from the header alone: nothing is decoded."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
@@ -287,7 +287,7 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal, and the function that moves it on."""
+    """A bar on stderr, if that is a terminal; yields the function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 

@@ -1,4 +1,4 @@
-"""FFCV's dataset writer, run within this process."""
+"""FFCV's dataset writer, run in this process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ffcv.writer import DatasetWriter  # noqa: E402
 
 
 class InProcessWriter(DatasetWriter):
-    """Writes what FFCV's own worker writes, but calls it instead of starting it.
+    """Calls FFCV's own worker in this process instead of starting processes for it.
 
-    As a process of its own, a worker that raises leaves its parent waiting for ever, and several
-    of them fill the file in an order that changes from run to run. ``advance`` is called with the
-    number of samples written since the last call.
+    There, a worker that raises leaves its parent waiting forever, and several workers fill the file
+    in an order that changes from run to run. ``advance`` is called with the number of samples
+    written since the last call.
     """
 
     metadata_sm: Any
@@ -64,10 +64,10 @@ class InProcessWriter(DatasetWriter):
 
 
 class _Allocator(MemoryAllocator):
-    """With two changes to how FFCV writes pages.
+    """Writes pages as FFCV does, with two changes.
 
-    The file is buffered, for an unbuffered one may write less than asked when a disk fills up. And
-    after an exception nothing more is written: that could wait for ever for a page already written.
+    The file is buffered, because an unbuffered write can be short when the disk fills up. And after
+    an exception nothing more is written: that could wait forever for a page already written.
     """
 
     def __enter__(self) -> None:

@@ -1,6 +1,6 @@
-"""The one door to FFCV, whose last release is older than the packages it runs beside today.
+"""The import shim for FFCV, whose last release is older than current versions of what it needs.
 
-Four things are put right on the way through it:
+It works around four problems:
 
 - One module imports ``distutils``, which Python 3.12 no longer has, and never uses it.
 - Importing FFCV sets torch's and numba's thread counts to 1, for the whole process.
@@ -8,7 +8,7 @@ Four things are put right on the way through it:
 - The memory manager that reads through the system's file cache marks *numba's own* type of byte
   arrays, shared by everything in the process, as read-only. Code that was compiled before then no
   longer matches its own key, and "Exception ignored … KeyError" is printed when it is collected.
-  It does so where it declares the types of the function that reads: that declares none here.
+  The cause is the declared types of its function for reading; here that function declares none.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from classroomkd.errors import UserError
 
 
 def import_ffcv() -> ModuleType:
-    """Import ``ffcv`` so that it works, and leaves the process as it was.
+    """Import ``ffcv`` with these workarounds.
 
     Its submodules can be imported as usual afterwards. Raises UserError if FFCV or one of the
-    packages it runs on is not installed.
+    packages that it needs is not installed.
     """
     try:
         with kept_threads(), _replaced():
             import ffcv
             from ffcv.memory_managers import OSCacheManager
-    except (ImportError, OSError) as error:  # OSError: a library that it loads itself is not there
+    except (ImportError, OSError) as error:  # OSError: a shared library is missing
         reason = " ".join(str(error).split())
         raise UserError(
             f"FFCV cannot be imported ({reason}): scripts/install_ffcv.sh in the repository "
@@ -44,7 +44,7 @@ def import_ffcv() -> ModuleType:
 
 @contextmanager
 def kept_threads() -> Iterator[None]:
-    """Within it torch's and numba's thread counts may change: they are put back at the end."""
+    """Restore torch's and numba's thread counts on exit."""
     import numba
     import torch
 
@@ -58,13 +58,13 @@ def kept_threads() -> Iterator[None]:
 
 @contextmanager
 def _replaced() -> Iterator[None]:
-    """Within it, FFCV finds a ``distutils.log``, and for its table of two modes a plain dict."""
+    """Give FFCV, while it is imported, a ``distutils.log`` and a plain dict for its two modes."""
     import numba.typed
 
     stubs = {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 3.11 warns of what 3.12 left out
+            warnings.simplefilter("ignore")  # Python 3.11 warns that it is deprecated
             import distutils.log  # noqa: F401
     except ImportError:
         stubs = {name: ModuleType(name) for name in ("distutils", "distutils.log")}
@@ -81,7 +81,7 @@ def _replaced() -> Iterator[None]:
 
 
 def _compile_reader(_):
-    """FFCV's own, but for the types, which it takes from its arguments."""
+    """FFCV's own, except that it takes the types from its arguments."""
     import numpy as np
     from ffcv.pipeline.compiler import Compiler
 

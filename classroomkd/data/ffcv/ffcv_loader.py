@@ -1,15 +1,15 @@
 """The loader on FFCV: batches made from a mapped ``.beton`` file while the device works.
 
-FFCV reads the file, plans the memory and generates the pipeline's code, which a thread of each
-epoch's own runs, batches ahead. The pipeline is one operation, ours: it goes from the file's bytes
-to finished images in one pass and, for a GPU, on to the device from pinned memory, in one stream
-for all batches.
+FFCV reads the file, plans the memory and generates the pipeline's code. Each epoch has a thread
+that runs this code some batches ahead of the caller. The pipeline is one operation of our own: it
+makes finished images from the file's bytes in one pass and, for a GPU, copies them to the device
+from pinned memory, in one stream for all batches.
 
-What FFCV 1.0 leaves to its users is dealt with here: an error in the pipeline reaches the caller
-instead of leaving it waiting; an epoch that is broken off, or closed, or alive when the process
-ends, has its thread ended and joined; batches are the caller's to keep; thread counts of torch and
-numba stay what they were; nothing is compiled anew in each process; an epoch takes no device memory
-or streams of its own, and a loader for the CPU leaves CUDA alone.
+What FFCV 1.0 leaves to its users is handled here: an error in the pipeline reaches the caller
+instead of leaving it waiting; the thread of an epoch that is abandoned, closed, or alive when the
+process ends is ended and joined; batches are not overwritten; the thread counts of torch and numba
+stay as they were; nothing is recompiled in each process; an epoch takes no device memory or streams
+of its own, and a loader for the CPU does not touch CUDA.
 """
 
 from __future__ import annotations
@@ -48,22 +48,22 @@ from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
 _AHEAD = 3  # finished batches that wait for the caller
-_SLOTS = _AHEAD + 2  # and one each that is being made, and being copied
+_SLOTS = _AHEAD + 2  # besides them, one is being made and one being copied
 
 
 class FFCVLoader(Loader):
-    """Reads the ``.beton`` file ``path``; all else as for `Loader`.
+    """Reads the ``.beton`` file ``path``; otherwise as `Loader`.
 
     Photographs, of any size and also as JPEG, need a `RandomResizedCrop` or a `CentreCrop` as
-    ``augmentation``. Batches are made one after another in a thread of their own; ``workers``
-    threads share each batch, by default one, and for photographs one a core. The caller's thread
-    never waits for a GPU.
+    ``augmentation``. A thread makes the batches one after another; ``workers`` threads share each
+    batch, by default one, and for photographs one per core. The caller's thread never waits for a
+    GPU.
 
-    That thread pins memory and records events while the caller works. A CUDA graph that is captured
-    meanwhile needs ``capture_error_mode="thread_local"``: by default PyTorch forbids both to every
-    thread, which breaks the capture or the epoch.
+    The first thread pins memory and records events while the caller works. A CUDA graph that is
+    captured meanwhile needs ``capture_error_mode="thread_local"``: by default PyTorch forbids both
+    to every thread, which breaks the capture or the epoch.
 
-    Raises UserError if FFCV is not installed, or the file is not one that can be used.
+    Raises UserError if FFCV is not installed or the file cannot be used.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class FFCVLoader(Loader):
         self._workers, self._process = workers, os.getpid()
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._memory: list[dict] = []  # of epochs that have ended, for the next
+        self._memory: list[dict] = []  # of epochs that have ended, to be reused
         pipelines = {"image": PipelineSpec("image", decoder=_MakeBatch(self, beton))}
         with kept_threads():
-            Compiler.set_enabled(False)  # the operation brings compiled code of its own
+            Compiler.set_enabled(False)  # the operation has compiled code of its own
             try:
                 self._reader = ffcv.Loader(
                     str(beton.path),
@@ -98,7 +98,7 @@ class FFCVLoader(Loader):
         self._reader.memory_manager.context.mmap = beton.data  # the file whose tables were checked
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
-        if self._pool and self._process != os.getpid():  # a fork leaves the threads behind
+        if self._pool and self._process != os.getpid():  # a fork does not copy the threads
             self._process, self._pool = os.getpid(), ThreadPoolExecutor(self._workers)
         running = _Epoch(self, batches, epoch)
         try:
@@ -130,8 +130,8 @@ def _require_uniform(beton: Beton) -> None:
 class _MakeBatch(Operation):
     """The whole pipeline, from (epoch, sample indices) to a batch and its event.
 
-    The batch, ``(images, targets, indices)``, is on the device once the event has come, which is
-    None on the CPU.
+    The batch, ``(images, targets, indices)``, is on the device once the event has completed. On
+    the CPU the event is None.
     """
 
     def __init__(self, loader: FFCVLoader, beton: Beton) -> None:
@@ -155,7 +155,7 @@ class _MakeBatch(Operation):
             if buffer is None:
                 shape = len(indices), *self.shape
                 buffer = torch.empty(shape, dtype=loader.dtype, device="cpu")
-            elif buffer.data_ptr() in self.copied:  # its last copy may still be under way
+            elif buffer.data_ptr() in self.copied:  # its last copy may be unfinished
                 self.copied[buffer.data_ptr()].synchronize()
             pixels, starts = storage[0], beton.starts[indices]
             if loader.crop:
@@ -168,7 +168,7 @@ class _MakeBatch(Operation):
             if loader.device.type == "cpu":
                 return (images, targets, samples), None
             batch = loader._to_device(images, targets.pin_memory(), samples.pin_memory())
-            event = torch.cuda.Event(blocking=True)  # a wait for it leaves the core to others
+            event = torch.cuda.Event(blocking=True)  # waiting for it occupies no core
             event.record()
             self.copied[buffer.data_ptr()] = event
             return batch, event
@@ -190,7 +190,7 @@ class _MakeBatch(Operation):
             if beton.modes[index] == RAW:
                 image = stored.reshape(height, width, 3)
             else:
-                beton.check_jpeg(index)  # of a smaller one FFCV would leave the rest unwritten
+                beton.check_jpeg(index)  # a smaller one would leave part of the image unwritten
                 image = np.empty((height, width, 3), np.uint8)
                 if libffcv.imdecode(stored, image, height, width, height, width):
                     raise UserError(f"{beton.path}: image {index} cannot be read: pack it again")
@@ -204,7 +204,7 @@ class _MakeBatch(Operation):
 
 
 class _Epoch(threading.Thread):
-    """Makes an epoch's batches ahead of the caller, until their end or ``close``."""
+    """Makes an epoch's batches ahead of the caller, up to the last or until ``close``."""
 
     def __init__(self, loader: FFCVLoader, batches: list[np.ndarray], epoch: int) -> None:
         super().__init__(daemon=True)
@@ -253,7 +253,7 @@ class _Epoch(threading.Thread):
         return arguments[f"result_{last}"]
 
     def _hand_over(self, item: Any) -> bool:
-        """Keep ``item`` for the caller; False if nobody wants it any more."""
+        """Queue ``item`` for the caller; False if the epoch is closed."""
         with self._change:
             self._change.wait_for(lambda: self._ended or len(self._ready) < _AHEAD)
             self._ready.append(item)
@@ -261,7 +261,7 @@ class _Epoch(threading.Thread):
         return not self._ended
 
     def take(self) -> Batch:
-        """The next batch; raises what its making raised, or RuntimeError after ``close``."""
+        """The next batch; raises the error of making it, or RuntimeError after ``close``."""
         with self._change:
             self._change.wait_for(lambda: self._ended or self._ready)
             if self._ended:
@@ -281,7 +281,7 @@ class _Epoch(threading.Thread):
     def close(self) -> None:
         """End the thread and wait for it."""
         self._ended = True
-        # In a process forked since, it is not alive, and the lock may be held for ever.
+        # In a process forked since, the thread is not alive, and the lock may be held forever.
         if self.is_alive() and threading.current_thread() is not self:
             with self._change:
                 self._change.notify_all()
@@ -294,6 +294,6 @@ _alive: weakref.WeakSet[_Epoch] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """A thread that still runs while the interpreter is taken down would abort the process."""
+    """End all threads: one that still runs while the interpreter exits would abort the process."""
     for epoch in list(_alive):
         epoch.close()
