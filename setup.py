@@ -11,6 +11,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "classroomkd/__init__.py"
 TIMM, TENSORBOARD = ["timm>=1.0"], ["tensorboard>=2.17"]
 EXAMPLES = ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"]
 TRAIN = [
+    "filelock>=4",
     "omegaconf>=2.4",
     "pillow>=10",
     "plotly>=6",

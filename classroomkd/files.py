@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import math
+import errno
 import os
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
 
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # type: ignore[assignment]
+from filelock import BaseFileLock, FileLock
 
 _SUFFIX = ".unfinished"
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
@@ -45,32 +41,23 @@ def atomic_file(path: Path) -> Iterator[Path]:
         raise
 
 
-def lock(file: IO, patience: float = math.inf) -> None:
-    """Lock a file that is open for writing until `unlock`, where its system has such locks.
+def lock(path: Path, patience: float = -1) -> BaseFileLock:
+    """Lock the file at ``path``, created if missing, until ``release()`` or the process's end.
 
-    Raises BlockingIOError if another process still has it locked after ``patience`` seconds.
+    A waiting process notices that the file was removed meanwhile, so its owner may remove it. On a
+    file system without locks, as some network ones are, nothing is locked.
+
+    Raises filelock.Timeout if another process still has it locked after ``patience`` seconds (a
+    negative number waits for as long as it takes); OSError if the file cannot be opened.
     """
-    if fcntl is None:
-        return
-    deadline = time.monotonic() + patience
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-        except OSError:  # some network file systems have none
-            return
-        time.sleep(0.1)
-
-
-def unlock(file: IO) -> None:
-    """Unlock a file and close it; closing alone would leave it to processes forked meanwhile."""
-    if fcntl is not None:
-        with suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)
-    file.close()
+    # Without flock, filelock would else take the mere existence of the file for a lock.
+    held = FileLock(path, fallback_to_soft=False)
+    try:
+        held.acquire(timeout=patience)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return held
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,7 +17,7 @@ from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
 from classroomkd.errors import UserError
-from classroomkd.files import lock, remove_leftovers, unlock
+from classroomkd.files import lock, remove_leftovers
 from classroomkd.limits import Backend
 
 BACKENDS = get_args(Backend)
@@ -121,10 +120,13 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     digest = None if options else content  # a JPEG's bytes depend on the encoder
     if not _is_whole(path, digest):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _packing_alone(path.parent):
+        alone = lock(path.parent / ".lock")
+        try:
             if not _is_whole(path, digest):  # another process may have packed it meanwhile
                 remove_leftovers(path.parent)
                 pack(image_set, path, overwrite=True, **options)
+        finally:
+            alone.release()
     return path
 
 
@@ -137,14 +139,3 @@ def _is_whole(path: Path, digest: str | None) -> bool:
     except (UserError, FileNotFoundError):  # truncated, overwritten, or just removed
         return False
     return found is not None and digest in (None, found)
-
-
-@contextmanager
-def _packing_alone(folder: Path) -> Iterator[None]:
-    """Within it no other process packs into ``folder``."""
-    file = (folder / ".lock").open("w")
-    try:
-        lock(file)
-        yield
-    finally:
-        unlock(file)

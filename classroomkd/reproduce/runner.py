@@ -8,10 +8,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -221,9 +221,10 @@ def check_devices(devices: Sequence[str]) -> None:
 
 
 def _is_locked(run: Path) -> bool:
-    with suppress(FileNotFoundError), (run / "config.yaml").open() as file:
-        try:
-            lock(file, 0)
-        except BlockingIOError:
-            return True
+    if not (run / "config.yaml").exists():
+        return False
+    try:
+        lock(run / "config.yaml", 0).release()
+    except Timeout:
+        return True
     return False

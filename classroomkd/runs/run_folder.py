@@ -7,13 +7,14 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import yaml
+from filelock import BaseFileLock, Timeout
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, lock, remove_leftovers, unlock
+from classroomkd.files import atomic_write, lock, remove_leftovers
 from classroomkd.models import NetworkInfo, save_network
 from classroomkd.runs.checkpoints import Checkpoints
 from classroomkd.runs.old_runs import current_record, rename_folders
@@ -40,7 +41,7 @@ class RunFolder:
     ) -> None:
         self.path, self.writes = path, writes
         self._lines: list[Mapping[str, Any]] = []
-        self._claim: TextIO | None = None
+        self._claim: BaseFileLock | None = None
         self._board = TensorBoardWriter(path / "tensorboard") if tensorboard and writes else None
         if not writes:
             return
@@ -148,7 +149,7 @@ class RunFolder:
     def close(self) -> None:
         """Release the folder, so that another process may resume the run."""
         if self._claim:
-            unlock(self._claim)
+            self._claim.release()
             self._claim = None
 
     def finish(self, summary: Mapping[str, Any]) -> None:
@@ -185,15 +186,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): start a new run") from None
 
 
-def _claimed(run: Path) -> TextIO:
+def _claimed(run: Path) -> BaseFileLock:
     """Lock the run for this process; raises UserError if another process has it."""
-    file = (run / "config.yaml").open("r+")
     try:
-        lock(file, _PATIENCE)
-    except BlockingIOError:
-        file.close()
+        return lock(run / "config.yaml", _PATIENCE)
+    except Timeout:
         raise UserError(f"another process is at work on {run}: wait for it, or stop it") from None
-    return file
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

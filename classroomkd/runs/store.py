@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, Timeout
 from torch import nn
 
 from classroomkd.data import cache_folder
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, lock, unlock
+from classroomkd.files import atomic_write, lock
 from classroomkd.models import NetworkInfo, load_network, save_network
 from classroomkd.runs.interrupts import Interrupted, Interrupts
 from classroomkd.runs.machine import versions
@@ -67,13 +67,17 @@ class MentorStore:
         """
         weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
-        with ExitStack() as held:
-            with suppress(OSError):
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _wait_for(path, deciding["architecture"], held, notify, interrupts)
+        held = None
+        with suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            held = _lock(path, deciding["architecture"], notify, interrupts)
+        try:
             yield
-            with suppress(OSError):
-                path.unlink()
+        finally:
+            if held:
+                with suppress(OSError):
+                    path.unlink()
+                held.release()
 
     def add(
         self,
@@ -111,28 +115,15 @@ def _sha256(weights: Path) -> str:
     return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
-def _wait_for(
-    path: Path,
-    what: str,
-    held: ExitStack,
-    notify: Callable[[str], None],
-    interrupts: Interrupts,
-) -> None:
-    """Lock the file at ``path`` until ``held`` is left."""
-    told = False
+def _lock(
+    path: Path, what: str, notify: Callable[[str], None], interrupts: Interrupts
+) -> BaseFileLock:
+    """Lock the file at ``path``, after waiting for a process that has it locked."""
+    with suppress(Timeout):
+        return lock(path, 0)
+    notify(f"waiting for {what}, which another process trains")
     while True:
-        file = path.open("w")
-        held.callback(unlock, file)
-        while True:
-            try:
-                lock(file, _PAUSE)
-                break
-            except BlockingIOError:
-                if not told:
-                    notify(f"waiting for {what}, which another process trains")
-                told = True
-                if interrupts.received is not None:
-                    raise Interrupted(interrupts.received) from None
-        # The last owner may have removed this file, and others may have locked its successor.
-        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-            return
+        with suppress(Timeout):
+            return lock(path, _PAUSE)
+        if interrupts.received is not None:
+            raise Interrupted(interrupts.received)

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 import pytest
@@ -729,3 +729,13 @@ def test_a_command_without_its_packages_says_what_to_install(command):
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line.endswith('which is not installed: pip install "classroomkd[train]"')
+
+
+def test_the_modules_of_train_are_what_setup_installs():
+    required = {
+        re.match(r"[\w-]+", requirement)[0].lower()
+        for requirement in metadata.requires("classroomkd")
+        if re.search(r"extra == .train\b", requirement)
+    }
+    distributions = metadata.packages_distributions()
+    assert {name.lower() for of in cli._OF_TRAIN for name in distributions[of]} == required

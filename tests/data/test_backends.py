@@ -1,5 +1,6 @@
 """Which loader a run gets, why, and that its numbers do not depend on it."""
 
+import errno
 import os
 import threading
 import time
@@ -8,7 +9,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from classroomkd import files
 from classroomkd.data import Loaders, ResidentLoader, TorchLoader, backends
 from classroomkd.data.ffcv import beton
 from classroomkd.errors import UserError
@@ -101,6 +101,10 @@ def test_a_set_is_packed_once(cache, monkeypatch):
     beton.verify(path, random_set())
 
 
+def no_locks(*_):
+    raise OSError(errno.ENOLCK, "no locks available")
+
+
 @requires_ffcv
 @pytest.mark.parametrize("locked", [True, False])
 def test_a_set_is_packed_by_one_at_a_time(cache, monkeypatch, locked):
@@ -112,8 +116,8 @@ def test_a_set_is_packed_by_one_at_a_time(cache, monkeypatch, locked):
         return pack(*arguments, **options)
 
     monkeypatch.setattr(beton, "pack", slow)
-    if not locked:  # a system without such locks
-        monkeypatch.setattr(files, "fcntl", None)
+    if not locked:  # a file system without locks
+        monkeypatch.setattr("fcntl.flock", no_locks)
     sets = [random_set() for _ in range(1 + 3 * locked)]
     threads = [threading.Thread(target=backends.packed, args=[one]) for one in sets]
     for thread in threads:

@@ -481,10 +481,10 @@ def test_runs_of_other_processes_are_left_to_them(tiny, tmp_path, started):
     plan = make_plan("main", classrooms=[str(tiny)], seeds=[0], method_names=["alone", "kd"])
     folder = tmp_path / plan.runs[0].id
     folder.mkdir(parents=True)
-    with (folder / "config.yaml").open("w") as file:
-        lock(file)
-        ours = runner.Runner(plan, tmp_path, ["cpu"], Console(quiet=True))
-        ours.run()
+    theirs = lock(folder / "config.yaml")
+    ours = runner.Runner(plan, tmp_path, ["cpu"], Console(quiet=True))
+    ours.run()
+    theirs.release()
     assert ids(ours.elsewhere) == [plan.runs[0].id]
     assert len(started) == 2  # the mentor and kd
 
