@@ -1,4 +1,4 @@
-"""What docstrings say of options, read from the source, so that what has them is not imported."""
+"""What docstrings say of options, read from the source without importing it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def summary(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
 
 
 def fields(node: ast.ClassDef) -> dict[str, str]:
-    """Each annotated field of a class with the docstring below it, empty where there is none."""
+    """Each annotated field of a class with the docstring below it, empty if there is none."""
     meanings: dict[str, str] = {}
     for field, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
@@ -55,7 +55,7 @@ def arguments(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
 
 
 def _text(node: ast.stmt | None) -> str:
-    """The text that a statement consists of, empty if it is another."""
+    """The text of a statement that is a string, else the empty string."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return node.value.value if isinstance(node.value.value, str) else ""
     return ""

@@ -1,8 +1,8 @@
-"""The one exception that stands for a mistake the user can mend."""
+"""The exception for errors that the user can fix."""
 
 
 class UserError(ValueError):
-    """What was wrong, with the value, and what to do, in one line.
+    """Its message says in one line what was wrong, with the value, and what to do.
 
     The command line prints the message after ``classroomkd: error:`` and exits with status 2.
     """

@@ -25,7 +25,7 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` to write to, synced and renamed into place at the end.
 
-    On an exception, an interruption too, it is removed and ``path`` stays as it was.
+    On any exception, an interruption included, it is removed and ``path`` stays as it was.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
@@ -61,13 +61,13 @@ def lock(path: Path, patience: float = -1) -> BaseFileLock:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote have left in ``folder`` itself."""
+    """Remove the temporary files in ``folder`` itself of processes killed while writing."""
     for leftover in folder.glob(f".*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until what was written to ``path`` is on the disk."""
+    """Wait until the content of ``path`` is on the disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

@@ -1,6 +1,6 @@
-"""Packages that import what they export when it is first asked for.
+"""Packages that import what they export on first access.
 
-So what needs no torch starts without it, and whoever asks for the loss imports nothing else.
+Commands that need no torch start without it, and whoever uses the loss imports nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def exports(
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{homes[name]}"), name)
-        setattr(sys.modules[package], name, value)  # from now on this is not called for it
+        setattr(sys.modules[package], name, value)  # so that this is not called for it again
         return value
 
     def names() -> list[str]:

@@ -1,11 +1,11 @@
-"""The one door to torchvision, which the library needs only for data sets and models.
+"""The import shim for torchvision, which the library needs only for data sets and models.
 
     import_torchvision()  # before lightning, transformers, timm or whatever else imports it
 
-torchvision's wheel carries compiled operators for one build of torch. Beside another build (a
-CPU-only torch, say) they fail to load, and the import then dies with ``operator torchvision::nms
-does not exist`` because Python code refers to schemas that nobody defined. Who calls neither
-operator, as here, needs no more than the two schemas for the import to succeed.
+torchvision's wheel has compiled operators for one build of torch. With another build (a CPU-only
+torch, say) they fail to load, and the import then fails with ``operator torchvision::nms does not
+exist`` because Python code refers to schemas that are not defined. Neither operator is called here,
+so for the import to succeed the two schemas are enough.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_fragments: list[library.Library] = []  # each unregisters its schemas when collected
+_fragments: list[library.Library] = []  # each unregisters its schemas when it is collected
 
 
 def import_torchvision(submodule: str | None = None) -> ModuleType:
-    """Import ``torchvision``, or one of its submodules, beside whatever torch is installed.
+    """Import ``torchvision``, or one of its submodules, with whatever torch is installed.
 
     Raises ImportError if torchvision is not installed.
     """

@@ -1,4 +1,4 @@
-"""How one network is trained: the values that a recipe has under training."""
+"""How one network is trained: a recipe's values under training."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class TrainingConfig:
     warmup_epochs: float = 0.0
     """Epochs over which the rate rises from 0."""
     momentum: float = 0.9
-    """That of stochastic gradient descent."""
+    """The momentum of stochastic gradient descent."""
     nesterov: bool = False
-    """Whether it is Nesterov's momentum."""
+    """Whether to use Nesterov's momentum."""
     weight_decay: float = 5e-4
     """This times each weight is added to the weight's gradient."""
     decay_norms_and_biases: bool = True
@@ -41,9 +41,9 @@ class TrainingConfig:
     """The α of CutMix's Beta(α, α), from 0.001 to 1000, or 0: off."""
 
     def deciding(self) -> dict[str, Any]:
-        """All that a training depends on, by name; mixing and clipping only where they are on.
+        """All that a training depends on, by name; mixing and clipping only if they are on.
 
-        So what was kept under these values before there was any is found again.
+        So mentors that were stored before these options existed are still found.
         """
         off = {name for name in ("mixup", "cutmix", "clip_norm") if not getattr(self, name)}
         return {name: value for name, value in asdict(self).items() if name not in off}

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from classroomkd.errors import UserError
 
-# Batch norm's statistics stay each process's own; newer torch has another word for it.
+# Each process keeps its own batch norm statistics; newer torch has another name for the option.
 _OWN_BUFFERS: dict[str, Any] = {
     next(
         name
@@ -27,10 +27,10 @@ _OWN_BUFFERS: dict[str, Any] = {
 
 
 class Processes:
-    """The processes of a run, of which this is one; without torchrun the only one.
+    """The processes of a run, of which this is one; without torchrun, the only one.
 
-    Built from the environment that torchrun sets, it joins the others: over NCCL if ``device`` is a
-    GPU, else over gloo. All of them need the same files at the same paths.
+    The constructor reads the environment that torchrun sets and joins the others: over NCCL if
+    ``device`` is a GPU, else over gloo. All processes need the same files at the same paths.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -53,11 +53,11 @@ class Processes:
 
     @property
     def place(self) -> dict[str, int]:
-        """Where this one stands among them, as loaders take it."""
+        """The rank and the number of processes, as arguments of a loader."""
         return {"rank": self.rank, "world_size": self.world_size}
 
     def share(self, batch_size: int) -> int:
-        """The part of a batch that is this process's; UserError if it cannot be shared evenly."""
+        """The part of a batch of this process; raises UserError if it cannot be divided evenly."""
         part, rest = divmod(batch_size, self.world_size)
         if rest:
             raise UserError(
@@ -74,7 +74,7 @@ class Processes:
         return DistributedDataParallel(network, device_ids=ids, **_OWN_BUFFERS)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """The same for parameters that no `wrap` looks after."""
+        """Average the gradients of parameters that are in no network that `wrap` returned."""
         if self.together:
             for parameter in parameters:
                 assert parameter.grad is not None  # all of them took part in the loss
@@ -82,13 +82,13 @@ class Processes:
                 parameter.grad.div_(self.world_size)
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of everyone's ``values``, in place."""
+        """The sum of ``values`` over all processes, in place."""
         if self.together:
             dist.all_reduce(values)
         return values
 
     def from_main(self, value: Any) -> Any:
-        """What the main process passed; the others may pass anything. The host waits."""
+        """The main process's ``value``; that of the others is ignored. The host waits."""
         if not self.together:
             return value
         box = [value if self.is_main else None]
@@ -97,11 +97,11 @@ class Processes:
         return box[0]
 
     def any(self, flag: bool) -> bool:
-        """Whether ``flag`` is set in any of them. The host waits."""
+        """Whether ``flag`` is set in any process. The host waits."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def align(self, network: nn.Module) -> None:
-        """Give every process the main one's buffers, which batch norm keeps for each by itself."""
+        """Give every process the main one's buffers, since batch norm updates them in each."""
         if self.together:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
@@ -113,17 +113,17 @@ class Processes:
 
 
 def _leave() -> None:
-    """Leave the group at the process's end.
+    """Leave the group when the process ends.
 
-    Gloo's threads let go of the last exchange's tensors a moment after it is done, for which they
-    need Python; one that asks for it when Python is finalizing aborts the process.
+    Gloo's threads free the last exchange's tensors a moment after it is done. They need Python's
+    lock for that, and a thread that asks for it while Python is finalizing aborts the process.
     """
     time.sleep(0.1)
     dist.destroy_process_group()
 
 
 def local_device(device: torch.device) -> torch.device:
-    """The GPU that torchrun means for this process; raises UserError if there is none."""
+    """The GPU that torchrun assigns to this process; raises UserError if there is none."""
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
         index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if device.index is not None:

@@ -17,7 +17,7 @@ from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.training.distributed import Processes
 
-_BATCH_SIZE = 256  # changes speed and memory only
+_BATCH_SIZE = 256  # affects speed and memory only
 _BINS = 15
 
 
@@ -25,10 +25,10 @@ _BINS = 15
 class Evaluation:
     """Accuracies are fractions 0..1; ``top5`` counts the best min(5, C) classes.
 
-    ``loss`` is the mean cross entropy in nats over the ``images`` seen; ``per_class`` the top-1 of
-    each class's images (None of a class without any); ``calibration_error`` the expected
-    calibration error over 15 bins of equal width: the mean over the images of how far apart, in the
-    bin of a prediction's probability, mean probability and accuracy are. (Guo et al., "On
+    ``loss`` is the mean cross-entropy in nats over the ``images`` seen; ``per_class`` the top-1 of
+    each class's images (None for a class without images); ``calibration_error`` the expected
+    calibration error over 15 bins of equal width: the mean over the images of the difference
+    between mean probability and accuracy in the bin of a prediction's probability. (Guo et al., "On
     calibration of modern neural networks", section 2.)
     """
 
@@ -43,9 +43,9 @@ class Evaluation:
 def evaluation_loader(
     loaders: Loaders, image_set: ImageSet | ImageFiles, info: NetworkInfo, **share: int
 ) -> Loader:
-    """Every image, of photographs the centre, once, in order, normalised as ``info`` says.
+    """Every image (the centre of a photograph) once, in order, normalised as ``info`` says.
 
-    ``share`` is the ``rank`` and ``world_size`` of a process among others.
+    ``share`` is the ``rank`` and ``world_size`` of this process, if there are several.
     """
     return loaders.open(
         image_set,
@@ -68,8 +68,8 @@ def evaluate(
 ) -> Evaluation:
     """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end.
 
-    Several processes, each with its share of the images, get the same result, that of them all.
-    ``watch`` is given the logits [B, C], float32, and targets [B] of every batch.
+    Several processes, each with its share of the images, all get the result for all the images.
+    ``watch`` is called with the logits [B, C], float32, and targets [B] of every batch.
     """
     network.eval()
     sums = bins = classes = torch.zeros(())
@@ -98,7 +98,7 @@ def evaluate(
 
 
 def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
-    """The sums [V, count] of V arrays [B] over the images that ``which`` puts together."""
+    """The sums [V, count] of V arrays [B] over the images with each value of ``which`` [B]."""
     zeros = torch.zeros(count, dtype=torch.float64, device=which.device)
     return torch.stack([zeros.index_add(0, which, value) for value in values])
 
@@ -106,9 +106,9 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
 class Lessons:
     """Class by class, the share of held-out images on which each mentor would teach the student.
 
-    Who would is decided as ``method`` decides it in training. Of a mentor only its standing on
-    every image is kept, taken once: an epoch then costs no more than the student's evaluation,
-    whose logits `watch` takes.
+    ``method`` decides this as it does in training. The mentors run once over the images, and only
+    their confidence and correctness on each are kept: an epoch then costs no more than the
+    student's evaluation, whose logits are passed to `watch`.
     """
 
     def __init__(
@@ -125,16 +125,16 @@ class Lessons:
         self._targets: list[Tensor] = []
 
     def watch(self, logits: Tensor, targets: Tensor) -> None:
-        """Note the student's logits [B, C] of the next images of an evaluation."""
+        """Take the student's logits [B, C] for the next images of an evaluation."""
         self._own.append(self._method.standing(logits, targets))
         self._targets.append(targets)
 
     @torch.no_grad()
     def shares(self) -> dict[str, list[float | None]]:
-        """For each mentor a share of each class, rounded to 4 digits, None without an image.
+        """For each mentor, the share of each class, rounded to 4 digits; None without an image.
 
-        Of the evaluation that has been watched, which is forgotten then. The first call runs the
-        mentors over the images, in eval mode.
+        They are those of the evaluation since the last call. The first call runs the mentors over
+        the images, in eval mode.
         """
         if not self._standings:
             self._standings = self._of_mentors()
@@ -175,5 +175,5 @@ def require_finite(measured: Evaluation, what: str) -> None:
 
 
 def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
-    """What becomes of an image that a network is measured on."""
+    """The crop of images that a network is measured on; None for images of one size."""
     return CentreCrop(size) if isinstance(image_set, ImageFiles) else None

@@ -8,8 +8,8 @@ from collections import Counter
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# By their names, for timm may not be there. Its own convolution pads by the size of its input, its
-# own norm is followed by an activation.
+# By name, because timm may not be installed. Its convolution pads by the size of its input, its
+# norm includes an activation.
 _CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 _NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 
@@ -17,19 +17,19 @@ _NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchN
 def fold_batch_norms(network: nn.Module) -> nn.Module:
     """A copy of ``network`` in eval mode without the batch norms that `foldable` names.
 
-    Their scales and shifts, combined in float64, are in the convolutions, whose weights keep their
-    dtype; an identity, or the norm's activation, stands where each was, so that every other name
-    and the code stay as they were. ``network`` itself is not touched.
+    Their scales and shifts are merged, in float64, into the convolutions, whose weights keep their
+    dtype. An identity, or the norm's activation, takes the place of each, so that every other name
+    and the code stay as they were. ``network`` itself is not changed.
     """
     folded = copy.deepcopy(network).eval()
     for norm_name, conv_name in foldable(folded).items():
         conv, norm = folded.get_submodule(conv_name), folded.get_submodule(norm_name)
         assert isinstance(conv, nn.Conv2d)  # timm's are, too
         assert isinstance(norm, nn.BatchNorm2d)
-        # Copies, for another layer may share these tensors.
+        # Copies, because another layer may share these tensors.
         fused = fuse_conv_bn_eval(copy.deepcopy(conv).double(), copy.deepcopy(norm).double())
         folded.set_submodule(conv_name, fused.to(conv.weight.dtype))
-        # An identity, for the norms of PyTorch have no parts.
+        # For PyTorch's norms, which have no submodules, an empty sequence: the identity.
         rest = nn.Sequential(*norm.children())
         folded.set_submodule(norm_name, rest.eval())
     return folded
@@ -38,19 +38,19 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 def foldable(network: nn.Module) -> dict[str, str]:
     """The batch norms of ``network`` that can be folded, each with the convolution to fold it into.
 
-    Those are the `BatchNorm2d` (and timm's `BatchNormAct2d`) with running statistics that take the
-    output of a `Conv2d` (or timm's `Conv2dSame`) which nothing else takes, both called once and
-    their tensors not used elsewhere in the forward pass. What follows what is read off `torch.fx`'s
-    trace in eval mode; in a network that cannot be traced nothing is foldable.
+    Those are the `BatchNorm2d` (and timm's `BatchNormAct2d`) with running statistics whose input is
+    the output of a `Conv2d` (or timm's `Conv2dSame`) that is used nowhere else; both are called
+    once and their tensors are not used elsewhere in the forward pass. The order is read from
+    `torch.fx`'s trace in eval mode; in a network that cannot be traced nothing is foldable.
     """
     tracer = _Tracer()
-    tracer.proxy_buffer_attributes = True  # so that a look at a norm's statistics is in the graph
+    tracer.proxy_buffer_attributes = True  # so that reading a norm's statistics is in the graph
     try:
         graph = tracer.trace(copy.deepcopy(network).eval())
     except Exception:  # whatever a forward pass raises when it is given a proxy
         return {}
     # torch.fx.experimental.optimization.fuse finds such pairs too, but would also fold into a
-    # convolution that is called a second time, and leaves a generated module in place of the class.
+    # convolution that is called twice, and replaces the network's class by a generated module.
     uses = Counter(
         node.target if node.op == "call_module" else node.target.rpartition(".")[0]
         for node in graph.nodes
@@ -78,7 +78,7 @@ def foldable(network: nn.Module) -> dict[str, str]:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        """Whether ``module`` is looked at from outside only."""
+        """Whether ``module`` is one node of the trace."""
         return _class(module) in _CONVOLUTIONS + _NORMS or super().is_leaf_module(module, name)
 
 

@@ -13,8 +13,8 @@ _WARM_UP = 3  # steps in which libraries choose their algorithms and the optimiz
 class CapturedStep:
     """Calls ``step(images, targets)`` a few times, captures it, and replays it from then on.
 
-    The step must wait for nothing, and leave what it computes in tensors that live longer than it.
-    All batches have one shape.
+    The step must not wait for the GPU, and must leave its results in tensors that outlive it. All
+    batches must have one shape.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None]) -> None:
@@ -37,7 +37,7 @@ class CapturedStep:
         self._graph.replay()
 
     def _warm_up(self, images: Tensor, targets: Tensor) -> None:
-        # On a stream of its own, as capture asks of everything that autograd has seen before.
+        # On a side stream, as capture requires of what autograd has run before.
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
@@ -47,6 +47,6 @@ class CapturedStep:
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         self._inputs = images.clone(), targets.clone()
         self._graph = torch.cuda.CUDAGraph()
-        # This records, and runs nothing. What a loader's threads do meanwhile is their affair.
+        # This records, and runs nothing. A loader's threads may use CUDA meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step(*self._inputs)

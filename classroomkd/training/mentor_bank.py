@@ -1,4 +1,4 @@
-"""The frozen mentors of a classroom as one callable, as fast as they can be."""
+"""The frozen mentors of a classroom as one callable, made fast for inference."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class MentorBank:
 
     The bank holds copies of the mentors: in eval mode, frozen, without the batch norms that can be
     folded, channels last, in ``dtype``. On a GPU each runs on a stream of its own between the work
-    before and the work after the call; a CUDA graph can capture that, and then the time is the
-    slowest mentor's as long as the small ones leave multiprocessors idle.
+    before and the work after the call. A CUDA graph can capture that; the time is then that of the
+    slowest mentor as long as small ones leave multiprocessors idle.
 
     Args:
         mentors: unique name to network, which maps images [B, 3, H, W] to logits [B, C].
         num_classes: C.
         device: where the mentors run.
         dtype: torch.float32 or torch.bfloat16, of weights, activations and logits. Batch norms
-            that stay keep float32 statistics, whose rounding would be the same for every image.
+            that are not folded keep float32 statistics: rounded, they would bias every image.
         compile: pass each mentor through ``torch.compile``.
-        features: whether the outputs of the stages are wanted too, which goes without ``compile``.
+        features: whether to return the outputs of the stages too; not with ``compile``.
 
     Attributes:
         names: of the mentors, in the order of the logits.
@@ -76,7 +76,7 @@ class MentorBank:
 
         Raises UserError if a mentor's logits are not [B, num_classes].
         """
-        # A mentor computes in the bank's dtype, whatever the student's autocast says.
+        # A mentor computes in the bank's dtype, independently of the student's autocast.
         with torch.autocast(self._device.type, enabled=False):
             images = images.to(self._dtype, memory_format=torch.channels_last)
             logits = self._side_by_side(images) if self._streams else self._in_turn(images)
@@ -93,9 +93,9 @@ class MentorBank:
         return [network(images) for network in self._networks]
 
     def _side_by_side(self, images: Tensor) -> list[Tensor]:
-        # Memory is safe without Tensor.record_stream: the current stream goes on when all others
-        # are done with the images, and a logits tensor's memory, once freed, is used again by its
-        # own stream alone, which first waits for the current one and so for the loss.
+        # Memory is safe without Tensor.record_stream: the current stream continues once all others
+        # are done with the images, and the memory of logits, once freed, is reused only by their
+        # own stream, which first waits for the current one and so for the loss.
         current = torch.cuda.current_stream(self._device)
         logits = []
         for network, stream in zip(self._networks, self._streams, strict=True):

@@ -1,13 +1,13 @@
 """Learning rates as functions of progress, so that one schedule serves any number of epochs.
 
 Progress is the share of the training that is done, 0 at its start and below 1. "steps" keeps the
-peak and divides it by ten at each milestone; "classroom" first falls linearly to a fifth of the
-peak over the first half, then likewise: both change from epoch to epoch, and are the published
-CIFAR schedules at 240 epochs and a peak of 0.05. "cosine" is half a cosine from the peak to 0, step
-by step. A warm-up multiplies any of them by a line from 0 to 1.
+peak and divides it by ten at each milestone; "classroom" also falls linearly to a fifth over the
+first half. Both change from epoch to epoch, and are the published CIFAR schedules at 240 epochs and
+a peak of 0.05. "cosine" is half a cosine from the peak to 0, step by step. A warm-up multiplies any
+of them by a ramp from 0 to 1.
 
-The student alone takes the classroom's schedule too: only then does the classroom alone make the
-difference.
+The student alone is trained with the same schedule as in the classroom, so that the mentors are the
+only difference.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def peak_learning_rate(training: TrainingConfig, architecture: str) -> float:
 
 
 def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:
-    """The rate after so many epochs, 0 ≤ epochs_done < ``training.epochs``."""
-    # The epoch that this step lies in, whatever the rounding of its share.
+    """The rate after ``epochs_done`` epochs, 0 ≤ epochs_done < ``training.epochs``."""
+    # The epoch of this step, despite rounding.
     progress = math.floor(epochs_done + 1e-9) / training.epochs
     if training.schedule == "cosine":
         rate = peak * 0.5 * (1 + math.cos(math.pi * epochs_done / training.epochs))

@@ -20,30 +20,30 @@ from classroomkd.training.graph import CapturedStep
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate
 
-READ_EVERY = 50  # steps between two looks at the sums on the device
+READ_EVERY = 50  # steps between two checks of the sums on the device
 
 
 class Trainer:
     """Trains ``network`` by SGD, as ``method`` says.
 
-    A step waits for nothing on the device: losses and hits are summed there and looked at every 50
+    A step does not wait for the device: losses and hits are summed there and checked every 50
     steps, and the learning rate is a tensor. On a GPU the step, mentors and optimizer included, is
     captured in a CUDA graph after a few steps (``cuda_graph``) and replayed from then on.
 
     Args:
-        network: maps images [B, 3, H, W] to logits [B, C]; trained in place, where it lies.
+        network: maps images [B, 3, H, W] to logits [B, C]; trained in place, on its device.
         loader: training batches on the network's device.
         training: epochs, schedule and the optimizer's numbers.
         name: what error messages call the network.
         peak: the schedule's highest learning rate.
         method: what the network learns from images, targets and mentors.
         mentors: on the same device; none for a method that needs none.
-        image_size: of the loader's images, in pixels, for methods that look at features.
+        image_size: of the loader's images, in pixels, for methods that use features.
         dtype: torch.bfloat16 for a forward pass under autocast.
-        cuda_graph: False to launch every kernel of every step, on a GPU.
+        cuda_graph: on a GPU, False to launch every kernel of every step.
         compile: whether the network goes through ``torch.compile``.
-        processes: those that train the network together, each on its share of every batch; then
-            the gradient is that of the mean over all valid rows, wherever they are.
+        processes: those that train the network together, each on its share of every batch; the
+            gradient is then that of the mean over the valid rows of all processes.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Trainer:
 
     @torch.no_grad()
     def _show_features(self, stages: StageOutputs, image_size: int) -> None:
-        """Tell the method the shapes of the features, for which it may need parameters."""
+        """Give the method the shapes of the features, for parameters that it may need."""
         images = torch.zeros(1, 3, image_size, image_size, device=self.device)
         self.network.eval()(images)
         mentors = self.mentors(images) if self.mentors else []
@@ -111,14 +111,14 @@ class Trainer:
         return self.device.type == "cuda"
 
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Train from where the trainer stands to the end of the epoch, and return its record.
+        """Train from the trainer's position to the end of the epoch, and return its record.
 
-        ``train_loss`` and ``train_top1`` are means over the epoch's images as they were met (of a
-        mixed one, top-1 is the predicted class's share of it), and
+        ``train_loss`` and ``train_top1`` are means over the epoch's images at the time of their
+        step (for a mixed image, top-1 is the share of the predicted class in it), and
         ``images_per_second`` counts training alone. In a classroom there are also ``task_loss``,
         ``student_confidence`` and, for each mentor, the means over the epoch of what the loss
         reports; ``kl`` is the mean over the rows that the mentor taught, 0 if there were none.
-        ``on_step`` is called between steps, when the trainer's state is whole.
+        ``on_step`` is called between steps, when the trainer's state can be saved.
 
         Raises UserError, naming the batch and what went wrong in it, if the loss is not finite.
         """
@@ -159,7 +159,7 @@ class Trainer:
         return record
 
     def _step(self, images: Tensor, targets: Tensor) -> None:
-        """One optimizer step, which leaves its numbers in ``sums``."""
+        """One optimizer step, which adds its statistics to ``sums``."""
         mixed = self.dtype != torch.float32
         # What a graph replays must not rely on casts that were made before it was captured.
         with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
@@ -186,7 +186,7 @@ class Trainer:
         self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
 
     def _scale(self, targets: Tensor) -> Tensor:
-        """What makes a mean over this process's valid rows one over everyone's.
+        """The factor from a mean over this process's valid rows to one over all processes'.
 
         The gradients of R processes are averaged: n · R / N, of n valid rows here and N in all.
         """
@@ -197,7 +197,7 @@ class Trainer:
         return self.processes.sum(self.sums.clone())
 
     def _check_sums(self) -> None:
-        """Check the sums of the last look and fetch new ones, which nobody waits for."""
+        """Check the sums fetched last, and fetch new ones without waiting for them."""
         if self._fetched is None or self._fetched.query():
             self._require_finite(self._read.tolist())
             self._read.copy_(self._everyones_sums(), non_blocking=True)
@@ -209,11 +209,11 @@ class Trainer:
         self._require_finite(self._everyones_sums().tolist())
 
     def _require_finite(self, sums: list[float]) -> None:
-        images, sick = sums[:2]
-        if sick:
-            # Weights that are not finite stay so: the sick batches are the last ones.
+        images, nonfinite = sums[:2]
+        if nonfinite:
+            # Weights that are not finite stay so: the batches counted are the last ones.
             together = self.loader.batch_size * self.processes.world_size
-            first = min(round((images - sick) / together), len(self.loader) - 1)
+            first = min(round((images - nonfinite) / together), len(self.loader) - 1)
             raise UserError(
                 f"{self.name}, epoch {self.epoch}, batch {first + 1} of {len(self.loader)}: "
                 f"the loss is not finite: {self._culprit(first)}"
@@ -238,9 +238,9 @@ class Trainer:
         }
 
     def _culprit(self, batch: int) -> str:
-        # Mentors are frozen and a batch can be drawn again, so looking for a sick mentor can wait
-        # until something went wrong and costs a healthy step nothing. A logit of −inf only rules a
-        # class out.
+        # Mentors are frozen and a batch can be drawn again, so their logits are checked only once
+        # a loss is not finite, which costs other steps nothing. A logit of −inf only rules a class
+        # out.
         self.loader.set_epoch(self.epoch, batch)
         images, *_ = next(iter(self.loader))
         if self.mentors:
@@ -250,7 +250,7 @@ class Trainer:
         return "the training diverged; try a lower learning rate"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on. All processes ask between the same steps."""
+        """Everything that the next steps depend on. All processes call it after the same step."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
@@ -263,7 +263,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a ``state_dict`` as if never interrupted; called before the first step."""
+        """Resume from a ``state_dict`` as if never interrupted; called before the first step."""
         self.epoch, self.batch = state["epoch"], state["batch"]
         if self.processes.is_main:  # for everyone
             self.sums.copy_(state["sums"])
@@ -278,7 +278,7 @@ class Trainer:
 
 
 def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How far each prediction is right, [B]: 0 or 1, or the probability of the class predicted."""
+    """How correct each prediction is, [B]: 0 or 1, or the probability of the predicted class."""
     predicted = logits.argmax(1)
     if targets.dim() == 2:
         return targets.gather(1, predicted[:, None])[:, 0]
@@ -288,7 +288,7 @@ def _hits(logits: Tensor, targets: Tensor) -> Tensor:
 def _parameter_groups(
     parameters: Sequence[nn.Parameter], training: TrainingConfig
 ) -> list[dict[str, Any]]:
-    """All parameters, those that are not decayed (vectors: norms and biases) in a second group."""
+    """All parameters; those without weight decay (vectors: norms and biases) in a second group."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in parameters:
