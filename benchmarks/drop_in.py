@@ -5,7 +5,7 @@
 trains small students without a scheduler, on scikit-learn's digits and on drawn pictures, each with
 cross-entropy, with plain KD from the best mentor, and with `ClassroomLoss` at several mentor
 weights. Only the loss changes: the seed, the first weights, the batches and the rate are the same.
-It goes on where it was stopped.
+It resumes where it was stopped.
 """
 
 from __future__ import annotations

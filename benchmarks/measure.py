@@ -216,7 +216,7 @@ def write_json(out: Path, name: str, record: dict[str, object]) -> None:
 class KeptRows:
     """The rows of the record ``out/name.json``, written with each one that is added.
 
-    A benchmark that was stopped goes on with what is missing: ``keys`` are the columns that say
+    A benchmark that was stopped resumes with what is missing: ``keys`` are the columns that say
     what a row measures.
     """
 

@@ -6,7 +6,7 @@ trains students of the zoo as `train` does by default, alone, by KD and in class
 ``loss.mentor_weight`` only, on scikit-learn's digits, on drawn pictures and, if FOLDER is a data
 set of photographs in class folders, on its first 10 and 20 classes. Mentors are trained once a set,
 and taken from the store for all students. Candidates are to be chosen by the validation images, and
-are reported by the test images. It goes on where it was stopped.
+are reported by the test images. It resumes where it was stopped.
 """
 
 from __future__ import annotations

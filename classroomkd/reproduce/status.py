@@ -14,7 +14,7 @@ from classroomkd.reproduce.plan import Plan, Task
 
 @dataclass(frozen=True)
 class Status:
-    """Of a task: whether it is finished, its networks' epochs, and the seconds that they took.
+    """How far a task is: whether it is finished, its epochs and the seconds that they took.
 
     Those of processes that have ended count from their start to their end.
     """
