@@ -24,8 +24,9 @@ import torch
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
 # What each proves of the kernels, most of it first: there may not be the time for all.
-ON_A_GPU = ("fused_kernels", "operator", "augment_kernel", "loaders", "mentor_bank", "methods")
-ON_A_GPU += ("training", "fused")
+ON_A_GPU = ("loss/test_fused_kernels.py", "loss/test_operator.py", "data/test_augment_kernel.py")
+ON_A_GPU += ("data/test_loaders.py", "training/test_mentor_bank.py", "loss/test_methods.py")
+ON_A_GPU += ("training/test_training.py", "loss/test_fused.py")
 
 
 def main() -> int:
@@ -39,7 +40,7 @@ def main() -> int:
     if not gpu:
         print("no GPU here: the definition's tests alone")
     count = arguments.processes if gpu else 1
-    files = [str(TESTS / f"test_{name}.py") for name in (ON_A_GPU if gpu else ("definition",))]
+    files = [str(TESTS / name) for name in (ON_A_GPU if gpu else ("loss/test_definition.py",))]
     command = [
         sys.executable,
         "-m",

@@ -19,7 +19,7 @@ from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
 from classroomkd.loss.methods import create
 from classroomkd.models import NetworkInfo
 from classroomkd.runs.machine import find_precision
-from classroomkd.runs.recipe import DataConfig, Recipe
+from classroomkd.runs.recipe import DataConfig, LossConfig, Recipe
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.graph import CapturedStep
@@ -97,7 +97,8 @@ class OurLoop:
 
     def __init__(self, setting: Setting, case: Case, options: dict[str, Any]) -> None:
         training = TrainingConfig(EPOCHS, case.batch, LEARNING_RATE)
-        recipe = Recipe(training=training, **options)
+        paper = LossConfig(mentor_weight=None, task_weight="confidence")  # as the loop has it
+        recipe = Recipe(training=training, loss=paper, **options)
         images = setting.images()
         n_test = len(images) // 5
         self._test = ImageSet(images.images[:n_test], images.targets[:n_test], images.classes)

@@ -847,7 +847,7 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """)
     path = os.pathsep.join([str(tmp_path), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
-    tests = "import gpu_tests as g; print(*(g.TESTS / f'test_{n}.py' for n in g.ON_A_GPU))"
+    tests = "import gpu_tests as g; print(*(g.TESTS / name for name in g.ON_A_GPU))"
 
     def bare(*command):
         return subprocess.run(
