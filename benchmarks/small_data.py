@@ -145,7 +145,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
     with patch("classroomkd.runs.training_run.write_report"):  # nobody reads it
         summary = classroom.run(train, test, folder, validation_set=validation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    *_, last = (line for line in lines if line["phase"] in ("alone", "classroom"))
+    *_, last = (line for line in lines if line["phase"] in ("alone", "student"))
     return {
         "classes": len(train.classes),
         "mentors_top1": [

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
 
 from classroomkd.cli import main
@@ -43,8 +42,9 @@ def test_python_blocks_run(code, page):
 
 
 @pytest.mark.parametrize(("code", "page"), blocks("yaml"))
-def test_yaml_blocks_are_recipes(code, page):
-    load_recipe(values=yaml.safe_load(code))
+def test_yaml_blocks_are_recipes(code, page, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(code)
+    load_recipe(tmp_path / "recipe.yaml")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
