@@ -16,12 +16,13 @@ from patience import LAST_RESORT
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-# Epochs, not more than by default, and what the held-out accuracy of every network must then be
-# above; chance is 0.1, 0.1 and 0.25.
+# The package without which it is skipped, and the extra that installs it.
 NEEDS = {
     "lightning_module": ("lightning", "examples"),
     "hugging_face": ("transformers", "examples"),
 }
+# Epochs, not more than by default, and what the held-out accuracy of every network must then be
+# above; chance is 0.1, 0.1 and 0.25.
 LESS = {"plain": (3, 0.4), "lightning_module": (8, 0.6), "hugging_face": (3, 0.5)}
 
 
@@ -34,7 +35,7 @@ def docstring_commands(example: Path) -> list[list[str]]:
 def test_example_learns(example):
     install, command = docstring_commands(example)
     package, extra = NEEDS.get(example.stem, ("sklearn", "train"))
-    assert install == ["pip", "install", "-c", "constraints.txt", "-e", f".[{extra}]"]
+    assert install == ["pip", "install", "-c", "constraints.txt", "-e", f'".[{extra}]"']
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     epochs, at_least = LESS[example.stem]
