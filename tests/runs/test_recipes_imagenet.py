@@ -67,7 +67,7 @@ def test_the_recipe(name):
     assert (training.epochs, training.batch_size, training.nesterov) == (100, 512, True)
     assert (training.weight_decay, training.decay_norms_and_biases) == (1e-4, False)
     assert training.momentum == 0.9
-    assert recipe.loss == type(recipe.loss)(mentor_weight=None)
+    assert recipe.loss == type(recipe.loss)(mentor_weight=None, task_weight="confidence")
     peak = peak_learning_rate(training, recipe.student)
     rates = [learning_rate(training, peak, done) for done in (0, 29, 30, 59, 60, 89, 90, 99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
