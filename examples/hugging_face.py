@@ -6,8 +6,8 @@
 trains two small BERTs and, on a quarter of their sentences, a smaller one twice, alone and in their
 classroom; nothing is downloaded. Half of a sentence's words belong to its class, which is to be
 told, and the others to any. Mentors help most where they know more than the student's few
-sentences tell. With four classes the mentors must weigh less than the paper's 1: 3/8 each was
-chosen over five seeds. ``--seed`` chooses the sentences and the first weights.
+sentences tell. With four classes the mentors should weigh less than the paper's 1:
+here 3/8 each. ``--seed`` chooses the sentences and the first weights.
 """
 
 import argparse

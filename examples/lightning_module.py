@@ -5,8 +5,8 @@
 
 trains two perceptrons on two thirds of the digits and, on a tenth of these, another one twice,
 alone and in their classroom. Mentors help most where they know more than the student's few images
-tell, and noise shows them these in many forms. With ten classes the mentors must weigh less than
-the paper's 1: 3/8 each was chosen over five seeds. ``--seed`` chooses the split and the first
+tell, and noise shows them these in many forms. With ten classes the mentors should weigh less than
+the paper's 1: here 3/8 each. ``--seed`` chooses the split and the first
 weights.
 """
 

@@ -5,8 +5,8 @@
 
 trains a teacher, a peer, and one student twice, alone and in their classroom, on the GPU if there
 is one. The networks come from the library's zoo and the batches from its loader, but neither has
-to: the loss asks for nothing but logits. With ten classes the mentors must weigh less than the
-paper's 1: 3/8 each was chosen over five seeds, where ``mentor_weight="auto"`` gives 1/4.
+to: the loss asks for nothing but logits. With ten classes the mentors should weigh less than the
+paper's 1: here 3/8 each, where ``mentor_weight="auto"`` gives 1/4.
 ``task_weight=1`` gives the labels their full weight: the paper's, the student's confidence, is
 small at first, which costs a training as short as this one. ``--seed`` chooses the first weights
 and the batches.

@@ -152,6 +152,8 @@ def sampled():
     Two mentors compile in seconds, sixteen in minutes.
     """
     rows = [row for row in compiled.covering(compiled.FACTORS) if row["n_mentors"] <= 2]
+    # There one kernel is known to spill 8 bytes (docs/kernel.md); the record counts all that do.
+    rows = [row for row in rows if (row["target"], row["n_classes"]) != ("cuda:80", 32_768)]
     chosen = {}
     for row in rows:
         chosen.setdefault((row["target"], row["n_classes"] >= 9000), row)
@@ -162,9 +164,7 @@ def sampled():
 def test_a_sample_of_the_covering_rows_compiles(compile_all):
     for row, call in zip(sampled(), compile_all(compiled.compile_row, sampled()), strict=True):
         assert "error" not in call, f"{row}: {call['error']}"
-        # One kernel keeps 8 bytes in memory, outside its loops.
-        spills = (row["target"], row["n_classes"], row["n_mentors"]) == ("cuda:80", 32_768, 1)
-        assert compiled.spilled(call) <= 8 * spills, f"{row}: {call}"
+        assert compiled.spilled(call) == 0, f"{row}: {call}"
 
 
 FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 6), "target": ("cuda:90",)}
