@@ -77,7 +77,9 @@ def classroom_loss(
         mentoring: how τ is chosen: "adaptive"; "fixed" uses ``temperature`` itself; "none" uses 1;
             "dtkd" gives student and mentor each their own (Dynamic Temperature Knowledge
             Distillation).
-        weighting: "rank" weights a mentor's term by r_m, "uniform" by 1.
+        weighting: "rank" weights a mentor's term by r_m, "uniform" by 1, "confidence" by
+            w_m = (1 − exp(−ℓ_m) / Σ_j exp(−ℓ_j)) / (M − 1) over the mentors j, or 1 for M = 1
+            (Zhang, Chen, Wang: *Confidence-Aware Multi-Teacher Knowledge Distillation*).
         task_weight: weight of the cross-entropy: "confidence", exp(ℓ_s), or a number ≥ 0.
         rank_decimals: if given, exp(ℓ_k) / Σ_j exp(ℓ_j) is rounded to so many decimals first.
         label_smoothing: share of the target that is spread over all classes, 0 to 1.
@@ -342,6 +344,8 @@ def weighted_row_loss(
     weight = weights.mentor_temperature * weights.student_temperature
     if options.weighting == "rank":
         weight = weight * weights.rank
+    elif options.weighting == "confidence" and len(mentors) > 1:
+        weight = weight * (1 - torch.softmax(-weights.log_confidence[1:], 0)) / (len(mentors) - 1)
     if mentor_weight is not None:
         weight = weight * mentor_weight.detach().to(weight.dtype)[:, None]
     if options.mentor_weight is not None:

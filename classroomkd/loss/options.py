@@ -15,7 +15,7 @@ from classroomkd.limits import MAX_TEMPERATURE
 RANKINGS = ("sample", "batch")
 KNOWLEDGE_FILTERS = ("better", "correct", "correct_and_better", "none")
 MENTORINGS = ("adaptive", "fixed", "none", "dtkd")
-WEIGHTINGS = ("rank", "uniform")
+WEIGHTINGS = ("rank", "uniform", "confidence")
 REDUCTIONS = ("mean", "sum", "none")
 CONFIDENCE = "confidence"
 AUTOMATIC = "auto"

@@ -94,7 +94,7 @@ class LossConfig:
     ranking: Literal["sample", "batch"] = "sample"
     knowledge_filter: Literal["better", "correct", "correct_and_better", "none"] = "better"
     mentoring: Literal["adaptive", "fixed", "none", "dtkd"] = "adaptive"
-    weighting: Literal["rank", "uniform"] = "rank"
+    weighting: Literal["rank", "uniform", "confidence"] = "rank"
     mentor_weight: float | str | None = "auto"
     task_weight: float | str = 1.0
     rank_decimals: int | None = None

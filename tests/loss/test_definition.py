@@ -211,6 +211,26 @@ def test_float32_bears_sixteen_mentors_at_the_highest_temperature(n_classes, men
         assert ((grad - exact_grad).norm(dim=1) <= 1e-3 * norms).all()
 
 
+@pytest.mark.parametrize("n_mentors", [1, 2, 5])
+def test_confidence_weighting(n_mentors):
+    student, mentors, targets = classroom(n_mentors=n_mentors).to(torch.float64)
+    options = {"knowledge_filter": "none", "mentoring": "none", "task_weight": 0.0}
+    whole = classroom_loss(
+        student, mentors, targets, weighting="confidence", reduction="none", **options
+    )
+    for b, target in enumerate(targets.tolist()):
+        log_p = torch.log_softmax(mentors[:, b], -1)
+        errors = (-log_p[:, target]).exp().tolist()  # exp(CE_m) = 1 / p_m
+        weights = (
+            [1.0]
+            if n_mentors == 1
+            else [(1 - error / sum(errors)) / (n_mentors - 1) for error in errors]
+        )
+        kl = (log_p.exp() * (log_p - torch.log_softmax(student[b], -1))).sum(-1).tolist()
+        expected = sum(w * value for w, value in zip(weights, kl, strict=True))
+        assert whole[b].item() == pytest.approx(expected, rel=1e-12)
+
+
 def in_both_precisions(student, mentors, targets, **options):
     """Each row's lessons with their gradient in float32, then in float64, all as float64."""
     results = []
