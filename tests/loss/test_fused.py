@@ -22,6 +22,7 @@ from classroomkd import (
 from classroomkd.loss import fused
 from classroomkd.loss.options import LossOptions
 from classrooms import EXTREME_MAXIMA, OPTIONS, Classroom, classroom, probabilities
+from fused_cases import sweep
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -119,8 +120,7 @@ def test_sizes(device, n_classes, n_mentors):
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option_tiled(device, monkeypatch, name, soft):
-    monkeypatch.setattr(launch, "blocks", lambda *_: None)
-    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    sweep(monkeypatch, 16)
     batch = classroom(n_mentors=5, n_rows=4, n_classes=37)
     if soft:
         batch = batch._replace(targets=probabilities(*batch.student.shape))
@@ -131,8 +131,7 @@ def test_every_option_tiled(device, monkeypatch, name, soft):
 @pytest.mark.parametrize("n_classes", [16, 40, 48])
 def test_tiles_and_extremes(device, monkeypatch, n_classes):
     """Tiles in which every class is ruled out, first, in the middle and last; large logits."""
-    monkeypatch.setattr(launch, "blocks", lambda *_: None)
-    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    sweep(monkeypatch, 16)
     student, mentors, targets = classroom(n_mentors=3, n_rows=3, n_classes=n_classes)
     targets %= 16
     for row in range(3):
@@ -190,8 +189,7 @@ def test_mentor_weight(device):
 def test_a_mentor_weight_for_all(device, monkeypatch, value, number, tiled):
     """As the definition in float64 with that number for each of the three mentors."""
     if tiled:
-        monkeypatch.setattr(launch, "blocks", lambda *_: None)
-        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+        sweep(monkeypatch, 16)
     batch = classroom()
     exact = Classroom(batch.student.double(), batch.mentors.double(), batch.targets)
     weights = torch.full((3,), number, dtype=torch.float64)
@@ -377,8 +375,7 @@ def test_dtkd_of_extreme_maxima(device, x_s, x_m):
 def test_logits_near_the_largest_float(device, monkeypatch, mentoring, tiled):
     """Their differences overflow to inf; neither loss nor gradient becomes NaN."""
     if tiled:
-        monkeypatch.setattr(launch, "blocks", lambda *_: None)
-        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(4, 1, 1))
+        sweep(monkeypatch, 4)
     rng = torch.Generator().manual_seed(0)
     values = torch.tensor([3e38, -3e38, 1e38, 1.0, 2.0, 1e-30])
     drawn = torch.randint(len(values), (4, 24, 9), generator=rng)
@@ -467,9 +464,8 @@ def test_upstream_gradients(device):
 
 @pytest.mark.parametrize("name", ["defaults", "released", "sum", "smoothed", "task_weight"])
 @pytest.mark.parametrize("n_rows", [1, 7, 9])
-def test_loss_and_grad(device, monkeypatch, name, n_rows):
-    """The same numbers as through autograd; beyond so many rows they are counted beforehand."""
-    monkeypatch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 7)
+def test_loss_and_grad(device, name, n_rows):
+    """The same numbers as through autograd."""
     student, mentors, targets = classroom(n_rows=n_rows).to(device)
     targets[n_rows // 2 + 1 :: 3] = -100
     options = OPTIONS[name]

@@ -65,7 +65,7 @@ options_drawn = st.fixed_dictionaries(
         "ranking": st.just("batch"),
         "knowledge_filter": st.sampled_from(["correct", "correct_and_better", "none"]),
         "mentoring": st.sampled_from(["fixed", "none", "dtkd"]),
-        "weighting": st.just("uniform"),
+        "weighting": st.sampled_from(["uniform", "confidence"]),
         "task_weight": st.sampled_from([0.0, 0.7]),
         "rank_decimals": st.sampled_from([0, 1, 2, 3, 15]),
         "label_smoothing": st.sampled_from([0.1, 1.0]),
