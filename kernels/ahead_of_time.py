@@ -191,7 +191,7 @@ def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
     gpu = _gpu(target)
-    options = {"num_warps": cut.num_warps}
+    options = cut.compiler_options() if isinstance(cut, Blocks) else {"num_warps": cut.num_warps}
     compiled = triton.compile(_source(kernel, arguments), target=gpu, options=options)
     read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
     return Compiled(**read(compiled), blocks=cut)

@@ -11,12 +11,16 @@ from classroomkd.kernels.counters import MAX_GROUPS
 # softmax numerators, and what the compiler needs besides.
 _MAX_VALUES_HELD = 32
 _MAX_WARPS_HELD = 4
+_MAX_CLASSES_OF_ONE_STEP = 4096
+_MAX_MENTORS_LIMITED = 7
 
 
 class Blocks(NamedTuple):
     """How a kernel is cut up: ROWS rows a program of num_warps warps, BLOCK_C columns a step.
 
     A row is held in PIECES pieces; 0 if it is swept. A load takes V columns.
+    ``max_registers`` a thread is what the compiler may use on NVIDIA's GPUs; None for as many as
+    it likes.
     """
 
     BLOCK_C: int
@@ -24,6 +28,12 @@ class Blocks(NamedTuple):
     num_warps: int
     PIECES: int = 0
     V: int = 1
+    max_registers: int | None = None
+
+    def compiler_options(self) -> dict[str, int]:
+        """What Triton is told besides the kernel's arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps} | limit
 
 
 def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
@@ -47,17 +57,26 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
         pieces = triton.cdiv(n_classes, piece)
         rows = max(1, 4 * warp_size // (n_lanes * piece))
         if rows * n_lanes * piece * pieces <= _MAX_VALUES_HELD * warp_size * num_warps:
-            return Blocks(piece, rows, num_warps, pieces)
+            limit = 128 if warp_size == 32 else None
+            return Blocks(piece, rows, num_warps, pieces, max_registers=limit)
         num_warps *= 2
     return None
 
 
 def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
-    """Blocks for rows in sweeps: a load of 16 bytes of each row a thread and step."""
-    columns = triton.next_power_of_2(n_classes)
-    threads, load = 128, 16 // itemsize
-    block_c = min(columns, threads * load)
-    return Blocks(block_c, 1, threads // warp_size, V=min(load, columns))
+    """Blocks for rows in sweeps, a load of 16 bytes of each row a thread and step.
+
+    A row of up to 4096 classes is one step, 16 columns a thread, and its gradient stays in
+    registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
+    each; with many mentors the compiler would have to spill for that.
+    """
+    load = 16 // itemsize
+    if n_classes <= _MAX_CLASSES_OF_ONE_STEP:
+        block_c = triton.next_power_of_2(n_classes)
+        num_warps = max(1, block_c // (16 * warp_size))
+        limit = 128 if n_mentors <= _MAX_MENTORS_LIMITED and warp_size == 32 else None
+        return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
+    return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
 
 
 def scaling_blocks(n_classes: int) -> Blocks:

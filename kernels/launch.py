@@ -61,7 +61,7 @@ class Launch(NamedTuple):
         """Run it on that device's current stream."""
         plan = self.plan
         with on_device(device):
-            plan.kernel[plan.grid](**self.tensors, **plan.values, num_warps=plan.blocks.num_warps)
+            plan.kernel[plan.grid](**self.tensors, **plan.values, **plan.blocks.compiler_options())
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from classroomkd.kernels.device import LOG2E, cross_terms, exponents, smoothed
-from classroomkd.kernels.swept import in_lanes, numbers_of, sums_of_threads
+from classroomkd.kernels.swept import in_lanes, numbers_of
 
 
 @triton.jit
@@ -137,15 +137,15 @@ def swept_lessons(
         sums_m = new_m
         sums_s = new_s
         crosses = new_crosses
-    # The student's lane has a copy.
-    sum_m = sums_of_threads((sums_m[0],) + sums_m, lane)
-    sum_s = sums_of_threads((sums_s[0],) + sums_s, lane)
-    return sum_m, sum_s, sums_of_threads((crosses[0],) + crosses, lane)
+    K: tl.constexpr = lane.shape[1]
+    sum_m = tl.sum(in_lanes((sums_m[0],) + sums_m, K), 1)
+    sum_s = tl.sum(in_lanes((sums_s[0],) + sums_s, K), 1)
+    return sum_m, sum_s, tl.sum(in_lanes((crosses[0],) + crosses, K), 1)
 
 
 @triton.jit
 def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
-    """Store columns of a row's gradient times the factor, in its own dtype; row and valid [1]."""
+    """Store columns of a row's gradient times the factor, in its own dtype; row to valid are [1]."""
     sick = tl.max(nonfinite.to(tl.int32), 0) > 0
     grad = tl.where(sick, float("nan"), grad * factor)
     grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)

@@ -62,26 +62,6 @@ def numbers_of(lanes, lane, N: tl.constexpr):
 
 
 @triton.jit
-def lanes_of(numbers, lane):
-    """Lanes [1, K] of numbers, the first one's in those beyond.
-
-    A thread has one or few of them, where the result of a reduction is in every thread.
-    """
-    lanes = tl.zeros_like(lane).to(numbers[0].dtype) + numbers[0]
-    for k in tl.static_range(1, len(numbers)):
-        lanes = tl.where(lane == k, numbers[k], lanes)
-    return lanes
-
-
-@triton.jit
-def sums_of_threads(tiles, lane):
-    """Sums over L of a tile [L] of each network, in lanes [1, K]; one reduction."""
-    K: tl.constexpr = lane.shape[1]
-    sums = tl.sum(in_lanes(tiles, K), 1)
-    return lanes_of(numbers_of(sums, tl.arange(0, K)[None, :], len(tiles)), lane)
-
-
-@triton.jit
 def row_begins(student_ptr, mentor_ptrs, student_stride, mentor_strides, row, ALIGN: tl.constexpr):
     """Where the row of each network begins, the student's first; ``row`` is a number."""
     begins = (student_ptr + row * ALIGN * student_stride,)
@@ -181,24 +161,20 @@ def swept_confidences(
         largest = tl.max(best, 0)
         target = tl.min(tl.where(best == largest, best_at, C - 1), 0)
         at_target = _at(begins, target, lane)
-    N: tl.constexpr = len(begins)
-    networks = tl.arange(0, K)[None, :]
-    z_max = numbers_of(tl.max(in_lanes(maxima, K), 1), networks, N)
-    of_threads = ()
-    scaled = ()
-    for k in tl.static_range(N):
-        lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - z_max[k])
-        of_threads = of_threads + (sums[k] * tl.exp2(lower * LOG2E),)
-        if not ONE_CLASS:
-            scaled = scaled + (picks[k] + tl.where(t_sums > 0.0, t_sums * lower, 0.0),)
-    e_sum = sums_of_threads(of_threads, lane)
-    maxima = lanes_of(z_max, lane)
+    of_threads = in_lanes(maxima, K)
+    z_max = tl.max(of_threads, 1)  # [1, K]
+    lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
+    e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
     if ONE_CLASS:
         t_sum = tl.full([1, 1], 1.0, tl.float32)
-        picked = at_target - maxima
+        e_sum = tl.sum(e_sum, 1)
+        picked = at_target - z_max
     else:
         t_sum = tl.sum(t_sums, 0) + tl.zeros([1, 1], tl.float32)
-        picked = sums_of_threads(scaled, lane)
+        t_sums = t_sums[None, :, None]
+        picked = in_lanes(picks, K) + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
+        e_sum = tl.sum(e_sum, 1)
+        picked = tl.sum(picked, 1)
     # A row without any class has no distribution.
-    ell = tl.where(maxima == -float("inf"), float("nan"), log_confidence(picked, t_sum, e_sum))
-    return ell, maxima, e_sum, at_target - maxima, valid, out_of_range, target, t_sum
+    ell = tl.where(z_max == -float("inf"), float("nan"), log_confidence(picked, t_sum, e_sum))
+    return ell, z_max, e_sum, at_target - z_max, valid, out_of_range, target, t_sum
