@@ -157,12 +157,12 @@ def test_compiled_kernels_that_failed_or_spill_are_listed():
     assert "one of 4 calls, of which these are the 3 quickest to compile. 1 failed" in text
     assert "| cuda:90 | 99 | 40 |" in text
     assert "| cuda:80 | 10 | 2 | float32 | PassManager::run failed |" in text
-    assert "2 spill none to memory; these do:" in text
+    assert "2 kernels spill no registers; these do:" in text
     assert "| cuda:90 | classroom | 10 | 6 | float32 | 24 |" in text
     compiled |= {"done": 4, "failed": 0, "compiled": compiled["compiled"][:1]}
     text = document.document({}, compiled)
     assert "occurs in one of 4 calls. None failed" in text
-    assert "None spills any to memory." in text
+    assert "No kernel spills registers." in text
 
 
 def test_a_gpus_records_fill_their_places(gpu_records):
@@ -193,7 +193,7 @@ def test_the_summary_after_a_gpu_run(gpu_records, tmp_path, monkeypatch, capsys)
         in lines
     )
     (cifar,) = (line for line in lines if line.endswith("[CIFAR]"))
-    assert "16.0× eager, 2.5× the best torch.compile" in cifar
+    assert "16.0× eager, 2.5× best torch.compile" in cifar
     assert any("compile max-autotune: failed: RuntimeError" in line for line in lines)
     assert "loaders  resident, 32 pixels, batch 512: 64.0 million images/s" in lines
     assert any("800 images/s, 16.0× the loop, 12 % outside the networks" in line for line in lines)

@@ -236,7 +236,7 @@ def test_all_loaders_on_this_machine(tmp_path):
     own = rows["resident", 0]
     expected = 100 * own["images_per_second"] / floor["images_per_second"]
     assert own["floor_percent"] == pytest.approx(expected)
-    assert "15,360 bytes an image" in printed
+    assert "15,360 bytes per image" in printed
 
 
 def test_loaders_without_ffcv_of_real_images(tmp_path):
@@ -396,11 +396,11 @@ def test_markdown_of_the_loaders():
         "floors": {"device copy": floor},
     }
     text = result_tables.markdown(record)
-    assert "**50,000 images of 32×32, 512 a batch, bfloat16, cuda**" in text
+    assert "**50,000 images of 32×32, batches of 512, bfloat16, cuda**" in text
     assert "| resident | – | 1,050 | 900–1,200 | 42 | 7.89* | 0.01 | 12 | – |" in text
     assert "| ffcv | 4 | not installed: ffcv |  |" in text
     assert "| 224×224 | – | 87.65 | 90.0 | 31.0 | 5,800,000 | – | graph: oh |" in text
-    assert "device copy: 9,216 bytes an image at 2600.0 GB/s = 280,000,000 images/s." in text
+    assert "device copy: 9,216 bytes per image at 2600.0 GB/s = 280,000,000 images/s." in text
 
 
 # ---------------------------------------------------------------- the whole step
@@ -612,7 +612,7 @@ class ScriptedProcess:
 
 
 def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
-    monkeypatch.setattr(step, "Process", ScriptedProcess)
+    monkeypatch.setattr("loader_processes.Process", ScriptedProcess)
     later = time.monotonic() + LAST_RESORT
 
     def measured(ends):
@@ -832,7 +832,7 @@ def test_run_gpu_ends_in_time(tmp_path):
 
 
 BARE = {"omegaconf", "plotly", "rich", "hypothesis", "sklearn", "yaml", "PIL", "safetensors"}
-BARE |= {"cv2", "ffcv", "lightning", "matplotlib", "psutil", "pytest_benchmark", "selenium"}
+BARE |= {"cv2", "ffcv", "lightning", "matplotlib", "psutil", "selenium"}
 BARE |= {"tensorboard", "timm", "torchvision", "transformers", "liger_kernel"}
 
 
