@@ -246,7 +246,7 @@ def test_page_tells_the_results(browser, tmp_path):
     assert rows[0] == given
     assert rows[4][::2] == ["resnet20-2 (mentor)", "30", "99.33%", "0.1234"]
     assert [row[0] for row in rows[-2:]] == ["resnet8 alone", "resnet8 in the classroom"]
-    assert "best is the highest of any epoch on these same images" in text
+    assert "best is the highest of any epoch on the same images" in text
     # 599 images: 100/599 = 0.167; 569 right: sqrt(0.94992 * 0.05008 / 599) = 0.00891
     assert "599 held-out images of digits: one image is 0.17 percentage points" in text
     assert "near 95.0% is 0.89 points" in text
@@ -404,11 +404,11 @@ def test_terminal_table(tmp_path):
 
 def test_the_epoch_that_validation_chooses_is_told(tmp_path):
     _, summary = make_run(tmp_path / "run")
-    assert "would be chosen" not in terminal(summary)
+    assert "validation images" not in terminal(summary)
     summary["data"]["validation_images"] = 120
     summary["results"][-1] |= {"chosen_epoch": 17, "chosen_top1": 0.9449}
     text = " ".join(terminal(summary).split())
-    assert "By the 120 validation images the student of epoch 17 would be chosen" in text
+    assert "On the 120 validation images, the student of epoch 17 is best" in text
     assert "94.49%" in text
 
 
@@ -436,7 +436,7 @@ def test_folder_that_is_not_a_run(tmp_path):
 def test_summary_of_no_run(tmp_path, text):
     make_run(tmp_path / "run")
     (tmp_path / "run" / "summary.json").write_text(text)
-    with pytest.raises(UserError, match=r"summary\.json is no run's summary: delete it"):
+    with pytest.raises(UserError, match=r"summary\.json is not a run's summary: delete it"):
         write_report(tmp_path / "run")
 
 
@@ -446,7 +446,7 @@ def test_damaged_records_are_told_and_left_out(tmp_path, damage):
     with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(records[-1] | damage) + "\n")
     page = write_report(tmp_path / "run").read_text()
-    assert f"left out: line {len(records) + 1} of metrics.jsonl" in page
+    assert f"Skipped incomplete line {len(records) + 1} of metrics.jsonl" in page
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "config.yaml", "starts.jsonl"])
@@ -918,7 +918,7 @@ def test_gains_of_nothing_are_told_in_words(browser, tmp_path):
     assert "gain" not in open_page(browser, write_report(run))
     text = browser.find_element("tag name", "body").text
     assert "Gain per class" in text
-    assert "Here it is 0 for each of the 9 classes." in text
+    assert "It is 0 for each of the 9 classes." in text
 
 
 def test_curves_that_end_near_one_another_at_the_top_are_told_apart(browser, tmp_path):

@@ -187,7 +187,7 @@ def test_peers_that_are_epochs_of_one_network(tiny):
         ),
         ({"classrooms": ["cifar100/nothing"]}, "cifar100/nothing is neither a file nor"),
         ({"overrides": ["seed=3"]}, "leave out the override 'seed=3': it is --seeds"),
-        ({"seeds": [1, 1]}, "--seeds has one value twice: 1 1"),
+        ({"seeds": [1, 1]}, "--seeds has a duplicate: 1 1"),
         ({"overrides": ["training.epoch=3"]}, "epoch"),
     ],
 )
@@ -258,20 +258,20 @@ EXPECTED = """\
 
 Data: photos (100 classes, 50,000 training and 5,000 held-out images). Training: 30 epochs \
 (mentors 30). Classrooms (student ← mentors): cifar100/resnet56-resnet20 (resnet20 ← resnet56 \
-resnet8). Seeds: 0, 1, 2; they share the mentors. 6 runs on NVIDIA X, with classroomkd 0.1.0 and \
-torch 2.13.0, 1.0 h without the mentors' training.
+resnet8). Seeds: 0, 1, 2, sharing the mentors. 6 runs on NVIDIA X, with classroomkd 0.1.0 and \
+torch 2.13.0, 1.0 h without training the mentors.
 
-**Not to be compared with published numbers: the data is photos, not CIFAR-100, and the epochs are \
+**Not comparable with published numbers: the data is photos, not CIFAR-100, and the epochs are \
 30, not 240.**
 
-Top-1 in percent on the held-out images (the data set's test part, or split off where it has \
-none), mean ± sample standard deviation over the seeds: teacher is the first mentor, after its \
-last epoch; last is after the last epoch; best is the highest of any epoch, chosen on these same \
-images, as papers print it; over alone is last less that of alone with the same seed, in \
-percentage points; over kd is last less that of kd with the same seed, in percentage points; time \
-of a run is the mean, without the mentors' training.
+Top-1 in percent on the held-out images (the data set's test part, or a split if it has none), \
+mean ± sample standard deviation over the seeds. Columns: teacher: the first mentor after its \
+last epoch; last: after the last epoch; best: the highest of any epoch, selected on the same \
+images, as papers print it; over alone: last minus that of alone with the same seed, in \
+percentage points; over kd: last minus that of kd with the same seed, in percentage points; time \
+per run: the mean, without training the mentors.
 
-| classroom | variant | seeds | teacher | last | best | over alone | over kd | time of a run |
+| classroom | variant | seeds | teacher | last | best | over alone | over kd | time per run |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |
 | cifar100/resnet56-resnet20 | alone | 3 | – | 53.00 ± 3.61 | 54.00 ± 3.61 | – | −1.00 ± 0.00 | \
 10 min |
@@ -284,22 +284,22 @@ of a run is the mean, without the mentors' training.
 | 72.34 | 69.06 | 70.66 | 73.46 |
 
 Published: top-1 on CIFAR-100's test images after 240 epochs; teacher, alone and KD from \
-RepDistiller's tables; best is NTCE-KD's, which augments more strongly.
+RepDistiller's tables; best from NTCE-KD, which uses stronger augmentation.
 """
 
 
 def test_on_cifar100_there_is_no_warning():
     rows = [row("alone", 0, 0.69, cifar100=True, epochs=240, data="cifar-100-python")]
     text = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["main"].title)
-    assert "Not to be compared" not in text
+    assert "Not comparable" not in text
     assert "Seed: 0. 1 run on" in text
     others = {"epochs": 1, "test_digest": "b", "validation_images": 900, "chosen": 0.6}
     rows = [row("alone", 1, 0.69, **others), *(run | {"chosen": 0.5} for run in rows)]
     text = markdown({"groups": aggregate(rows), "runs": rows}, TABLES["main"].title)
-    assert "**Not all runs were measured on the same held-out images.**" in text
+    assert "**The runs were not all measured on the same held-out images.**" in text
     assert "Training: 1 epoch (mentors 30), 240 epochs" in text
     assert "50,000 training, 900 validation and 5,000 held-out images" in text
-    assert "; chosen is the epoch that does best on the validation images" in text
+    assert "; chosen: the epoch that is best on the validation images" in text
     assert "| chosen |" in text
 
 
@@ -431,7 +431,7 @@ def test_two_shards_and_their_table(tiny, data, tmp_path, capsys):
     # Another recipe does not go on with these runs, and other methods stand beside them.
     assert cli.main(arguments(tiny, data, outs[0], *two, "training.momentum=0.8")) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"{outs[0]}/runs/tiny/alone/seed0 was begun with training.momentum 0.9" in line
+    assert f"{outs[0]}/runs/tiny/alone/seed0 was started with training.momentum 0.9" in line
 
 
 class Finishing:
@@ -499,7 +499,7 @@ def test_a_run_that_fails(tiny, data, tmp_path, capsys):
     assert cli.main(arguments(tiny, data, tmp_path, *options, diverging)) == 1
     text = capsys.readouterr().out
     assert "is not finite" in text or "its loss on the test images is" in text
-    assert "left out: runs/tiny/kd/seed0, for want of mentors/resnet14-" in text
+    assert "skipped: runs/tiny/kd/seed0, which needs mentors/resnet14-" in text
     (seconds,) = re.findall("done: runs/tiny/alone/seed0, ([0-9]+) s", text)
     assert int(seconds) > 0  # a start alone takes that long
     results = json.loads((tmp_path / "results.json").read_bytes())
