@@ -21,5 +21,5 @@ __all__ = [
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
 ]
-if not TYPE_CHECKING:  # checkers would take every name to be there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
     __getattr__, __dir__ = exports(__name__, {"loss": " ".join(__all__)})

@@ -28,7 +28,7 @@ __all__ = [
     "save_network",
     "student_file",
 ]
-if not TYPE_CHECKING:  # checkers would take every name to be there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
     __getattr__, __dir__ = exports(
         __name__,
         {

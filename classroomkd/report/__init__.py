@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from classroomkd.report.run_table import results_table
 
 __all__ = ["label", "results_table", "write_report"]
-if not TYPE_CHECKING:  # checkers would take every name to be there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
     __getattr__, __dir__ = exports(
         __name__, {"page": "write_report", "records": "label", "run_table": "results_table"}
     )

@@ -242,7 +242,7 @@ def test_a_second_iteration_of_one_loader(make, kind):
     second = iter(loader)
     also = [next(second)]
     if isinstance(loader, TorchLoader):
-        with pytest.raises(RuntimeError, match="another epoch: it gives one at a time"):
+        with pytest.raises(RuntimeError, match="another epoch: iterate one at a time"):
             next(first)
     else:
         got += first
@@ -403,7 +403,7 @@ def test_border_is_black_before_normalisation(make):
 
 
 def test_channel_statistics_of_nothing():
-    with pytest.raises(UserError, match="no images to take the mean"):
+    with pytest.raises(UserError, match="no images to compute the mean"):
         channel_statistics(random_set(0))
 
 
@@ -516,8 +516,8 @@ def test_a_sample_that_is_no_image_is_named(make, workers):
         (np.zeros((4, 4, 3), np.float32), 0, r"sample 1 of the data set .*float32.*not uint8"),
         (np.zeros((4, 4), np.uint8), 0, r"sample 1 of the data set .*\[4, 4\]"),
         (np.zeros((5, 4, 3), np.uint8), 0, r"\[5, 4, 3\].*\[4, 4, 3\].*one size"),
-        (good[0], 0.7, r"sample 1 of the data set cannot be taken: 'float'"),
-        (good[0], torch.tensor(1.0), r"sample 1 of the data set cannot be taken: only integer"),
+        (good[0], 0.7, r"sample 1 of the data set cannot be used: 'float'"),
+        (good[0], torch.tensor(1.0), r"sample 1 of the data set cannot be used: only integer"),
     ]:
         options = {"mean": MEAN, "std": STD, "augmentation": None, "workers": workers}
         with (

@@ -186,7 +186,7 @@ def test_peers_that_are_epochs_of_one_network(tiny):
             "no variant or method is called 'kdd'; the table's variants are alone, kd, cl",
         ),
         ({"classrooms": ["cifar100/nothing"]}, "cifar100/nothing is neither a file nor"),
-        ({"overrides": ["seed=3"]}, "leave out the override 'seed=3': it is --seeds"),
+        ({"overrides": ["seed=3"]}, "leave out the override 'seed=3': use the option --seeds"),
         ({"seeds": [1, 1]}, "--seeds has a duplicate: 1 1"),
         ({"overrides": ["training.epoch=3"]}, "epoch"),
     ],
