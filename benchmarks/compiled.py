@@ -173,7 +173,7 @@ def recorded(path: Path, wanted: Mapping[str, object]) -> list[Row]:
         record = {}
     if all(record.get(key) == value for key, value in wanted.items()):
         return record["compiled"]
-    print(f"{path} has another Triton version, other kernels or other calls: starting over")
+    print(f"{path} is of another Triton, other kernels or other calls: starting over")
     return []
 
 

@@ -1,4 +1,4 @@
-"""classroomkd: distil one student from many mentors through a fused Triton loss."""
+"""classroomkd: distil one student from many mentors with a fused Triton loss."""
 
 from typing import TYPE_CHECKING
 

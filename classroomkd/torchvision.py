@@ -1,11 +1,11 @@
-"""The import shim for torchvision, which the library needs only for data sets and models.
+"""The import shim for torchvision, which is needed only for its data sets and models.
 
-    import_torchvision()  # before lightning, transformers, timm or whatever else imports it
+    import_torchvision()  # before importing lightning, transformers, timm, … which import it
 
-torchvision's wheel has compiled operators for one build of torch. With another build (a CPU-only
-torch, say) they fail to load, and the import then fails with ``operator torchvision::nms does not
-exist`` because Python code refers to schemas that are not defined. Neither operator is called here,
-so for the import to succeed the two schemas are enough.
+torchvision's wheel has compiled operators for one build of torch. With another build, such as a
+CPU-only torch, they fail to load, and the import fails with ``operator torchvision::nms does not
+exist`` because Python code refers to undefined schemas. The operators are not used here, so
+defining the two schemas is enough.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_fragments: list[library.Library] = []  # each unregisters its schemas when it is collected
+_fragments: list[library.Library] = []  # kept, because collecting one unregisters its schemas
 
 
 def import_torchvision(submodule: str | None = None) -> ModuleType:
-    """Import ``torchvision``, or one of its submodules, with whatever torch is installed.
+    """Import ``torchvision``, or one of its submodules, with any build of torch.
 
     Raises ImportError if torchvision is not installed.
     """

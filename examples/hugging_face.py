@@ -1,13 +1,13 @@
-"""ClassroomKD in a subclass of Hugging Face's Trainer, on sentences made up here.
+"""ClassroomKD in a subclass of Hugging Face's Trainer, on synthetic sentences.
 
     pip install -c constraints.txt -e ".[examples]"
     python examples/hugging_face.py
 
-trains two small BERTs and, on a quarter of their sentences, a smaller one twice, alone and in their
-classroom; nothing is downloaded. Half of a sentence's words belong to its class, which is to be
-told, and the others to any. Mentors help most where they know more than the student's few
-sentences tell. With four classes the mentors should weigh less than the paper's 1:
-here 3/8 each. ``--seed`` chooses the sentences and the first weights.
+Trains two small BERTs and, on a quarter of their sentences, a smaller one twice: alone and with the
+first two as mentors. Nothing is downloaded. Half of a sentence's words belong to its class, the
+others to any class. Mentors help most if they know more than the student's few sentences show. With
+four classes, the mentor weight should be below the paper's 1: here 3/8. ``--seed`` sets the
+sentences and the initial weights.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 from classroomkd import ClassroomLoss
 from classroomkd.torchvision import import_torchvision
 
-import_torchvision()  # transformers does, and fails if it was built for another torch
+import_torchvision()  # transformers imports it too, and fails with another build of torch
 
 import transformers  # noqa: E402
 from transformers import (  # noqa: E402
@@ -33,7 +33,7 @@ CLASSES, WORDS, LENGTH = 4, 64, 16
 
 
 class ClassroomTrainer(Trainer):
-    """A Trainer whose model learns from ``mentors``, which read the same inputs."""
+    """A Trainer whose model learns from ``mentors``, which get the same inputs."""
 
     loss_is_scaled_for_ga = False  # a mean over the batch, which gradient accumulation divides
 
@@ -44,11 +44,11 @@ class ClassroomTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         outputs = model(**inputs)
-        loss = outputs.loss  # the model's own, for evaluation
+        loss = outputs.loss  # the model's own loss, for evaluation
         if model.training:
             with torch.no_grad():
-                lessons = [mentor(**inputs).logits for mentor in self.mentors]
-            loss = self.classroom_loss(outputs.logits, lessons, inputs["labels"])
+                mentor_logits = [mentor(**inputs).logits for mentor in self.mentors]
+            loss = self.classroom_loss(outputs.logits, mentor_logits, inputs["labels"])
         return (loss, outputs) if return_outputs else loss
 
 
@@ -93,7 +93,7 @@ if __name__ == "__main__":
         options |= {"args": TrainingArguments(folder, **settings), "compute_metrics": accuracy}
         mentors = [bert(64, layers=2), bert(48, layers=1)]
         teacher, peer = (fit(Trainer(mentor, **options)) for mentor in mentors)
-        # The student has a quarter of the sentences, and sees each twice as often.
+        # The student has a quarter of the sentences, and twice the epochs.
         settings["num_train_epochs"] *= 2
         options["args"] = TrainingArguments(folder, **settings)
         options["train_dataset"] = options["train_dataset"][:256]

@@ -3,11 +3,10 @@
     pip install -c constraints.txt -e ".[examples]"
     python examples/lightning_module.py
 
-trains two perceptrons on two thirds of the digits and, on a tenth of these, another one twice,
-alone and in their classroom. Mentors help most where they know more than the student's few images
-tell, and noise shows them these in many forms. With ten classes the mentors should weigh less than
-the paper's 1: here 3/8 each. ``--seed`` chooses the split and the first
-weights.
+Trains two perceptrons on two thirds of the digits and, on a tenth of these, another one twice:
+alone and with the first two as mentors. Mentors help most if they know more than the student's few
+images show; noise gives them many variants of these. With ten classes, the mentor weight should be
+below the paper's 1: here 3/8. ``--seed`` sets the split and the initial weights.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 from classroomkd import ClassroomLoss
 from classroomkd.torchvision import import_torchvision
 
-import_torchvision()  # Lightning does, and fails if it was built for another torch
+import_torchvision()  # Lightning imports it too, and fails with another build of torch
 
 import lightning  # noqa: E402
 
@@ -33,7 +32,7 @@ class Classroom(lightning.LightningModule):
     def __init__(self, student, mentors=()):
         super().__init__()
         self.student = student
-        # A tuple and no ModuleList, so that mentors are neither trained nor saved in checkpoints.
+        # A tuple, not a ModuleList, so that mentors are neither trained nor saved in checkpoints.
         self.mentors = tuple(mentor.eval() for mentor in mentors)
         self.classroom_loss = ClassroomLoss(temperature=12.0, mentor_weight=0.375)
 
@@ -48,10 +47,10 @@ class Classroom(lightning.LightningModule):
         if not self.mentors:
             return F.cross_entropy(logits, targets)
         with torch.no_grad():
-            lessons = [mentor(images) for mentor in self.mentors]
-        loss, report = self.classroom_loss(logits, lessons, targets, return_report=True)
+            mentor_logits = [mentor(images) for mentor in self.mentors]
+        loss, report = self.classroom_loss(logits, mentor_logits, targets, return_report=True)
         active = {f"active/{m}": share for m, share in enumerate(report.active_share)}
-        self.log_dict(active, on_step=False, on_epoch=True)  # read from the device once an epoch
+        self.log_dict(active, on_step=False, on_epoch=True)  # read from the device once per epoch
         return loss
 
     def validation_step(self, batch, batch_idx):

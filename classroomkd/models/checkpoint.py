@@ -1,6 +1,6 @@
-"""Networks on disk: this project's safetensors files and training states, and foreign checkpoints.
+"""Networks on disk: this project's safetensors files and training states, and other checkpoints.
 
-A file of this project says what it holds. In a foreign one the state dict is searched for
+Files of this project name their network. In other files the state dict is searched for
 (``states``) and recognised by the names and shapes of its tensors (``recognition``).
 """
 
@@ -34,9 +34,9 @@ _METADATA_KEY = "classroomkd"
 
 
 def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
-    """Write the weights and ``info`` to ``path``, a .safetensors file, atomically.
+    """Write the weights and ``info`` atomically to ``path``, a .safetensors file.
 
-    The prefixes that torch.compile and DataParallel add to the names are removed.
+    Prefixes added by torch.compile and DataParallel are removed from the names.
     """
     state = {
         name: tensor.detach().cpu().contiguous()
@@ -47,7 +47,7 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
 
 
 def student_file(run: Path) -> Path:
-    """The weights of a run's student, or of the student alone if the run trained only that.
+    """The weights of a run's student, or of the student alone if that is all the run trained.
 
     Raises UserError if there are none.
     """
@@ -68,14 +68,14 @@ def load_network(
 ) -> tuple[nn.Module, NetworkInfo | None, str]:
     """Load a network: (model in eval mode on the CPU, its info, its architecture).
 
-    ``path`` is a .safetensors file, a run folder (then its `student_file`), or anything that
-    ``torch.load`` reads with ``weights_only=True``, in which a state dict lies under any keys and
-    prefixes; ``FILE:ENTRY`` chooses one of several. The info is None unless this project wrote the
-    file; foreign files may hold networks of the zoo, torchvision or timm. Floating-point weights of
-    any precision become float32. ``notify`` gets one line that says which of several was taken and
-    what was left out, renamed or guessed; by default it warns.
+    ``path`` is a .safetensors file, a run folder (then its `student_file`), or any file that
+    ``torch.load`` reads with ``weights_only=True``, with a state dict under any keys and prefixes;
+    ``FILE:ENTRY`` selects one of several. The info is None unless this project wrote the file;
+    other files may hold networks of the zoo, torchvision or timm. Floating-point weights of any
+    precision become float32. ``notify`` is called with one line about what was selected, left out,
+    renamed or guessed; by default it warns.
 
-    Raises UserError if the file cannot be read, is damaged, fits no network, or has not
+    Raises UserError if the file cannot be read, is damaged, fits no network, or has other than
     ``num_classes`` classes.
     """
     path, entry = split_entry(path)
@@ -105,7 +105,7 @@ def load_network(
         model = _blank(match.architecture, match.classes)
     except UserError as error:
         raise UserError(f"{path} cannot be loaded: {error}") from None
-    # Checkpoints of old versions of PyTorch, whose batch norm counted no steps, have no counters.
+    # In old versions of PyTorch, batch norm counted no steps, so checkpoints have no counters.
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(COUNTER)}
     tensors = {name: state.tensors[theirs] for name, theirs in match.names.items()}
     model.load_state_dict({**counters, **tensors})
@@ -115,9 +115,9 @@ def load_network(
 
 
 def _require_weights(state: State, match: Match, path: Path) -> None:
-    """Raise UserError if tensors of the right names and shapes cannot be a network's weights."""
+    """Raise UserError if the matching tensors cannot be weights, for example without values."""
     if match.classes == 0:
-        raise UserError(f"{path} is a {match.architecture} for 0 classes, which predicts nothing")
+        raise UserError(f"{path} is a {match.architecture} for 0 classes")
     for name, theirs in match.names.items():
         tensor = state.tensors[theirs]
         wrong = (
@@ -137,10 +137,10 @@ def _require_weights(state: State, match: Match, path: Path) -> None:
 
 
 def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Match]:
-    """The tensors of the network that a file of this project says it holds."""
+    """The tensors of the network that a file of this project names."""
     architecture, classes = info.architecture, len(info.classes)
     if architecture not in ZOO and not is_external(architecture):
-        raise UserError(f"{path} is of an unknown network, {architecture!r}")
+        raise UserError(f"{path} names an unknown network, {architecture!r}")
     try:
         wanted = recognition.expected(architecture, classes)
     except UserError as error:
@@ -158,7 +158,7 @@ def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Matc
 
 
 def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> tuple[State, Match]:
-    """The tensors of the lowest rank that fit a network, one of the zoo before others."""
+    """The tensors of the lowest rank that fit a network, preferably one of the zoo."""
     texts = set(_texts(content))
     for _, group in itertools.groupby(found, key=lambda state: state.rank):
         if recognised := _first(list(group), texts):
@@ -170,12 +170,12 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     raise UserError(
         f"{path} fits no network of the zoo, {libraries}; the nearest, {near.architecture}, "
         f"differs{within}: {recognition.differences(shapes_of(state.tensors), near.shapes)} "
-        "(docs/extending.md says how to bring a network of your own)"
+        "(docs/extending.md explains how to add your own network)"
     )
 
 
 def _first(found: list[State], texts: set[str]) -> tuple[State, Match] | None:
-    """The first that fits a network of the zoo, else one named in ``texts``, else any other."""
+    """The first state that fits a network of the zoo, else one named in ``texts``, else any."""
     for way in _ways(texts):
         for state in found:
             if match := way(shapes_of(state.tensors)):
@@ -194,12 +194,12 @@ def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
 def _told(
     path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
 ) -> Iterator[str]:
-    """What the user should know about how a foreign file was read."""
+    """What the user should know about how the file was read."""
     if is_external(match.architecture):
         yield f"recognised as {match.architecture} by its names and shapes"
     if match.alike:
         yield (
-            f"{summary(match.alike)} would have the same: the logits are right only if it is "
+            f"{summary(match.alike)} would fit too: the logits are right only if it is "
             f"{match.architecture}"
         )
     beside = [other for other in found if not (state.holds(other) or other.holds(state))]
@@ -209,7 +209,7 @@ def _told(
         if other.may_be_network and not any(o.holds(other) for o in beside if o is not other)
     ]
     if others:
-        yield f"{state.entry} taken, not {summary(others)} (choose by {path}:{others[0]})"
+        yield f"used {state.entry}, not {summary(others)} (to select it: {path}:{others[0]})"
     unused = [name for name in state.tensors if name not in match.names.values()]
     if left_out := [*state.left_out, *unused]:
         yield f"left out: {summary(left_out)}"
@@ -219,13 +219,13 @@ def _told(
         if name != theirs and not name.endswith(COUNTER)
     ]
     if renamed:
-        yield f"read by other names: {summary(renamed)}"
+        yield f"renamed: {summary(renamed)}"
     if counters and not match.names.keys() & counters.keys():
-        yield f"no {COUNTER} in it"
+        yield f"without {COUNTER}"
 
 
 def _texts(content: object, depth: int = 0) -> Iterator[str]:
-    """All texts in the file, one of which may be the name of its network."""
+    """All strings in the file, one of which may be the name of its network."""
     if isinstance(content, argparse.Namespace):
         content = vars(content)
     if isinstance(content, str):
@@ -236,7 +236,7 @@ def _texts(content: object, depth: int = 0) -> Iterator[str]:
 
 
 def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
-    """The info of the file ``path``, or None if it is foreign; drops ``content``'s metadata."""
+    """The info if this project wrote the file, or None; removes ``content``'s metadata."""
     metadata = content.pop("__metadata__", None)
     if metadata is None:
         return _info(content.get("info"), path)
@@ -248,7 +248,7 @@ def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
 
 
 def _info(values: object, path: Path) -> NetworkInfo | None:
-    """The info in the file ``path``, or None if it is foreign."""
+    """The info from ``values``, or None if they are not this project's."""
     if not isinstance(values, dict) or set(values) != {field.name for field in fields(NetworkInfo)}:
         return None
     means, stds = (_channels(values[name]) for name in ("mean", "std"))

@@ -1,4 +1,4 @@
-"""Where a network lies, and how."""
+"""The device and memory layout of a network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from torch import nn
 
 
 def to_channels_last(network: nn.Module, device: torch.device) -> nn.Module:
-    """Move ``network`` to ``device``, with its weights channels last, and return it."""
-    # PyTorch's annotations leave this argument out.
+    """Move ``network`` to ``device``, with channels-last weights, and return it."""
+    # PyTorch's annotations lack this argument.
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

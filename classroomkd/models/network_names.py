@@ -1,4 +1,4 @@
-"""What is known of networks by their names, without building one, for which torch is needed."""
+"""Names and sizes of networks, in a module that does not import torch."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
-SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
+SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # checkpoints
 
 
 class Size(NamedTuple):
-    """Of a network with 100 classes, on one image of 32×32 pixels."""
+    """The size of a network with 100 classes, for one image of 32×32 pixels."""
 
     parameters: int
     flops: int
-    """Floating-point operations of a forward pass, as `torch.utils.flop_counter` counts them."""
+    """Floating-point operations of a forward pass, counted by `torch.utils.flop_counter`."""
 
 
 SIZES = {
@@ -54,7 +54,7 @@ SIZES = {
     "shufflenetv1": Size(949_258, 77_382_912),
     "shufflenetv2": Size(1_355_528, 89_008_896),
 }
-"""The zoo, in the order in which it is listed."""
+"""The zoo, in its listed order."""
 
 
 def names() -> list[str]:
@@ -63,15 +63,14 @@ def names() -> list[str]:
 
 
 def is_external(name: str) -> bool:
-    """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
+    """Whether ``name`` is a network of torchvision or timm, not of the zoo."""
     return name.startswith(("tv:", "timm:"))
 
 
 def split_entry(source: str | Path) -> tuple[Path, str | None]:
-    """The path, with ``~`` expanded, and the entry that ``FILE:ENTRY`` names.
+    """The path, with ``~`` expanded, and the entry of ``FILE:ENTRY``.
 
-    The entry is None if the whole of ``source`` is a path that exists, or no file comes before a
-    colon.
+    The entry is None if ``source`` is an existing path or has no file before a colon.
     """
     text = os.path.expanduser(source)
     if not Path(text).exists():
@@ -83,7 +82,7 @@ def split_entry(source: str | Path) -> tuple[Path, str | None]:
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether ``source`` means a file, an entry of one, or a run folder rather than a network."""
+    """Whether ``source`` is a file, an entry of one, or a run folder, not a network's name."""
     path, _ = split_entry(source)
     return (
         not is_external(source)
@@ -93,7 +92,7 @@ def is_checkpoint(source: str) -> bool:
 
 
 def require_known(name: str) -> None:
-    """Raise UserError, with the nearest names, if the zoo has no network ``name``."""
+    """Raise UserError, listing the nearest names, if the zoo has no network ``name``."""
     if name not in SIZES:
         nearest = ", ".join(difflib.get_close_matches(name.lower(), SIZES, cutoff=0.0))
         raise UserError(f"no network is called {name!r}; the nearest names are {nearest}")

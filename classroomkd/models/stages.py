@@ -1,4 +1,4 @@
-"""The features of the zoo's networks: the outputs of their stages, before global pooling."""
+"""The features of the zoo's networks: the outputs of their stages."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from classroomkd.models.vgg import VGG
 from classroomkd.models.wrn import WideResNet
 from classroomkd.models.zoo import build
 
-# As the literature on distillation counts them: the first block of a VGG or a MobileNetV2 belongs
-# to the stem; of a MobileNetV2, the blocks before a change of resolution and the last one count.
+# As usual for distillation, the first block of VGG and MobileNetV2 belongs to the stem. The stages
+# of MobileNetV2 end before a change of resolution and at the last block.
 _STAGES: dict[type[nn.Module], tuple[str, ...]] = {
     ResNet: ("layer1", "layer2", "layer3"),
     ResNetFourStage: ("layer1", "layer2", "layer3", "layer4"),
@@ -30,10 +30,10 @@ _STAGES: dict[type[nn.Module], tuple[str, ...]] = {
 
 
 def stages(network: nn.Module) -> list[nn.Module]:
-    """The modules that end the stages of ``network``, or of the first network of the zoo in it.
+    """The last modules of the stages of ``network``, or of the first network of the zoo in it.
 
-    Their outputs [B, C_i, H_i, W_i] are those of a stage's last ReLU, except in pre-activation and
-    inverted residual networks (WideResNet, MobileNetV2), whose stages end in a sum or a batch norm.
+    Their outputs [B, C_i, H_i, W_i] come after a ReLU, except for pre-activation and inverted
+    residual networks (WideResNet, MobileNetV2), whose stages end in a sum or a batch norm.
 
     Raises UserError if there is no network of the zoo.
     """
@@ -41,16 +41,15 @@ def stages(network: nn.Module) -> list[nn.Module]:
         if type(module) in _STAGES:
             return [module.get_submodule(name) for name in _STAGES[type(module)]]
     raise UserError(
-        f"the stages of a {type(network).__name__} are not known: methods that compare features "
-        "take networks of the zoo only"
+        f"the stages of a {type(network).__name__} are unknown: methods that compare features need "
+        "networks of the zoo"
     )
 
 
 class StageOutputs:
-    """Keeps the outputs of the stages of ``network`` when it is called, until they are taken.
+    """Captures the outputs of the stages of ``network`` when it is called, until `take`.
 
-    Outputs are kept unchanged, with their autograd graph if they have one. Hooks do not run in
-    compiled code.
+    Outputs keep their autograd graph. Hooks do not run in compiled code.
 
     Raises UserError as `stages` does.
     """
@@ -68,9 +67,9 @@ class StageOutputs:
         return hook
 
     def take(self) -> tuple[Tensor, ...]:
-        """The last call's features [B, C_i, H_i, W_i], in order; they are no longer kept here.
+        """Return and release the features [B, C_i, H_i, W_i] of the last call, in order.
 
-        Raises RuntimeError if there was no call since they were last taken.
+        Raises RuntimeError if the network was not called since the last `take`.
         """
         features, self._features = self._features, [None] * len(self._features)
         taken = tuple(tensor for tensor in features if tensor is not None)
@@ -81,7 +80,7 @@ class StageOutputs:
 
 @torch.no_grad()
 def feature_shapes(name: str, image_size: int) -> list[tuple[int, int, int]]:
-    """The shapes (C, H, W) of the features of a network for square images. Nothing is computed.
+    """The shapes (C, H, W) of a network's features for square images, from the meta device.
 
     Raises UserError as `stages` does.
     """

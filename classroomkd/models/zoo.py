@@ -1,4 +1,4 @@
-"""The zoo: every network by its name."""
+"""The zoo: its networks by name."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network as its layers or its library initialise it, for weights to be loaded into.
+    """The network with default initialisation, to load weights into.
 
     Raises UserError if there is no network of this name.
     """
@@ -58,7 +58,7 @@ def build(name: str, num_classes: int) -> nn.Module:
 
 @cache
 def has_depthwise_convolutions(name: str) -> bool:
-    """Whether a network has a depthwise convolution. Nothing is computed.
+    """Whether a network has a depthwise convolution.
 
     Raises UserError as `build` does.
     """
@@ -73,11 +73,11 @@ def has_depthwise_convolutions(name: str) -> bool:
 def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:
     """A network of the zoo, or ``tv:NAME`` of torchvision or ``timm:NAME`` of timm.
 
-    It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks take any H and W from 8.
-    Networks of the zoo are initialised anew: convolutions from He's normal distribution (fan-out)
-    with zero biases, batch norms with scale 1 and shift 0, the classifier as PyTorch's `Linear`.
-    Others are as their library initialises them or, if ``pretrained``, have its default weights, in
-    eval mode (`load_pretrained` also returns how their images must be normalised).
+    It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks accept any H and W ≥ 8.
+    Networks of the zoo have convolutions from He's normal distribution (fan-out) with zero biases,
+    batch norms with scale 1 and shift 0, and PyTorch's default classifier. Other networks are
+    initialised by their library or, if ``pretrained``, have its default weights, in eval mode
+    (`load_pretrained` also returns the normalisation of their images).
 
     Raises UserError if there is no network of this name, or no such weights for num_classes.
     """
@@ -100,7 +100,7 @@ def _create_pretrained(name: str, num_classes: int) -> nn.Module:
     model, info = external.load_pretrained(name)
     if len(info.classes) != num_classes:
         raise UserError(
-            f"the pretrained {name} tells {len(info.classes)} classes apart, but {num_classes} are "
-            "needed: train it on them, or give a checkpoint that was"
+            f"the pretrained {name} has {len(info.classes)} classes, but {num_classes} are needed: "
+            "train it on them, or give a checkpoint for them"
         )
     return model

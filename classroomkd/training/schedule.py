@@ -30,7 +30,7 @@ def peak_learning_rate(training: TrainingConfig, architecture: str) -> float:
 
 def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:
     """The rate after ``epochs_done`` epochs, 0 ≤ epochs_done < ``training.epochs``."""
-    # The epoch of this step, despite rounding.
+    # The epoch of this step, robust to rounding.
     progress = math.floor(epochs_done + 1e-9) / training.epochs
     if training.schedule == "cosine":
         rate = peak * 0.5 * (1 + math.cos(math.pi * epochs_done / training.epochs))

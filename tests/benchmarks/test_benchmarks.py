@@ -682,7 +682,7 @@ def test_markdown_of_the_steps():
     assert "| a ← b c | 64 | 240 | 6.00 | 1.00 | ok |" in text
     widths = {line.count("|") for line in text.split("**")[2].strip().splitlines()}
     assert len(widths) == 1
-    assert "Whole epochs of the trainer, measured" in result_tables.terminal(record)
+    assert "Whole epochs of the trainer" in result_tables.terminal(record)
 
 
 def run_gpu(folder, *options, python="venv/python", **environment):

@@ -117,5 +117,7 @@ def test_a_network_within_another_module() -> None:
 
 
 def test_another_network_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^the stages of a Sequential are not known.*zoo only$"):
+    with pytest.raises(
+        UserError, match=r"^the stages of a Sequential are unknown.*networks of the zoo$"
+    ):
         StageOutputs(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))

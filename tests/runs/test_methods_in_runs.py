@@ -120,7 +120,7 @@ def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch, states_kep
     ("overrides", "message"),
     [
         (["method=fitnet", "method_options.stage=9"], "stage"),
-        (["method=at", "mentors=[{source: 'tv:resnet18', epochs: 1}]"], "zoo only"),
+        (["method=at", "mentors=[{source: 'tv:resnet18', epochs: 1}]"], "need networks of the zoo"),
     ],
 )
 def test_features_that_there_are_not_are_missed_before_anything_is_trained(overrides, message):

@@ -149,8 +149,8 @@ def verify(
     beton = open_beton(path)
     if source is None and beton.sha256 is None:
         raise UserError(
-            f"{beton.path} has no {side_file(beton.path).name} next to it to compare with: give the "
-            "data set that it was packed from"
+            f"{beton.path} has no {side_file(beton.path).name} next to it to compare with: give "
+            "the data set that it was packed from"
         )
     if source is not None:
         _compare(beton, source, quality, max_side)
