@@ -258,7 +258,7 @@ def markdown(record: Row) -> str:
     """The tables as Markdown, below the machine and the legend."""
     from classroomkd.report.markup import markdown_table  # needs the packages of reports
 
-    lines = [f"{_machine(record['environment'])} {_limits(record)}".strip()]
+    lines = [_machine(record["environment"]), "", _limits(record)]
     for title, headings, body in tables(record):
         lines += ["", f"**{title}**", "", markdown_table(headings, body)]
     return "\n".join(lines) + "\n"

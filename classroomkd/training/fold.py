@@ -49,8 +49,8 @@ def foldable(network: nn.Module) -> dict[str, str]:
         graph = tracer.trace(copy.deepcopy(network).eval())
     except Exception:  # a forward pass may raise anything when given a proxy
         return {}
-    # torch.fx.experimental.optimization.fuse also folds into a convolution that is called twice, and
-    # replaces the network's class by a generated module.
+    # torch.fx.experimental.optimization.fuse also folds into a convolution that is called twice,
+    # and replaces the network's class by a generated module.
     uses = Counter(
         node.target if node.op == "call_module" else node.target.rpartition(".")[0]
         for node in graph.nodes

@@ -293,7 +293,7 @@ def test_methods_lists_them_with_their_options(capsys):
 def test_config_lists_the_values_of_a_recipe(tmp_path, capsys):
     assert cli.main(["config"]) == 0
     defaults = capsys.readouterr().out
-    assert "\ntraining.epochs=240  (a whole number)\n    Mentors are" in defaults
+    assert "\ntraining.epochs=240  (a whole number)\n    Training epochs; " in defaults
     assert "\ndata.padding=null  (a whole number or null)\n" in defaults
     (tmp_path / "own.yaml").write_text("{method: kd, mentors: [vgg8@9], training: {epochs: 30}}")
     assert cli.main(["config", str(tmp_path / "own.yaml")]) == 0
