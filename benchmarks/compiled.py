@@ -26,9 +26,7 @@ from pathlib import Path
 
 import triton
 from classroomkd.kernels.launch import blocks
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from classroomkd.files import atomic_write
 
@@ -54,7 +52,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "n_classes": (1, 10, 100, 1000, 4096, 9000, 32_768),
     "n_mentors": (1, 2, 6, 16),
     "target": ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"),
-    # A constant; not a multiple of 16; a multiple; so many that valid rows are counted first.
+    # A constant; not a multiple of 16; a multiple; large, so that valid rows are counted first.
     "n_rows": (1, 500, 512, 2048),
     "knowledge_filter": ("better", "correct", "correct_and_better", "none"),
     "mentoring": ("adaptive", "fixed", "none", "dtkd"),
@@ -222,25 +220,12 @@ def main() -> int:
     except KeyboardInterrupt:
         print(f"{len(done)} of {len(rows)} calls are in {arguments.out}; repeat to resume")
         return 130
-    Console(width=140).print(table(done))
-    return 1 if any("error" in call for call in done) else 0
-
-
-def table(done: Sequence[Row]) -> Table:
-    """One line per kernel and per call that failed to compile."""
-    heads = ("target", "kernel", "C", "M", "dtype", "warps", "registers", "spilled bytes")
-    table = Table(*heads, "shared bytes", "loads (bytes × count)")
-    for call in done:
-        target, *rest = (str(call[key]) for key in ("target", "n_classes", "n_mentors", "dtype"))
-        if "error" in call:
-            table.add_row(target, "–", *rest, call["error"])
-        for name, kernel in call.get("kernels", {}).items():
-            table.add_row(
-                *(target, name, *rest, str(kernel["blocks"]["num_warps"])),
-                *(str(kernel[key]) for key in ("registers", "spilled_bytes", "shared_bytes")),
-                ", ".join(f"{width} × {n}" for width, n in sorted(kernel["loads"].items())),
-            )
-    return table
+    failed = [call for call in done if "error" in call]
+    for call in failed:
+        print(*(call[key] for key in ("target", "n_classes", "n_mentors", "dtype", "error")))
+    spilling = sum(spilled(call) > 0 for call in done)
+    print(f"{arguments.out}: {len(done)} calls, {len(failed)} failed, {spilling} spill registers")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -123,7 +121,7 @@ def measure(n_classes: int) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure all rows, write and print them."""
+    """Measure all rows and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gradients.json")
     arguments = parser.parse_args()
@@ -131,24 +129,6 @@ def main() -> None:
     rows = [row for c in track(CLASSES, "classes") for row in measure(c)]
     record = {"benchmark": "gradients", "environment": environment(), "rows": rows}
     write_json(arguments.out, "gradients", record)
-
-    table = Table(
-        "C", "mentors", "top-1", *(f"M {m}, T {t:g}" for m in MENTORS for t in TEMPERATURES)
-    )
-    for c, strength in itertools.product(CLASSES, STRENGTHS):
-        first = [
-            row
-            for row in rows
-            if (row["classes"], row["strength"], row["step"], row["left_out"])
-            == (c, strength, 0, "nothing")
-        ]
-        table.add_row(
-            str(c),
-            strength,
-            f"{first[-1]['mentors_top1']:.0%}",
-            *(f"{row['times_task']:.2f}" for row in first),
-        )
-    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

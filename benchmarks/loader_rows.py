@@ -176,14 +176,14 @@ class RunningLoader:
         self.close()
         opener = OPENERS[self.name](self.setting, self.workers)
         self.gpu_before = self._gpu_bytes(torch.cuda.memory_allocated)
-        began, start = time.time(), time.perf_counter()
+        opened_at, start = time.time(), time.perf_counter()
         self.loader = opener()
         del opener  # it holds the images
         self.batches = iter(self.loader)
         self.batch = next(self.batches)
         self.synchronize()
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "compiled": self._compiled_since(began)}
+        return {"seconds": seconds, "compiled": self._compiled_since(opened_at)}
 
     def finish(self) -> int | None:
         """Read the rest of the epoch; returns the peak GPU memory in bytes since `open`."""
@@ -222,7 +222,7 @@ class RunningLoader:
     def _gpu_bytes(self, count: Callable[[], int]) -> int:
         return count() if self.setting.device.type == "cuda" else 0
 
-    def _compiled_since(self, began: float) -> bool:
+    def _compiled_since(self, opened_at: float) -> bool:
         """Whether code was compiled instead of found on disk."""
         if self.name == STOCK:  # compiles for each loader and caches nothing
             return True
@@ -235,7 +235,7 @@ class RunningLoader:
             import classroomkd.data.pixels as pixels
 
             files = Path(pixels._augment.stats.cache_path).glob("*.nb?")
-        return any(file.stat().st_mtime >= began for file in files)
+        return any(file.stat().st_mtime >= opened_at for file in files)
 
     def _check(self, images: torch.Tensor) -> None:
         """Raise ArithmeticError if the batch has the wrong shape, dtype, device or values."""

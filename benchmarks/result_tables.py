@@ -89,11 +89,15 @@ STEP_LEGEND = (
 )
 
 
+def _formatted(row: Row, key: str, form: str) -> str:
+    return "–" if row.get(key) is None else format(row[key], form)
+
+
 def cells(row: Row) -> list[str]:
     """A row's measurements, or its status if there are none."""
     if row["status"] != "ok":
         return [row["status"], *[""] * (len(COLUMNS) - 1)]
-    return ["–" if row[key] is None else format(row[key], style) for _, key, style in COLUMNS]
+    return [_formatted(row, key, form) for _, key, form in COLUMNS]
 
 
 def loader_cells(row: Row) -> list[str]:
@@ -101,21 +105,17 @@ def loader_cells(row: Row) -> list[str]:
     name = [row["loader"], str(row["workers"] or "–")]
     if row["status"] != "ok":
         return [*name, row["status"], *[""] * (len(LOADER_HEADINGS) - 3)]
-
-    def style(key: str, form: str) -> str:
-        return "–" if row[key] is None else format(row[key], form)
-
     return [
         *name,
-        style("images_per_second", ",.0f"),
+        _formatted(row, "images_per_second", ",.0f"),
         f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}",
-        style("floor_percent", ".0f" if (row["floor_percent"] or 0) >= 10 else ".1f"),
+        _formatted(row, "floor_percent", ".0f" if (row["floor_percent"] or 0) >= 10 else ".1f"),
         *(
             f"{row[key]['seconds']:.2f}{'*' if row[key]['compiled'] else ''}"
             for key in ("first_batch", "first_batch_again")
         ),
-        style("host_mib", ".0f"),
-        style("gpu_mib", ".0f"),
+        _formatted(row, "host_mib", ".0f"),
+        _formatted(row, "gpu_mib", ".0f"),
     ]
 
 
@@ -132,10 +132,7 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
         body = [
             [
                 f"{row['size']}×{row['size']}",
-                *(
-                    "–" if row.get(key) is None else format(row[key], form)
-                    for _, key, form in KERNEL_COLUMNS
-                ),
+                *(_formatted(row, key, form) for _, key, form in KERNEL_COLUMNS),
                 row["status"],
             ]
             for row in record["kernel"]
@@ -177,9 +174,7 @@ def _step_cells(row: Row) -> list[str]:
     name = [str(row["batch"]), row["implementation"], row.get("loader", ""), row.get("dtype", "")]
     if row["status"] != "ok":
         return [*name, row["status"], *[""] * len(STEP_COLUMNS)]
-    values = [
-        "–" if row.get(key) is None else format(row[key], form) for _, key, form in STEP_COLUMNS
-    ]
+    values = [_formatted(row, key, form) for _, key, form in STEP_COLUMNS]
     values.insert(1, f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}")
     return name + values
 

@@ -163,7 +163,7 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
         try:
             image, target = dataset[i]
             image, target = as_pixels(image), as_index(target)
-        except Exception as error:  # whatever the data set's own code raises
+        except Exception as error:  # the data set's own code may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"sample {i} of the data set cannot be used: {reason}") from error
         if images is None:

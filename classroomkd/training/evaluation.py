@@ -168,7 +168,9 @@ def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def require_finite(measured: Evaluation, what: str) -> None:
     """Raise UserError, naming the network ``what``, if its loss is not finite."""
     if not math.isfinite(measured.loss):
-        raise UserError(f"{what}: its loss on the images is {measured.loss}: use another checkpoint")
+        raise UserError(
+            f"{what}: its loss on the images is {measured.loss}: use another checkpoint"
+        )
 
 
 def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
