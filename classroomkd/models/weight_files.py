@@ -101,7 +101,9 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = {name.partition("/")[2] for name in archive.namelist()}
     except zipfile.BadZipFile as error:
-        raise UserError(f"{path} is truncated or damaged: download it again") from error
+        raise UserError(
+            f"{path} is not a complete archive, it is truncated or damaged: download it again"
+        ) from error
     if "constants.pkl" in members:
         raise UserError(
             f"{path} is a TorchScript archive, which holds code: if you trust it, save "
