@@ -452,7 +452,7 @@ class Finishing:
 @pytest.fixture
 def started(monkeypatch):
     monkeypatch.setattr(runner.subprocess, "Popen", Finishing)
-    monkeypatch.setattr(runner, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
     Finishing.started.clear()
     return Finishing.started
 
