@@ -21,7 +21,10 @@ from image_folders import make_cifar
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LESS = {"train": ["--epochs", "1", "mentor_training.epochs=1"], "reproduce": ["--plan"]}
+LESS = {
+    "train": ["--epochs", "1", "--image-size", "32", "mentor_training.epochs=1", "alone=false"],
+    "reproduce": ["--plan"],
+}
 
 
 def blocks(language: str) -> list:
