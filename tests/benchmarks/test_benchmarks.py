@@ -51,6 +51,7 @@ def run(out):
     return json.loads((out / "loss.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_the_script_on_this_machine(tmp_path):
     record, printed = run(tmp_path)
@@ -224,6 +225,7 @@ def run_loaders(out, *options, **environment):
 TINY = ("--images", 256, "--batch", 64, "--workers", 1, "--rounds")
 
 
+@pytest.mark.slow
 @requires_ffcv
 def test_all_loaders_on_this_machine(tmp_path):
     """One worker: FFCV's own operations take twice as long to compile for more."""
@@ -254,6 +256,7 @@ def test_all_loaders_on_this_machine(tmp_path):
     assert "15,360 bytes an image" in printed
 
 
+@pytest.mark.slow
 def test_loaders_without_ffcv_of_real_images(tmp_path):
     """The rows of what is not installed say so, and all others are there."""
     for name in ("ffcv", "torchvision"):
@@ -421,6 +424,7 @@ def test_markdown_of_the_loaders():
 # ---------------------------------------------------------------- the whole step
 
 
+@pytest.mark.slow
 def test_the_step_on_this_machine(tmp_path):
     command = [sys.executable, BENCHMARKS / "step.py", "--small", "--out", tmp_path]
     options = "--images 128 --size 8 --batch 32 --rounds 1 --seconds 0.2 --workers 1"

@@ -194,10 +194,13 @@ def test_the_loaders(cuda, setting, monkeypatch):
         assert cuda.calls[name], name
 
 
+@pytest.mark.slow
 def test_the_step(cuda, setting, monkeypatch):
     monkeypatch.setattr(step, "Process", HereProcess)
     monkeypatch.setattr(step, "CLASSROOMS", step.SMALL_CLASSROOMS)
     monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
+    # The kernels, interpreted, would take minutes: test_the_loss has them.
+    monkeypatch.setattr("classroomkd.loss.fused._use_kernels", lambda device_type: False)
     monkeypatch.setattr(step_rows, "WARM_UP", 4)  # the fourth captures
     resident = {"data": DataConfig(loader="resident")}
     trainers = {name: options | resident for name, options in step.TRAINERS.items()}

@@ -85,6 +85,7 @@ def measured(output: str) -> dict[str, float]:
 # ---------------------------------------------------------------- what works
 
 
+@pytest.mark.slow
 def test_the_quickstart_and_its_evaluation(tmp_path: Path, capsys, monkeypatch):
     """What it prints and leaves; ``.ci/run`` has it in a process of its own, as the README does."""
     monkeypatch.chdir(tmp_path)

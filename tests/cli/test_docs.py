@@ -73,7 +73,10 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+README = pytest.param(ROOT / "README.md", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_commands_run(page, folder, monkeypatch, capsys):
     def no_network(url: str, *_: object) -> None:
         raise OSError("no network")

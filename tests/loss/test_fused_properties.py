@@ -133,6 +133,7 @@ def cases(draw, dtypes=FLOATS, most_mentors=16):
     return Case(student, drawn, targets, options, layouts, tiled)
 
 
+@pytest.mark.slow
 @examples(25)
 @given(case=cases())
 def test_any_classroom(device, case):
@@ -161,6 +162,7 @@ def extreme_cases(draw):
     return case._replace(student=everyone[0], mentors=everyone[1:])
 
 
+@pytest.mark.slow
 @examples(16)
 @given(case=extreme_cases())
 def test_extremes(device, case):

@@ -124,6 +124,7 @@ def test_compile_on_a_cpu(name, dynamic):
     assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
 
 
+@pytest.mark.slow
 def test_compile_on_a_cpu_with_inductor():
     assert_compiles_on_a_cpu(ON_A_CPU["released"], "inductor", None, soft=False)
 
@@ -517,5 +518,6 @@ def in_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
     multiprocessing.spawn(in_two_processes, (str(tmp_path),), nprocs=2)

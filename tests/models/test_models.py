@@ -38,6 +38,7 @@ def test_names_are_the_reference_zoos_and_the_public_ones() -> None:
     assert sorted(names()) == sorted({*SHAPES, *PUBLIC})
 
 
+@pytest.mark.slow
 def test_the_catalogue_says_how_large_the_networks_are() -> None:
     """So that listing them takes no torch."""
     sizes = {}

@@ -58,6 +58,7 @@ def test_the_recipe(name):
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_steps_of_its_training(name):
     recipe = load_recipe(recipes.find(name))
@@ -107,6 +108,7 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_one_trains_through_the_command_line(photos, tmp_path, capsys):
     out, name = tmp_path / "run", "imagenet/resnet34-resnet18"
     sources = ["tv:mobilenet_v2", "timm:tf_mobilenetv3_large_minimal_100"]

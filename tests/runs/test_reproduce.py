@@ -416,6 +416,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(runner, "_LOOK_EVERY", 0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_this_process")
 def test_two_shards_and_their_table(tiny, data, tmp_path, capsys):
     outs = [tmp_path / "first", tmp_path / "second"]
@@ -530,6 +531,7 @@ def test_a_run_that_fails(tiny, data, tmp_path, capsys):
     assert [run["variant"] for run in results["runs"]] == ["alone"]
 
 
+@pytest.mark.slow
 def test_an_interruption_and_its_continuation(tiny, data, tmp_path, monkeypatch):
     """Two real processes side by side, and Ctrl-C; ``test_resume.py`` has both signals."""
     command = arguments(

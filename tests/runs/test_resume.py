@@ -109,6 +109,7 @@ def assert_same(out, undisturbed):
     assert kept[out] == kept[undisturbed]
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, undisturbed):
     """SIGKILL ten times, whatever the process is doing."""
     out = tmp_path / "run"
@@ -139,6 +140,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_killed_during_every_kind_of_write(tmp_path, undisturbed):
     """Once at the first sync and once at the first rename of each kind of file."""
     out = tmp_path / "run"
@@ -190,6 +192,7 @@ def tiny_training(tmp_path_factory):
     return options, folder / "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_save_first(tmp_path, monkeypatch, capsys, tiny_training, number):
     """In the middle of an epoch, from the command line; the exit status tells which it was."""

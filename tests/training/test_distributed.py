@@ -136,6 +136,7 @@ def weights(tmp_path_factory):
     return [torch.load(folder / f"{name}.pt") for name in ("one", "two")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_train_as_one(weights, kind):
     one, two = (each[kind] for each in weights)
@@ -148,6 +149,7 @@ def test_two_processes_train_as_one(weights, kind):
     assert kind != "scaled" or abs(one["temperature"] - 2) > 0.01
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_two_processes(tmp_path):
     """From the command line: one folder, written once, with what all images give."""
     write_classes(tmp_path / "data" / "train", 12)
@@ -178,6 +180,7 @@ STORE = f"""
 """
 
 
+@pytest.mark.slow
 def test_the_main_processs_store_serves_all(tmp_path):
     """Each machine may have a cache of its own: a mentor is in one of them, and taken by all."""
     main, _ = launch(["-c", textwrap.dedent(STORE)], 2, tmp_path)
