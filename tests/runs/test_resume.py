@@ -120,7 +120,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
         while kills < 10:
             pid = child()
             # It must get to its next checkpoint now and then; until one is there, for certain.
-            wait = draw.uniform(0.1, 0.5) if (OUT / "inputs.json").exists() else 0.5
+            wait = draw.uniform(0.05, 0.3) if (OUT / "inputs.json").exists() else 0.5
             time.sleep(wait)
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
@@ -136,7 +136,7 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
         """,
         out,
     )
-    assert int(printed) >= 6
+    assert int(printed) >= 5
     assert_same(out, undisturbed)
 
 
@@ -157,7 +157,8 @@ def test_killed_during_every_kind_of_write(tmp_path, undisturbed):
                         file = file.removeprefix(".").rpartition(".")[0]
                     else:
                         file = Path(arguments[1]).name
-                    kind = name + " " + file.split("-0")[0]  # a training state has its step
+                    # Whatever the network and the step.
+                    kind = name + " " + re.sub("_alone|-[0-9].*", "", file)
                     if kind not in NOTED.read_text().splitlines():
                         with NOTED.open("a") as noted:
                             noted.write(kind + "\\n")
