@@ -113,13 +113,6 @@ def test_bytes_and_exponentials_by_hand(case, n_bytes, n_exponentials):
     assert benchmark.work(benchmark.Case(*case)) == (n_bytes, n_exponentials)
 
 
-def test_the_grid():
-    cases = benchmark.grid(small=False)
-    assert len(cases) == len(set(cases)) == 11 * 4 * 2 * 2
-    assert set(benchmark.NAMED.values()) <= set(cases)
-    assert len(benchmark.NAMED) == 7
-
-
 @pytest.mark.parametrize("ranking", ["sample", "batch"])
 def test_all_compute_the_same_loss(ranking):
     case = benchmark.Case(7, 30, 3, FLOAT32, ranking)
@@ -511,95 +504,6 @@ def test_rounds_begin_with_an_epoch(step_setting):
         running.round()
 
 
-class FakeClock:
-    """Events of a GPU whose every operation takes a second."""
-
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        clock = self
-
-        class Event:
-            def __init__(self, *, enable_timing, external):
-                assert enable_timing
-                assert external
-
-            def record(self):
-                self.at = clock.now
-
-            def elapsed_time(self, end):
-                return 1e3 * (end.at - self.at)
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-
-    def work(self, seconds):
-        self.now += seconds
-        return seconds
-
-
-def test_the_stopwatch_on_a_gpu(monkeypatch):
-    clock = FakeClock(monkeypatch)
-    watch = measure.Stopwatch(("inner", "outer"), torch.device("cuda"))
-    inner = watch.timed("inner", clock.work)
-    outer = watch.timed("outer", lambda: (clock.work(1), inner(seconds=2), clock.work(4)))
-    for _ in range(2):
-        assert outer() == (1, 2, 4)
-        clock.work(8)
-    assert watch.read() == {"inner": pytest.approx(2), "outer": pytest.approx(7)}
-
-
-def test_parts_of_a_captured_step(step_setting, monkeypatch):
-    """The step is captured anew with its marks, and what ran without them is given back."""
-    clock = FakeClock(monkeypatch)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 7)
-    captured = []
-
-    class Captured:
-        def __init__(self, function):
-            captured.append(function)
-
-        def __call__(self, images, targets):
-            captured[-1](images, targets)
-
-    def slowed(owner, name, seconds):
-        function = getattr(owner, name)
-
-        def call(*arguments, **options):
-            clock.work(seconds)
-            return function(*arguments, **options)
-
-        monkeypatch.setattr(owner, name, call)
-
-    running = step_rows.Running(step_setting, STEP_CASE, step.THIS, 0.1)
-    running.open()
-    trainer = running._loop.trainer
-    monkeypatch.setattr(step_rows, "CapturedStep", Captured)
-    trainer._step_on = Captured(trainer._step)
-    slowed(step_rows.MentorBank, "__call__", 1)
-    slowed(trainer, "_forward", 2)
-    slowed(trainer.method.loss, "loss_and_grad", 4)
-    slowed(torch.Tensor, "backward", 8)
-    slowed(trainer.optimizer, "step", 16)
-    slowed(trainer.optimizer, "zero_grad", 32)
-    gpu = running._setting.__class__(**vars(step_setting) | {"device": torch.device("cuda")})
-    running._setting = gpu
-    assert running.gpu_bytes() == 7
-    backward, bank = torch.Tensor.backward, trainer.mentors
-    parts = running.parts()
-    assert len(captured) == 2
-    assert torch.Tensor.backward is backward
-    assert trainer.mentors is bank
-    between = parts.pop(step_rows.LOADER)  # by the host's clock, less 63 seconds that never were
-    assert -63 < between < -62
-    assert parts == {
-        step_rows.MENTORS: pytest.approx(1),
-        step_rows.FORWARD: pytest.approx(2),
-        step_rows.LOSS: pytest.approx(4),
-        step_rows.BACKWARD: pytest.approx(8),
-        step_rows.OPTIMIZER: pytest.approx(16),
-        step_rows.REST: pytest.approx(32),
-    }
-
-
 class ScriptedProcess:
     """Replies as its row's name says."""
 
@@ -660,18 +564,6 @@ def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
     step.whole(row, 5, later)
     assert (row.record["status"], row.record["epochs"]) == ("ok", 5)
     assert (row.record["train_seconds"], row.record["evaluation_seconds"]) == (10, 5)
-
-
-def test_what_a_gpu_runs(monkeypatch):
-    assert all(len(mentors) == 6 for mentors in step.CLASSROOMS.values())
-    monkeypatch.setattr(step, "GPU", True)
-    for ffcv in (None, "there"):
-        monkeypatch.setattr(step.importlib.util, "find_spec", lambda name, found=ffcv: found)
-        names = step.implementations()
-        assert {step.THIS, "trainer, no CUDA graph", "trainer, float32", step.LOOP} <= {*names}
-        assert ("trainer, resident loader" in names) == (ffcv is not None)
-        assert step.COMPILED not in names
-        assert step.COMPILED in step_rows.TRAINERS
 
 
 def test_markdown_of_the_steps():
