@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from classroomkd.loss import fused
+from ffcv_required import why_skipped
 from interpreter import INTERPRETED, TRITON
 
 # What a machine that is lent for its GPU may lack; tests that need it are skipped.
@@ -25,7 +26,13 @@ def pytest_configure(config):
     config.stash[_ENDS] = time.monotonic() + config.getoption("seconds")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("property")
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
     if share := config.getoption("share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]
@@ -35,6 +42,8 @@ def pytest_runtest_setup(item):
     if time.monotonic() > item.config.stash[_ENDS]:
         item.session.shouldstop = "out of time"
         pytest.skip("out of time")
+    if item.get_closest_marker("ffcv") and (reason := why_skipped()):
+        pytest.skip(reason)
 
 
 class _Module(pytest.Module):

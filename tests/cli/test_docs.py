@@ -21,7 +21,10 @@ from image_folders import make_cifar
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LESS = {"train": ["--epochs", "1", "mentor_training.epochs=1"], "reproduce": ["--plan"]}
+LESS = {
+    "train": ["--epochs", "1", "--image-size", "32", "mentor_training.epochs=1", "alone=false"],
+    "reproduce": ["--plan"],
+}
 
 
 def blocks(language: str) -> list:
@@ -70,7 +73,10 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+README = pytest.param(ROOT / "README.md", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_commands_run(page, folder, monkeypatch, capsys):
     def no_network(url: str, *_: object) -> None:
         raise OSError("no network")

@@ -133,7 +133,8 @@ def cases(draw, dtypes=FLOATS, most_mentors=16):
     return Case(student, drawn, targets, options, layouts, tiled)
 
 
-@examples(40)
+@pytest.mark.slow
+@examples(25)
 @given(case=cases())
 def test_any_classroom(device, case):
     assume(decided(case))
@@ -161,7 +162,8 @@ def extreme_cases(draw):
     return case._replace(student=everyone[0], mentors=everyone[1:])
 
 
-@examples(30)
+@pytest.mark.slow
+@examples(16)
 @given(case=extreme_cases())
 def test_extremes(device, case):
     assume(decided(case))
@@ -171,7 +173,7 @@ def test_extremes(device, case):
 float32_cases = cases(dtypes=(torch.float32,), most_mentors=5)
 
 
-@examples(8)
+@examples(6)
 @given(case=float32_cases, data=st.data())
 def test_the_order_of_mentors_does_not_matter(device, case, data):
     assume(decided(case))
@@ -196,7 +198,7 @@ def test_the_order_of_mentors_does_not_matter(device, case, data):
         close(other, value[order] if value.dim() else value)
 
 
-@examples(8)
+@examples(6)
 @given(case=float32_cases.filter(lambda case: len(case.student)), data=st.data())
 def test_a_row_is_its_own_affair(device, case, data):
     """Ranked per sample, a row is the same to the last bit whatever its neighbours hold."""
@@ -214,7 +216,7 @@ def test_a_row_is_its_own_affair(device, case, data):
     assert torch.equal(other_grad[row], grad[row])
 
 
-@examples(8)
+@examples(6)
 @given(case=float32_cases)
 def test_gradients(device, case):
     """A row's gradient sums to 0, and scaling what comes from above scales it exactly."""
@@ -230,7 +232,7 @@ def test_gradients(device, case):
             close(scaled, -4 * grad)
 
 
-@examples(8)
+@examples(6)
 @given(case=float32_cases)
 def test_every_row_twice(device, case):
     """The mean stays, the report too, and each copy gets half the gradient."""

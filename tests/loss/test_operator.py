@@ -95,25 +95,36 @@ def test_compile(device, net, compiled, ranking, with_report, backend):
     assert graphs.frame_count == 1
 
 
+# Every value of every option that the traced definition branches on; without a weight here, each
+# mentor has its own.
 ON_A_CPU = {
-    "defaults": {},
-    "report": {"return_report": True},
+    "defaults": {"mentor_weight": "auto"},
     "released": {"ranking": "batch", "rank_decimals": 2, "return_report": True},
-    "dtkd": {"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+    "dtkd": {
+        **{"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+        "mentor_weight": 0.3,
+    },
     "rows": {"reduction": "none", "label_smoothing": 0.1, "task_weight": 0.5},
-    "probabilities": {"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
-    "automatic": {"mentor_weight": "auto"},
-    "weighted": {"mentor_weight": 0.3},
+    "probabilities": {
+        **{"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
+        "return_report": True,
+    },
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ON_A_CPU)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        *(("released", True), ("dtkd", True), ("probabilities", True)),
+        *(("defaults", False), ("rows", False)),
+    ],
+)
 def test_compile_on_a_cpu(name, dynamic):
     """Where the definition serves: one graph, forward and backward, whatever the options."""
     assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
 
 
+@pytest.mark.slow
 def test_compile_on_a_cpu_with_inductor():
     assert_compiles_on_a_cpu(ON_A_CPU["released"], "inductor", None, soft=False)
 
@@ -197,7 +208,7 @@ def test_compile_loss_and_grad(device, net, compiled, backend):
         )
 
     fast, _ = compiled(step, backend)
-    for n_rows in (6, 4, 1, 0):
+    for n_rows in (6, 1, 0):
         batch = lesson(n_rows, device)
         torch.testing.assert_close(fast(*batch), step(*batch))
 
@@ -507,5 +518,6 @@ def in_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
     multiprocessing.spawn(in_two_processes, (str(tmp_path),), nprocs=2)

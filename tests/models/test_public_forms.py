@@ -202,7 +202,6 @@ FINE_TUNED = {
     "resnet18": lambda n: replaced(n, "fc", nn.Linear(512, 7)),
     "mobilenet_v2": lambda n: replaced(n, "classifier", nn.Linear(1280, 7)),
     "efficientnet_b0": lambda n: replaced(n, "classifier.1", nn.Linear(1280, 7)),
-    "vgg11": lambda n: replaced(n, "classifier.6", nn.Linear(4096, 7)),
     "densenet121": lambda n: replaced(
         n, "classifier", nn.Sequential(nn.Dropout(), nn.Linear(1024, 7))
     ),

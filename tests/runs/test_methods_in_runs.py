@@ -290,6 +290,7 @@ def _train_mentors(folder: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_mentor_once(tmp_path, store):
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         both = [pool.submit(_train_mentors, tmp_path) for _ in range(2)]
