@@ -28,14 +28,19 @@ from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
 _library = library.Library("classroomkd", "DEF")
 
 
-def _register(
-    schema: str, function: Callable[..., object], fake: Callable[..., object]
+def register(
+    schema: str,
+    function: Callable[..., object],
+    fake: Callable[..., object],
+    autograd: Callable[..., object] | None = None,
 ) -> Callable[..., Any]:
     """Define an operator with this schema, which ``function`` runs on CPU and GPU."""
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
     library.register_fake(f"classroomkd::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.classroomkd, name).default
     return operator
@@ -246,28 +251,30 @@ _BATCH = "Tensor student, Tensor[] mentors, Tensor targets"
 _LOSS = f"{_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, bool with_grad, bool with_report"
 _N_LOSS_INPUTS = 1 + _LOSS.count(",")  # before the options
 
-confidence_sums = _register(
+confidence_sums = register(
     f"confidence_sums({_BATCH}, {OPERATOR_SCHEMA}) -> Tensor",
     _confidence_sums,
     _confidence_sums_fake,
 )
-loss = _register(
-    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _loss, _loss_fake
+loss = register(
+    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
 )
-_library.impl("loss", _loss_autograd, "Autograd")
-loss_and_grad = _register(
+loss_and_grad = register(
     f"loss_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _loss_and_grad,
     _loss_and_grad_fake,
 )
-definition_and_grad = _register(
+definition_and_grad = register(
     f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _definition_and_grad,
     _definition_and_grad_fake,
 )
-scale_rows = _register(
+scale_rows = register(
     "scale_rows(Tensor grad, Tensor factor, Tensor? count) -> Tensor",
     _scale_rows,
     _scale_rows_fake,
