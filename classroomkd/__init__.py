@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         classroom_loss,
         fused_classroom_loss,
         fused_classroom_loss_and_grad,
+        fused_linear_classroom_loss,
     )
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "classroom_loss",
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
+    "fused_linear_classroom_loss",
 ]
 if not TYPE_CHECKING:  # checkers would take every name to be there
     __getattr__, __dir__ = exports(__name__, {"loss": " ".join(__all__)})

@@ -125,7 +125,7 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     options = named(arguments[_N_LOSS:])
     reduction, ignore_index = options["reduction"], options["ignore_index"]
     flat = tuple((options | {"reduction": "none" if reduction == "none" else "sum"}).values())
-    batch = _Batch(*arguments[:_N_BATCH])
+    batch, precise = _Batch(*arguments[:_N_BATCH]), loss.dtype
     count += (all_targets != ignore_index).sum().clamp_min(1)
     with torch.autocast(loss.device.type, enabled=False):
         for rows, hidden, student, mentors, targets in batch.chunks():
@@ -143,12 +143,16 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
             if row_grad is not None:
                 grad = (grad * row_grad[rows, None]).to(grad.dtype)
             if wanted[0]:
-                hidden_grad[rows] = (grad @ batch.weight).to(hidden_grad.dtype)
+                hidden_grad[rows] = _product(grad, batch.weight, precise)
             if wanted[1]:
                 # A row that does not count may hold anything, and 0 · NaN is NaN.
-                _add_product(weight_grad, grad, torch.where(valid[:, None], hidden, 0))
+                hidden = torch.where(valid[:, None], hidden, 0)
+                if grad.dtype == precise:
+                    weight_grad.addmm_(grad.t(), hidden)
+                else:
+                    weight_grad += _product(grad.t(), hidden, precise)
             if wanted[2]:
-                bias_grad += grad.sum(0, dtype=bias_grad.dtype)
+                bias_grad += grad.sum(0, dtype=precise)
     if reduction == "mean":
         loss /= count
     if with_report:
@@ -164,21 +168,20 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         new(() if summed else hidden.shape[0]),
         new(()),
-        hidden.new_empty(hidden.shape if wanted[0] else 0),
+        new(hidden.shape if wanted[0] else 0),
         new(weight.shape if wanted[1] else 0),
         new(weight.shape[0] if wanted[2] else 0),
         new(report_size(len(mentor_sizes)) if with_report else 0),
     )
 
 
-def _add_product(total: Tensor, grad: Tensor, hidden: Tensor) -> None:
-    """total [V, H] += gradᵀ [R, V] hidden [R, H], rounded to total's dtype only."""
-    if grad.dtype == total.dtype:
-        total.addmm_(grad.t(), hidden)
-    elif grad.is_cuda and _MIXED_PRODUCTS:
-        total += torch.mm(grad.t(), hidden, out_dtype=total.dtype)
-    else:
-        total.addmm_(grad.t().to(total.dtype), hidden.to(total.dtype))
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b, summed in ``dtype`` and, where PyTorch can, rounded to nothing less on the way."""
+    if a.dtype == dtype:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype) if _MIXED_PRODUCTS else (a @ b).to(dtype)
+    return a.to(dtype) @ b.to(dtype)
 
 
 def _report_sums(means: Tensor, n_mentors: int, n_valid: Tensor) -> Tensor:
@@ -251,7 +254,7 @@ def _loss_autograd(*arguments: Any) -> Any:
     return _LinearLoss.apply(*arguments) if with_grad else _below_autograd(*arguments)
 
 
-_MIXED_PRODUCTS = "out_dtype" in (torch.mm.__doc__ or "")  # since torch 2.8, on a GPU
+_MIXED_PRODUCTS = "out_dtype" in (torch.mm.__doc__ or "")  # since torch 2.8
 _ROW_GRAD = _N_BATCH + 2
 _WANTED = _N_BATCH + 3  # the first of the three flags
 
