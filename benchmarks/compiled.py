@@ -25,12 +25,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import triton
+from classroomkd.kernels.launch import blocks
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from classroomkd.files import atomic_write
-from classroomkd.kernels.launch import blocks
 
 Row = dict[str, object]
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"

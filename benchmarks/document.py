@@ -18,16 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import teaching as teaching_tables
-
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.report.document import markdown_table
+from classroomkd.report.markup import markdown_table
 from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.report.table_page import markdown as reproduction_markdown
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
+from result_tables import markdown
 from summary import on_gpu
-from tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"

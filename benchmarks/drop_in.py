@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from drawn import drawn
 from rich.progress import track
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -25,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from classroomkd import ClassroomLoss
 from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.methods import Outputs, create
+from drawn import drawn
 from measure import KeptRows
 
 SEEDS = range(5)

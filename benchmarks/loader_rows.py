@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from classroomkd.data import Augmentation, ImageSet, ResidentLoader, TorchLoader
-from classroomkd.data.augment import AUGMENT, normalisation_table, sample_order, stream_key
+from classroomkd.data.augmentation import AUGMENT, normalisation_table, sample_order, stream_key
 from loader_baselines import (
     BareCopy,
     DeviceCopy,
@@ -162,7 +162,7 @@ def row_names(setting: Setting) -> list[tuple[str, int]]:
     ]
 
 
-class Running:
+class RunningLoader:
     """A row's loader, opened, read and timed as the main process asks for it."""
 
     def __init__(self, setting: Setting, name: str, workers: int) -> None:

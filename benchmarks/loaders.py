@@ -32,15 +32,15 @@ import torch
 from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
 from classroomkd.errors import UserError
 from loader_processes import Process, RowError, reason
-from loader_rows import FLOORS, Kernel, Running, Setting, floor_of, row_names
+from loader_rows import FLOORS, Kernel, RunningLoader, Setting, floor_of, row_names
 from measure import environment, write_json
-from tables import LOADER_LEGEND, floor_lines, terminal
+from result_tables import LOADER_LEGEND, floor_lines, terminal
 
 KERNEL_SIZES = (32, 224)
 PACKAGES = ("numba", "numpy", "ffcv", "opencv-python-headless", "torchvision", "pillow")
 
 
-class Row:
+class LoaderRow:
     """A row of the table, and its process for as long as all goes well."""
 
     def __init__(self, setting: Setting, name: str, workers: int) -> None:
@@ -55,7 +55,7 @@ class Row:
 
     def start(self, ends: float) -> None:
         """Begin to start its process, which will have to finish all it does by ``ends``."""
-        make = partial(Running, self.setting, self.record["loader"], self.record["workers"])
+        make = partial(RunningLoader, self.setting, self.record["loader"], self.record["workers"])
         self.process = Process(make, self.setting.device, ends)
 
     def ready(self) -> None:
@@ -222,7 +222,7 @@ def versions() -> dict[str, str | None]:
 def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict], None]) -> dict:
     """All rows; ``report`` is given the record after each round."""
     to_prepare, to_measure, ends = (time.monotonic() + x * seconds for x in (0.5, 0.8, 0.95))
-    rows = [Row(setting, *name) for name in row_names(setting)]
+    rows = [LoaderRow(setting, *name) for name in row_names(setting)]
     record = {
         "benchmark": "loaders",
         "environment": environment() | versions(),

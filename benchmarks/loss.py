@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from classroomkd.kernels.launch import WARP_SIZE, blocks
 from torch import Tensor
 
 import roofline
 import summary
 from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
-from classroomkd.kernels.launch import WARP_SIZE, blocks
 from measure import (
     DEVICE,
     GPU,
@@ -45,7 +45,7 @@ from measure import (
     profiler_time,
     write_json,
 )
-from tables import LEGEND, cells, terminal
+from result_tables import LEGEND, cells, terminal
 
 LossAndGrad = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
 

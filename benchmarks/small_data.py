@@ -21,7 +21,6 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from drawn import drawn
 from rich.console import Console
 from rich.progress import track
 
@@ -29,6 +28,7 @@ from classroomkd.data import ImageFiles, ImageSet, Parts, decode, digits, list_s
 from classroomkd.data.image_sets import select
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.training_run import TrainingRun
+from drawn import drawn
 from measure import KeptRows
 
 SEEDS = range(5)

@@ -32,8 +32,8 @@ from loader_processes import Process, RowError
 from loader_rows import Setting
 from loaders import random_images, versions
 from measure import DEVICE, GPU, environment, write_json
-from step_rows import EPOCHS, LOOP, NETWORKS, THIS, TRAINERS, Case, Running
-from tables import STEP_LEGEND, terminal
+from result_tables import STEP_LEGEND, terminal
+from step_rows import EPOCHS, LOOP, NETWORKS, THIS, TRAINERS, RunningStep, StepCase
 
 CLASSROOMS = {  # a teacher and five peers
     "resnet20": ("resnet56", "resnet8", "resnet14", "shufflenetv2", "mobilenetv2", "shufflenetv1"),
@@ -46,11 +46,14 @@ PROJECTED_IMAGES = 50_000
 COMPILED = "trainer, compiled"
 
 
-class Row:
+class StepRow:
     """A row of the table, and its process for as long as all goes well."""
 
-    def __init__(self, setting: Setting, case: Case, name: str, seconds: float) -> None:
-        self._make, self._device = partial(Running, setting, case, name, seconds), setting.device
+    def __init__(self, setting: Setting, case: StepCase, name: str, seconds: float) -> None:
+        self._make, self._device = (
+            partial(RunningStep, setting, case, name, seconds),
+            setting.device,
+        )
         self._process = None
         self.record = {
             "classroom": case.classroom,
@@ -140,7 +143,7 @@ class Row:
 
 
 def measure(
-    rows: Sequence[Row], n_rounds: int, ends: float, grown: Callable[[], None] = lambda: None
+    rows: Sequence[StepRow], n_rounds: int, ends: float, grown: Callable[[], None] = lambda: None
 ) -> None:
     """Fill in the records of one classroom and batch size; ``grown`` is called as they grow."""
     if time.monotonic() > ends:
@@ -164,7 +167,7 @@ def measure(
             row.stop()
 
 
-def whole(row: Row, epochs: int, ends: float) -> None:
+def whole(row: StepRow, epochs: int, ends: float) -> None:
     """Fill in the record of a row that trains whole epochs."""
     if time.monotonic() > ends:
         return
@@ -214,7 +217,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     ends = time.monotonic() + 0.95 * 60 * arguments.minutes
     classrooms = SMALL_CLASSROOMS if arguments.small else CLASSROOMS
     cases = [
-        Case(student, mentors, batch)
+        StepCase(student, mentors, batch)
         for student, mentors in classrooms.items()
         for batch in arguments.batch
         if student in (arguments.student or classrooms)
@@ -230,12 +233,12 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
         "whole": [],
     }
 
-    def rows(case: Case, names: Sequence[str]) -> None:
+    def rows(case: StepCase, names: Sequence[str]) -> None:
         def grown() -> None:
             compare(record["rows"])
             report(record)
 
-        these = [Row(setting, case, name, arguments.seconds) for name in names]
+        these = [StepRow(setting, case, name, arguments.seconds) for name in names]
         record["rows"] += [row.record for row in these]
         measure(these, arguments.rounds, ends, grown)
         about = [(row.record["implementation"], row.record["status"]) for row in these]
@@ -245,7 +248,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     for case in cases:  # the first is the headline, of its whole epochs too
         rows(case, implementations())
         if arguments.whole and case.batch == min(arguments.batch):
-            row = Row(setting, case, THIS, arguments.seconds)
+            row = StepRow(setting, case, THIS, arguments.seconds)
             record["whole"].append(row.record)
             whole(row, arguments.whole, ends)
             report(record)

@@ -51,7 +51,7 @@ REST, LOADER = "rest of the step", "loader and between"
 NETWORKS = MENTORS, FORWARD, BACKWARD
 
 
-class Case(NamedTuple):
+class StepCase(NamedTuple):
     """A classroom and its batch size."""
 
     student: str
@@ -68,7 +68,7 @@ Patch = Callable[[Any, str, str], None]
 
 
 def make_networks(
-    case: Case, setting: Setting, num_classes: int
+    case: StepCase, setting: Setting, num_classes: int
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Student and mentors with random weights, on the device.
 
@@ -95,7 +95,7 @@ def make_networks(
 class OurLoop:
     """The trainer as a classroom's run makes it."""
 
-    def __init__(self, setting: Setting, case: Case, options: dict[str, Any]) -> None:
+    def __init__(self, setting: Setting, case: StepCase, options: dict[str, Any]) -> None:
         training = TrainingConfig(EPOCHS, case.batch, LEARNING_RATE)
         paper = LossConfig(mentor_weight=None, task_weight="confidence")  # as the loop has it
         recipe = Recipe(training=training, loss=paper, **options)
@@ -180,7 +180,7 @@ class StraightforwardLoop:
     the optimizer as torch chooses it. cuDNN picks its algorithms by trial.
     """
 
-    def __init__(self, setting: Setting, case: Case) -> None:
+    def __init__(self, setting: Setting, case: StepCase) -> None:
         torch.backends.cudnn.benchmark = True
         images = setting.images()
         self._network, mentors = make_networks(case, setting, len(images.classes))
@@ -245,10 +245,10 @@ class _EnoughError(Exception):
     """Ends an epoch."""
 
 
-class Running:
+class RunningStep:
     """One row at work, in its own process."""
 
-    def __init__(self, setting: Setting, case: Case, name: str, seconds: float) -> None:
+    def __init__(self, setting: Setting, case: StepCase, name: str, seconds: float) -> None:
         self._setting, self._case, self._name, self._seconds = setting, case, name, seconds
 
     def open(self) -> dict[str, Any]:

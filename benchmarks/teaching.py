@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from classroomkd.loss import automatic_mentor_weight
-from classroomkd.report.document import markdown_table
+from classroomkd.report.markup import markdown_table
 from classroomkd.report.numbers import differences, percent, spread
 
 Row = Mapping[str, Any]

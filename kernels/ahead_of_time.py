@@ -20,10 +20,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
 from classroomkd.kernels.launch import (
     Blocks,
@@ -32,6 +28,10 @@ from classroomkd.kernels.launch import (
     confidence_launch,
     scaling_launch,
 )
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from classroomkd.loss.options import LossOptions
 
 TYPES = {

@@ -1,6 +1,6 @@
 """One pass over a batch of images: gathered, cropped, flipped, normalised, cut out and cast.
 
-The arithmetic, bit by bit: ``classroomkd/data/augment.py``. The work is laid
+The arithmetic, bit by bit: ``classroomkd/data/augmentation.py``. The work is laid
 out so that little of it is index arithmetic:
 
 - A thread owns groups of neighbouring pixels of a row, as many as make its three stores of a group
@@ -44,9 +44,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from classroomkd.kernels.launch import WARP_SIZE, on_device
+from torch import Tensor
 
 _THREADS = 128  # of a program, with 8 pixels each
 

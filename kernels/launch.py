@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 from classroomkd.kernels.counters import counter
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
+from torch import Tensor
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions

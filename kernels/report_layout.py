@@ -1,4 +1,4 @@
-"""The layout of a report: the kernels write it, and ``classroomkd.loss.report`` reads it.
+"""The layout of a report: the kernels write it, and ``classroomkd.loss.classroom_report`` reads it.
 
 A report is a vector: M numbers for each statistic of the mentors, one per mentor, then one number
 for each statistic of the batch.

@@ -7,7 +7,7 @@ import torch
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from classroomkd.data.augment import (
+from classroomkd.data.augmentation import (
     AUGMENT,
     CUTOUT,
     words,

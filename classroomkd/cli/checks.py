@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def require_networks(recipe: Recipe) -> None:
     """Raise UserError if a student or mentor is neither a known name nor an existing file."""
-    from classroomkd.models.catalogue import is_checkpoint, is_external, require_known
+    from classroomkd.models.network_names import is_checkpoint, is_external, require_known
     from classroomkd.runs.recipe import teaching
 
     for name in (recipe.student, *(mentor.source for mentor in teaching(recipe))):
@@ -33,7 +33,7 @@ def require_images(source: str) -> None:
 
 def require_checkpoint(source: str) -> None:
     """Raise UserError if the checkpoint ``source`` does not exist."""
-    from classroomkd.models.catalogue import split_entry
+    from classroomkd.models.network_names import split_entry
 
     path, _ = split_entry(source)
     if not path.exists():

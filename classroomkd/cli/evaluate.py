@@ -75,7 +75,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from classroomkd.models.layout import to_channels_last
     from classroomkd.runs.images import open_loaders, read_images
     from classroomkd.runs.machine import find_device
-    from classroomkd.runs.mentors import fit_to_data
+    from classroomkd.runs.mentor_setup import fit_to_data
     from classroomkd.runs.recipe import DataConfig
     from classroomkd.training.evaluation import evaluate as measure
     from classroomkd.training.evaluation import evaluation_loader, require_finite

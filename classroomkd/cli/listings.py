@@ -44,7 +44,7 @@ def recipes(_: argparse.Namespace) -> None:
 
 def models(_: argparse.Namespace) -> None:
     """Print the zoo."""
-    from classroomkd.models.catalogue import SIZES
+    from classroomkd.models.network_names import SIZES
 
     print("network        parameters with 100 classes")
     for name, size in SIZES.items():
@@ -54,11 +54,11 @@ def models(_: argparse.Namespace) -> None:
 
 def methods(_: argparse.Namespace) -> None:
     """Print every method, what it is, and its options."""
-    from classroomkd.loss.methods import catalogue
+    from classroomkd.loss.methods import method_names
     from classroomkd.runs.recipe_keys import options
 
-    for name in catalogue.names():
-        entry = catalogue.entry(name)
+    for name in method_names.names():
+        entry = method_names.entry(name)
         print(f"method={name}")
         note = " Only the first mentor teaches." if entry.single_mentor else ""
         for paragraph in (f"{entry.title}{note}", f"loss: {entry.loss}", entry.source):

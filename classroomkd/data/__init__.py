@@ -2,14 +2,14 @@
 
 What belongs in this folder is everything between files and batches. Data flows one way: a source
 (``sources``, ``cifar``) gives two ``ImageSet``s, training and held out; a loader (``loader``) turns
-one into batches on a device, in the order and with the augmentation that ``augment`` defines once,
-for every loader, as a function of (seed, epoch, sample index). Networks and training know nothing
-of files, and this folder knows nothing of them.
+one into batches on a device, in the order and with the augmentation that ``augmentation`` defines
+once, for every loader, as a function of (seed, epoch, sample index). Networks and training know
+nothing of files, and this folder knows nothing of them.
 """
 
 from typing import TYPE_CHECKING
 
-from classroomkd.data.augment import Augmentation
+from classroomkd.data.augmentation import Augmentation
 from classroomkd.data.cache import cache_folder
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageFiles, ImageSet, from_dataset, join

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from classroomkd.data.augment import Augmentation, words
+from classroomkd.data.augmentation import Augmentation, words
 from classroomkd.errors import UserError
 
 _FIRST_STREAM, _ATTEMPTS = 4, 10

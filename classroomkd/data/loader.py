@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from classroomkd.data.augment import Augmentation, normalisation_table, sample_order
+from classroomkd.data.augmentation import Augmentation, normalisation_table, sample_order
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
 from classroomkd.data.image_sets import ImageSet
 from classroomkd.data.mixing import Mixing

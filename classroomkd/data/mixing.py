@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from classroomkd.data.augment import words
+from classroomkd.data.augmentation import words
 from classroomkd.errors import UserError
 from classroomkd.limits import ALPHAS, is_alpha
 

@@ -16,7 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from classroomkd.data.augment import Augmentation
+from classroomkd.data.augmentation import Augmentation
 
 # Values are copied out of the table as bits, whatever number they stand for.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

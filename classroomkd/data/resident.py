@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from classroomkd.data.augment import AUGMENT, CUTOUT, Augmentation, stream_key
+from classroomkd.data.augmentation import AUGMENT, CUTOUT, Augmentation, stream_key
 from classroomkd.data.image_sets import ImageSet
 from classroomkd.data.loader import Batch, Loader
 from classroomkd.errors import UserError

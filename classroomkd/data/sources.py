@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple
 import numpy as np
 
 from classroomkd.data import cifar
-from classroomkd.data.augment import SPLIT, words
+from classroomkd.data.augmentation import SPLIT, words
 from classroomkd.data.class_folders import files_in, folders_below, subfolders
 from classroomkd.data.decode import read_files, resize
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select

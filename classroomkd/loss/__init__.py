@@ -3,9 +3,9 @@
 ``definition`` is the loss in plain PyTorch; everything else is tested against it. ``targets``
 brings targets into the form of its formulas. ``fused`` checks a call's options (``options``) and
 tensors (``inputs``), and runs the kernels of ``classroomkd.kernels`` through the PyTorch operators
-in ``operators``. ``module`` is the same as an `nn.Module`, ``report`` a batch's statistics,
-``signatures`` what type checkers see. ``methods`` has this and other ways to train a student behind
-one interface. Nothing here knows of networks, images or schedules.
+in ``operators``. ``module`` is the same as an `nn.Module`, ``classroom_report`` a batch's
+statistics, ``signatures`` what type checkers see. ``methods`` has this and other ways to train a
+student behind one interface. Nothing here knows of networks, images or schedules.
 """
 
 from typing import TYPE_CHECKING
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 from classroomkd.lazy import exports
 
 if TYPE_CHECKING:
+    from classroomkd.loss.classroom_report import ClassroomReport
     from classroomkd.loss.definition import classroom_loss
     from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
     from classroomkd.loss.module import ClassroomLoss
     from classroomkd.loss.options import automatic_mentor_weight
-    from classroomkd.loss.report import ClassroomReport
 
 __all__ = [
     "ClassroomLoss",
@@ -35,6 +35,6 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
             "fused": "fused_classroom_loss fused_classroom_loss_and_grad",
             "module": "ClassroomLoss",
             "options": "automatic_mentor_weight",
-            "report": "ClassroomReport",
+            "classroom_report": "ClassroomReport",
         },
     )

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
+from classroomkd.loss.classroom_report import ClassroomReport
 from classroomkd.loss.derivative import OnceDifferentiable
 from classroomkd.loss.inputs import check_inputs, loss_options
 from classroomkd.loss.options import LossOptions
-from classroomkd.loss.report import ClassroomReport
 from classroomkd.loss.signatures import loss_function
 from classroomkd.loss.targets import Target, prepare_targets
 

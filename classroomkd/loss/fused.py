@@ -15,6 +15,7 @@ from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
+from classroomkd.loss.classroom_report import ClassroomReport, unpack_report
 from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
 from classroomkd.loss.inputs import (
     KERNEL_LOGITS,
@@ -24,7 +25,6 @@ from classroomkd.loss.inputs import (
     loss_options,
 )
 from classroomkd.loss.options import LossOptions
-from classroomkd.loss.report import ClassroomReport, unpack_report
 from classroomkd.loss.signatures import loss_and_grad_function, loss_function
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 import torch
 from torch import Tensor, nn
 
+from classroomkd.loss.classroom_report import ClassroomReport
 from classroomkd.loss.fused import fused_loss, fused_loss_and_grad
 from classroomkd.loss.options import LossOptions, OptionValues
-from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

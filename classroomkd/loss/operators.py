@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, library
 
 from classroomkd.kernels.report_layout import report_size
+from classroomkd.loss.classroom_report import pack_report
 from classroomkd.loss.definition import loss_and_grad_by_definition
 from classroomkd.loss.derivative import final
 from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
-from classroomkd.loss.report import pack_report
 
 _library = library.Library("classroomkd", "DEF")
 

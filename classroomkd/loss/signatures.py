@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
 
 from torch import Tensor
 
+from classroomkd.loss.classroom_report import ClassroomReport
 from classroomkd.loss.options import OptionValues
-from classroomkd.loss.report import ClassroomReport
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

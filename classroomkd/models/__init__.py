@@ -1,22 +1,22 @@
 """Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
 
-Each family has a file. ``registry`` builds networks by name, ``catalogue`` lists the names without
+Each family has a file. ``zoo`` builds networks by name, ``network_names`` lists the names without
 importing torch, ``external`` asks the other libraries, ``stages`` says where features are taken,
-``layout`` moves a network to its device, and ``checkpoint`` writes and loads weights: ``files``
-reads them safely, ``states`` finds the state dicts in a file, ``recognition`` finds their network.
-This package knows nothing of training.
+``layout`` moves a network to its device, and ``checkpoint`` writes and loads weights:
+``weight_files`` reads them safely, ``states`` finds the state dicts in a file, ``recognition``
+finds their network. This package knows nothing of training.
 """
 
 from typing import TYPE_CHECKING
 
 from classroomkd.lazy import exports
-from classroomkd.models.catalogue import is_external, names
 from classroomkd.models.info import NetworkInfo
+from classroomkd.models.network_names import is_external, names
 
 if TYPE_CHECKING:
     from classroomkd.models.checkpoint import load_network, save_network, student_file
     from classroomkd.models.external import load_pretrained
-    from classroomkd.models.registry import create
+    from classroomkd.models.zoo import create
 
 __all__ = [
     "NetworkInfo",
@@ -34,6 +34,6 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
         {
             "checkpoint": "load_network save_network student_file",
             "external": "load_pretrained",
-            "registry": "create",
+            "zoo": "create",
         },
     )

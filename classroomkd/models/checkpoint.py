@@ -23,12 +23,12 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.models import external, files, recognition
-from classroomkd.models.catalogue import is_external, split_entry
+from classroomkd.models import external, recognition, weight_files
 from classroomkd.models.info import NetworkInfo
+from classroomkd.models.network_names import is_external, split_entry
 from classroomkd.models.recognition import Match, Shapes, shapes_of
-from classroomkd.models.registry import ZOO, build
 from classroomkd.models.states import COUNTER, State, entries, states, summary
+from classroomkd.models.zoo import ZOO, build
 
 _METADATA_KEY = "classroomkd"
 
@@ -84,7 +84,7 @@ def load_network(
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        content = files.read(path)
+        content = weight_files.read(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     info = _own_info(content, path)

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from classroomkd.models import external
-from classroomkd.models.registry import ZOO, build
 from classroomkd.models.states import COUNTER, FEWEST, summary
+from classroomkd.models.zoo import ZOO, build
 
 Shapes = dict[str, tuple[int, ...]]
 

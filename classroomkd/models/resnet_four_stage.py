@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class BasicBlock(nn.Module):
+class FourStageBlock(nn.Module):
     """Two 3×3 convolutions around a shortcut."""
 
     expansion = 1
@@ -56,7 +56,7 @@ class ResNetFourStage(nn.Module):
 
     def __init__(
         self,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[FourStageBlock] | type[Bottleneck],
         blocks: tuple[int, int, int, int],
         num_classes: int,
     ) -> None:
@@ -77,7 +77,7 @@ class ResNetFourStage(nn.Module):
 
 
 def _stage(
-    block: type[BasicBlock] | type[Bottleneck],
+    block: type[FourStageBlock] | type[Bottleneck],
     blocks: int,
     in_channels: int,
     width: int,

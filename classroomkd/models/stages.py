@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.models.mobilenetv2 import MobileNetV2
-from classroomkd.models.registry import build
 from classroomkd.models.resnet import ResNet
 from classroomkd.models.resnet_four_stage import ResNetFourStage
 from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classroomkd.models.vgg import VGG
 from classroomkd.models.wrn import WideResNet
+from classroomkd.models.zoo import build
 
 # As the literature on distillation counts them: the first block of a VGG or a MobileNetV2 belongs
 # to the stem; of a MobileNetV2, the blocks before a change of resolution and the last one count.

@@ -1,10 +1,10 @@
 """What runs have recorded, as pages: of one run, of several beside each other, of a table.
 
 ``records`` reads a run's folder. ``run_table`` makes rows of its summary, for the terminal too;
-``plots`` and ``classes`` make figures in the style of ``figures``. ``page`` (one run),
+``plots`` and ``classes`` make figures on the axes of ``axes``. ``page`` (one run),
 ``comparison`` (several, each an entry of ``entries`` with its ``differences``) and ``table_page``
 (a table of `classroomkd reproduce`, over its ``seeds``, beside what is ``published``) put them
-together. ``numbers`` says how a number is printed, and ``document`` is the HTML around it all.
+together. ``numbers`` says how a number is printed, and ``markup`` is the HTML around it all.
 Nothing here trains or measures.
 """
 

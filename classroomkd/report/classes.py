@@ -9,7 +9,7 @@ from statistics import mean
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from classroomkd.report.figures import COLOURS, MANY_CLASSES, Plot, over_classes
+from classroomkd.report.axes import COLOURS, MANY_CLASSES, Plot, over_classes
 from classroomkd.report.numbers import spread
 from classroomkd.report.records import RunRecords
 

@@ -10,8 +10,15 @@ from itertools import cycle
 
 import plotly.graph_objects as go
 
+from classroomkd.report.axes import (
+    ALONE,
+    MARKERS,
+    Plot,
+    accuracy_axes,
+    curve,
+    over_epochs,
+)
 from classroomkd.report.classes import class_order, gain_plot, gains
-from classroomkd.report.document import Row, sections, table, warning
 from classroomkd.report.entries import (
     TEST,
     Entry,
@@ -21,14 +28,7 @@ from classroomkd.report.entries import (
     entries_of,
     finished_seeds,
 )
-from classroomkd.report.figures import (
-    ALONE,
-    MARKERS,
-    Plot,
-    accuracy_axes,
-    curve,
-    over_epochs,
-)
+from classroomkd.report.markup import TableRow, sections, table, warning
 from classroomkd.report.numbers import UNKNOWN, differences, percent, spread
 from classroomkd.report.plots import lessons
 from classroomkd.report.records import RunRecords, incomplete
@@ -57,8 +57,8 @@ only, that of the gain over those that have one.</p>
 
 
 def _without_common(
-    columns: Sequence[str], rows: Sequence[Row]
-) -> tuple[list[str], list[Row], list[str]]:
+    columns: Sequence[str], rows: Sequence[TableRow]
+) -> tuple[list[str], list[TableRow], list[str]]:
     """The table without data and epochs if they are the same in all rows, and what they are."""
     same = {
         place: columns[place]
@@ -103,7 +103,9 @@ def _paired(groups: Sequence[Sequence[Entry]]) -> str:
             f"{seed}: {percent((value, None), signed=True)}" for seed, value in gained.items()
         )
         what = f"{called(group)} − {called(groups[0])}"
-        rows.append(Row([what, percent((middle[0], error), signed=True), str(len(gained)), each]))
+        rows.append(
+            TableRow([what, percent((middle[0], error), signed=True), str(len(gained)), each])
+        )
     if not rows:
         return ""
     return f"""<h2>Paired differences</h2>
@@ -135,7 +137,7 @@ def _warnings(entries: Sequence[Entry]) -> str:
     return "".join(map(warning, lines))
 
 
-def _rows(group: Sequence[Entry]) -> list[Row]:
+def _rows(group: Sequence[Entry]) -> list[TableRow]:
     first: dict[str, str] = {}  # of each seed
     rows = []
     for entry in group:
@@ -149,7 +151,9 @@ def _rows(group: Sequence[Entry]) -> list[Row]:
     return rows
 
 
-def _row(kind: str, entries: Sequence[Entry], name: str, differs: str, colour: str = "") -> Row:
+def _row(
+    kind: str, entries: Sequence[Entry], name: str, differs: str, colour: str = ""
+) -> TableRow:
     """A line of one run, or of those of one recipe with different seeds."""
     seeds = [entry.seed for entry in entries]
     last, best, alone = zip(*(entry.numbers() for entry in entries), strict=True)
@@ -157,7 +161,7 @@ def _row(kind: str, entries: Sequence[Entry], name: str, differs: str, colour: s
     gains = differences(own, others)
     cells = [name, differs, *_facts(entries[0]), ", ".join(seeds)]
     cells += [percent(spread(shares), unit="%") for shares in (last, best, alone)]
-    return Row([*cells, percent(spread(gains), signed=True)], kind, colour)
+    return TableRow([*cells, percent(spread(gains), signed=True)], kind, colour)
 
 
 def _facts(entry: Entry) -> list[str]:

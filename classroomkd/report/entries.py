@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from classroomkd.report.axes import ALONE, COLOURS, MARKERS
 from classroomkd.report.differences import recipe, what_differs
-from classroomkd.report.figures import ALONE, COLOURS, MARKERS
 from classroomkd.report.numbers import UNKNOWN, counted
 from classroomkd.report.records import RunRecords
 from classroomkd.runs.identity import marks

@@ -10,7 +10,7 @@ from pathlib import Path
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.comparison import comparison
-from classroomkd.report.document import GENERATOR, Row, document, sections, table, warning
+from classroomkd.report.markup import GENERATOR, TableRow, document, sections, table, warning
 from classroomkd.report.numbers import counted, duration, image_counts
 from classroomkd.report.plots import colour, plots
 from classroomkd.report.records import RunRecords, at_chance, incomplete, label, read_run
@@ -106,7 +106,7 @@ def _starts(run: RunRecords) -> str:
 
 def _results(run: RunRecords, summary: dict) -> str:
     rows = [
-        Row(
+        TableRow(
             cells,
             "mentor" if result["phase"] == "mentor" else "student",
             colour(run, result["phase"], result["name"]),

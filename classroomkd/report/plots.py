@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 import plotly.graph_objects as go
 
-from classroomkd.report.classes import class_order, gain_plot, gains, taught_plot
-from classroomkd.report.figures import (
+from classroomkd.report.axes import (
     ALONE,
     COLOURS,
     MARKERS,
@@ -17,6 +16,7 @@ from classroomkd.report.figures import (
     is_filled,
     over_epochs,
 )
+from classroomkd.report.classes import class_order, gain_plot, gains, taught_plot
 from classroomkd.report.records import RunRecords, label
 
 STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "student": {"color": "#111111"}}

@@ -10,15 +10,15 @@ from typing import Any
 import plotly.graph_objects as go
 
 from classroomkd.files import atomic_write
-from classroomkd.report.document import (
-    Row,
+from classroomkd.report.axes import ALONE, COLOURS, Plot, framed
+from classroomkd.report.markup import (
+    TableRow,
     document,
     markdown_table,
     sections,
     table,
     warning,
 )
-from classroomkd.report.figures import ALONE, COLOURS, Plot, framed
 from classroomkd.report.numbers import (
     UNKNOWN,
     counted,
@@ -71,7 +71,7 @@ def _page(results: Mapping[str, Any], title: str) -> str:
     body = "".join(f"<p>{escape(line)}</p>" for line in _facts(results))
     body += "".join(map(warning, _warnings(results)))
     for columns, rows in _parts(results):
-        body += table(columns, [Row(row) for row in rows])
+        body += table(columns, [TableRow(row) for row in rows])
     notes = [_note(results), *([PUBLISHED_FROM] if _published(results) else [])]
     body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
     return document(title, body + sections(_plots(results)))

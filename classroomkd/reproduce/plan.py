@@ -14,7 +14,7 @@ from pathlib import Path
 from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
-from classroomkd.models.catalogue import SIZES, is_checkpoint, is_external
+from classroomkd.models.network_names import SIZES, is_checkpoint, is_external
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
 from classroomkd.runs.identity import mentor_values, values_without
 from classroomkd.runs.recipe import (

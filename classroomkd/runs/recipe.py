@@ -32,9 +32,9 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
 from classroomkd.limits import ALPHAS, Backend, is_alpha
-from classroomkd.loss.methods import catalogue
+from classroomkd.loss.methods import method_names
 from classroomkd.loss.options import LossOptions
-from classroomkd.models.catalogue import is_checkpoint
+from classroomkd.models.network_names import is_checkpoint
 from classroomkd.runs import recipe_layers as layers
 from classroomkd.runs.identity import marked
 from classroomkd.training.config import TrainingConfig
@@ -265,7 +265,7 @@ def teaching(recipe: Recipe) -> list[MentorConfig]:
         return recipe.mentors
     if recipe.method == "alone":
         return []
-    return recipe.mentors[:1] if catalogue.entry(recipe.method).single_mentor else recipe.mentors
+    return recipe.mentors[:1] if method_names.entry(recipe.method).single_mentor else recipe.mentors
 
 
 def with_absolute_path(mentor: MentorConfig) -> MentorConfig:
@@ -365,6 +365,6 @@ def _check(recipe: Recipe, where: str) -> None:
             f"{where}method_options: the classroom's options are under loss, not {names}"
         )
     try:
-        catalogue.check(recipe.method, recipe.method_options)
+        method_names.check(recipe.method, recipe.method_options)
     except UserError as error:
         raise UserError(f"{where}{error}") from None

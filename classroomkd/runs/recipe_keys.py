@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from classroomkd import docstrings
-from classroomkd.loss.methods import catalogue
+from classroomkd.loss.methods import method_names
 from classroomkd.runs.recipe import LossConfig, MentorConfig, Recipe
 
 _NEAR = 0.8  # of a name that was probably meant, by difflib's ratio
@@ -63,7 +63,7 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
     assert isinstance(definition, ast.ClassDef)
     meanings = docstrings.fields(definition)
     if kind is LossConfig:
-        meanings = catalogue.entry("classroom").meanings
+        meanings = method_names.entry("classroom").meanings
     for name, hint in get_type_hints(kind).items():
         value = None if values is None else getattr(values, name)
         if hint is LossConfig and values.method != "classroom":
@@ -80,7 +80,7 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
 
 
 def _options(method: str, given: dict[str, Any]) -> Iterator[Key]:
-    entry = catalogue.entry(method)
+    entry = method_names.entry(method)
     for option, default in entry.options.items():
         kind = int if default is None else type(default)
         words = _words(kind) + (" or null" if default is None else "")
@@ -124,7 +124,7 @@ def suggestions(name: str, method: str = "classroom") -> list[str]:
     Those whose last part is the same, in whatever section, or else the nearest. The options of a
     method that the recipe does not have are none of them.
     """
-    recipe = Recipe(method=method if method in catalogue.names() else "classroom")
+    recipe = Recipe(method=method if method in method_names.names() else "classroom")
     known = [key.name for key in keys(recipe)]
     likeness = {key: _likeness(key, name) for key in known}
     if same := [key for key in known if _last(key) == _last(name)]:
@@ -150,8 +150,8 @@ def unknown_key(name: str, method: str, override: str = "") -> str:
         for like in suggestions(key, method)
     ]
     last = _last(key)
-    others = [other for other in catalogue.names() if other not in (method, "classroom")]
-    takers = [other for other in others if last in catalogue.entry(other).options]
+    others = [other for other in method_names.names() if other not in (method, "classroom")]
+    takers = [other for other in others if last in method_names.entry(other).options]
     if near:
         hint = f"did you mean {_either([f'{like}={value}' if equals else like for like in near])}?"
     elif last in {field.name for field in fields(LossConfig)}:
@@ -166,7 +166,7 @@ def unknown_key(name: str, method: str, override: str = "") -> str:
 def unused_loss(override: str, method: str) -> str:
     """What is wrong with an ``override`` of loss in a recipe of another ``method``."""
     key, _, value = override.partition("=")
-    option, known = _last(key), catalogue.entry(method).options
+    option, known = _last(key), method_names.entry(method).options
     hint = (
         f"did you mean method_options.{option}={value}?"
         if option in known

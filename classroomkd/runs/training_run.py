@@ -20,8 +20,8 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
-from classroomkd.models.catalogue import is_checkpoint
 from classroomkd.models.layout import to_channels_last
+from classroomkd.models.network_names import is_checkpoint
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
 from classroomkd.runs.images import ImageSets, open_loaders, split_validation
@@ -34,7 +34,7 @@ from classroomkd.runs.machine import (
     start,
     versions,
 )
-from classroomkd.runs.mentors import (
+from classroomkd.runs.mentor_setup import (
     Mentor,
     check_trainable,
     find_mentors,

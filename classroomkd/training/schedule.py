@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 
-from classroomkd.models.registry import has_depthwise_convolutions
+from classroomkd.models.zoo import has_depthwise_convolutions
 from classroomkd.training.config import TrainingConfig
 
 PEAK = 0.05

@@ -11,10 +11,10 @@ import pytest
 import document
 import figures
 import loss
+import result_tables
 import step
 import step_rows
 import summary
-import tables
 from classroomkd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def gpu_records(monkeypatch):
     parts = dict.fromkeys((*step_rows.PARTS[:-1], step_rows.REST, step_rows.LOADER), 0.1)
     steps = []
     for student, mentors in step.CLASSROOMS.items():
-        case = step_rows.Case(student, mentors, 64)
+        case = step_rows.StepCase(student, mentors, 64)
         for name in (*step_rows.TRAINERS, step_rows.LOOP):
             row = {"classroom": case.classroom, "batch": 64, "implementation": name}
             row |= {"status": "ok", "rounds": [800.0], "images_per_second": 800.0}
@@ -170,7 +170,7 @@ def test_a_gpus_records_fill_their_places(gpu_records):
     text = document.document({"h100": gpu_records, "cpu": cpu}, COMPILED)
     assert "Nothing has been measured on a GPU" not in text
     for name in ("roofline", "loss", "loaders", "step"):
-        assert tables.markdown(gpu_records[name]).strip() in text
+        assert result_tables.markdown(gpu_records[name]).strip() in text
     assert "NVIDIA H100 80GB HBM3, 132 multiprocessors, 79.1 GiB, 50.0 MiB of L2 cache" in text
     assert "2900 GB/s copied, 3600 Gexp/s." in text
     assert text.index("## h100") < text.index("## cpu")

@@ -27,12 +27,12 @@ import loader_rows  # noqa: E402
 import loaders  # noqa: E402
 import loss as benchmark  # noqa: E402
 import measure  # noqa: E402
+import result_tables  # noqa: E402
 import step  # noqa: E402
 import step_rows  # noqa: E402
-import tables  # noqa: E402
 
 CEILINGS = {"copy_gigabytes_per_second": 10.0, "gigaexponentials_per_second": 1.0}
-NUMBERS = {key for _, key, _ in tables.COLUMNS} - {"device_time_by", "peak_extra_mib"}
+NUMBERS = {key for _, key, _ in result_tables.COLUMNS} - {"device_time_by", "peak_extra_mib"}
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
@@ -178,13 +178,13 @@ def test_markdown_tables():
     about = {"device": "Some GPU", "torch": "2.6", "triton": "3.3", "date": "2026-01-01"}
     rows = [row, row | {"case": "CIFAR"}, large]
     record = {"environment": about, "roofline": CEILINGS, "rows": rows}
-    text = tables.markdown(record)
+    text = result_tables.markdown(record)
     assert "| B | C | M | float32, sample |\n| ---: | ---: | ---: | --- |" in text
     assert "| 64 | 100 | 6 | 3.46 µs, 42 % |" in text
     assert "**CIFAR: B = 64, C = 100, M = 6, float32, sample**" in text
     assert "loss_and_grad | 3.46 | graph | 31 | 1234 | 67.8 | 42 | – | 1e-07 | 2e-07 |" in text
     assert "| eager | out of memory |  |  |" in text
-    printed = tables.terminal(record).splitlines()
+    printed = result_tables.terminal(record).splitlines()
     assert "64  100  6  3.46 µs, 42 %" in printed
     assert "CIFAR: B = 64, C = 100, M = 6, float32, sample" in printed
 
@@ -318,10 +318,10 @@ def test_shares_of_the_floors(tmp_path):
     setting = loaders.Setting(tmp_path, 50_000, (32, 32, 3), 512, 2, gpu, half, half)
     assert setting.dtype == torch.bfloat16
     rates = {"device copy": 1000.0, "pinned copy": 100.0, "resident": 400.0, "torch": 25.0}
-    rows = [loaders.Row(setting, name, 0).record for name in rates]
+    rows = [loaders.LoaderRow(setting, name, 0).record for name in rates]
     for row, rate in zip(rows, rates.values(), strict=True):
         row |= {"status": "ok", "images_per_second": rate}
-    rows.append(loaders.Row(setting, "ffcv", 1).record | {"status": "failed: oh"})
+    rows.append(loaders.LoaderRow(setting, "ffcv", 1).record | {"status": "failed: oh"})
     found = loaders.floors(setting, rows)
     assert found["device copy"]["bytes_per_image"] == image_bytes + 2 * image_bytes
     assert found["pinned copy"]["bytes_per_image"] == 2 * image_bytes
@@ -395,7 +395,7 @@ def test_markdown_of_the_loaders():
         "kernel": [kernel],
         "floors": {"device copy": floor},
     }
-    text = tables.markdown(record)
+    text = result_tables.markdown(record)
     assert "**50,000 images of 32×32, 512 a batch, bfloat16, cuda**" in text
     assert "| resident | – | 1,050 | 900–1,200 | 42 | 7.89* | 0.01 | 12 | – |" in text
     assert "| ffcv | 4 | not installed: ffcv |  |" in text
@@ -436,7 +436,7 @@ def test_the_step_on_this_machine(tmp_path):
     assert rows[step.LOOP]["loader"] == "torchvision"
 
 
-STEP_CASE = step_rows.Case("resnet8", ("resnet14", "resnet8"), 32)
+STEP_CASE = step_rows.StepCase("resnet8", ("resnet14", "resnet8"), 32)
 
 
 @pytest.fixture
@@ -479,7 +479,7 @@ def test_trainer_and_loop_take_the_same_step(step_setting):
 
 
 def test_rounds_begin_with_an_epoch(step_setting):
-    running = step_rows.Running(step_setting, STEP_CASE, step.THIS, 0.0)
+    running = step_rows.RunningStep(step_setting, STEP_CASE, step.THIS, 0.0)
     assert running.open()["dtype"] == "float32"
     trainer = running._loop.trainer
     for expected in (4, 5):  # the warm-up took two whole epochs of four steps
@@ -550,7 +550,7 @@ def test_parts_of_a_captured_step(step_setting, monkeypatch):
 
         monkeypatch.setattr(owner, name, call)
 
-    running = step_rows.Running(step_setting, STEP_CASE, step.THIS, 0.1)
+    running = step_rows.RunningStep(step_setting, STEP_CASE, step.THIS, 0.1)
     running.open()
     trainer = running._loop.trainer
     monkeypatch.setattr(step_rows, "CapturedStep", Captured)
@@ -617,7 +617,7 @@ def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
 
     def measured(ends):
         rows = [
-            step.Row(step_setting, STEP_CASE, name, 1.0)
+            step.StepRow(step_setting, STEP_CASE, name, 1.0)
             for name in (step.THIS, "large", "breaks", step.LOOP)
         ]
         step.measure(rows, 3, ends)
@@ -637,7 +637,7 @@ def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
     out_of_time = measured(time.monotonic() - 1).values()
     assert {record["status"] for record in out_of_time} == {"not run: out of time"}
 
-    row = step.Row(step_setting, STEP_CASE, step.THIS, 1.0)
+    row = step.StepRow(step_setting, STEP_CASE, step.THIS, 1.0)
     step.whole(row, 5, later)
     assert (row.record["status"], row.record["epochs"]) == ("ok", 5)
     assert (row.record["train_seconds"], row.record["evaluation_seconds"]) == (10, 5)
@@ -673,7 +673,7 @@ def test_markdown_of_the_steps():
         "environment": {"device": "A GPU", "torch": "2.6", "triton": "3.3", "date": "2026-01-01"},
         **{"images": 50_000, "size": [32, 32], "rows": [row, large, broken], "whole": [whole]},
     }
-    text = tables.markdown(record)
+    text = result_tables.markdown(record)
     assert "**a ← b c: 50,000 images of 32×32**" in text
     assert "| 64 | trainer | ffcv | bfloat16 | 1,050 | 900–1,200 | 9.9 | 190.4 | 3.2 | – |" in text
     assert "| 256 | trainer |  |  | out of memory |  |" in text
@@ -682,7 +682,7 @@ def test_markdown_of_the_steps():
     assert "| a ← b c | 64 | 240 | 6.00 | 1.00 | ok |" in text
     widths = {line.count("|") for line in text.split("**")[2].strip().splitlines()}
     assert len(widths) == 1
-    assert "Whole epochs of the trainer, measured" in tables.terminal(record)
+    assert "Whole epochs of the trainer, measured" in result_tables.terminal(record)
 
 
 def run_gpu(folder, *options, python="venv/python", **environment):

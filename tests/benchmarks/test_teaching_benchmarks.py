@@ -18,11 +18,10 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import drop_in  # noqa: E402
 import gradients  # noqa: E402
+import measure  # noqa: E402
 import small_data  # noqa: E402
 import teaching  # noqa: E402
 from drawn import drawn  # noqa: E402
-
-import measure  # noqa: E402
 
 
 def test_pictures_are_the_same_every_time_and_as_many_of_each_class():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from classroomkd.data import CentreCrop, ImageFiles, RandomResizedCrop, ResidentLoader, TorchLoader
-from classroomkd.data.augment import normalisation_table
+from classroomkd.data.augmentation import normalisation_table
 from classroomkd.errors import UserError
 from ffcv_required import requires_ffcv
 from loader_cases import MEAN, STD

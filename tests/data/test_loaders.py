@@ -19,7 +19,7 @@ from classroomkd.data import (
     channel_statistics,
     pixels,
 )
-from classroomkd.data.augment import normalisation_table, sample_order
+from classroomkd.data.augmentation import normalisation_table, sample_order
 from classroomkd.data.loader import Loader
 from classroomkd.errors import UserError
 from interpreter import INTERPRETED

@@ -15,7 +15,7 @@ from torch import Tensor
 from classroomkd.errors import UserError
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import ClassroomLoss, classroom_loss
-from classroomkd.loss.methods import Method, Outputs, catalogue, create, names
+from classroomkd.loss.methods import Method, Outputs, create, method_names, names
 from classroomkd.loss.options import LossOptions
 from classrooms import EXTREME_MAXIMA
 
@@ -827,7 +827,7 @@ def test_class_probabilities_are_refused_where_a_method_needs_the_class(method: 
         call(student, mentors, targets)
 
 
-# The registry.
+# Creation by name.
 
 
 def test_names() -> None:
@@ -882,7 +882,7 @@ def test_mistakes_are_told_in_a_line(name: str, options: dict, message: str) -> 
 
 @pytest.mark.parametrize("name", names())
 def test_every_number_among_the_options_is_checked(name: str) -> None:
-    options = catalogue.entry(name).options
+    options = method_names.entry(name).options
     for option, default in options.items():
         if not isinstance(default, float):
             continue
@@ -892,9 +892,9 @@ def test_every_number_among_the_options_is_checked(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", names())
-def test_the_catalogue_says_what_the_classes_are(name: str) -> None:
+def test_descriptions_match_the_classes(name: str) -> None:
     """It reads them from the source, so that listing them takes no torch."""
-    entry, method = catalogue.entry(name), type(create(name))
+    entry, method = method_names.entry(name), type(create(name))
     of_class = inspect.signature(method).parameters
     options = {p.name: p.default for p in of_class.values() if p.default is not p.empty}
     if name == "classroom":

@@ -29,12 +29,12 @@ from classroomkd.models import (
     NetworkInfo,
     create,
     external,
-    files,
     load_network,
     names,
     save_network,
+    weight_files,
 )
-from classroomkd.models.catalogue import split_entry
+from classroomkd.models.network_names import split_entry
 from classroomkd.torchvision import import_torchvision
 from zoo_weights import fill, probe
 
@@ -254,7 +254,7 @@ def test_harmless_values_beside_the_weights(tmp_path: Path, network: nn.Module) 
     path = tmp_path / "whole.pth"
     torch.save({"state_dict": network.state_dict(), **beside}, path)
     assert_same_state(load_network(path)[0], network.state_dict())
-    content = files.read(path)
+    content = weight_files.read(path)
     assert content.keys() == {"state_dict", *beside}
     assert content["args"].lr == 0.1
     assert content["ordered"] == beside["ordered"]
@@ -315,7 +315,7 @@ def test_no_interpolation_is_resolved(
     config = Payload(dict, OmegaConf.create({"a": "${oc.env:CLASSROOMKD_SECRET}"}))
     torch.save({"state_dict": network.state_dict(), "more": config}, path)
     assert_same_state(load_network(path)[0], network.state_dict())
-    assert vars(files.read(path)["more"]) == {}
+    assert vars(weight_files.read(path)["more"]) == {}
     assert torch.load(path, weights_only=False)["more"] == {"a": "hush"}  # it is a real payload
 
 

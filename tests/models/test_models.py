@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from classroomkd.errors import UserError
 from classroomkd.models import create, names
-from classroomkd.models.catalogue import SIZES, Size
-from classroomkd.models.registry import ZOO
+from classroomkd.models.network_names import SIZES, Size
+from classroomkd.models.zoo import ZOO
 from zoo_weights import fill, probe
 
 DATA = Path(__file__).parents[1] / "golden"
@@ -38,7 +38,7 @@ def test_names_are_the_reference_zoos_and_the_public_ones() -> None:
     assert sorted(names()) == sorted({*SHAPES, *PUBLIC})
 
 
-def test_the_catalogue_says_how_large_the_networks_are() -> None:
+def test_sizes_are_those_of_the_networks() -> None:
     """So that listing them takes no torch."""
     sizes = {}
     for name in ZOO:

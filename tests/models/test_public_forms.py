@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from classroomkd.cli import main
 from classroomkd.models import create, external, load_network, recognition
-from classroomkd.runs.mentors import find_mentors, is_checkpoint, sha256_of
+from classroomkd.runs.mentor_setup import find_mentors, is_checkpoint, sha256_of
 from classroomkd.runs.recipe import MentorConfig
 from classroomkd.torchvision import import_torchvision
 from classroomkd.training.config import TrainingConfig

@@ -18,8 +18,8 @@ from selenium import webdriver
 
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
-from classroomkd.report.document import Row, table
-from classroomkd.report.figures import ALONE
+from classroomkd.report.axes import ALONE
+from classroomkd.report.markup import TableRow, table
 from classroomkd.report.numbers import are_numbers, percent, spread
 from classroomkd.report.run_table import result_rows
 
@@ -747,7 +747,7 @@ def test_columns_of_the_comparison(browser, tmp_path, width):
 
 
 def test_columns_without_a_value_are_left_out():
-    html = table(("a", "b", "c"), [Row(("2024-11-03", "–", "1")), Row(("1", "", "–"))])
+    html = table(("a", "b", "c"), [TableRow(("2024-11-03", "–", "1")), TableRow(("1", "", "–"))])
     assert ">b<" not in html
     assert '<td class="text" title="a">1</td><td title="c">–</td>' in html
 

@@ -8,7 +8,7 @@ import yaml
 
 from classroomkd import cli
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import catalogue
+from classroomkd.loss.methods import method_names
 from classroomkd.runs.recipe import (
     MentorConfig,
     Recipe,
@@ -213,7 +213,7 @@ def test_a_file_with_a_key_that_there_is_not(tmp_path):
     )
 
 
-@pytest.mark.parametrize("method", ["classroom", *sorted({*catalogue.names()} - {"classroom"})])
+@pytest.mark.parametrize("method", ["classroom", *sorted({*method_names.names()} - {"classroom"})])
 def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file, method):
     recipe = load_recipe(file, [f"method={method}", "mentors.0=resnet50@7"])
     listed = keys(recipe)
@@ -223,7 +223,7 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
         f"mentors.N.{name}" for name in ("source", "epochs", "at")
     }
     again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
-    assert again.method_options == catalogue.entry(method).options or method == "classroom"
+    assert again.method_options == method_names.entry(method).options or method == "classroom"
     loss = again.loss if method == "classroom" else recipe.loss  # which only a file sets there
     assert replace(again, method_options={}, loss=loss) == recipe
 

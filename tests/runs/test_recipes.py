@@ -10,7 +10,7 @@ from classroomkd import cli, models, recipes
 from classroomkd.data import Augmentation, ImageSet, ResidentLoader
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
-from classroomkd.runs.mentors import find_mentors
+from classroomkd.runs.mentor_setup import find_mentors
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate, peak_learning_rate

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.limits import MAX_TEMPERATURE
-from classroomkd.loss.report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport
 
 IGNORED = -100  # the target of a row that counts nowhere
 _LARGEST = 1e6  # a weight: far beyond use, and far from float32's limits

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from classroomkd.errors import UserError
+from classroomkd.loss.classroom_report import ClassroomReport
 from classroomkd.loss.definition import confidence_and_correctness, rank_and_filter
 from classroomkd.loss.methods.base import (
     Method,
@@ -25,7 +26,6 @@ from classroomkd.loss.methods.base import (
 )
 from classroomkd.loss.module import ClassroomLoss
 from classroomkd.loss.options import OptionValues
-from classroomkd.loss.report import ClassroomReport
 from classroomkd.loss.targets import prepare_targets
 
 if TYPE_CHECKING:

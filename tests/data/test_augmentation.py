@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from classroomkd.data import Augmentation
-from classroomkd.data.augment import (
+from classroomkd.data.augmentation import (
     AUGMENT,
     CUTOUT,
     ORDER,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-from classroomkd.models.catalogue import is_checkpoint, split_entry
+from classroomkd.models.network_names import is_checkpoint, split_entry
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.recipe import MentorConfig
 

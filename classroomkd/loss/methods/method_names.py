@@ -33,7 +33,7 @@ CLASSES = {
 
 
 @dataclass(frozen=True)
-class Entry:
+class MethodDescription:
     """A method: what it is, its loss, where it comes from, and its options."""
 
     title: str
@@ -59,7 +59,7 @@ def class_of(name: str) -> tuple[str, str]:
 
 
 @cache
-def entry(name: str) -> Entry:
+def entry(name: str) -> MethodDescription:
     """A method's entry, read from its source; UserError if there is none of this name."""
     _, class_name = class_of(name)
     file = Path(__file__).with_name(f"{name}.py")
@@ -74,7 +74,7 @@ def entry(name: str) -> Entry:
             Path(__file__).parents[1] / "definition.py", "classroom_loss"
         )
         meanings = docstrings.arguments(definition) | meanings
-    return Entry(
+    return MethodDescription(
         title=" ".join(title.split()),
         loss=docstrings.summary(found),
         source=" ".join(rest.split()),
@@ -104,7 +104,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
     if not all(
         isinstance(given, bool) and isinstance(defaults[o], bool) for o, given in options.items()
     ):
-        from classroomkd.loss.methods.registry import create
+        from classroomkd.loss.methods.creation import create
 
         create(name, **options)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import plotly.io
 
-from classroomkd.report.figures import Plot
+from classroomkd.report.axes import Plot
 from classroomkd.report.numbers import are_numbers, filled
 
 GENERATOR = '<meta name="generator" content="classroomkd">'  # tells our pages from other files
@@ -83,7 +83,7 @@ def warning(text: str) -> str:
     return f'<p class="warning">{escape(text)}</p>'
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """A line of a table: its ``kind`` is its style, ``colour`` that of its curve."""
 
     cells: Sequence[str]
@@ -91,7 +91,7 @@ class Row(NamedTuple):
     colour: str = ""
 
 
-def table(columns: Sequence[str], rows: Sequence[Row], broad: bool = False) -> str:
+def table(columns: Sequence[str], rows: Sequence[TableRow], broad: bool = False) -> str:
     """A table without the columns that say nothing; what its rows are called comes first.
 
     A ``broad`` one, as one of many columns, fits wide screens only.

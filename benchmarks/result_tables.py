@@ -1,6 +1,6 @@
 """The benchmarks' results as tables, in the terminal and as Markdown for documents.
 
-    python benchmarks/tables.py benchmarks/results/<device>/loss.json > table.md
+    python benchmarks/result_tables.py benchmarks/results/<device>/loss.json > table.md
 
 or any other of the folder that a benchmark wrote; `document.py` puts all of them on one page.
 """
@@ -256,7 +256,7 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown(record: Row) -> str:
     """For a document."""
-    from classroomkd.report.document import markdown_table  # which needs what reports need
+    from classroomkd.report.markup import markdown_table  # which needs what reports need
 
     lines = [f"{_machine(record['environment'])} {_limits(record)}".strip()]
     for title, headings, body in tables(record):

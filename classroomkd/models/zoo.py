@@ -10,10 +10,10 @@ from torch import nn
 
 from classroomkd.errors import UserError
 from classroomkd.models import external
-from classroomkd.models.catalogue import is_external, require_known
 from classroomkd.models.mobilenetv2 import MobileNetV2
+from classroomkd.models.network_names import is_external, require_known
 from classroomkd.models.resnet import ResNet
-from classroomkd.models.resnet_four_stage import BasicBlock, Bottleneck, ResNetFourStage
+from classroomkd.models.resnet_four_stage import Bottleneck, FourStageBlock, ResNetFourStage
 from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
 from classroomkd.models.vgg import VGG
 from classroomkd.models.wrn import WideResNet
@@ -27,8 +27,8 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
         f"resnet{depth}_a": partial(ResNet, depth, projections=False)
         for depth in (20, 32, 44, 56, 110)
     },
-    "resnet18": partial(ResNetFourStage, BasicBlock, (2, 2, 2, 2)),
-    "resnet34": partial(ResNetFourStage, BasicBlock, (3, 4, 6, 3)),
+    "resnet18": partial(ResNetFourStage, FourStageBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNetFourStage, FourStageBlock, (3, 4, 6, 3)),
     "resnet50": partial(ResNetFourStage, Bottleneck, (3, 4, 6, 3)),
     **{
         f"wrn_{depth}_{widen}": partial(WideResNet, depth, widen)

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import Any
 
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import catalogue
+from classroomkd.loss.methods import method_names
 from classroomkd.loss.methods.base import Method
 
 
@@ -16,8 +16,8 @@ def create(name: str, **options: Any) -> Method:
     Raises UserError, in one line, if there is no such method, it has no such option, or an option
     is out of its range.
     """
-    module, class_name = catalogue.class_of(name)
-    catalogue.require_options(name, options)
+    module, class_name = method_names.class_of(name)
+    method_names.require_options(name, options)
     try:
         return getattr(import_module(module), class_name)(**options)
     except UserError as error:
