@@ -7,15 +7,14 @@ numba finds a folder that it can write to.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from classroomkd.compiled import compiled
 from classroomkd.data.augmentation import Augmentation
 
 # Values are copied out of the table as bits, whatever number they stand for.
@@ -72,14 +71,7 @@ def augment_batch(
         part.result()
 
 
-def _compiled(function: Callable) -> Callable:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # numba finds no folder for its cache
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled()
 def _augment(pixels, places, cutout, table, out):
     """Fill out [B, H, 3·W] from ``pixels``.
 

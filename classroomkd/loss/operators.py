@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: ``torch.ops.classroomkd``.
+"""The fused pass as PyTorch operators: ``torch.ops.classroomkd``.
 
 torch.compile, export and fake tensors see each as one opaque node. ``loss`` computes the gradient
 of each row's loss beside the loss, and its backward only multiplies it by the incoming gradient;
@@ -46,6 +46,13 @@ def register(
     return operator
 
 
+def _implementation(tensor: Tensor) -> Any:
+    """The module that computes the pass for tensors on this one's device."""
+    from classroomkd.loss import fused
+
+    return fused.implementation(tensor.device.type)
+
+
 @functools.lru_cache(typed=True)
 def _options(*flat: Any) -> LossOptions:
     return LossOptions.of_flat(flat)
@@ -58,9 +65,7 @@ def _confidence_sums(
     *flat: Any,
 ) -> Tensor:
     """float32 [M + 2]: Σ_b ℓ_k over the valid rows, the student's first, and their number."""
-    from classroomkd.kernels import launch
-
-    return launch.confidence_sums(student, mentors, targets, _options(*flat))
+    return _implementation(student).confidence_sums(student, mentors, targets, _options(*flat))
 
 
 def _confidence_sums_fake(student: Tensor, mentors: Sequence[Tensor], *_: Any) -> Tensor:
@@ -78,9 +83,7 @@ def _loss(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, each row's own gradient, number of valid rows, report; empty where not wanted."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
+    outputs = _implementation(student).classroom_loss_and_grad(
         student,
         mentors,
         targets,
@@ -153,9 +156,7 @@ def _scale_rows(
     count: Tensor | None,  # []
 ) -> Tensor:
     """grad · factor / count, [B, C]."""
-    from classroomkd.kernels import launch
-
-    return launch.scale_rows(grad, factor, count)
+    return _implementation(grad).scale_rows(grad, factor, count)
 
 
 def _scale_rows_fake(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
@@ -173,9 +174,7 @@ def _loss_and_grad(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient times the scale, report (empty where not wanted)."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
+    outputs = _implementation(student).classroom_loss_and_grad(
         student,
         mentors,
         targets,
