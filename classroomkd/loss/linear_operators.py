@@ -15,7 +15,7 @@ As an operator, the loop over the chunks is one node to torch.compile, however m
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -23,10 +23,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from classroomkd.kernels.report_layout import report_size
-from classroomkd.loss import operators
+from classroomkd.loss import fused, operators
 from classroomkd.loss.classroom_report import pack_report, unpack_report
+from classroomkd.loss.definition import confidence_and_correctness, loss_by_definition
+from classroomkd.loss.definition import confidence_sums as confidence_sums_by_definition
 from classroomkd.loss.derivative import final
-from classroomkd.loss.options import OPERATOR_SCHEMA, named
+from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
+from classroomkd.loss.targets import prepare_targets
 
 _BATCH = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor[] mentor_tensors, int[] mentor_sizes, "
@@ -102,7 +105,7 @@ def _confidence_sums(*arguments: Any) -> Tensor:
     total = _confidence_sums_fake(*arguments).zero_()
     with torch.autocast(total.device.type, enabled=False):
         for chunk in _Batch(*arguments[:_N_BATCH]).chunks():
-            total += operators.confidence_sums(
+            total += _pass_confidence_sums(
                 chunk.student, chunk.mentors, chunk.targets, *arguments[_N_BATCH:]
             )
     return total
@@ -129,7 +132,7 @@ def _loss(*arguments: Any) -> tuple[Tensor, ...]:
     count += (all_targets != ignore_index).sum().clamp_min(1)
     with torch.autocast(loss.device.type, enabled=False):
         for rows, hidden, student, mentors, targets in batch.chunks():
-            row_loss, grad, _, means = operators.loss(
+            row_loss, grad, means = _pass(
                 student, mentors, targets, mentor_weight, ell_sums, any(wanted), with_report, *flat
             )
             del student, mentors
@@ -173,6 +176,46 @@ def _loss_fake(*arguments: Any) -> tuple[Tensor, ...]:
         new(weight.shape[0] if wanted[2] else 0),
         new(report_size(len(mentor_sizes)) if with_report else 0),
     )
+
+
+def _pass_confidence_sums(
+    student: Tensor, mentors: list[Tensor], targets: Tensor, *flat: Any
+) -> Tensor:
+    """`operators.confidence_sums` of a chunk, by definition where no fused pass serves."""
+    if fused.fused_pass_serves(student, mentors):
+        sums: Tensor = operators.confidence_sums(student, mentors, targets, *flat)
+        return sums
+    dtype = reduce(torch.promote_types, (logits.dtype for logits in mentors), student.dtype)
+    stacked = torch.stack([logits.to(dtype) for logits in (student, *mentors)])
+    target = prepare_targets(targets, student.shape[1], LossOptions.of_flat(flat), dtype)
+    ell, _ = confidence_and_correctness(torch.where(target.valid[:, None], stacked, 0), target)
+    return confidence_sums_by_definition(ell, target.valid)
+
+
+def _pass(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    ell_sums: Tensor | None,
+    with_grad: bool,
+    with_report: bool,
+    *flat: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`operators.loss` of a chunk, by definition where no fused pass serves: loss, grad, report."""
+    if fused.fused_pass_serves(student, mentors):
+        loss, grad, _, report = operators.loss(
+            student, mentors, targets, mentor_weight, ell_sums, with_grad, with_report, *flat
+        )
+        return loss, grad, report
+    options = LossOptions.of_flat(flat)
+    with operators.autograd_below(), torch.set_grad_enabled(with_grad):
+        leaf = student.detach().requires_grad_(with_grad)
+        loss, means = loss_by_definition(
+            leaf, mentors, targets, mentor_weight, options, with_report, ell_sums=ell_sums
+        )
+        grad = torch.autograd.grad(loss.sum(), leaf)[0] if with_grad else leaf
+    return loss.detach(), grad, leaf if means is None else pack_report(means)
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,8 @@ The loss's options come last, one argument each: `LossOptions.flat`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -208,6 +209,16 @@ def _loss_and_grad_fake(
     return new(()), student.new_empty(student.shape), report
 
 
+@contextmanager
+def autograd_below() -> Iterator[None]:
+    """Autograd inside an operator, where it is off."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
 def _definition_and_grad(
     student: Tensor,  # [B, C]
     mentors: Sequence[Tensor],  # M of [B, C]
@@ -218,11 +229,7 @@ def _definition_and_grad(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_loss_and_grad` by definition, where no kernel can run."""
-    # Below an operator autograd is off, and the gradient comes from autograd.
-    keys = torch._C.DispatchKey
-    with torch._C._PreserveDispatchKeyGuard():
-        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    with autograd_below():
         loss, grad, report = loss_and_grad_by_definition(
             student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
         )
