@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.models import external, recognition, weight_files
+from classroomkd.models import external, factories, recognition, weight_files
 from classroomkd.models.info import NetworkInfo
 from classroomkd.models.network_names import (
     code_file,
@@ -55,7 +55,7 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
         for name, tensor in _unwrap(model.state_dict()).items()
     }
     if is_code(info.architecture):
-        content = code_file(info.architecture).read_bytes()
+        content = factories.content(info.architecture, info.code)
         digest = hashlib.sha256(content).hexdigest()
         if split_code(info.architecture)[0].endswith(".py"):
             copy = _kept(path, label(info.architecture), digest)
@@ -136,8 +136,8 @@ def load_network(
     _require_weights(state, match, path)
     if match.classes is not None and num_classes not in (None, match.classes):
         raise UserError(
-            f"{path} is a {label(match.architecture)} for {match.classes} classes, but {num_classes} are "
-            "needed"
+            f"{path} is a {label(match.architecture)} for {match.classes} classes, but "
+            f"{num_classes} are needed"
         )
     try:
         model = _blank(match.architecture, match.classes or 1)
@@ -193,7 +193,9 @@ def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> st
         places = [copy, path.parent / Path(place).name, Path(place)]
         existing = next((file for file in places if file.is_file()), None)
         if existing is None:
-            raise UserError(f"{path} is of {label(architecture)}, whose file is missing: put {copy} back")
+            raise UserError(
+                f"{path} is of {label(architecture)}, whose file is missing: put {copy} back"
+            )
         architecture = f"{existing}:{name}"
     file = code_file(architecture)
     if info.code not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):

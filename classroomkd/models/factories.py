@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -21,27 +22,30 @@ import torch
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.models.network_names import code_digest, code_file, label, split_code
+from classroomkd.models.network_names import code_file, label, split_code
 from classroomkd.torchvision import retried
 
+_CONTENT = "__content__"  # the attribute that keeps what a module was executed from
 _PARAMETER = "classes"  # what the name of the parameter for their number contains
 
 
-def build(source: str, num_classes: int) -> nn.Module:
+def build(source: str, num_classes: int, digest: str | None = None) -> nn.Module:
     """What the callable ``FILE.py:NAME`` or ``package.module:NAME`` returns, a copy of its own.
 
     It is given the number of classes: as ``num_classes``, or as another parameter with "classes" in
-    its name, or as its first required one. A callable without any of these is given nothing.
+    its name, or as its first required one. A callable without any of these is given nothing. With
+    the ``digest`` of what the file held when it was first used in this process, later changes to it
+    do not count.
 
     Raises UserError if there is no such callable, or it raises or returns anything but a module.
     """
-    function, device = find(source), torch.get_default_device()
+    function, device = find(source, digest), torch.get_default_device()
     try:
         network = retried(lambda: _call(function, num_classes))
     except (Exception, SystemExit) as error:
         if device.type == "meta":  # values are read while it is made, and meta tensors have none
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-                return build(source, num_classes).to(device)
+                return build(source, num_classes, digest).to(device)
         raise UserError(f"{label(source)} raised {_said(error, source)}") from None
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
@@ -49,14 +53,17 @@ def build(source: str, num_classes: int) -> nn.Module:
     return copy.deepcopy(network)  # it may return one and the same
 
 
-def find(source: str) -> Callable[..., Any]:
-    """The callable that ``source`` names; UserError if there is none."""
-    file, (place, name) = code_file(source), split_code(source)
+def find(source: str, digest: str | None = None) -> Callable[..., Any]:
+    """The callable that ``source`` names, as `build` says; UserError if there is none."""
+    place, name = split_code(source)
     try:
-        if place.endswith(".py"):
-            module = retried(lambda: _file(file, code_digest(source)))
-        else:
+        module = sys.modules.get(_name(source, digest)) if digest else None
+        if module is None and place.endswith(".py"):
+            module = retried(lambda: _executed(source))
+        elif module is None:
             module = retried(lambda: importlib.import_module(place))
+    except UserError:
+        raise
     except (Exception, SystemExit) as error:
         raise UserError(f"{place} cannot be imported: {_said(error, source)}") from None
     found = getattr(module, name, None)
@@ -72,20 +79,33 @@ def find(source: str) -> Callable[..., Any]:
     return found
 
 
-def _file(file: Path, digest: str) -> ModuleType:
-    """The module in ``file``, executed once for each content that it had."""
-    name = f"_{file.stem}_{digest[:16]}"
+def content(source: str, digest: str | None) -> bytes:
+    """What the file that ``source`` names held when it had this ``digest``, or else holds."""
+    module = sys.modules.get(_name(source, digest)) if digest else None
+    return code_file(source).read_bytes() if module is None else getattr(module, _CONTENT)
+
+
+def _name(source: str, digest: str) -> str:
+    """What the module of one's own file of this ``digest`` is called."""
+    return f"_{Path(split_code(source)[0]).stem}_{digest[:16]}"
+
+
+def _executed(source: str) -> ModuleType:
+    """The module in the file that ``source`` names, executed once for each content it had."""
+    file = code_file(source)
+    read = file.read_bytes()
+    name = _name(source, hashlib.sha256(read).hexdigest())
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None  # a .py file always has one
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    setattr(module, _CONTENT, read)
     folder = str(file.absolute().parent)
     sys.modules[name] = module
     sys.path.insert(0, folder)  # as for a script: it may import its neighbours
     try:
-        spec.loader.exec_module(module)
+        exec(compile(read, file, "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

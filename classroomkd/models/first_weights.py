@@ -11,10 +11,8 @@ from classroomkd.errors import UserError
 from classroomkd.models import external
 from classroomkd.models.checkpoint import load_network
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.network_names import is_external, label
+from classroomkd.models.network_names import PRETRAINED, is_external, label
 from classroomkd.models.states import summary
-
-PRETRAINED = "pretrained"
 
 
 def load_given(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
+PRETRAINED = "pretrained"  # the word for the weights that a network's library has
 SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
 
 

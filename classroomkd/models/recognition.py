@@ -56,7 +56,8 @@ _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
 class Match:
     """A network and where its tensors are: ``names`` leads from its names to the file's.
 
-    ``classes`` is None for a network of one's own that is made for one number of them. ``alike`` are the other networks whose names and shapes are the same.
+    ``classes`` is None for a network of one's own that is made for one number of them. ``alike``
+    are the other networks whose names and shapes are the same.
     """
 
     architecture: str
@@ -76,8 +77,10 @@ def expected(architecture: str, classes: int = _CLASSES) -> Shapes:
     Raises UserError if there is no such network.
     """
     # A file of one's own may change meanwhile.
-    return _built.__wrapped__(architecture, classes) if is_code(architecture) else _built(
-        architecture, classes
+    return (
+        _built.__wrapped__(architecture, classes)
+        if is_code(architecture)
+        else _built(architecture, classes)
     )
 
 

@@ -60,9 +60,7 @@ def states(
     Unless ``everything`` is wanted, losses, metrics and the like are left out by their names.
     """
     found = [
-        state
-        for path, tensors in _holders(content)
-        for state in _within(path, tensors, everything)
+        state for path, tensors in _holders(content) for state in _within(path, tensors, everything)
     ]
     asked = f".{entry}." if entry else "."
     found = [state for state in found if asked in f".{state.entry}."]

@@ -20,10 +20,17 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
+from classroomkd.models.first_weights import load_given
 from classroomkd.models.layout import to_channels_last
-from classroomkd.models.network_names import is_checkpoint
+from classroomkd.models.network_names import (
+    PRETRAINED,
+    is_checkpoint,
+    is_code,
+    label,
+)
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
+from classroomkd.runs.builder import Builder, check_trainable
 from classroomkd.runs.images import ImageSets, open_loaders, split_validation
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
@@ -36,15 +43,21 @@ from classroomkd.runs.machine import (
 )
 from classroomkd.runs.mentor_setup import (
     Mentor,
-    check_trainable,
     find_mentors,
     fit_mentor,
     mentor_trainings,
-    sha256_of,
+    weights_digest,
 )
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
+from classroomkd.runs.recipe import (
+    Recipe,
+    code_sources,
+    split_seed,
+    teaching,
+    to_dict,
+    with_absolute_paths,
+)
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
 from classroomkd.runs.stored_mentors import StoredMentors
@@ -60,13 +73,18 @@ class TrainingRun:
     checkpoints, the device, the sizes of images and batches.
     """
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        console: Console,
+        modules: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
+        self.builder = Builder(modules)
         self.device = local_device(find_device(recipe.device))
         self.processes = Processes(self.device)
         threads = recipe.threads or torch.get_num_threads()
         recipe = replace(
-            recipe,
-            mentors=[with_absolute_path(mentor) for mentor in recipe.mentors],
+            with_absolute_paths(recipe),
             device=self.device.type if self.processes.together else str(self.device),
             threads=threads,
         )
@@ -76,18 +94,30 @@ class TrainingRun:
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
         epochs = recipe.mentor_training.epochs
-        self.mentors = find_mentors(teaching(recipe), epochs, self._print)
-        untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
-        for name, training in (
-            *([(recipe.student, recipe.training)] if recipe.student else []),
-            *((name, recipe.mentor_training) for name in dict.fromkeys(untrained)),
-        ):
-            share = self.processes.share(training.batch_size)
-            check_trainable(name, recipe.data.image_size, share)
+        self.mentors = find_mentors(teaching(recipe), epochs, self._print, modules)
+        for name in self._trained():
+            self._check_trainable(name)
+        first = [(recipe.student, recipe.init)]
+        first += [(mentor.architecture, mentor.weights) for mentor in self.mentors]
+        for name, weights in dict.fromkeys(first):
+            if weights is not None:
+                load_given(name, weights, lambda _: None)  # before hours are spent on the others
         if recipe.student:
             self._check_labels()
             if self._method().uses_features:
                 self._check_features()
+
+    def _trained(self) -> list[str]:
+        """The names of the architectures that are trained, each once."""
+        mentors = [mentor.architecture for mentor in self.mentors if mentor.network is None]
+        names = dict.fromkeys([self.recipe.student, *mentors])
+        return [name for name in names if name and name not in self.builder.modules]
+
+    def _check_trainable(self, name: str, num_classes: int | None = None) -> None:
+        recipe = self.recipe
+        training = recipe.training if name == recipe.student else recipe.mentor_training
+        share = self.processes.share(training.batch_size)
+        check_trainable(name, recipe.data.image_size, share, num_classes)
 
     def _check_labels(self) -> None:
         """Raise UserError if the training mixes images for a method that takes no mixed labels."""
@@ -138,9 +168,12 @@ class TrainingRun:
         """
         self._tell_unused_mentors()
         info = self._network_info(train_set)
+        for name in filter(is_code, self._trained()):
+            self._check_trainable(name, len(info.classes))
+        example = torch.zeros(2, 3, info.image_size, info.image_size)
         for mentor in self.mentors:
             if mentor.network is not None:
-                fit_mentor(mentor, info, self._print)
+                fit_mentor(mentor, info, example, self._print)
         with errors_name_run(out):
             sets = self._sets(train_set, test_set, validation_set, folders)
             with ExitStack() as opened:
@@ -218,6 +251,7 @@ class TrainingRun:
             store=MentorStore(),
             recipe=recipe,
             info=info,
+            builder=self.builder,
             digests=digests,
             backend=loaders.backend,
             dtype=self.dtype,
@@ -228,6 +262,7 @@ class TrainingRun:
         return NetworkTrainer(
             recipe=recipe,
             info=info,
+            builder=self.builder,
             train_set=sets["train"],
             held_out=held_out,
             loaders=loaders,
@@ -350,8 +385,10 @@ class TrainingRun:
             "alone": recipe.alone or recipe.method == "alone",
             "student": recipe.method != "alone",
         }
+        name = label(recipe.student)
+        epochs, weights = recipe.training.epochs, recipe.init
         return [
-            TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
+            TrainingJob(phase, name, recipe.student, epochs, weights=weights)
             for phase in wanted
             if recipe.student and wanted[phase]
         ]
@@ -369,11 +406,12 @@ class TrainingRun:
 
     def _inputs(self, digests: Mapping[str, str]) -> dict[str, str]:
         """The digests of all that the run reads."""
-        files = {
-            mentor.source: sha256_of(mentor.source)
-            for mentor in self.mentors
-            if is_checkpoint(mentor.source)
-        }
+        given = [self.recipe.init, *(mentor.weights for mentor in teaching(self.recipe))]
+        given += [mentor.source for mentor in self.mentors if is_checkpoint(mentor.source)]
+        files = {name: weights_digest(name) for name in given if name not in (None, PRETRAINED)}
+        codes = {name: self.builder.code(name) for name in code_sources(self.recipe)}
+        files |= {name: code for name, code in codes.items() if code is not None}
+        files |= self.builder.digests()
         images = {f"the {name} images": digest for name, digest in digests.items()}
         return images | files
 
