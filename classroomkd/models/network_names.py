@@ -173,7 +173,7 @@ def is_checkpoint(source: str) -> bool:
 def absolute(source: str) -> str:
     """The same network, by a path that holds in any working folder where it is a file's."""
     is_file = is_checkpoint(source) or (is_code(source) and split_code(source)[0].endswith(".py"))
-    return str(Path(source).expanduser().absolute()) if is_file else source
+    return str(Path(source).expanduser().absolute()) if source and is_file else source
 
 
 def require_known(name: str) -> None:

@@ -151,6 +151,10 @@ class Saver:
     def between_steps(self) -> None:
         """Save if a save is due; if asked to stop, save and raise Interrupted."""
         stop = self.interrupts.received is not None
+        if not self.trainer.loader.seekable and self.trainer.batch:
+            if stop:  # the state that resumes is that of the last epoch
+                raise Interrupted(self.interrupts.received or signal.SIGTERM)
+            return
         due = time.monotonic() - self._saved >= self.seconds
         processes = self.trainer.processes
         if processes.together:  # they must agree; checking every few steps is enough

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
+from classroomkd.data import Loader, Loaders
+from classroomkd.data.batches import Batches, BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
@@ -20,7 +21,12 @@ from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.images import training_augmentation, training_mixing
+from classroomkd.runs.images import (
+    AnyPart,
+    example_of,
+    training_augmentation,
+    training_mixing,
+)
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.mentor_setup import renormalised
@@ -49,9 +55,9 @@ class NetworkTrainer:
     recipe: Recipe
     info: NetworkInfo
     builder: Builder
-    train_set: ImageSet | ImageFiles
+    train_set: AnyPart
     held_out: Mapping[str, Loader]
-    loaders: Loaders
+    loaders: Loaders | BatchLoaders
     dtype: torch.dtype
     run: RunFolder
     stored: StoredMentors
@@ -156,9 +162,9 @@ class NetworkTrainer:
             peak=peak_learning_rate(training, network),
             method=method,
             mentors=mentors,
-            image_size=self.info.image_size,
+            example=example_of(self.train_set, self.info.image_size),
             dtype=self.dtype,
-            cuda_graph=self.recipe.cuda_graph,
+            cuda_graph=self.recipe.cuda_graph and loader.one_shape,
             compile=self.recipe.compile,
             processes=self.processes,
         )
@@ -227,6 +233,8 @@ class NetworkTrainer:
 
         It is ``chance_top1``, the share of the most frequent class.
         """
+        if isinstance(self.train_set, Batches):  # whose classes' shares are not known
+            return {}
         chance, steps = most_frequent(self.train_set.targets), len(trainer.loader)
         images = min(steps * trainer.training.batch_size, len(self.train_set))
         if not is_at_chance(records, chance=chance, steps=steps, images=images):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -12,16 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data import ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data.batches import BatchLoaders
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.first_weights import load_given
-from classroomkd.models.layout import to_channels_last
+from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import (
     PRETRAINED,
     is_checkpoint,
@@ -30,8 +32,14 @@ from classroomkd.models.network_names import (
 )
 from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
-from classroomkd.runs.builder import Builder, check_trainable
-from classroomkd.runs.images import ImageSets, open_loaders, split_validation
+from classroomkd.runs.builder import Builder, check_trainable, outputs_of
+from classroomkd.runs.images import (
+    AnyPart,
+    ImageSets,
+    example_of,
+    open_loaders,
+    split_validation,
+)
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import (
@@ -80,6 +88,7 @@ class TrainingRun:
         modules: Mapping[str, nn.Module] = MappingProxyType({}),
     ) -> None:
         self.builder = Builder(modules)
+        self.students: dict[str, nn.Module] = {}  # trained, by phase
         self.device = local_device(find_device(recipe.device))
         self.processes = Processes(self.device)
         threads = recipe.threads or torch.get_num_threads()
@@ -137,20 +146,20 @@ class TrainingRun:
                 f"method {recipe.method} reads features, which torch.compile hides: leave out "
                 "compile=true"
             )
-        student, *mentors = (
-            feature_shapes(name, recipe.data.image_size)
-            for name in (recipe.student, *(mentor.architecture for mentor in self.mentors))
-        )
+        names = (recipe.student, *(mentor.architecture for mentor in self.mentors))
+        if any(name in self.builder.modules for name in names):
+            return  # the trainer tries them with the images
+        student, *mentors = (feature_shapes(name, recipe.data.image_size) for name in names)
         method.prepare(student, mentors)
 
     def run(
         self,
-        train_set: ImageSet | ImageFiles,
-        test_set: ImageSet | ImageFiles,
+        train_set: AnyPart,
+        test_set: AnyPart,
         out: Path,
         resume: bool = False,
         *,
-        validation_set: ImageSet | ImageFiles | None = None,
+        validation_set: AnyPart | None = None,
         folders: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
@@ -170,11 +179,17 @@ class TrainingRun:
         info = self._network_info(train_set)
         for name in filter(is_code, self._trained()):
             self._check_trainable(name, len(info.classes))
-        example = torch.zeros(2, 3, info.image_size, info.image_size)
+        example = example_of(train_set, info.image_size)
+        self._check_given_student(info, example)
         for mentor in self.mentors:
             if mentor.network is not None:
                 fit_mentor(mentor, info, example, self._print)
-        with errors_name_run(out):
+        resuming = (
+            f"distill(…, out={str(out)!r}, resume=True)"
+            if self.builder.modules or not self.recipe.data.source
+            else f"classroomkd train --resume {out}"
+        )
+        with errors_name_run(out, resuming):
             sets = self._sets(train_set, test_set, validation_set, folders)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
@@ -184,6 +199,19 @@ class TrainingRun:
             if self.processes.is_main:
                 write_report(out)
         return summary
+
+    def _check_given_student(self, info: NetworkInfo, example: Tensor) -> None:
+        """Raise UserError if a student given as a module does not fit the data."""
+        name = self.recipe.student
+        if name in self.builder.modules:
+            network = copy.deepcopy(self.builder.modules[name]).cpu().eval()
+            with torch.no_grad():
+                outputs = outputs_of(network, example, f"the student {name}")
+            if outputs != len(info.classes):
+                raise UserError(
+                    f"the student {name} gives {outputs} outputs where there are "
+                    f"{len(info.classes)} classes"
+                )
 
     def _tell_unused_mentors(self) -> None:
         """Print which of the recipe's mentors the method does not use."""
@@ -195,7 +223,7 @@ class TrainingRun:
             )
             self._print(f"method {self.recipe.method} uses {used} are not loaded")
 
-    def _network_info(self, train_set: ImageSet | ImageFiles) -> NetworkInfo:
+    def _network_info(self, train_set: AnyPart) -> NetworkInfo:
         """What the student's file will say of it: classes, image size, normalisation."""
         data = self.recipe.data
         if data.mean and data.std:
@@ -207,9 +235,9 @@ class TrainingRun:
 
     def _sets(
         self,
-        train_set: ImageSet | ImageFiles,
-        test_set: ImageSet | ImageFiles,
-        validation_set: ImageSet | ImageFiles | None,
+        train_set: AnyPart,
+        test_set: AnyPart,
+        validation_set: AnyPart | None,
         folders: Mapping[str, str],
     ) -> ImageSets:
         """The images by part; UserError if one has too few for the processes."""
@@ -276,7 +304,7 @@ class TrainingRun:
         )
 
     def _open_held_out(
-        self, opened: ExitStack, loaders: Loaders, info: NetworkInfo, sets: ImageSets
+        self, opened: ExitStack, loaders: Loaders | BatchLoaders, info: NetworkInfo, sets: ImageSets
     ) -> dict[str, Loader]:
         """The loaders of the parts that networks are measured on, "test" last."""
         return {
@@ -305,7 +333,11 @@ class TrainingRun:
         return run
 
     def _tell_start(
-        self, out: Path, sets: ImageSets, folders: Mapping[str, str], loaders: Loaders
+        self,
+        out: Path,
+        sets: ImageSets,
+        folders: Mapping[str, str],
+        loaders: Loaders | BatchLoaders,
     ) -> None:
         """Print what the run trains on, and where it writes."""
         counts = ", ".join(
@@ -322,9 +354,10 @@ class TrainingRun:
     def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json."""
         recipe, classes = self.recipe, sets["train"].classes
+        source = recipe.data.source
         return {
             "data": {
-                "name": Path(recipe.data.source).resolve().name,
+                "name": Path(source).resolve().name if source else "data given in Python",
                 "classes": len(classes),
                 "class_names": classes,
                 **{f"{name}_images": len(images) for name, images in sets.items()},
@@ -375,7 +408,8 @@ class TrainingRun:
             if isinstance(method, Classroom):
                 lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
         # Number 0 alone too: the same first weights, the same batches.
-        ((_, result),) = trainer.train([job], method, bank, lessons)
+        ((network, result),) = trainer.train([job], method, bank, lessons)
+        self.students[job.phase] = bare(network)
         return result
 
     def _student_jobs(self) -> list[TrainingJob]:

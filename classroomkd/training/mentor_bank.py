@@ -78,7 +78,10 @@ class MentorBank:
         """
         # A mentor computes in the bank's dtype, independently of the student's autocast.
         with torch.autocast(self._device.type, enabled=False):
-            images = images.to(self._dtype, memory_format=torch.channels_last)
+            if images.is_floating_point():  # of one's own batches they may be anything
+                images = images.to(self._dtype)
+            if images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
             logits = self._side_by_side(images) if self._streams else self._in_turn(images)
         for name, rows in zip(self.names, logits, strict=True):
             if rows.shape != (len(images), self._num_classes):
