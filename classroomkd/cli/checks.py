@@ -13,24 +13,15 @@ if TYPE_CHECKING:
 
 def require_networks(recipe: Recipe) -> None:
     """Raise UserError if a student or mentor is neither a known name nor an existing file."""
-    from classroomkd.models.network_names import (
-        PRETRAINED,
-        code_file,
-        is_checkpoint,
-        is_code,
-        is_external,
-        require_known,
-    )
+    from classroomkd.models.network_names import PRETRAINED, is_checkpoint
     from classroomkd.runs.recipe import teaching
 
     mentors = teaching(recipe)
     for name in (recipe.student, *(mentor.source for mentor in mentors)):
-        if is_code(name):
-            code_file(name)
-        elif is_checkpoint(name):
+        if is_checkpoint(name):
             require_checkpoint(name)
-        elif name and not is_external(name):
-            require_known(name)
+        elif name:
+            require_network(name)
     for weights in (recipe.init, *(mentor.weights for mentor in mentors)):
         if weights not in (None, PRETRAINED):
             require_checkpoint(weights)
@@ -40,6 +31,16 @@ def require_networks(recipe: Recipe) -> None:
         raise UserError(
             f"the student {recipe.student} is a file: name its network, and give the file as --init"
         )
+
+
+def require_network(name: str) -> None:
+    """Raise UserError if ``name`` is neither of the zoo, nor a file of one's own that exists."""
+    from classroomkd.models.network_names import code_file, is_code, is_external, require_known
+
+    if is_code(name):
+        code_file(name)
+    elif not is_external(name):
+        require_known(name)
 
 
 def require_images(source: str) -> None:

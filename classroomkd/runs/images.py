@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -109,3 +109,19 @@ def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None
     if training.mixup or training.cutmix:
         return Mixing(num_classes, training.mixup, training.cutmix)
     return None
+
+
+def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
+    """How many images each part has, and where they come from, in words."""
+    return ", ".join(
+        f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+        for name in ("train", "validation", "test")
+        if name in sets
+    )
+
+
+def _origin(part: str, folders: Mapping[str, str]) -> str:
+    """Where a part of the images comes from, to follow its name."""
+    if part in folders:
+        return f" ({folders[part]})"
+    return f" (split off {folders['train']})" if folders else ""

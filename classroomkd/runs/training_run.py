@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from classroomkd.data import ImageSet, Loader, Loaders, channel_statistics
 from classroomkd.data.batches import BatchLoaders
@@ -22,20 +21,18 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
-from classroomkd.models.first_weights import load_given
 from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import (
     PRETRAINED,
     is_checkpoint,
-    is_code,
     label,
 )
-from classroomkd.models.stages import feature_shapes
 from classroomkd.report import write_report
-from classroomkd.runs.builder import Builder, check_trainable, outputs_of
+from classroomkd.runs.builder import Builder
 from classroomkd.runs.images import (
     AnyPart,
     ImageSets,
+    counts,
     example_of,
     open_loaders,
     split_validation,
@@ -66,6 +63,7 @@ from classroomkd.runs.recipe import (
     to_dict,
     with_absolute_paths,
 )
+from classroomkd.runs.run_checks import RunChecks
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
 from classroomkd.runs.stored_mentors import StoredMentors
@@ -104,53 +102,9 @@ class TrainingRun:
         self.dtype = find_precision(recipe.precision, self.device)
         epochs = recipe.mentor_training.epochs
         self.mentors = find_mentors(teaching(recipe), epochs, self._print, modules)
-        for name in self._trained():
-            self._check_trainable(name)
-        first = [(recipe.student, recipe.init)]
-        first += [(mentor.architecture, mentor.weights) for mentor in self.mentors]
-        for name, weights in dict.fromkeys(first):
-            if weights is not None:
-                load_given(name, weights, lambda _: None)  # before hours are spent on the others
-        if recipe.student:
-            self._check_labels()
-            if self._method().uses_features:
-                self._check_features()
-
-    def _trained(self) -> list[str]:
-        """The names of the architectures that are trained, each once."""
-        mentors = [mentor.architecture for mentor in self.mentors if mentor.network is None]
-        names = dict.fromkeys([self.recipe.student, *mentors])
-        return [name for name in names if name and name not in self.builder.modules]
-
-    def _check_trainable(self, name: str, num_classes: int | None = None) -> None:
-        recipe = self.recipe
-        training = recipe.training if name == recipe.student else recipe.mentor_training
-        share = self.processes.share(training.batch_size)
-        check_trainable(name, recipe.data.image_size, share, num_classes)
-
-    def _check_labels(self) -> None:
-        """Raise UserError if the training mixes images for a method that takes no mixed labels."""
-        recipe = self.recipe
-        for name in ("mixup", "cutmix"):
-            if (alpha := getattr(recipe.training, name)) and not self._method().soft_labels:
-                raise UserError(
-                    f"method {recipe.method} needs one class an image, which training.{name}="
-                    f"{alpha} does not leave: set it to 0 or take another method"
-                )
-
-    def _check_features(self) -> None:
-        """Raise UserError if the method cannot have the features that it asks for."""
-        recipe, method = self.recipe, self._method()
-        if recipe.compile:
-            raise UserError(
-                f"method {recipe.method} reads features, which torch.compile hides: leave out "
-                "compile=true"
-            )
-        names = (recipe.student, *(mentor.architecture for mentor in self.mentors))
-        if any(name in self.builder.modules for name in names):
-            return  # the trainer tries them with the images
-        student, *mentors = (feature_shapes(name, recipe.data.image_size) for name in names)
-        method.prepare(student, mentors)
+        method = self._method() if recipe.student else None
+        self._checks = RunChecks(recipe, self.mentors, self.builder, self.processes)
+        self._checks.before_data(method)
 
     def run(
         self,
@@ -177,10 +131,8 @@ class TrainingRun:
         """
         self._tell_unused_mentors()
         info = self._network_info(train_set)
-        for name in filter(is_code, self._trained()):
-            self._check_trainable(name, len(info.classes))
         example = example_of(train_set, info.image_size)
-        self._check_given_student(info, example)
+        self._checks.with_data(info, example)
         for mentor in self.mentors:
             if mentor.network is not None:
                 fit_mentor(mentor, info, example, self._print)
@@ -199,19 +151,6 @@ class TrainingRun:
             if self.processes.is_main:
                 write_report(out)
         return summary
-
-    def _check_given_student(self, info: NetworkInfo, example: Tensor) -> None:
-        """Raise UserError if a student given as a module does not fit the data."""
-        name = self.recipe.student
-        if name in self.builder.modules:
-            network = copy.deepcopy(self.builder.modules[name]).cpu().eval()
-            with torch.no_grad():
-                outputs = outputs_of(network, example, f"the student {name}")
-            if outputs != len(info.classes):
-                raise UserError(
-                    f"the student {name} gives {outputs} outputs where there are "
-                    f"{len(info.classes)} classes"
-                )
 
     def _tell_unused_mentors(self) -> None:
         """Print which of the recipe's mentors the method does not use."""
@@ -340,13 +279,8 @@ class TrainingRun:
         loaders: Loaders | BatchLoaders,
     ) -> None:
         """Print what the run trains on, and where it writes."""
-        counts = ", ".join(
-            f"{len(sets[name]):,} {name}{_origin(name, folders)}"
-            for name in ("train", "validation", "test")
-            if name in sets
-        )
         self._print(
-            f"images: {counts}, of {len(sets['train'].classes)} classes; "
+            f"images: {counts(sets, folders)}, of {len(sets['train'].classes)} classes; "
             f"{device_name(self.device)}; run in {out}"
         )
         self._print(f"loader: {loaders.backend} ({loaders.reason})")
@@ -404,6 +338,7 @@ class TrainingRun:
                 dtype=self.dtype,
                 compile=self.recipe.compile,
                 features=method.uses_features,
+                layers=method.teacher_layers,
             )
             if isinstance(method, Classroom):
                 lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
@@ -460,10 +395,3 @@ class TrainingRun:
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """Where a part of the images comes from, to follow its name."""
-    if part in folders:
-        return f" ({folders[part]})"
-    return f" (split off {folders['train']})" if folders else ""

@@ -73,7 +73,9 @@ class Trainer:
         self.dtype = dtype
         self.device = next(network.parameters()).device
         self.method = method
-        self._stages = StageOutputs(network) if method.uses_features else None
+        self._stages = (
+            StageOutputs(network, method.student_layers) if method.uses_features else None
+        )
         if self._stages:
             images = torch.zeros(1, 3, image_size, image_size) if example is None else example
             self._show_features(self._stages, images.to(self.device))
