@@ -107,6 +107,8 @@ def distill(
         "seed": seed,
         "device": None if device is None else str(device),
     }
+    if not values["mentors"] and method != "alone":
+        raise UserError(f"method {method} needs mentors: give some, or method='alone'")
     if method_options:
         values["method_options"] = dict(method_options)
     if loss:
@@ -144,6 +146,7 @@ class _Networks:
     """The modules among the arguments, by the names that the recipe has for them."""
 
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    mentor_names: list[str] = field(default_factory=list)
 
     def student(self, student: nn.Module | str, mentors: Any) -> str:
         """The recipe's word for the student."""
@@ -191,6 +194,7 @@ class _Networks:
         if "weights" in options:
             raise UserError(f"the mentor {name} is a module: load its weights into it")
         self.modules[name] = source
+        self.mentor_names.append(name)
         return options | {"source": name}
 
 
@@ -232,11 +236,12 @@ def _classes(train: DataLoader, networks: _Networks) -> list[str]:
     if targets.dim() == 2:
         return [str(number) for number in range(targets.shape[1])]
     for name, module in networks.modules.items():
+        what = f"{'mentor' if name in networks.mentor_names else 'the student'} {name}"
         was_training = module.training
         device = next((tensor.device for tensor in module.parameters()), images.device)
         try:
             with torch.no_grad():
-                count = outputs_of(module.eval(), images[:2].to(device), name)
+                count = outputs_of(module.eval(), images[:2].to(device), what)
         finally:
             module.train(was_training)
         return [str(number) for number in range(count)]

@@ -86,8 +86,9 @@ def content(source: str, digest: str | None) -> bytes:
 
 
 def _name(source: str, digest: str) -> str:
-    """What the module of one's own file of this ``digest`` is called."""
-    return f"_{Path(split_code(source)[0]).stem}_{digest[:16]}"
+    """What the module of one's own file of this ``digest`` is called; it may have neighbours."""
+    place = Path(split_code(source)[0]).expanduser().absolute()
+    return f"_{place.stem}_{hashlib.sha256(f'{place} {digest}'.encode()).hexdigest()[:16]}"
 
 
 def _executed(source: str) -> ModuleType:

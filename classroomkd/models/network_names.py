@@ -163,7 +163,8 @@ def is_checkpoint(source: str) -> bool:
     """Whether ``source`` means a file, an entry of one, or a run folder rather than a network."""
     path, _ = split_entry(source)
     return (
-        not is_external(source)
+        bool(source)
+        and not is_external(source)
         and not is_code(source)
         and source not in SIZES
         and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
@@ -173,7 +174,7 @@ def is_checkpoint(source: str) -> bool:
 def absolute(source: str) -> str:
     """The same network, by a path that holds in any working folder where it is a file's."""
     is_file = is_checkpoint(source) or (is_code(source) and split_code(source)[0].endswith(".py"))
-    return str(Path(source).expanduser().absolute()) if source and is_file else source
+    return str(Path(source).expanduser().absolute()) if is_file else source
 
 
 def require_known(name: str) -> None:

@@ -56,9 +56,10 @@ def stages(network: nn.Module) -> list[str]:
 class StageOutputs:
     """Keeps the outputs of some modules of ``network`` when it is called, until they are taken.
 
-    They are those of ``layers``, paths as `nn.Module.get_submodule` takes them, else of its `stages`. Outputs are kept with their autograd graph if they have one; those of tokens
-    [B, N, C] become [B, C, N, 1], those of vectors [B, C] become [B, C, 1, 1]. Code that is compiled
-    later runs the hooks.
+    They are those of ``layers``, paths as `get_submodule` takes them, or else of its stages.
+    Outputs are kept with their autograd graph if they have one; those of tokens [B, N, C] become
+    [B, C, N, 1], those of vectors [B, C] become [B, C, 1, 1]. This works in compiled code too, if
+    it is compiled afterwards.
 
     Raises UserError if there is no such module, or as `stages` does.
     """

@@ -87,10 +87,14 @@ def outputs_of(network: nn.Module, images: Tensor, what: str) -> int:
     try:
         logits = network(images)
     except Exception as error:  # one's own code may raise anything
-        size = "×".join(map(str, images.shape[-2:]))
+        if images.dim() != 4:
+            raise UserError(
+                f"{what} cannot take a batch {list(images.shape)} ({_said(error)})"
+            ) from None
+        height, width = images.shape[-2:]
         raise UserError(
-            f"{what} cannot take images of {size} pixels ({_said(error)}): choose another "
-            "--image-size"
+            f"{what} cannot take images of {height}×{width} pixels ({_said(error)}): choose "
+            "another --image-size"
         ) from None
     return _classes(logits, len(images), what)
 

@@ -240,9 +240,11 @@ def load_recipe(
             from classroomkd.runs.recipe_keys import unused_loss
 
             raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+        known = method_names.entry(recipe.method).options
+        texts = {key for key, default in known.items() if isinstance(default, str)}
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
-            key: layers.value_of(value) if isinstance(value, str) else value
+            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
             for key, value in recipe.method_options.items()
         }
     except UserError:

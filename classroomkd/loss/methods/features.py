@@ -21,10 +21,14 @@ def layers(student: str | Sequence[str], teacher: str | Sequence[str]) -> list[t
     """
     found = []
     for name, given in (("student_layers", student), ("teacher_layers", teacher)):
-        parts = given.split(",") if isinstance(given, str) else given
-        if not isinstance(parts, Sequence) or not all(isinstance(part, str) for part in parts):
-            raise UserError(f"{name} must be paths of modules, like layer2.0,layer3, got {given!r}")
-        found.append(tuple(part.strip() for part in parts if part.strip()))
+        whole = str(given) if type(given) is int else given  # YAML's word for the path "3"
+        parts = whole.split(",") if isinstance(whole, str) else whole
+        if not isinstance(parts, Sequence) or not all(type(part) in (str, int) for part in parts):
+            raise UserError(
+                f"{name} must be paths of modules, like layer2.0,layer3 (or, in quotes, '2.0'), "
+                f"got {given!r}"
+            )
+        found.append(tuple(str(part).strip() for part in parts if str(part).strip()))
     if all(found) and len(found[0]) != len(found[1]):
         raise UserError(
             f"student_layers and teacher_layers are paired: give as many, not {len(found[0])} and "
