@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from classroomkd.lazy import exports
 
 if TYPE_CHECKING:
+    from classroomkd.distillation import distill
     from classroomkd.loss import (
         ClassroomLoss,
         ClassroomReport,
@@ -19,9 +20,16 @@ __all__ = [
     "ClassroomLoss",
     "ClassroomReport",
     "classroom_loss",
+    "distill",
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
     "fused_linear_classroom_loss",
 ]
 if not TYPE_CHECKING:  # checkers would take every name to be there
-    __getattr__, __dir__ = exports(__name__, {"loss": " ".join(__all__)})
+    __getattr__, __dir__ = exports(
+        __name__,
+        {
+            "distillation": "distill",
+            "loss": " ".join(name for name in __all__ if name != "distill"),
+        },
+    )

@@ -1,10 +1,11 @@
-"""Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
+"""Networks: the CIFAR zoo, those of torchvision and timm, one's own, and all of them on disk.
 
 Each family has a file. ``zoo`` builds networks by name, ``network_names`` lists the names without
-importing torch, ``external`` asks the other libraries, ``stages`` says where features are taken,
-``layout`` moves a network to its device, and ``checkpoint`` writes and loads weights:
-``weight_files`` reads them safely, ``states`` finds the state dicts in a file, ``recognition``
-finds their network. This package knows nothing of training.
+importing torch, ``external`` asks the other libraries and ``factories`` one's own code, ``stages``
+says where features are taken, ``layout`` moves a network to its device, and ``checkpoint`` writes
+and loads weights, from which ``first_weights`` lets a training begin: ``weight_files`` reads them
+safely, ``states`` finds the state dicts in a file, ``recognition`` finds their network. This
+package knows nothing of training.
 """
 
 from typing import TYPE_CHECKING
