@@ -42,6 +42,8 @@ from classroomkd.training.trainer import Trainer
 
 Trained = tuple[nn.Module, dict[str, Any]]
 
+_SILENT = 0.001  # of an epoch's rows
+
 
 @dataclass(kw_only=True)
 class NetworkTrainer:
@@ -213,6 +215,7 @@ class NetworkTrainer:
             self.progress.begin(trainer.name, trainer.epoch, job.last)
             record, measured = self._train_epoch(trainer, saver, lessons)
             record |= self._chance(job, trainer, [*saver.records, record])
+            self._tell_silent(record, saver.records)
             saver.records.append(
                 {"phase": job.phase, "name": job.name} | record | {"epochs": job.last}
             )
@@ -248,6 +251,18 @@ class NetworkTrainer:
                 f"{chance:.1%}; {tries}"
             )
         return {"chance_top1": chance}
+
+    def _tell_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+        """Name mentors that taught next to nothing in this epoch, each once."""
+        for name, of in record.get("mentors", {}).items():
+            if of["active_share"] < _SILENT and not any(
+                before["mentors"][name]["active_share"] < _SILENT for before in earlier
+            ):
+                self.notify(
+                    f"epoch {record['epoch']}: mentor {name} taught {of['active_share']:.2%} of "
+                    "the images: the student is ahead of it nearly everywhere, or it has a fault, "
+                    "for which classroomkd check looks"
+                )
 
     def _finish(self, job: TrainingJob, saver: Saver, measured: Evaluation) -> dict[str, Any]:
         """Write what a job's network has become, into the store too, and return its result."""

@@ -177,6 +177,8 @@ class Recipe:
     """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
     store: bool = field(default=True, metadata=marked("machine"))
     """Whether mentors are taken from the store in the cache, and kept there once trained."""
+    strict: bool = field(default=False, metadata=marked("machine"))
+    """Whether a run stops before it trains if a given mentor shows a fault (classroomkd check)."""
     tensorboard: bool = field(default=False, metadata=marked("machine"))
     """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
     threads: int | None = field(default=None, metadata=marked("machine", mentors=True))

@@ -29,6 +29,7 @@ from classroomkd.models.network_names import (
 )
 from classroomkd.report import write_report
 from classroomkd.runs.builder import Builder
+from classroomkd.runs.given_mentors import check_given
 from classroomkd.runs.images import (
     AnyPart,
     ImageSets,
@@ -143,6 +144,7 @@ class TrainingRun:
         )
         with errors_name_run(out, resuming):
             sets = self._sets(train_set, test_set, validation_set, folders)
+            self._check_mentors(sets, info)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
                 results = self._train_all(trainer)
@@ -161,6 +163,15 @@ class TrainingRun:
                 else "no mentor; they"
             )
             self._print(f"method {self.recipe.method} uses {used} are not loaded")
+
+    def _check_mentors(self, sets: ImageSets, info: NetworkInfo) -> None:
+        """Print a line per given mentor; UserError for a fault if the recipe is strict."""
+        part = sets.get("validation", sets["test"])
+        checks = check_given(self.mentors, part, info, self.device)
+        for check in checks:
+            self._print(f"mentor {check}")
+        if self.recipe.strict and any(check.findings for check in checks):
+            raise UserError("a mentor has the faults printed above, and strict=true stops there")
 
     def _network_info(self, train_set: AnyPart) -> NetworkInfo:
         """What the student's file will say of it: classes, image size, normalisation."""
