@@ -11,10 +11,14 @@ defining the two schemas is enough.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import library
+
+T = TypeVar("T")
 
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
@@ -40,3 +44,14 @@ def import_torchvision(submodule: str | None = None) -> ModuleType:
             fragment.define(schema)
             _fragments.append(fragment)
     return importlib.import_module(name)
+
+
+def retried(make: Callable[[], T]) -> T:
+    """The result of ``make``, which may import torchvision where only the shim makes that work."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    import_torchvision()
+    return make()

@@ -64,9 +64,18 @@ def pytest_pycollect_makemodule(module_path, parent):
     return _Module.from_parent(parent, path=module_path)
 
 
-@pytest.fixture(params=["interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
-    """A device on which `fused_classroom_loss` runs its kernels."""
+    """A device on which `fused_classroom_loss` runs its fused pass.
+
+    "cpu" is the pass that numba compiles, which only the loss has; the others are the kernels.
+    """
+    if request.param == "cpu":
+        if "loss" not in request.path.parts:
+            pytest.skip("a test of kernels")
+        pytest.importorskip("numba")
+        monkeypatch.setattr(fused, "_INTERPRET", False)
+        return torch.device("cpu")
     if not TRITON:
         pytest.skip("no Triton")
     if request.param == "gpu":

@@ -90,6 +90,11 @@ class Loader(ABC):
             batch, or the rank is not below the world size.
     """
 
+    seekable = True
+    """Whether an iteration may start within an epoch."""
+    one_shape = True
+    """Whether the batches that a training gets of it have one shape."""
+
     def __init__(
         self,
         count: int,

@@ -6,15 +6,14 @@ so that threads can share a batch, and is cached on disk if numba finds a writab
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
+from classroomkd.compiled import compiled
 from classroomkd.data.augmentation import Augmentation
 
 # Values are copied from the table as bits, for any dtype.
@@ -71,14 +70,7 @@ def augment_batch(
         part.result()
 
 
-def _compiled(function: Callable) -> Callable:
-    try:
-        return njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no writable folder for the cache
-        return njit(nogil=True)(function)
-
-
-@_compiled
+@compiled()
 def _augment(pixels, places, cutout, table, out):
     """Fill out [B, H, 3·W] from ``pixels``.
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import itertools
 import json
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,16 @@ from torch import Tensor, nn
 
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
-from classroomkd.models import external, recognition, weight_files
+from classroomkd.models import external, factories, recognition, weight_files
 from classroomkd.models.info import NetworkInfo
-from classroomkd.models.network_names import is_external, split_entry
+from classroomkd.models.network_names import (
+    code_file,
+    is_code,
+    is_external,
+    label,
+    split_code,
+    split_entry,
+)
 from classroomkd.models.recognition import Match, Shapes, shapes_of
 from classroomkd.models.states import COUNTER, State, entries, states, summary
 from classroomkd.models.zoo import ZOO, build
@@ -36,14 +44,32 @@ _METADATA_KEY = "classroomkd"
 def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
     """Write the weights and ``info`` atomically to ``path``, a .safetensors file.
 
-    Prefixes added by torch.compile and DataParallel are removed from the names.
+    Prefixes added by torch.compile and DataParallel are removed from the names. If the network is
+    a user's own, its file is copied into the folder code/ beside ``path``, where `load_network`
+    finds it.
     """
+    path = Path(path)
+    # Clones, because safetensors takes no tensors that share memory, as tied weights do.
     state = {
-        name: tensor.detach().cpu().contiguous()
+        name: tensor.detach().cpu().contiguous().clone()
         for name, tensor in _unwrap(model.state_dict()).items()
     }
-    metadata = {_METADATA_KEY: json.dumps(asdict(info))}
+    if is_code(info.architecture):
+        content = factories.content(info.architecture, info.code)
+        digest = hashlib.sha256(content).hexdigest()
+        if split_code(info.architecture)[0].endswith(".py"):
+            copy = _kept(path, label(info.architecture), digest)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(copy, content)
+        info = replace(info, architecture=label(info.architecture), code=digest)
+    # A field that is None is left out, so that earlier versions can read the file.
+    metadata = {_METADATA_KEY: json.dumps({k: v for k, v in asdict(info).items() if v is not None})}
     atomic_write(path, safetensors.torch.save(state, metadata))
+
+
+def _kept(path: Path, called: str, digest: str) -> Path:
+    """Where the file of a network of one's own is kept beside the weights at ``path``."""
+    return path.parent / "code" / digest[:12] / split_code(called)[0]
 
 
 def student_file(run: Path) -> Path:
@@ -64,7 +90,11 @@ def _warn(message: str) -> None:
 
 
 def load_network(
-    path: str | Path, num_classes: int | None = None, *, notify: Callable[[str], None] = _warn
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    architecture: str | None = None,
+    notify: Callable[[str], None] = _warn,
 ) -> tuple[nn.Module, NetworkInfo | None, str]:
     """Load a network: (model in eval mode on the CPU, its info, its architecture).
 
@@ -72,11 +102,12 @@ def load_network(
     ``torch.load`` reads with ``weights_only=True``, with a state dict under any keys and prefixes;
     ``FILE:ENTRY`` selects one of several. The info is None unless this project wrote the file;
     other files may hold networks of the zoo, torchvision or timm. Floating-point weights of any
-    precision become float32. ``notify`` is called with one line about what was selected, left out,
-    renamed or guessed; by default it warns.
+    precision become float32. ``architecture`` names the network as for `create`, users' own
+    included; without it the network is recognised. ``notify`` is called with one line about what
+    was selected, left out, renamed or guessed; by default it warns.
 
-    Raises UserError if the file cannot be read, is damaged, fits no network, or has other than
-    ``num_classes`` classes.
+    Raises UserError if the file cannot be read, is damaged, fits no network, has other than
+    ``num_classes`` classes, or if the file of a user's own network is missing.
     """
     path, entry = split_entry(path)
     if path.is_dir():
@@ -88,21 +119,27 @@ def load_network(
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     info = _own_info(content, path)
-    found = states(content, entry)
+    own = architecture or (_located(info, path, notify) if info else None)
+    found = states(content, entry, everything=own is not None and is_code(own))
     if not found and entry is not None:
         known = ", ".join(entries(content)) or "none"
         raise UserError(f"{path} has no entry {entry!r} with tensors; its entries are: {known}")
     if not found:
         raise UserError(f"{path} holds no state dict, neither bare nor under any key")
-    state, match = _recognised(found, content, path) if info is None else _own(found, info, path)
+    if architecture is not None:
+        state, match = _as(architecture, found, path)
+    elif info is not None and own is not None:
+        state, match = _own(found, own, len(info.classes), path)
+    else:
+        state, match = _recognised(found, content, path)
     _require_weights(state, match, path)
-    if num_classes not in (None, match.classes):
+    if match.classes is not None and num_classes not in (None, match.classes):
         raise UserError(
-            f"{path} is a {match.architecture} for {match.classes} classes, but {num_classes} are "
-            "needed"
+            f"{path} is a {label(match.architecture)} for {match.classes} classes, but "
+            f"{num_classes} are needed"
         )
     try:
-        model = _blank(match.architecture, match.classes)
+        model = _blank(match.architecture, match.classes or 1)
     except UserError as error:
         raise UserError(f"{path} cannot be loaded: {error}") from None
     # In old versions of PyTorch, batch norm counted no steps, so checkpoints have no counters.
@@ -136,11 +173,46 @@ def _require_weights(state: State, match: Match, path: Path) -> None:
             )
 
 
-def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Match]:
-    """The tensors of the network that a file of this project names."""
-    architecture, classes = info.architecture, len(info.classes)
-    if architecture not in ZOO and not is_external(architecture):
-        raise UserError(f"{path} names an unknown network, {architecture!r}")
+def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> str:
+    """The architecture that a file of this project names, as `create` knows it here.
+
+    Raises UserError if there is no such network, or its own file is missing.
+    """
+    architecture = info.architecture
+    if not is_code(architecture):
+        if architecture not in ZOO and not is_external(architecture):
+            raise UserError(
+                f"{path} is of an unknown network, {architecture!r}: if it is a module of your "
+                "own, load the weights into it with safetensors.torch.load_model"
+            )
+        return architecture
+    place, name = split_code(architecture)
+    if place.endswith(".py"):
+        copy = _kept(path, architecture, info.code or "")
+        places = [copy, path.parent / Path(place).name, Path(place)]
+        existing = next((file for file in places if file.is_file()), None)
+        if existing is None:
+            raise UserError(
+                f"{path} is of {label(architecture)}, whose file is missing: put {copy} back"
+            )
+        architecture = f"{existing}:{name}"
+    file = code_file(architecture)
+    if info.code not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+        notify(f"{file} has changed since {path} was written: its network may compute otherwise")
+    return architecture
+
+
+def _as(architecture: str, found: list[State], path: Path) -> tuple[State, Match]:
+    """The tensors that fit the network that the user names."""
+    for state in found:
+        if match := recognition.fit(shapes_of(state.tensors), architecture):
+            return state, match
+    wrong = (recognition.misfit(shapes_of(state.tensors), architecture) for state in found)
+    raise UserError(f"{path} does not fit {label(architecture)}: {min(wrong, key=len)}")
+
+
+def _own(found: list[State], architecture: str, classes: int, path: Path) -> tuple[State, Match]:
+    """The tensors of the network that a file of this project says it holds."""
     try:
         wanted = recognition.expected(architecture, classes)
     except UserError as error:
@@ -148,7 +220,7 @@ def _own(found: list[State], info: NetworkInfo, path: Path) -> tuple[State, Matc
     wrong = [recognition.differences(shapes_of(state.tensors), wanted) for state in found]
     if all(wrong):
         raise UserError(
-            f"{path} claims to be {architecture} with {classes} classes but differs: "
+            f"{path} claims to be {label(architecture)} with {classes} classes but differs: "
             f"{min(wrong, key=len)}"
         )
     state = found[wrong.index("")]
@@ -248,8 +320,9 @@ def _own_info(content: dict[str, Any], path: Path) -> NetworkInfo | None:
 
 
 def _info(values: object, path: Path) -> NetworkInfo | None:
-    """The info from ``values``, or None if they are not this project's."""
-    if not isinstance(values, dict) or set(values) != {field.name for field in fields(NetworkInfo)}:
+    """The info in the file ``path``, or None if it is foreign."""
+    names = {field.name for field in fields(NetworkInfo)}
+    if not isinstance(values, dict) or not names - {"code"} <= set(values) <= names:
         return None
     means, stds = (_channels(values[name]) for name in ("mean", "std"))
     sound = {
@@ -259,6 +332,7 @@ def _info(values: object, path: Path) -> NetworkInfo | None:
         and all(isinstance(name, str) for name in values["classes"]),
         "mean": means is not None,
         "std": stds is not None and min(stds) > 0,
+        "code": isinstance(values.get("code"), str | None),
         "image_size": type(values["image_size"]) is int and values["image_size"] > 0,
     }
     for name, is_sound in sound.items():
@@ -285,7 +359,7 @@ def _unwrap(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _blank(architecture: str, num_classes: int) -> nn.Module:
     """The network on the CPU with arbitrary weights; the random number generator is unchanged."""
-    if not is_external(architecture):
+    if architecture in ZOO:
         with torch.device("meta"):
             network = build(architecture, num_classes)
         return network.to_empty(device="cpu")

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from classroomkd.models import external
+from classroomkd.models.network_names import is_code
 from classroomkd.models.states import COUNTER, FEWEST, summary
 from classroomkd.models.zoo import ZOO, build
 
@@ -55,11 +56,12 @@ _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
 class Match:
     """A network and its tensors: ``names`` maps its names to those in the file.
 
-    ``alike`` are other networks with the same names and shapes.
+    ``classes`` is None for a user's own network with a fixed number of them. ``alike`` are other
+    networks with the same names and shapes.
     """
 
     architecture: str
-    classes: int
+    classes: int | None
     names: dict[str, str]
     alike: list[str] = field(default_factory=list)
 
@@ -69,12 +71,21 @@ def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-@functools.cache
 def expected(architecture: str, classes: int = _CLASSES) -> Shapes:
     """The names and shapes in the state dict of a network, built on the meta device.
 
     Raises UserError if there is no such network.
     """
+    # A file of one's own may change meanwhile.
+    return (
+        _built.__wrapped__(architecture, classes)
+        if is_code(architecture)
+        else _built(architecture, classes)
+    )
+
+
+@functools.cache
+def _built(architecture: str, classes: int) -> Shapes:
     with torch.device("meta"):  # no memory, computation or random numbers
         return shapes_of(build(architecture, classes).state_dict())
 
@@ -99,7 +110,27 @@ def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
 
 def fit(shapes: Shapes, architecture: str) -> Match | None:
     """The match of ``shapes`` with a network, or None."""
+    if is_code(architecture):
+        classes = _classes(shapes, architecture)
+        wanted = expected(architecture, classes or 1)
+        names = {name: name for name in wanted if shapes.get(name) == wanted[name]}
+        return None if differences(shapes, wanted) else Match(architecture, classes, names)
     return _fit(shapes, expected(architecture), architecture)
+
+
+def misfit(shapes: Shapes, architecture: str) -> str:
+    """What keeps tensors of these shapes from being those of a network, in one line."""
+    classes = _classes(shapes, architecture)
+    return differences(shapes, expected(architecture, classes or _CLASSES))
+
+
+def _classes(shapes: Shapes, architecture: str) -> int | None:
+    """The number of classes that a network has with these shapes, if they hang on it."""
+    for name, shape in expected(architecture).items():
+        given = shapes.get(name, ())
+        if _CLASSES in shape and len(given) == len(shape):
+            return given[shape.index(_CLASSES)]
+    return None
 
 
 def _fit(shapes: Shapes, wanted: Shapes, architecture: str) -> Match | None:

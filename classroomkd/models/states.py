@@ -52,9 +52,16 @@ class State:
         return not self.entry or f"{other.entry}.".startswith(f"{self.entry}.")
 
 
-def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
-    """All candidate state dicts, sorted by rank; only those of ``entry`` if it is given."""
-    found = [state for path, tensors in _holders(content) for state in _within(path, tensors)]
+def states(
+    content: Mapping[str, Any], entry: str | None = None, everything: bool = False
+) -> list[State]:
+    """All possible state dicts of networks, by rank; only those of ``entry`` if it is given.
+
+    Unless ``everything`` is wanted, losses, metrics and the like are left out by their names.
+    """
+    found = [
+        state for path, tensors in _holders(content) for state in _within(path, tensors, everything)
+    ]
     requested = f".{entry}." if entry else "."
     found = [state for state in found if requested in f".{state.entry}."]
     for state in found:
@@ -91,12 +98,12 @@ def _holders(
                 yield from _holders(value, _joined(path, key), depth + 1)
 
 
-def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
+def _within(path: str, tensors: dict[str, Tensor], everything: bool) -> Iterator[State]:
     """The tensors with one prefix after another removed, then those of each network among them.
 
     If there are few tensors beside a network (`head.*` beside `backbone.*`), also all together.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if not _OTHER.search(name)}
+    kept = {n: tensor for n, tensor in tensors.items() if everything or not _OTHER.search(n)}
     pending = [""]
     while pending:
         prefix = pending.pop(0)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.models import external
+from classroomkd.models import external, factories
 from classroomkd.models.mobilenetv2 import MobileNetV2
-from classroomkd.models.network_names import is_external, require_known
+from classroomkd.models.network_names import is_code, is_external, require_known
 from classroomkd.models.resnet import ResNet
 from classroomkd.models.resnet_four_stage import Bottleneck, FourStageBlock, ResNetFourStage
 from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -52,6 +52,8 @@ def build(name: str, num_classes: int) -> nn.Module:
     """
     if is_external(name):
         return external.build(name, num_classes)
+    if is_code(name):
+        return factories.build(name, num_classes)
     require_known(name)
     return ZOO[name](num_classes=num_classes)
 
@@ -64,6 +66,11 @@ def has_depthwise_convolutions(name: str) -> bool:
     """
     with torch.device("meta"):
         network = build(name, 2)
+    return depthwise(network)
+
+
+def depthwise(network: nn.Module) -> bool:
+    """Whether ``network`` has a depthwise convolution."""
     return any(
         isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
         for module in network.modules()
@@ -71,12 +78,13 @@ def has_depthwise_convolutions(name: str) -> bool:
 
 
 def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:
-    """A network of the zoo, or ``tv:NAME`` of torchvision or ``timm:NAME`` of timm.
+    """A network of the zoo, ``tv:NAME`` of torchvision, ``timm:NAME`` of timm, or one's own.
 
+    Users' own are ``FILE.py:NAME`` or ``package.module:NAME`` (see `factories.build`).
     It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks accept any H and W ≥ 8.
     Networks of the zoo have convolutions from He's normal distribution (fan-out) with zero biases,
     batch norms with scale 1 and shift 0, and PyTorch's default classifier. Other networks are
-    initialised by their library or, if ``pretrained``, have its default weights, in eval mode
+    initialised by their own code or, if ``pretrained``, have its default weights, in eval mode
     (`load_pretrained` also returns the normalisation of their images).
 
     Raises UserError if there is no network of this name, or no such weights for num_classes.
@@ -84,7 +92,7 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
     if pretrained:
         return _create_pretrained(name, num_classes)
     model = build(name, num_classes)
-    if is_external(name):
+    if is_external(name) or is_code(name):
         return model
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

@@ -23,6 +23,7 @@ def recipe(run: RunRecords) -> dict[str, str]:
     }
     if device := run.settings.get("device"):
         values["device"] = str(device).split(":")[0]  # cuda:0 and cuda:1 do the same
+    values |= run.code  # the files of networks of one's own, which may change under their names
     recorded = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}
     return {key: str(value) for key, value in recorded.items() if value} | values
 
@@ -40,7 +41,7 @@ def what_differs(runs: Sequence[RunRecords]) -> list[str]:
 
 def _differing(values: Sequence[Mapping[str, str]]) -> list[str]:
     keys = dict.fromkeys(key for of_run in values for key in of_run)
-    differing = [key for key in keys if len({of_run.get(key) for of_run in values}) > 1]
+    differing = [key for key in keys if len({of_run.get(key, "null") for of_run in values}) > 1]
     return [
         ", ".join(f"{key}={of_run[key]}" for key in differing if key in of_run) for of_run in values
     ]

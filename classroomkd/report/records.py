@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from classroomkd.errors import UserError
+from classroomkd.models import network_names
 from classroomkd.runs.old_runs import current_record
 
 
@@ -61,9 +62,20 @@ class RunRecords:
     def student(self) -> str | None:
         """The student's name."""
         named = [name for phase, name in self.curves if phase != "mentor"]
-        return self.result("student").get("name") or next(
-            iter(named), self.settings.get("student") or None
-        )
+        configured = network_names.label(str(self.settings.get("student") or "")) or None
+        return self.result("student").get("name") or next(iter(named), configured)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The first digits of the SHA-256 of each file that defines a network of one's own."""
+        student = self.settings.get("student")
+        return {
+            "student_code" if name == student else f"mentors.{network_names.label(name)}": digest[
+                :12
+            ]
+            for name, digest in _inputs(self.folder).items()
+            if network_names.is_code(name)
+        }
 
     @property
     def epochs(self) -> int | None:
@@ -162,11 +174,12 @@ def read_run(folder: Path) -> RunRecords:
         curves, unreadable = _read_metrics(metrics)
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
         starts = _starts(folder / "starts.jsonl")
+        digests = {k: v for k, v in _inputs(folder).items() if k.endswith(" images")}
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; make it readable to report the run"
         ) from None
-    return RunRecords(folder, text, _digests(folder), finished, curves, unreadable, starts)
+    return RunRecords(folder, text, digests, finished, curves, unreadable, starts)
 
 
 def _summary(path: Path) -> dict:
@@ -194,10 +207,9 @@ def _summary(path: Path) -> dict:
     return found | {"results": [current_record(result) for result in results]}
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _inputs(folder: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, AttributeError):
-        inputs = json.loads((folder / "inputs.json").read_bytes())
-        return {name: digest for name, digest in inputs.items() if name.endswith(" images")}
+        return dict(json.loads((folder / "inputs.json").read_bytes()).items())
     return {}
 
 

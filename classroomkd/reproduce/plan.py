@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -14,16 +16,18 @@ from pathlib import Path
 from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
-from classroomkd.models.network_names import SIZES, is_checkpoint, is_external
+from classroomkd.models.network_names import SIZES, code_digest, is_checkpoint, is_code, label
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
 from classroomkd.runs.identity import mentor_values, values_without
 from classroomkd.runs.recipe import (
     MentorConfig,
     Recipe,
+    code_sources,
+    is_given,
     load_recipe,
     mentor_seed,
     teaching,
-    with_absolute_path,
+    with_absolute_paths,
 )
 
 # All seeds share the mentors and the held-out images.
@@ -210,8 +214,7 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
     """The mentors that must be trained for a run, grouped by the id of the task that does so."""
     groups: dict[str, list[MentorConfig]] = {}
     for mentor in teaching(recipe):
-        given = is_external(mentor.source) and mentor.epochs is None
-        if given or is_checkpoint(mentor.source):
+        if is_given(mentor):
             continue
         values = [
             mentor.source,
@@ -220,27 +223,32 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
             recipe.mentor_training.deciding(),
             *mentor_values(recipe).values(),
         ]
+        own = [mentor.weights, mentor.mean, mentor.std]
+        if is_code(mentor.source):
+            own.append(code_digest(mentor.source))
+        values += own if any(own) else []
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        name = mentor.source.replace(":", "-")
+        name = re.sub(r"[^\w.@+]+", "-", label(mentor.source)).strip("-")
         groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)
     return groups
 
 
 def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> Task:
     """The task that trains all mentors of one network that any run needs."""
-    most: Counter[tuple[str, int | None, int | None]] = Counter()
+    most: Counter[str] = Counter()
     for _, mentors in wanted:
-        most |= Counter((mentor.source, mentor.epochs, mentor.at) for mentor in mentors)
-    mentors = [MentorConfig(*values) for values in most.elements()]
+        most |= Counter(json.dumps(asdict(mentor)) for mentor in mentors)
+    mentors = [MentorConfig(**json.loads(values)) for values in most.elements()]
     run = wanted[0][0]
     rest = [item for item in run.arguments[1:] if not item.startswith("mentors=")]
     recipe = replace(run.recipe, mentors=mentors, student="", method="classroom")
     size, usual = recipe.data.image_size, recipe.mentor_training.epochs
     # Several mentors of the same network are separate trainings; its epochs come from one training.
     lasts: dict[int, int] = {}
-    for (_, own, at), count in most.items():
+    for values, count in most.items():
+        mentor = MentorConfig(**json.loads(values))
         for number in range(count):
-            lasts[number] = max(lasts.get(number, 0), at or own or usual)
+            lasts[number] = max(lasts.get(number, 0), mentor.at or mentor.epochs or usual)
     epochs = sum(lasts.values())
     return Task(
         group,
@@ -282,6 +290,19 @@ def require_same_recipe(task: Task, folder: Path) -> None:
             f"{folder} was started with {differing} now: use the same options and recipe, or give "
             "--out a new folder"
         )
+    _require_same_code(task.recipe, folder)
+
+
+def _require_same_code(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError if a network of one's own has changed since the run in ``folder`` began."""
+    inputs: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        inputs = json.loads((folder / "inputs.json").read_bytes())
+    for source in code_sources(with_absolute_paths(recipe)):
+        if inputs.get(source, digest := code_digest(source)) != digest:
+            raise UserError(
+                f"{source} has changed since {folder} was begun: give --out a new folder"
+            )
 
 
 def difference(begun: dict, now: dict) -> str:
@@ -303,8 +324,7 @@ def run_values(folder: Path) -> dict:
 
 
 def _values(recipe: Recipe) -> dict:
-    recipe = replace(recipe, mentors=[with_absolute_path(mentor) for mentor in recipe.mentors])
-    values = values_without(recipe, "machine", "place")
+    values = values_without(with_absolute_paths(recipe), "machine", "place")
     if not recipe.student or recipe.method != "classroom":
         del values["loss"]  # unused
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from classroomkd import recipes
 from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe
@@ -104,10 +104,7 @@ def _peers_of_one(recipe: Recipe) -> list[Variant]:
     epochs = teacher.epochs or recipe.mentor_training.epochs
     variants = [Variant("alone", "alone")]
     for name, of_240 in _PEERS_OF_ONE.items():
-        peers = [
-            MentorConfig(teacher.source, teacher.epochs, max(round(epochs * at / 240), 1))
-            for at in of_240
-        ]
+        peers = [replace(teacher, at=max(round(epochs * at / 240), 1)) for at in of_240]
         variants.append(Variant(name, overrides=(mentors_override([teacher, *peers]),)))
     return variants
 

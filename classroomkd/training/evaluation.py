@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.data import CentreCrop, ImageFiles, ImageSet, Loader, Loaders
+from classroomkd.data.batches import Batches, BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
@@ -40,7 +41,10 @@ class Evaluation:
 
 
 def evaluation_loader(
-    loaders: Loaders, image_set: ImageSet | ImageFiles, info: NetworkInfo, **share: int
+    loaders: Loaders | BatchLoaders,
+    image_set: ImageSet | ImageFiles | Batches,
+    info: NetworkInfo,
+    **share: int,
 ) -> Loader:
     """Every image (the centre of a photograph) once, in order, normalised according to ``info``.
 
@@ -173,6 +177,6 @@ def require_finite(measured: Evaluation, what: str) -> None:
         )
 
 
-def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
+def evaluation_crop(image_set: ImageSet | ImageFiles | Batches, size: int) -> CentreCrop | None:
     """The crop of photographs for evaluation; None for images of one size."""
     return CentreCrop(size) if isinstance(image_set, ImageFiles) else None

@@ -30,7 +30,8 @@ class MentorBank:
         dtype: torch.float32 or torch.bfloat16, for weights, activations and logits. Batch norms
             that are not folded keep float32 statistics, because rounding would bias every image.
         compile: pass each mentor through ``torch.compile``.
-        features: return the outputs of the stages too; not with ``compile``.
+        features: return the outputs of ``layers`` too, by default of the stages.
+        layers: module paths, the same in each mentor.
 
     Attributes:
         names: names of the mentors, in the order of the logits.
@@ -46,6 +47,7 @@ class MentorBank:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         features: bool = False,
+        layers: Sequence[str] = (),
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -54,7 +56,7 @@ class MentorBank:
         self._device = torch.device(device)
         self._dtype = dtype
         networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
-        self._stages = [StageOutputs(network) for network in networks] if features else None
+        self._stages = [StageOutputs(network, layers) for network in networks] if features else None
         self._networks: Sequence[Callable[[Tensor], Tensor]] = (
             [torch.compile(n) for n in networks] if compile else networks
         )
@@ -78,7 +80,10 @@ class MentorBank:
         """
         # Mentors compute in the bank's dtype, independently of the student's autocast.
         with torch.autocast(self._device.type, enabled=False):
-            images = images.to(self._dtype, memory_format=torch.channels_last)
+            if images.is_floating_point():  # of one's own batches they may be anything
+                images = images.to(self._dtype)
+            if images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
             logits = self._side_by_side(images) if self._streams else self._in_turn(images)
         for name, rows in zip(self.names, logits, strict=True):
             if rows.shape != (len(images), self._num_classes):

@@ -39,6 +39,7 @@ class Trainer:
         method: the distillation method.
         mentors: on the same device; None for a method without mentors.
         image_size: height and width of the images, for methods that use features.
+        example: a batch of images like the loader's, if they are not [B, 3, H, W] of that size.
         dtype: torch.bfloat16 for a forward pass under autocast.
         cuda_graph: False to launch every kernel of every step on a GPU.
         compile: pass the network through ``torch.compile``.
@@ -57,6 +58,7 @@ class Trainer:
         method: Method,
         mentors: MentorBank | None = None,
         image_size: int = 32,
+        example: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         cuda_graph: bool = True,
         compile: bool = False,
@@ -71,9 +73,12 @@ class Trainer:
         self.dtype = dtype
         self.device = next(network.parameters()).device
         self.method = method
-        self._stages = StageOutputs(network) if method.uses_features else None
+        self._stages = (
+            StageOutputs(network, method.student_layers) if method.uses_features else None
+        )
         if self._stages:
-            self._prepare_method(self._stages, image_size)
+            images = torch.zeros(1, 3, image_size, image_size) if example is None else example
+            self._show_features(self._stages, images.to(self.device))
         method.to(self.device)
         self.processes = processes or Processes(self.device)
         together = self.processes.together
@@ -99,9 +104,8 @@ class Trainer:
         self._step_on = CapturedStep(self._step) if captured else self._step
 
     @torch.no_grad()
-    def _prepare_method(self, stages: StageOutputs, image_size: int) -> None:
+    def _show_features(self, stages: StageOutputs, images: Tensor) -> None:
         """Pass the shapes of the features to the method, which may create parameters."""
-        images = torch.zeros(1, 3, image_size, image_size, device=self.device)
         self.network.eval()(images)
         mentors = self.mentors(images) if self.mentors else []
         self.method.prepare(shapes_of(stages.take()), [shapes_of(m.features) for m in mentors])

@@ -15,7 +15,7 @@ from classroomkd import fused_classroom_loss
 from classroomkd.errors import UserError
 from classroomkd.loss.fused import fused_classroom_loss_and_grad
 from classroomkd.models import NetworkInfo, create
-from classroomkd.runs.mentor_setup import Renormalised
+from classroomkd.models.layout import Renormalised
 from classroomkd.training.mentor_bank import MentorBank
 from zoo_weights import fill
 
