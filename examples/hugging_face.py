@@ -4,7 +4,6 @@ pip install -c constraints.txt -e ".[examples]"
 python examples/hugging_face.py
 """
 
-import sys
 import tempfile
 
 import torch
@@ -38,15 +37,15 @@ def sentences(count):
 
 
 def bert(size, layers):
-    sizes = {"hidden_size": size, "intermediate_size": 96, "num_hidden_layers": layers}
-    config = hf.BertConfig(vocab_size=64, num_labels=4, **sizes)
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": layers}
+    config = hf.BertConfig(vocab_size=64, num_labels=4, num_attention_heads=2, **sizes)
     return hf.BertForSequenceClassification(config)
 
 
 if __name__ == "__main__":
-    epochs = int(sys.argv[-1]) if "--epochs" in sys.argv else 5
-    options = {"num_train_epochs": epochs, "learning_rate": 3e-3, "save_strategy": "no"}
-    settings = hf.TrainingArguments(tempfile.mkdtemp(), **options)
+    parser = hf.HfArgumentParser(hf.TrainingArguments)
+    parser.set_defaults(output_dir=tempfile.mkdtemp(), learning_rate=3e-3, save_strategy="no")
+    (settings,) = parser.parse_args_into_dataclasses()
 
     def fit(model, count, mentors=()):
         trainer = ClassroomTrainer(model, settings, train_dataset=data[:count], mentors=mentors)
@@ -55,7 +54,7 @@ if __name__ == "__main__":
         return f"{(found.predictions.argmax(-1) == found.label_ids).mean():.4f}"
 
     torch.manual_seed(0)
-    data, test, mentors = sentences(1024), sentences(1024), [bert(48, 2), bert(36, 1)]
+    data, test, mentors = sentences(1024), sentences(1024), [bert(64, 2), bert(48, 1)]
     one, two = (fit(mentor, 1024) for mentor in mentors)
-    three, four = fit(bert(24, 1), 256), fit(bert(24, 1), 256, mentors)
+    three, four = fit(bert(32, 1), 512), fit(bert(32, 1), 512, mentors)
     print(f"held-out accuracy: mentors {one}, {two}, alone {three}, in the classroom {four}")
