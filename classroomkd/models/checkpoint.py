@@ -196,7 +196,10 @@ def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> st
                 f"{path} is of {label(architecture)}, whose file is missing: put {copy} back"
             )
         architecture = f"{existing}:{name}"
-    file = code_file(architecture)
+    try:
+        file = code_file(architecture)
+    except UserError as error:
+        raise UserError(f"{path} is of an unknown network, {architecture!r}: {error}") from None
     if info.code not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
         notify(f"{file} has changed since {path} was written: its network may compute otherwise")
     return architecture

@@ -70,6 +70,9 @@ def folder(tmp_path) -> Path:
                     pixels = rng.integers(0, 256, (240, 260, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / name / part / label / f"{i}.jpg")
     make_cifar(folder / "cifar", "cifar100")
+    page = (ROOT / "docs/networks.md").read_text(encoding="utf-8")
+    nets = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (folder / "nets.py").write_text(nets[1])  # the file that the page shows
     return folder
 
 
