@@ -53,7 +53,7 @@ if __name__ == "__main__":
         found = trainer.predict(test)
         return f"{(found.predictions.argmax(-1) == found.label_ids).mean():.4f}"
 
-    torch.manual_seed(0)
+    torch.manual_seed(settings.seed)
     data, test, mentors = sentences(1024), sentences(1024), [bert(64, 2), bert(48, 1)]
     one, two = (fit(mentor, 1024) for mentor in mentors)
     three, four = fit(bert(32, 1), 512), fit(bert(32, 1), 512, mentors)

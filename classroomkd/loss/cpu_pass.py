@@ -79,8 +79,8 @@ def confidence_sums(
         options.ignore_index,
         ells,
     )
-    sums = ells.sum(0, dtype=np.float64)
-    return torch.from_numpy(np.append(sums, batch.n_valid).astype(np.float32))
+    sums = np.append(ells.sum(0, dtype=np.float64), batch.n_valid)
+    return torch.from_numpy(sums).float()
 
 
 def classroom_loss_and_grad(

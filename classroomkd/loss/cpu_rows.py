@@ -230,8 +230,7 @@ def rows(
                 stats[b, i] = 0
             if with_grad:
                 grad[:] = 0
-                if not in_place:
-                    vectors.store(grad, grad_at, out[2], n_classes)
+                vectors.store(grad, _ONE, grad_at, out[2], n_classes)
             continue
         at = probabilities[0] + b * probabilities[1]
         target = _target(at, probabilities[2], index, label_smoothing, n_classes, t)
@@ -261,12 +260,11 @@ def rows(
         task = math.exp(ell[0]) if math.isnan(task_weight) else task_weight
         loss = 0.0 if task == 0 else task * -row_ell
         if with_grad:
-            weight = task * factor
-            vectors.begin_gradient(grad, e_s, np.float32(weight * t_sum / s_sum))
+            vectors.begin_gradient(grad, e_s, np.float32(task * t_sum / s_sum))
             if one_class:
-                grad[target] -= np.float32(weight)
+                grad[target] -= np.float32(task)
             else:
-                vectors.add_lesson(grad, t, np.float32(-weight), t, _ZERO)
+                vectors.add_lesson(grad, t, np.float32(-task), t, _ZERO)
 
         # Second half: the terms of the active mentors.
         mentor_loss, last_tau = 0.0, math.nan
@@ -287,14 +285,17 @@ def rows(
                 if tau_s != last_tau:
                     s_sum, last_tau = vectors.exponentials(z_s, tops[0], factor_s, e_s), tau_s
                 m_sum = vectors.exponentials(z_m, tops[k], factor_m, e_m)
-                cross = vectors.cross(e_m, z_m, tops[k], factor_m, z_s, tops[0], factor_s)
-                kl = cross / m_sum * _LN2 - math.log(m_sum / s_sum)
+                cross, more = vectors.cross(
+                    e_m, z_m, tops[k], factor_m, e_s, z_s, tops[0], factor_s
+                )
+                near = abs(more) < 0.5 * s_sum
+                log_ratio = math.log1p(more / s_sum) if near else math.log(m_sum / s_sum)
+                kl = cross / m_sum * _LN2 - log_ratio
                 kl = 0.0 if kl < 0 else kl  # which rounding would make it
                 weight = weights[m] * ranks[m] * tau_m
                 if weight * tau_s != 0:
                     mentor_loss += weight * tau_s * kl
                 if with_grad:
-                    weight *= factor
                     vectors.add_lesson(
                         grad, e_s, np.float32(weight / s_sum), e_m, np.float32(weight / m_sum)
                     )
@@ -310,8 +311,7 @@ def rows(
         if with_grad:
             if nonfinite:
                 grad[:] = math.nan
-            if not in_place:
-                vectors.store(grad, grad_at, out[2], n_classes)
+            vectors.store(grad, np.float32(factor), grad_at, out[2], n_classes)
 
 
 @_entry

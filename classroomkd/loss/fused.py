@@ -83,9 +83,10 @@ def fused_classroom_loss(
         (loss, report). A second derivative raises RuntimeError.
 
     Raises:
-        ValueError, TypeError: as `classroom_loss`; on a GPU also for float64 logits and for more
-            mentors or classes than the kernels take. On a GPU a class index out of range makes its
-            row NaN, since checking it would mean waiting for the device.
+        ValueError, TypeError: as `classroom_loss`, on the CPU for a class index out of range also
+            under torch.compile; on a GPU also for float64 logits and for more mentors or classes
+            than the kernels take. On a GPU a class index out of range makes its row NaN, since
+            checking it would mean waiting for the device.
 
     """
     options, weights = loss_options(

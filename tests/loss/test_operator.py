@@ -120,7 +120,7 @@ ON_A_CPU = {
     ],
 )
 def test_compile_on_a_cpu(name, dynamic):
-    """Where the definition serves: one graph, forward and backward, whatever the options."""
+    """One graph, forward and backward, whatever the options."""
     assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
 
 
@@ -178,14 +178,15 @@ def test_compile_loss_and_grad_on_a_cpu(name):
 
 
 def test_a_class_out_of_range_on_a_cpu():
-    """An error where values can be looked at; in a compiled graph the row is NaN."""
+    """An error where values can be looked at; in a compiled graph of the definition, NaN."""
     student, mentors, targets = classroom(n_rows=4)
     targets[2] = 10
-    with pytest.raises(ValueError, match="got 10 in row 2"):
-        fused_classroom_loss(student, mentors, targets)
     torch._dynamo.reset()
     fast = torch.compile(fused_classroom_loss, fullgraph=True, backend="aot_eager")
-    rows = fast(student, mentors, targets, reduction="none")
+    for function in (fused_classroom_loss, classroom_loss, fast):
+        with pytest.raises(ValueError, match="got 10 in row 2"):
+            function(student, mentors, targets)
+    rows = fast(student.double(), mentors, targets, reduction="none")
     assert rows.isnan().tolist() == [False, False, True, False]
 
 
@@ -314,6 +315,9 @@ def everything(student, mentors, targets):
 
 def test_no_value_is_read_back(device, monkeypatch):
     from classroomkd.kernels import launch
+
+    if fused.implementation(device.type) is not launch:
+        pytest.skip("the CPU's pass waits for nothing")
 
     def refuse(*_):
         raise AssertionError("a tensor was read into Python")
