@@ -21,8 +21,8 @@ import torch
 import triton
 import triton.language as tl
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
+from classroomkd.kernels.blocks import Blocks
 from classroomkd.kernels.launch import (
-    Blocks,
     Launch,
     classroom_launch,
     confidence_launch,
@@ -142,7 +142,7 @@ def compile_call(
             outputs.grad, outputs.loss, outputs.count if mean else None
         )
     return {
-        name: _compile(launch.kernel, _described(launch), target, launch.blocks)
+        name: _compile(launch.plan.kernel, _described(launch), target, launch.plan.blocks)
         for name, launch in launches.items()
     }
 
@@ -199,9 +199,10 @@ def _compile(
 
 def _described(launch: Launch) -> dict[str, object]:
     """The launch's arguments as `_source` takes them, specialised as Triton would at the launch."""
+    values = launch.tensors | launch.plan.values
     arguments = {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
+    for parameter in launch.plan.kernel.params:
+        value = values[parameter.name]
         if parameter.is_constexpr:
             arguments[parameter.name] = tl.constexpr(value)
         elif parameter.do_not_specialize:
