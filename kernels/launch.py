@@ -21,6 +21,7 @@ from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
 if TYPE_CHECKING:
+    from classroomkd.kernels.augment import Tiles
     from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
@@ -113,10 +114,10 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    blocks: Blocks
+    blocks: Blocks | Tiles
 
     def run(self, device: torch.device) -> None:
-        """Run it on that device's current stream."""
+        """Run it on that device's current stream; every launch comes through here."""
         with on_device(device):
             self.kernel[self.grid](**self.arguments, num_warps=self.blocks.num_warps)
 
