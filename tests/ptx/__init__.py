@@ -9,7 +9,7 @@ what it loads and stores, ``machine.py`` runs the threads of all programs, and `
 leads the project's launches here. ``docs/ptx.md`` says what this proves and what it does not.
 """
 
-from tests.ptx.execution import Run, ptx_execution
+from tests.ptx.execution import TARGETS, Run, ptx_execution
 from tests.ptx.parse import PtxError, UnknownInstructionError
 
-__all__ = ["PtxError", "Run", "UnknownInstructionError", "ptx_execution"]
+__all__ = ["TARGETS", "PtxError", "Run", "UnknownInstructionError", "ptx_execution"]

@@ -332,7 +332,7 @@ def _integer(opcode: tuple[str, ...]) -> Operation:
 # --- floating point
 
 
-def _extremum(largest: bool, nan: bool) -> Function:
+def extremum_of(largest: bool, nan: bool) -> Function:
     """Largest or smallest, −0 < 0; of NaN and a number the number, or with ``nan`` NaN."""
     choose = [[np.fmin, np.minimum], [np.fmax, np.maximum]][largest][nan]
 
@@ -363,7 +363,7 @@ def _float(opcode: tuple[str, ...], n_sources: int) -> Operation:
     modifiers = _take(opcode, "ftz", *(("NaN",) if name in ("min", "max") else ("rn",)))
     functions: dict[str, Function] = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
     if name in ("min", "max"):
-        functions[name] = _extremum(name == "max", "NaN" in modifiers)
+        functions[name] = extremum_of(name == "max", "NaN" in modifiers)
     elif name == "fma" and kind in ("f32", "f32x2"):
         functions[name] = fma
     if name not in functions or kind == "f64":

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from tests.ptx.arithmetic import BITS, TYPES, Perturbation, comparison, operation
+from tests.ptx.arithmetic import BITS, TYPES, Perturbation, comparison, extremum_of, operation
 from tests.ptx.memory import Actors, Array, Global, Shared
 from tests.ptx.parse import (
     WIDTH,
@@ -308,21 +308,26 @@ class Program:
         self, _at: int, opcode: tuple[str, ...], operands: tuple[Operand, ...]
     ) -> tuple[str, Step]:
         """One result of all lanes of a warp."""
-        _, sync, name, kind = opcode
+        _, sync, name, *modifiers, kind = opcode
         assert sync == "sync", "form"
-        functions: dict[str, np.ufunc] = {
+        assert not modifiers or (modifiers == ["NaN"] and kind == "f32"), "form"
+        dtype = TYPES[kind]
+        functions: dict[str, Callable[[Array, Array], Array]] = {
             **{"add": np.add, "min": np.minimum, "max": np.maximum},
             **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
         }
-        function, dtype = functions[name], TYPES[kind]
-        assert np.dtype(dtype).kind in "ui", "type"
+        function = functions[name]
+        if kind == "f32":
+            assert name in ("min", "max"), "type"
+            function = extremum_of(name == "max", bool(modifiers))
         to, value, members = (self._slot(each, 4) for each in operands)
 
         def step(group: Group, mask: Array) -> None:
             group.whole_warps(mask, group.registers[members])
             values = group.spread(group.registers[value]).view(dtype).reshape(-1, WARP)
-            reduced = function.reduce(values, axis=1, dtype=dtype)
-            group.put(to, np.repeat(reduced, WARP).view(np.uint32), mask)
+            while (half := values.shape[1] // 2) > 0:
+                values = function(values[:, :half], values[:, half:])
+            group.put(to, np.repeat(values.reshape(-1), WARP).view(np.uint32), mask)
 
         return "masked", step
 
