@@ -78,6 +78,7 @@ class Program:
     def __init__(self, kernel: Kernel, perturb: Perturbation | None = None) -> None:
         self.kernel, self.perturb = kernel, perturb
         self.slots: dict[str, int] = {}
+        self.unset: list[Array] = []
         self.constants: dict[int, Array] = {}
         self.parameters = {name: i for i, name in enumerate(kernel.parameters)}
         if not kernel.code or kernel.code[-1].opcode != ("ret",):
@@ -108,19 +109,25 @@ class Program:
         if isinstance(operand, Register):
             if width is not None and operand.width != width:
                 raise UnknownInstructionError(f"{operand.name} as {width} bytes")
-            return self.slots.setdefault(operand.name, len(self.slots))
+            return self._place(operand.name, operand.width)
         if isinstance(operand, Immediate) and width is not None:
             return self._constant(f"{operand.text}:{width}", operand.bits(width), width)
         if isinstance(operand, Symbol) and operand.name == SHARED_MEMORY and width is not None:
             return self._constant(f"{operand.name}:{width}", 0, width)
         if isinstance(operand, Symbol) and operand.name in SPECIAL and width == 4:
-            return self.slots.setdefault(operand.name, len(self.slots))
+            return self._place(operand.name, width)
         raise UnknownInstructionError(f"operand {operand}")
 
     def _constant(self, name: str, value: int, width: int) -> int:
-        slot = self.slots.setdefault(name, len(self.slots))
+        slot = self._place(name, width)
         self.constants[slot] = np.array([value], BITS[width])
         return slot
+
+    def _place(self, name: str, width: int) -> int:
+        if name not in self.slots:
+            self.slots[name] = len(self.slots)
+            self.unset.append(np.array([_UNSET]).astype(BITS[width]))
+        return self.slots[name]
 
     def _address(self, operand: Operand, width: int) -> Callable[[Group], Array]:
         """The addresses [threads] or [1] that an operand names."""
@@ -552,7 +559,7 @@ class Group:
         self.launch, self.programs = launch, programs
         n_threads = launch.n_threads
         self.n = len(programs) * n_threads
-        self.registers: list[Array] = [np.zeros(0)] * len(launch.program.slots)
+        self.registers = [*launch.program.unset]
         for slot, value in launch.program.constants.items():
             self.registers[slot] = value
         self._place = np.repeat(np.arange(len(programs)), n_threads)
@@ -575,21 +582,17 @@ class Group:
     def put(self, slot: int, value: Array, mask: Array) -> None:
         """Write a register of the threads in a mask."""
         if not self._all:
-            value = np.where(mask, value, self._before(slot, value.dtype))
+            value = np.where(mask, value, self.registers[slot])
         self.registers[slot] = value
 
     def put_lanes(self, slot: int, value: Array, lanes: Array) -> None:
         """Write a register of the threads in a list."""
         if len(lanes) < self.n:
             result = np.empty(self.n, value.dtype)
-            result[:] = self._before(slot, value.dtype)
+            result[:] = self.registers[slot]
             result[lanes] = value
             value = result
         self.registers[slot] = value
-
-    def _before(self, slot: int, dtype: np.dtype) -> Array:
-        register = self.registers[slot]
-        return register if len(register) else np.full(1, _UNSET).astype(dtype)
 
     # --- control
 

@@ -177,24 +177,34 @@ def regions(tensors: list[tuple[str, Tensor]]) -> list[Region]:
 
 
 class Unwritten:
-    """Which bytes of storages that began unwritten have been written since, by their address."""
+    """Storages that began unwritten: which of their bytes kernels have written since."""
 
     def __init__(self) -> None:
-        self._written: dict[int, Array] = {}
-        self._kept: list[Tensor] = []  # so that no address comes to mean another storage
+        # By the storage's address. Keeping the tensor keeps that from meaning another storage.
+        self._storages: dict[int, tuple[Array, Tensor, int]] = {}
 
     def begin(self, tensor: Tensor) -> None:
         """A new tensor of which nothing has been written."""
         storage = tensor.untyped_storage()
         torch.tensor([], dtype=torch.uint8).set_(storage).fill_(POISON)
-        self._written[storage.data_ptr()] = np.zeros(storage.nbytes(), bool)
-        self._kept.append(tensor)
+        written = np.zeros(storage.nbytes(), bool)
+        self._storages[storage.data_ptr()] = written, tensor, _version(tensor)
 
     def written(self, region: Region) -> Array | None:
-        """A view of what is known of the region's bytes; None where all count as written."""
-        known = self._written.get(region.storage)
+        """A view of what is known of the region's bytes; None where all count as written.
+
+        They do as soon as PyTorch has written to the tensor, too, for nobody watches where.
+        """
+        written, tensor, version = self._storages.get(region.storage, (None, None, 0))
+        if tensor is None or _version(tensor) != version:
+            return None
         first = region.address - region.storage
-        return None if known is None else known[first : first + len(region.bytes)]
+        return written[first : first + len(region.bytes)]
+
+
+def _version(tensor: Tensor) -> int:
+    """How often PyTorch has written to a tensor; of inference tensors it does not count that."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class Global:
@@ -217,7 +227,6 @@ class Global:
             self.data[place] = region.bytes
             state = np.where(region.addressable, _ADDRESSABLE, 0)
             known = unwritten.written(region)
-            # PyTorch's own operations, which nobody watches, may have written to it as well.
             good = np.ones(1, bool) if known is None else known | (region.bytes != POISON)
             self.state[place] = state | np.where(good, _INITIALISED, 0)
         self._writer = np.full(size, -1, np.int32)
