@@ -25,7 +25,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import triton
-from rich.console import Console
 from rich.progress import track
 
 from classroomkd.files import atomic_write

@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from classroomkd.kernels.blocks import blocks
-from classroomkd.kernels.launch import WARP_SIZE
 from torch import Tensor
 
 import roofline
 import summary
 from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.kernels.blocks import blocks
+from classroomkd.kernels.launch import WARP_SIZE
 from measure import (
     DEVICE,
     GPU,
@@ -110,7 +110,7 @@ def work(case: Case) -> tuple[int, int]:
     M = case.n_mentors
     passes = M + 2 if case.ranking == "sample" else 2 * M + 3
     cut = blocks(case.n_classes, M, case.dtype.itemsize, WARP_SIZE)
-    if not cut.PIECES and cut.BLOCK_C < case.n_classes:
+    if not cut.PIECES and case.n_classes > cut.BLOCK_C:
         passes = 3 * M + 4
     elements = case.n_rows * case.n_classes
     return passes * elements * case.dtype.itemsize, (1 + 3 * M) * elements

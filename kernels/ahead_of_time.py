@@ -20,6 +20,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
 from classroomkd.kernels.blocks import Blocks
 from classroomkd.kernels.launch import (
@@ -28,10 +32,6 @@ from classroomkd.kernels.launch import (
     confidence_launch,
     scaling_launch,
 )
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-
 from classroomkd.loss.options import LossOptions
 
 TYPES = {

@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.classroom import classroom_kernel
 from classroomkd.kernels.counters import launch_state
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
-from torch import Tensor
 
 if TYPE_CHECKING:
+    from classroomkd.kernels.augment import Tiles
     from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
@@ -46,7 +48,7 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     values: dict[str, Any]
     """By name, every argument of the kernel that is not a tensor."""
-    blocks: Blocks
+    blocks: Blocks | Tiles
     lines: int = 0
     """The numbers that the rows leave to be summed."""
 
@@ -58,7 +60,7 @@ class Launch(NamedTuple):
     tensors: dict[str, Any]
 
     def run(self, device: torch.device) -> None:
-        """Run it on that device's current stream."""
+        """Run it on that device's current stream; every launch comes through here."""
         plan = self.plan
         with on_device(device):
             plan.kernel[plan.grid](**self.tensors, **plan.values, num_warps=plan.blocks.num_warps)

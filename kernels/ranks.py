@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.device import (
     FLOOR,
     LOG2E,
