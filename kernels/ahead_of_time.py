@@ -64,11 +64,26 @@ class Compiled:
     blocks: Blocks | Tiles
 
 
-def compile_call(
+def compile_call(*, target: str, **call: Any) -> dict[str, Compiled]:
+    """Compile each kernel of `call_launches`, by its name there.
+
+    Args:
+        target: "cuda:<compute capability × 10>" or "hip:<architecture>".
+        call: the arguments of `call_launches`.
+
+    """
+    launches = call_launches(warp_size=_gpu(target).warp_size, **call)
+    return {
+        name: _compile(launch.kernel, described(launch), target, launch.blocks)
+        for name, launch in launches.items()
+    }
+
+
+def call_launches(
     *,
     n_classes: int,
     n_mentors: int,
-    target: str,
+    warp_size: int = 32,
     n_rows: int = 512,
     dtype: torch.dtype = torch.float32,
     mentor_dtypes: Sequence[torch.dtype] | None = None,
@@ -80,11 +95,10 @@ def compile_call(
     scale: torch.dtype = torch.float32,
     with_report: bool = False,
     **options: Any,
-) -> dict[str, Compiled]:
-    """Compile each kernel that a call of the loss would launch, from that launch's own arguments.
+) -> dict[str, Launch]:
+    """What a call of the loss would launch, with tensors that have no memory.
 
     Args:
-        target: "cuda:<compute capability × 10>" or "hip:<architecture>".
         dtype: of the student's logits, and of the mentors' unless ``mentor_dtypes`` names theirs,
             in turn.
         targets: an integer type for class indices, a floating-point one for class probabilities.
@@ -98,7 +112,6 @@ def compile_call(
         By name: "confidence" (ranking "batch"), "classroom", "scale_rows" (autograd's backward).
 
     """
-    warp_size = _gpu(target).warp_size
 
     def rows(of: torch.dtype) -> Tensor:
         wide = torch.empty(n_rows, row_padding + n_classes, dtype=of, device="meta")
@@ -141,10 +154,7 @@ def compile_call(
         _, launches["scale_rows"] = scaling_launch(
             outputs.grad, outputs.loss, outputs.count if mean else None
         )
-    return {
-        name: _compile(launch.kernel, _described(launch), target, launch.blocks)
-        for name, launch in launches.items()
-    }
+    return launches
 
 
 def compile_augmentation(
@@ -190,15 +200,29 @@ def _gpu(target: str) -> GPUTarget:
 def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
-    gpu = _gpu(target)
+    compiled = _compiled(kernel, arguments, target, cut)
+    return Compiled(**_read(compiled), blocks=cut)
+
+
+def cubin(launch: Launch, target: str) -> tuple[bytes, Compiled]:
+    """The binary of a launch's kernel for an NVIDIA GPU, and what it became."""
+    compiled = _compiled(launch.kernel, described(launch), target, launch.blocks)
+    return compiled.asm["cubin"], Compiled(**_read(compiled), blocks=launch.blocks)
+
+
+def _compiled(
+    kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
+) -> CompiledKernel:
     options = {"num_warps": cut.num_warps}
-    compiled = triton.compile(_source(kernel, arguments), target=gpu, options=options)
-    read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
-    return Compiled(**read(compiled), blocks=cut)
+    return triton.compile(_source(kernel, arguments), target=_gpu(target), options=options)
 
 
-def _described(launch: Launch) -> dict[str, object]:
-    """The launch's arguments as `_source` takes them, specialised as Triton would at the launch."""
+def _read(compiled: CompiledKernel) -> dict[str, Any]:
+    return _read_cubin(compiled) if "cubin" in compiled.asm else _read_amdgcn(compiled)
+
+
+def described(launch: Launch) -> dict[str, object]:
+    """The launch's arguments as the compiler takes them, specialised as at the launch."""
     arguments = {}
     for parameter in launch.kernel.params:
         value = launch.arguments[parameter.name]
