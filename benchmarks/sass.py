@@ -7,6 +7,7 @@ are read, and which of them it waits for itself.
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
@@ -71,7 +72,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = text.splitlines()
     code = []
-    for line, following in zip(lines, lines[1:], strict=False):
+    for line, following in itertools.pairwise(lines):
         found = _LINE.match(line)
         if not found:
             continue

@@ -112,14 +112,7 @@ def play(
                         continue
                     unit = code[path[at[sm, w], 0], 0]
                     free = unit_free[sm, scheduler, unit]
-                    through_queue = (
-                        unit == _SHUFFLE
-                        or unit == _SHARED
-                        or unit == _LOAD
-                        or unit == _COPY
-                        or unit == _STORE
-                        or unit == _ATOMIC
-                    )
+                    through_queue = unit in (_SHUFFLE, _SHARED, _LOAD, _COPY, _STORE, _ATOMIC)
                     if through_queue and shared_free[sm] > now + 8:
                         free = max(free, now + 1)
                     if free > now:
@@ -143,12 +136,12 @@ def play(
                 if unit == _SPECIAL:
                     special += _COST[unit, 0]
                     read = now + 8
-                elif unit == _SHUFFLE or unit == _SHARED:
+                elif unit in (_SHUFFLE, _SHARED):
                     start = max(now, shared_free[sm])
                     n_bytes = code[instruction, 5] if unit == _SHARED else 0
                     shared_free[sm] = start + max(1.0, n_bytes / 128)
                     done, read = start + _COST[unit, 1], now + 12
-                elif unit == _LOAD or unit == _COPY or unit == _STORE:
+                elif unit in (_LOAD, _COPY, _STORE):
                     near, l2, dram, cold = traffic[access, warp]
                     l2 += cold
                     start = max(now, l1_free[sm])
@@ -229,6 +222,7 @@ def play(
         if finished < n_programs and not soonest < np.inf:
             raise RuntimeError("no warp can go on")
         now = max(np.ceil(soonest), now + 1)
+    now = max(now, dram_free)  # what was stored must be there
     busy = now * n_sms
     return now, issued / busy, special / (4 * busy), dram_bytes / busy, on_the_way / busy
 
