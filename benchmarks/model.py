@@ -23,12 +23,11 @@ import torch
 
 import known_kernels
 from classroomkd.files import atomic_write
-from classroomkd.kernels.ahead_of_time import call_launches, cubin, described
-from classroomkd.kernels.launch import Launch
+from classroomkd.kernels.ahead_of_time import MachineCode, call_launches, machine_code
 from modelled import CASE
 from sass import UNITS, disassemble
 from simulator import COSTS, Memory, play
-from walk import SPACE, Caches, walk
+from walk import SPACE, Caches, Walked, walk
 
 TARGET = "cuda:90"
 SMS, CLOCK = 132, 1.755e9
@@ -111,14 +110,13 @@ def occupancy(registers: int, n_warps: int, shared: int) -> int:
     return max(1, min(warps // n_warps, WARPS // n_warps, PROGRAMS, SHARED // (shared + 1024)))
 
 
-def constants_of(launch: Launch) -> tuple[dict[int, int], list[bool]]:
+def constants_of(code: MachineCode) -> tuple[dict[int, int], list[bool]]:
     """Constant bank 0 as the launch fills it, and for each tensor whether it holds integers."""
-    grid = [*launch.grid, 1, 1][:3]
-    words = {0: 32 * launch.blocks.num_warps, 4: 1, 8: 1, 0x28: 0}
-    words |= {0xC + 4 * i: size for i, size in enumerate(grid)}
+    words = {0: 32 * code.num_warps, 4: 1, 8: 1, 0x28: 0}
+    words |= {0xC + 4 * i: size for i, size in enumerate([*code.grid, 1, 1][:3])}
     integers: list[bool] = []
     offset = PARAMETERS
-    for kind, value in _flat(launch):
+    for kind, value in code.arguments:
         size = 8 if kind[0] == "*" or kind == "i64" else 4
         offset = -(-offset // size) * size
         if kind[0] == "*":
@@ -130,17 +128,6 @@ def constants_of(launch: Launch) -> tuple[dict[int, int], list[bool]]:
             words[offset + 4 * i] = value >> 32 * i & 2**32 - 1
         offset += size
     return words, integers
-
-
-def _flat(launch: Launch) -> Iterator[tuple[str, object]]:
-    """Type and value of each argument that the machine code takes."""
-    for name, kind in described(launch).items():
-        value = launch.arguments[name]
-        for one, its in (
-            zip(kind, value, strict=True) if isinstance(kind, tuple) else [(kind, value)]
-        ):
-            if isinstance(one, str):
-                yield one.removesuffix(" of 16"), its
 
 
 class Prediction(NamedTuple):
@@ -160,40 +147,44 @@ class Prediction(NamedTuple):
     moved: float  # bytes between L1 and L2, both ways, but for what all programs read
 
 
-def predict(launch: Launch, memory: Memory = MEMORY) -> Prediction:
+def predict(kernel: MachineCode, memory: Memory = MEMORY) -> Prediction:
     """What a launch takes on the card, whose L2 cache has none of its tensors."""
-    binary, kernel = cubin(launch, TARGET)
-    code = disassemble(binary)
-    n_warps, n_programs = launch.blocks.num_warps, math.prod(launch.grid)
+    code = disassemble(kernel.cubin)
+    n_warps, n_programs = kernel.num_warps, math.prod(kernel.grid)
     slots = occupancy(kernel.registers, n_warps, kernel.shared_bytes)
     resident = min(n_programs, SMS * slots)
     of_l1 = max(0, L1 - slots * (kernel.shared_bytes + 1024)) / slots
     caches = Caches(of_l1, L2 / resident, shared_is_cold=n_programs <= SMS * slots)
-    walked = walk(code, *constants_of(launch), launch.grid, n_warps, caches)
+    given = (code, *constants_of(kernel), kernel.grid, n_warps, caches)
+    walked = walk(*given)
     unit = {name: i for i, name in enumerate(UNITS)}
     encoded = np.array(
         [(unit[i.unit], i.stall, i.sets, i.reads, i.waits, 32 * i.width) for i in code], np.int64
     )
 
-    def played(path: np.ndarray, n_sms: int, n_programs: int) -> tuple[float, ...]:
+    def played(walked: Walked, n_sms: int, n_programs: int) -> tuple[float, ...]:
         alone = memory._replace(dram_bytes=PORT, l2_bytes=PORT)  # on the card
         of, stagger = (alone, 0) if n_sms == 1 else (memory, STAGGER)
-        given = (n_warps, slots, n_sms, n_programs, LAUNCH, REPLACE, stagger)
-        return play(encoded, path, walked.traffic, of, *given)
+        card = (n_warps, slots, n_sms, n_programs, LAUNCH, REPLACE, stagger)
+        return play(encoded, walked.path, walked.traffic, of, *card)
 
     per_sm = n_programs / SMS
     work = len(walked.path) * n_warps
     n_sms = int(np.clip(STEPS / (work * per_sm), 2, SIMULATED))
     waves = max(4, STEPS // (work * n_sms * slots))
     if per_sm / slots <= waves:
-        cycles, _, _, _, in_flight = played(walked.path, n_sms, max(1, round(per_sm * n_sms)))
+        cycles, _, _, _, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
     else:  # the first programs, then on at the pace of the later ones
         half, (cycles, _, _, _, in_flight) = (
-            played(walked.path, n_sms, round(part * slots * n_sms)) for part in (waves / 2, waves)
+            played(walked, n_sms, round(part * slots * n_sms)) for part in (waves / 2, waves)
         )
         cycles += (cycles - half[0]) / (waves / 2) * (per_sm / slots - waves)
-    alone = played(walked.path, 1, 1)[0] - LAUNCH
-    tail = played(walked.tail, 1, 1)[0] - LAUNCH if len(walked.tail) else 0.0
+    alone = played(walked, 1, 1)[0] - LAUNCH
+    if walked.takes_turns:  # the first programs have more to do
+        cycles = max(cycles, played(walk(*given, first=True), 1, 1)[0])
+    tail = 0.0
+    if len(walked.tail):
+        tail = played(walked._replace(path=walked.tail), 1, 1)[0] - LAUNCH
 
     of_unit = np.bincount(encoded[walked.path[:, 0], 0], minlength=len(UNITS))
     bytes_moved = walked.traffic[walked.path[walked.path[:, 2] >= 0, 2]].sum((0, 1))
@@ -243,7 +234,8 @@ def row(
         dtype=getattr(torch, dtype),
         with_report=report,
     )["classroom"]
-    predicted = predict(launch, memory)
+    code = machine_code(launch, TARGET)
+    predicted = predict(code, memory)
     numbers = n_rows * n_classes
     size = getattr(torch, dtype).itemsize
     sweeps = round((predicted.moved / numbers / size - 1) / (n_mentors + 1))
@@ -257,7 +249,7 @@ def row(
     ]
     return {
         **dict(zip(CASE, (n_rows, n_classes, n_mentors, dtype, report), strict=True)),
-        **{"kernel": launch.kernel.__name__, "sweeps": sweeps},
+        **{"kernel": code.name, "sweeps": sweeps},
         **{name: float(f"{value:.4g}") for name, value in predicted._asdict().items()},
         "path_percent": round(100 * floors[1] / predicted.time, 1),
         "one_read_percent": round(100 * floors[0] / predicted.time, 1),
@@ -275,7 +267,7 @@ def cases() -> Iterator[tuple[int, int, int, str, bool]]:
 def compared() -> Iterator[dict[str, Any]]:
     """Kernels whose speed is published, and what the model says."""
     for one in known_kernels.known():
-        predicted = predict(one.launch())
+        predicted = predict(one.code(TARGET))
         yield {
             **{"kernel": one.kernel.__name__, "rows": known_kernels.ROWS},
             **{"classes": one.n_classes, "dtype": str(one.dtype).removeprefix("torch.")},

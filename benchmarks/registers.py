@@ -42,10 +42,10 @@ class Registers:
             if sign == "!":
                 return not_(value)
             return (~value if sign == "~" else -value) & _M32
-        if operand in self.values:
-            return self.values[operand]
         if operand in _ZERO or operand in _TRUE:
             return operand in _TRUE or 0
+        if operand in self.values:
+            return self.values[operand]
         if sign == "c":
             return self.constants.get(_offset(operand))
         return None if sign in "RUPS" else _immediate(operand)

@@ -9,8 +9,10 @@ counts) hold 0. Then
   address, as on the hardware;
 - one whose predicate is unknown is not taken: what it would skip is executed, so that all mentors
   are active and all rows valid;
-- the first such branch after a global atomic asks whether the program is the last to arrive. It
-  is, and what it executes from there on is the tail, which the others do not.
+- an atomic without a fence, as of a counter of turns, gives more than any bound: others have taken
+  all turns, and whom it waits for has been. For the first program of all, it gives 0 once;
+- the first branch on what is unknown after an atomic behind a fence asks whether the program is the
+  last to arrive. It is, and what it executes from there on is the tail, which the others do not.
 
 A loop whose end is unknown is an error, as is an instruction that is not modelled.
 """
@@ -31,6 +33,7 @@ SPACE = 36  # bits of address that each tensor has to itself
 LIMIT = 5_000_000  # instructions of a warp
 _WARP = 56  # a sector's key: its number, and from this bit the warp's
 _L1, _L2, _DRAM, _SHARED = range(4)  # columns of the traffic
+_NO_TURN = 2**30
 _IGNORED = ("RZ", "URZ", "PT", "UPT")
 
 
@@ -52,6 +55,7 @@ class Walked(NamedTuple):
     path: np.ndarray  # int64 [steps, 3]: instruction, bits of the warps that execute it, access
     tail: np.ndarray  # likewise, of the last program; empty if nothing asks for it
     traffic: np.ndarray  # float64 [accesses, warps, 4]: bytes by where they come from
+    takes_turns: bool  # whether the first programs do more than the others
 
 
 def walk(
@@ -61,15 +65,19 @@ def walk(
     grid: Sequence[int],
     n_warps: int,
     caches: Caches,
+    *,
+    first: bool = False,
 ) -> Walked:
     """Walk through the program in the middle of the grid, as if it were the last to arrive.
 
     Args:
         constants: 32-bit words of constant bank 0, by offset; pointers are tensor << SPACE.
         integers: for each tensor, from 1, whether it holds integers.
+        first: whether it is the first to take a turn.
 
     """
     walker = _Walker(code, constants, integers, grid, n_warps, caches)
+    walker.turns = [0] if first else []
     here: dict[int, np.ndarray] = {0: np.ones(2 * 32 * n_warps, bool)}
     while here:  # those behind go on first, so that threads that parted meet
         at = min(here)
@@ -81,7 +89,8 @@ def walk(
             raise NotModelledError(f"no end after {LIMIT:,} instructions")
     path = np.array(walker.steps, np.int64)
     end = walker.decision or len(path)
-    return Walked(path[:end], path[end:], np.array(walker.traffic or [walker.no_bytes()]))
+    traffic = np.array(walker.traffic or [walker.no_bytes()])
+    return Walked(path[:end], path[end:], traffic, walker.takes_turns)
 
 
 class _Walker:
@@ -113,13 +122,16 @@ class _Walker:
         self.cached: dict[int, float] = {}  # likewise, by loads that go through L1
         self.neighbours: set[int] = set()  # sectors that the neighbour touches
         self.bytes_touched = 0.0
-        self.atomic = False
+        self.shared: dict[int, Value] = {}  # words of shared memory that one store wrote
+        self.turns: list[int] = []
+        self.takes_turns = self.fenced = self.arrived = False
         self.decision = 0
         self.branches = {"BRA", "EXIT"}
         self.known = {  # what needs more than the registers
             **dict.fromkeys(("VOTE", "VOTEU"), self._vote),
             **dict.fromkeys(("LDL", "STL"), self._spilled),
-            **dict.fromkeys(("ATOM", "ATOMG"), self._atomic),
+            **dict.fromkeys(("LDS", "STS"), self._in_shared),
+            **dict.fromkeys(("ATOM", "ATOMG", "MEMBAR"), self._atomic),
             **{"LDG": self._loaded, "CCTL": self._invalidate},
         }
 
@@ -151,7 +163,10 @@ class _Walker:
             results = (
                 special(instruction, active) if special else self.registers.results(instruction)
             )
-            self._write(results, guard, active, everyone)
+            if instruction.unit == "atomic":  # one thread does it for all
+                self._write(results, True, active, True)
+            else:
+                self._write(results, guard, active, everyone)
             at += 1
         return [(at, active)]
 
@@ -169,7 +184,7 @@ class _Walker:
         if guard is None:
             if target is not None and target < at:
                 raise NotModelledError(f"the end of the loop at {instruction.address:#x} is data")
-            if self.atomic and not self.decision:
+            if self.arrived and not self.decision:
                 self.decision = len(self.steps)
                 if self.code[at + 1].opcode == "EXIT" and not self.code[at + 1].guard:
                     return [(target, active)]
@@ -214,8 +229,33 @@ class _Walker:
         return {following(target, i): read(f"{at}{i}") for i in range(count)}
 
     def _atomic(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
-        self.atomic = True
-        return dict.fromkeys(written(instruction))
+        names = written(instruction)
+        if instruction.unit == "fence":
+            self.fenced = True
+        elif self.fenced:
+            self.fenced, self.arrived = False, True
+        elif names:
+            self.takes_turns = True
+            turn = self.turns.pop() if self.turns else _NO_TURN
+            return {name: turn if name == names[-1] else 0 for name in names}
+        return dict.fromkeys(names)
+
+    def _in_shared(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+        """One number for all threads goes through shared memory; what else does is unknown."""
+        place = next(x for x in instruction.operands if x[0] == "[")
+        terms = [self.registers.read(x) for x in place.strip("[]").split("+")]
+        known = all(isinstance(x, int) for x in terms)
+        words = [sum(terms) + 4 * i for i in range(instruction.width // 4 or 1)] if known else []
+        if instruction.opcode.startswith("LDS"):
+            names = written(instruction)
+            values = [self.shared.get(word) for word in words] or [None] * len(names)
+            return dict(zip(names, values, strict=True))
+        if not words:
+            self.shared.clear()
+        for i, word in enumerate(words):
+            value = self.registers.read(following(instruction.operands[-1], i))
+            self.shared[word] = value if isinstance(value, int) else None
+        return {}
 
     def _invalidate(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
         if "IVALL" in instruction.opcode:

@@ -12,10 +12,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -74,7 +74,9 @@ def compile_call(*, target: str, **call: Any) -> dict[str, Compiled]:
     """
     launches = call_launches(warp_size=_gpu(target).warp_size, **call)
     return {
-        name: _compile(launch.kernel, described(launch), target, launch.blocks)
+        name: _compile(
+            launch.kernel, _described(launch.kernel, launch.arguments), target, launch.blocks
+        )
         for name, launch in launches.items()
     }
 
@@ -200,32 +202,66 @@ def _gpu(target: str) -> GPUTarget:
 def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
-    compiled = _compiled(kernel, arguments, target, cut)
-    return Compiled(**_read(compiled), blocks=cut)
+    compiled = _compiled(kernel, arguments, target, cut.num_warps)
+    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
+    return Compiled(**read(compiled), blocks=cut)
 
 
-def cubin(launch: Launch, target: str) -> tuple[bytes, Compiled]:
-    """The binary of a launch's kernel for an NVIDIA GPU, and what it became."""
-    compiled = _compiled(launch.kernel, described(launch), target, launch.blocks)
-    return compiled.asm["cubin"], Compiled(**_read(compiled), blocks=launch.blocks)
+class MachineCode(NamedTuple):
+    """A launch on an NVIDIA GPU, as its machine code sees it."""
+
+    name: str
+    cubin: bytes
+    arguments: list[tuple[str, Any]]
+    """Type, as Triton writes it, and value of each that the code takes, in its order."""
+    grid: tuple[int, ...]
+    num_warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def machine_code(launch: Launch, target: str) -> MachineCode:
+    """Compile one of `call_launches` for an NVIDIA GPU."""
+    return kernel_code(
+        launch.kernel, launch.grid, launch.arguments, launch.blocks.num_warps, target
+    )
+
+
+def kernel_code(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    num_warps: int,
+    target: str,
+) -> MachineCode:
+    """Compile any kernel for an NVIDIA GPU, with arguments by name, tensors without memory."""
+    types = _described(kernel, arguments)
+    compiled = _compiled(kernel, types, target, num_warps)
+    taken = []
+    for name, kind in types.items():
+        several = isinstance(kind, tuple)
+        values = zip(kind, arguments[name], strict=True) if several else [(kind, arguments[name])]
+        taken += [(k.removesuffix(" of 16"), value) for k, value in values if isinstance(k, str)]
+    read = {
+        key: value for key, value in _read_cubin(compiled).items() if key in MachineCode._fields
+    }
+    cubin = compiled.asm["cubin"]
+    return MachineCode(kernel.__name__, cubin, taken, grid, num_warps, **read)
 
 
 def _compiled(
-    kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
+    kernel: triton.JITFunction, arguments: dict[str, object], target: str, num_warps: int
 ) -> CompiledKernel:
-    options = {"num_warps": cut.num_warps}
+    options = {"num_warps": num_warps}
     return triton.compile(_source(kernel, arguments), target=_gpu(target), options=options)
 
 
-def _read(compiled: CompiledKernel) -> dict[str, Any]:
-    return _read_cubin(compiled) if "cubin" in compiled.asm else _read_amdgcn(compiled)
-
-
-def described(launch: Launch) -> dict[str, object]:
-    """The launch's arguments as the compiler takes them, specialised as at the launch."""
+def _described(kernel: triton.JITFunction, given: Mapping[str, Any]) -> dict[str, object]:
+    """Arguments as `_source` takes them, specialised as Triton would at the launch."""
     arguments = {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
+    for parameter in kernel.params:
+        value = given[parameter.name]
         if parameter.is_constexpr:
             arguments[parameter.name] = tl.constexpr(value)
         elif parameter.do_not_specialize:
