@@ -161,12 +161,36 @@ def _smaller(opcode: str, a: Value, b: Value, smallest: Value) -> Value:
     return np.where(less == smallest, a, b)
 
 
+def _bits(number: Value) -> Value:
+    return np.asarray(number, np.float32).view(np.uint32).astype(np.int64)
+
+
+def _from_integer(opcode: str, value: Value) -> Value:
+    if "64" in opcode:  # of two registers
+        return None
+    return _bits(value if ".U32" in opcode else _signed(value))
+
+
+def _to_integer(opcode: str, value: Value) -> Value:
+    return np.asarray(value, np.uint32).view(np.float32).astype(np.int64)
+
+
+def _reciprocal(opcode: str, value: Value) -> Value:
+    """What integer divisions begin with; of other functions nothing is known."""
+    number = np.asarray(value, np.uint32).view(np.float32)
+    return _bits(1 / number) if ".RCP" in opcode and np.all(number != 0) else None
+
+
 _PLAIN: dict[str, Callable[..., Value]] = {
     **dict.fromkeys(("MOV", "UMOV", "R2UR"), lambda _, a: a),
     **dict.fromkeys(("SEL", "USEL"), lambda _, a, b, p: choose(p, a, b)),
     **dict.fromkeys(("SHF", "USHF"), _shift),
     **dict.fromkeys(("PRMT", "UPRMT"), _permute),
     **dict.fromkeys(("SGXT", "USGXT"), _extend),
+    "IABS": lambda _, a: abs(_signed(a)),
+    "VIADDMNMX": lambda opcode, a, b, c, p: _smaller(opcode, a + b & _M32, c, p),
+    **{"I2F": _from_integer, "I2FP": _from_integer, "F2I": _to_integer, "MUFU": _reciprocal},
+    **dict.fromkeys(("POPC", "UPOPC"), lambda _, a: np.bitwise_count(a).astype(np.int64)),
     **dict.fromkeys(("IMNMX", "VIMNMX", "UIMNMX"), _smaller),
 }
 
@@ -175,7 +199,8 @@ def _plain(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
     values = [r.read(x) for x in operands[1:]]
     if any(x is None for x in values):
         return {operands[0]: None}
-    return {operands[0]: _PLAIN[opcode.partition(".")[0]](opcode, *values) & _M32}
+    value = _PLAIN[opcode.partition(".")[0]](opcode, *values)
+    return {operands[0]: None if value is None else value & _M32}
 
 
 # ------------------------------------------------------------------ sums with carries
@@ -315,6 +340,12 @@ def _halves(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
     return {name: high << 16 | low}
 
 
+def _shuffle(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
+    """From whichever thread, what all have is the same."""
+    value = r.read(operands[2])
+    return {operands[1]: value if isinstance(value, int) else None, operands[0]: None}
+
+
 def _pack(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
     kept, mask = r.read(operands[2]), r.read(operands[3])
     bits = [(k, r.read(f"P{k}")) for k in range(7) if mask >> k & 1]
@@ -337,6 +368,6 @@ MEANINGS: dict[str, Callable[[Registers, str, Operands], dict[str, Value]]] = {
     **dict.fromkeys(("ISETP", "UISETP", "FSETP", "HSETP2", "DSETP"), _compare),
     **dict.fromkeys(("S2R", "S2UR", "CS2R"), _special),
     **dict.fromkeys(("LDC", "ULDC"), _constants),
-    **{"HFMA2": _halves, "P2R": _pack, "R2P": _unpack},
+    **{"HFMA2": _halves, "SHFL": _shuffle, "P2R": _pack, "R2P": _unpack},
     "FCHK": lambda r, opcode, operands: {operands[0]: False},  # no division takes its slow path
 }

@@ -9,8 +9,9 @@ counts) hold 0. Then
   address, as on the hardware;
 - one whose predicate is unknown is not taken: what it would skip is executed, so that all mentors
   are active and all rows valid;
-- an atomic without a fence, as of a counter of turns, gives more than any bound: others have taken
-  all turns, and whom it waits for has been. For the first program of all, it gives 0 once;
+- a counter that all programs share (an atomic without a fence, an integer that is read past L1) is
+  beyond any bound: others have taken all turns, and whom the program waits for has been. For the
+  first program of all, the first such atomic gives 0;
 - the first branch on what is unknown after an atomic behind a fence asks whether the program is the
   last to arrive. It is, and what it executes from there on is the tail, which the others do not.
 
@@ -113,6 +114,7 @@ class _Walker:
         self.registers = Registers(
             constants,
             {"SR_TID.X": thread, "SR_LANEID": thread % 32, "SR_CTAID.X": program}
+            | {"SR_LTMASK": (1 << thread % 32) - 1}
             | dict.fromkeys(("SRZ", "SR_TID.Y", "SR_TID.Z", "SR_CTAID.Y", "SR_CTAID.Z"), 0)
             | {"SR_CgaCtaId": 0},
         )
@@ -151,8 +153,9 @@ class _Walker:
             access = -1
             if instruction.unit == "unknown":
                 raise NotModelledError(f"{instruction.opcode} at {instruction.address:#x}")
+            where = active if guard is None else active & guard
             if instruction.unit in ("load", "store", "async_copy"):
-                access = self._access(instruction, active if guard is None else active & guard)
+                access = self._access(instruction, where)
             elif instruction.unit == "async_wait":
                 access = int(instruction.operands[-1], 16)
             if warps:
@@ -161,7 +164,7 @@ class _Walker:
                 return self._branch(instruction, at, guard, active)
             special = self.known.get(operation)
             results = (
-                special(instruction, active) if special else self.registers.results(instruction)
+                special(instruction, where) if special else self.registers.results(instruction)
             )
             if instruction.unit == "atomic":  # one thread does it for all
                 self._write(results, True, active, True)
@@ -211,15 +214,15 @@ class _Walker:
 
     # ------------------------------------------------------------------ special instructions
 
-    def _vote(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _vote(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         names = written(instruction)
         predicate = self.registers.read(instruction.operands[-1])
         if predicate is None or len(names) != 1 or "R" not in names[0]:
             return dict.fromkeys(names)
-        votes = (active & predicate).reshape(-1, 32) @ (1 << np.arange(32))
+        votes = (where & predicate).reshape(-1, 32) @ (1 << np.arange(32))
         return {names[0]: np.repeat(votes, 32)}
 
-    def _spilled(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _spilled(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         """Registers that wait in local memory come back as they were."""
         read, count = self.registers.values.get, instruction.width // 4
         if instruction.opcode.startswith("STL"):
@@ -228,7 +231,7 @@ class _Walker:
         target, at = instruction.operands
         return {following(target, i): read(f"{at}{i}") for i in range(count)}
 
-    def _atomic(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _atomic(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         names = written(instruction)
         if instruction.unit == "fence":
             self.fenced = True
@@ -236,11 +239,14 @@ class _Walker:
             self.fenced, self.arrived = False, True
         elif names:
             self.takes_turns = True
-            turn = self.turns.pop() if self.turns else _NO_TURN
-            return {name: turn if name == names[-1] else 0 for name in names}
+            return self._turn(names, self.turns.pop() if self.turns else _NO_TURN)
         return dict.fromkeys(names)
 
-    def _in_shared(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _turn(self, names: Sequence[str], number: int) -> dict[str, Value]:
+        """A counter, of which the last register has the highest bits."""
+        return dict.fromkeys(names, 0) | {names[-1]: number}
+
+    def _in_shared(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         """One number for all threads goes through shared memory; what else does is unknown."""
         place = next(x for x in instruction.operands if x[0] == "[")
         terms = [self.registers.read(x) for x in place.strip("[]").split("+")]
@@ -254,21 +260,26 @@ class _Walker:
             self.shared.clear()
         for i, word in enumerate(words):
             value = self.registers.read(following(instruction.operands[-1], i))
-            self.shared[word] = value if isinstance(value, int) else None
+            if isinstance(value, np.ndarray) and where.any():
+                several = np.unique(value[where])
+                value = int(several[0]) if len(several) == 1 else None
+            self.shared[word] = value
         return {}
 
-    def _invalidate(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _invalidate(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         if "IVALL" in instruction.opcode:
             self.cached.clear()
         return {}
 
-    def _loaded(self, instruction: Instruction, active: np.ndarray) -> dict[str, Value]:
+    def _loaded(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         """Tensors of integers hold 0."""
         address = self._address(instruction)
         if address is None:
             return dict.fromkeys(written(instruction))
-        tensors = np.unique(np.asarray(address) >> SPACE)
+        tensors = np.unique(np.broadcast_to(address, where.shape)[where] >> SPACE)
         known = all(0 < t <= len(self.integers) and self.integers[t - 1] for t in tensors)
+        if known and "STRONG" in instruction.opcode:  # what other programs write
+            return self._turn(written(instruction), _NO_TURN)
         return dict.fromkeys(written(instruction), 0 if known else None)
 
     # ------------------------------------------------------------------ memory
