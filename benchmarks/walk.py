@@ -128,8 +128,7 @@ class _Walker:
         self.turns: list[int] = []
         self.takes_turns = self.fenced = self.arrived = False
         self.decision = 0
-        self.branches = {"BRA", "EXIT"}
-        self.known = {  # what needs more than the registers
+        self.special = {  # what needs more than the registers
             **dict.fromkeys(("VOTE", "VOTEU"), self._vote),
             **dict.fromkeys(("LDL", "STL"), self._spilled),
             **dict.fromkeys(("LDS", "STS"), self._in_shared),
@@ -160,9 +159,9 @@ class _Walker:
                 access = int(instruction.operands[-1], 16)
             if warps:
                 self.steps.append((at, warps, access))
-            if operation in self.branches:
+            if operation in ("BRA", "EXIT"):
                 return self._branch(instruction, at, guard, active)
-            special = self.known.get(operation)
+            special = self.special.get(operation)
             results = (
                 special(instruction, where) if special else self.registers.results(instruction)
             )
@@ -293,7 +292,7 @@ class _Walker:
                 value = self.registers.pair(term.removesuffix(".64"))
             else:
                 value = self.registers.read(term.removesuffix(".U32"))
-                if value is not None and term[0] != "R" and term[0] == "-":
+                if term[0] == "-":
                     value -= 2**32
             if value is None:
                 return None

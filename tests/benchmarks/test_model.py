@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+triton = pytest.importorskip("triton")
 ahead_of_time = pytest.importorskip("classroomkd.kernels.ahead_of_time")
+
+import triton.language as tl  # noqa: E402
 
 import known_kernels  # noqa: E402
 import model  # noqa: E402
@@ -190,6 +193,40 @@ def test_what_kernels_move_and_how_often_they_loop(fresh):
     assert main.tolist() == [0, 0, one_read + (1 + 3) * walk.SECTOR + 4, 0]
     assert tail[1] >= 2048 * 4  # all rows' losses, which are in L2
     assert tail[2] <= walk.SECTOR
+
+
+@triton.jit
+def _turns_kernel(counter_ptr, out_ptr, n):
+    taken = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    while taken < 3:
+        tl.store(out_ptr + taken, 1.0)
+        taken = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+    if tl.atomic_add(counter_ptr + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        total = 0.0
+        for i in range(n // tl.num_programs(0)):
+            total += tl.load(out_ptr + i)
+        tl.store(out_ptr + n, total)
+
+
+def _turns(first):
+    counter, out = (torch.empty(9, dtype=x, device="meta") for x in (torch.int32, torch.float32))
+    arguments = {"counter_ptr": counter, "out_ptr": out, "n": 3000}
+    code = ahead_of_time.kernel_code(_turns_kernel, (100,), arguments, 4, model.TARGET)
+    instructions = sass.disassemble(code.cubin)
+    caches = walk.Caches(0, 0, False)
+    walked = walk.walk(
+        instructions, *model.constants_of(code), code.grid, code.num_warps, caches, first=first
+    )
+    return walked.takes_turns, *(
+        [instructions[i].unit for i in path[:, 0]].count(unit)
+        for path, unit in ((walked.path, "store"), (walked.tail, "load"))
+    )
+
+
+def test_turns_are_taken_by_the_first_and_sums_made_by_the_last(fresh):
+    others, first = fresh(_turns, (False, True))
+    assert others == (True, 0, 30)
+    assert first == (True, 1, 30)
 
 
 def test_a_loop_whose_end_is_data_is_an_error():
