@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import modelled
 import teaching as teaching_tables
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
@@ -28,6 +29,7 @@ from result_tables import markdown
 from summary import on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELLED = "modelled"  # the folder of what no device measured
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
 TEACHING = ROOT / "docs/teaching.md"
@@ -59,7 +61,7 @@ def read(results: Path) -> Records:
     found = {
         folder.name: {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
         for folder in sorted(results.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and folder.name != MODELLED
     }
     return dict(sorted(found.items(), key=lambda device: not _is_gpu(device[1])))
 
@@ -72,13 +74,14 @@ def _is_gpu(records: Mapping[str, Record]) -> bool:
     return any(map(on_gpu, records.values()))
 
 
-def document(devices: Records, compiled: Record) -> str:
-    """docs/benchmarks.md."""
+def document(devices: Records, compiled: Record, model: Record) -> str:
+    """The page."""
     blocks = [_HEAD]
     if not any(map(_is_gpu, devices.values())):
         blocks.append(_NOT_YET)
     for device, records in devices.items():
         blocks += [f"## {device}", *_of_device(device, records)]
+    blocks += ["## Modelled, not measured", *_of_model(model, devices)]
     blocks += ["## Compiled kernels", *_of_compiled(compiled)]
     return _joined(blocks)
 
@@ -213,6 +216,12 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
     )
 
 
+def _of_model(model: Record, devices: Records) -> Iterator[str]:
+    command = f"python benchmarks/model.py --out benchmarks/results/{MODELLED}/model.json"
+    yield f"[model.json]({LINK}/{MODELLED}/model.json), by `{command}`:"
+    yield from modelled.markdown(model, devices)
+
+
 def take(out: Path, results: Path) -> Path:
     """Copy the records in ``out`` into the folder of their device, and return that folder.
 
@@ -253,7 +262,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             parser.error(str(error))
     devices = read(RESULTS)
-    atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json")))
+    model = _json(RESULTS / MODELLED / "model.json")
+    atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
     atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
     atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
     print(PAGE, REPRODUCTION, TEACHING, sep="\n")

@@ -59,6 +59,11 @@ class Launch(NamedTuple):
     plan: Plan
     tensors: dict[str, Any]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of the kernel's, by name."""
+        return self.tensors | self.plan.values
+
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream; every launch comes through here."""
         plan = self.plan

@@ -284,7 +284,7 @@ class _Executor:
         if not _compiler:
             _compiler.append(_Compiler())
         plan = launch.plan
-        arguments, n_warps = launch.tensors | plan.values, plan.blocks.num_warps
+        arguments, n_warps = launch.arguments, plan.blocks.num_warps
         compiled = _compiler[0].compile(self.target, plan.kernel, arguments, n_warps)
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         key = (compiled.hash, self.perturb, ptx if self.edit else "")
