@@ -21,7 +21,7 @@ class ClassroomTrainer(hf.Trainer):
     def __init__(self, *args, mentors=(), **kwargs):
         super().__init__(*args, **kwargs)
         self.mentors = [m.to(self.args.device).eval().requires_grad_(False) for m in mentors]
-        self.classroom_loss = ClassroomLoss(temperature=12.0, mentor_weight=0.375)
+        self.classroom_loss = ClassroomLoss(mentor_weight="auto", task_weight=1.0)
 
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         if not (model.training and self.mentors):

@@ -73,7 +73,10 @@ def models(arguments: argparse.Namespace) -> None:
     print("network        parameters with 100 classes")
     for name, size in SIZES.items():
         print(f"{name:15}{size.parameters:>27,}")
-    print("\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights")
+    print(
+        "\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights, and your "
+        "own: FILE.py:NAME or package.module:NAME"
+    )
 
 
 def _features(name: str, image_size: int) -> None:

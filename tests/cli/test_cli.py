@@ -275,7 +275,7 @@ def test_help_of_train_names_the_zoo(capsys):
         cli.main(["train", "--help"])
     listed = capsys.readouterr().out.split("\nnetworks:\n")[1]
     assert re.findall(r"^  (\S+)", listed, re.MULTILINE) == [
-        *("NAME", "tv:NAME", "timm:NAME", "NAME@60", "PATH")
+        *("NAME", "tv:NAME", "timm:NAME", "FILE.py:NAME", "NAME=WEIGHTS", "NAME@60", "PATH")
     ]
     zoo = re.search(r"from the zoo: ([\w\s,]+)\n  tv:", listed)
     assert re.findall(r"\w+", zoo[1]) == names()
