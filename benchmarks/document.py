@@ -41,6 +41,7 @@ Records = dict[str, dict[str, Record]]
 SECTIONS = {  # record: its heading, and what measures it
     "roofline": ("Roofline", "python benchmarks/roofline.py --out OUT"),
     "loss": ("Loss", "python benchmarks/loss.py --out OUT"),
+    "loss_cpu": ("Loss on a CPU", "python benchmarks/loss_cpu.py --out OUT"),
     "loaders": ("Loaders", "python benchmarks/loaders.py --images 50000 --out OUT"),
     "step": ("Training step", "python benchmarks/step.py --whole 5 --out OUT"),
     "quickstart": ("Quickstart", "classroomkd quickstart --out RUN"),

@@ -68,7 +68,7 @@ def drawn(n, **strategies):
 
             holds()
 
-        test.is_hypothesis_test = True
+        test.drawn = True
         return test
 
     return decorate
