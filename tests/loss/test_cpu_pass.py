@@ -113,7 +113,7 @@ def test_every_number_of_threads_gives_the_same_bits(threads, monkeypatch):
         threads(n_threads)
         shares.clear()
         assert all(map(torch.equal, everything(*batch()), expected))
-        assert len(shares) == 2 * (n_threads - 1)
+        assert len(shares) == 3 * (n_threads - 1)  # one for the means
 
 
 def test_small_batches_wake_no_thread(threads, monkeypatch):
@@ -140,9 +140,8 @@ def test_several_threads_at_once(threads):
         assert all(all(map(torch.equal, result, same)) for result in results)
 
 
-def _in_a_fork(queue):
-    torch.set_num_threads(2)
-    queue.put(fused_classroom_loss(*batch()).item())
+def _in_a_fork(queue, arguments):
+    queue.put(fused_classroom_loss(*arguments).item())
 
 
 @pytest.mark.skipif(
@@ -152,10 +151,11 @@ def _in_a_fork(queue):
 def test_forked_processes_have_threads_of_their_own(threads):
     """As the loaders' workers, and whoever forks after a loss was computed."""
     threads(2)
-    expected = fused_classroom_loss(*batch()).item()
+    arguments = batch()
+    expected = fused_classroom_loss(*arguments).item()
     context = multiprocessing.get_context("fork")
     queue = context.SimpleQueue()
-    process = context.Process(target=_in_a_fork, args=(queue,))
+    process = context.Process(target=_in_a_fork, args=(queue, arguments))
     process.start()
     assert queue.get() == expected
     process.join()
