@@ -75,6 +75,12 @@ STEP_COLUMNS = (
     ("host MiB", "host_mib", ",.0f"),
     ("GPU MiB", "gpu_mib", ",.0f"),
 )
+LOSS_CPU_LEGEND = (
+    "float32, default options, all mentors active. Each time is the least over rounds in which the "
+    "implementations take turns. Eager and torch.compile have the same plain formulation, and "
+    "autograd; torch.compile is given each of the first sizes by itself, the grid with dynamic "
+    "sizes. A load average beyond the threads means that others were at work on the machine."
+)
 STEP_LEGEND = (
     "Images per second over an epoch or its first seconds, loader included: the median of the "
     "rounds, which are interleaved with those of the other rows. The projection is for training "
@@ -199,8 +205,33 @@ def _whole_cells(row: Row) -> list[str]:
 
 def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and body of each table of a record."""
-    by_name = {"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []}
+    by_name = {
+        **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
+        "loss_cpu": _loss_cpu_tables,
+    }
     return by_name.get(record.get("benchmark"), _loss_tables)(record)
+
+
+def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """For each number of threads the sizes in full, and of the grid the gain."""
+    found = []
+    for threads in dict.fromkeys(row["threads"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["threads"] == threads]
+        names = [*rows[0]["microseconds"]]
+        for kind, what in (("size", "loss and gradient, ms"), ("grid", "the grid, ms")):
+            body = [
+                [
+                    *(str(row[key]) for key in ("rows", "classes", "mentors")),
+                    *(f"{row['microseconds'][name] / 1000:.3f}" for name in names),
+                    f"{row['times_faster']:.1f}",
+                ]
+                for row in rows
+                if row["kind"] == kind
+            ]
+            title = f"{threads} thread{'s' * (threads > 1)}: {what}"
+            if body:
+                found.append((title, ["B", "C", "M", *names, "× the best of PyTorch"], body))
+    return found
 
 
 def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -274,6 +305,8 @@ def _limits(record: Row) -> str:
         return f"{floor_lines(record)} {LOADER_LEGEND}"
     if record.get("benchmark") == "step":
         return STEP_LEGEND
+    if record.get("benchmark") == "loss_cpu":
+        return LOSS_CPU_LEGEND
     ceilings = record["roofline"]
     measured = (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "

@@ -25,6 +25,6 @@ def compiled(*sources: str, **flags: Any) -> Callable[[Callable[..., Any]], Call
             dispatcher = njit(nogil=True, cache=True, **flags)(function)
         except RuntimeError:  # numba finds no folder for its cache
             dispatcher = njit(nogil=True, **flags)(function)
-        return dispatcher  # type: ignore[no-any-return]
+        return dispatcher
 
     return decorate

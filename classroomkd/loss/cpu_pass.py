@@ -53,7 +53,7 @@ class Outputs(NamedTuple):
 
     loss: Tensor
     grad: Tensor | None
-    count: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name
     report: Tensor | None
 
 

@@ -312,6 +312,7 @@ def rows(
             if nonfinite:
                 grad[:] = math.nan
             vectors.store(grad, np.float32(factor), grad_at, out[2], n_classes)
+    memory[0] = 0  # numba frees an array after its last use, and all of scratch is in this one
 
 
 @_entry

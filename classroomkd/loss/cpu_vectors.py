@@ -42,8 +42,8 @@ _summing = njit(error_model="numpy", fastmath={"reassoc", "nsz"})
 
 
 @intrinsic
-def pointer(context, address):  # type: ignore[no-untyped-def]
-    def build(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+def pointer(context, address):
+    def build(context, builder, signature, arguments):
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
     return types.voidptr(types.int64), build
