@@ -21,7 +21,6 @@ from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
 
 if TYPE_CHECKING:
-    from classroomkd.kernels.augment import Tiles
     from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
@@ -114,12 +113,26 @@ class Launch(NamedTuple):
     kernel: triton.JITFunction
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    blocks: Blocks | Tiles
+    blocks: Blocks
 
     def run(self, device: torch.device) -> None:
-        """Run it on that device's current stream; every launch comes through here."""
-        with on_device(device):
-            self.kernel[self.grid](**self.arguments, num_warps=self.blocks.num_warps)
+        """Run it on that device's current stream."""
+        start(self.kernel, self.grid, self.arguments, self.blocks.num_warps, device)
+
+
+def start(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    num_warps: int,
+    device: torch.device,
+) -> None:
+    """Run a kernel on that device's current stream. Every launch of the project comes through here.
+
+    Tests put what executes compiled kernels on a CPU in its place.
+    """
+    with on_device(device):
+        kernel[grid](**arguments, num_warps=num_warps)
 
 
 def _rows(logits: Tensor) -> Tensor:
