@@ -46,7 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from classroomkd.kernels.launch import WARP_SIZE, Launch, Plan
+from classroomkd.kernels import launch
 
 _THREADS = 128  # of a program, with 8 pixels each
 
@@ -228,16 +228,14 @@ def gather_augment(
     out = torch.empty((n_samples, height, width, 3), dtype=table.dtype, device=images.device)
     out_targets = torch.empty(n_samples, dtype=torch.int64, device=images.device)
     if n_samples:
-        cut = tiles(width, table.itemsize, WARP_SIZE)
-        tensors = {
+        cut = tiles(width, table.itemsize, launch.WARP_SIZE)
+        arguments = {
             "image_ptr": images,
             "target_ptr": targets,
             "order_ptr": order,
             "table_ptr": table,
             "out_ptr": out,
             "out_target_ptr": out_targets,
-        }
-        values = {
             "order_stride": order.stride(0),
             "augment_key": _signed(augment_key),
             "cutout_key": _signed(cutout_key),
@@ -250,7 +248,7 @@ def gather_augment(
             "GROUPS": cut.GROUPS,
         }
         grid = (n_samples * triton.cdiv(height * width, cut.GROUP * cut.GROUPS),)
-        Launch(Plan(gather_augment_kernel, grid, values, cut), tensors).run(images.device)
+        launch.start(gather_augment_kernel, grid, arguments, cut.num_warps, images.device)
     return out.permute(0, 3, 1, 2), out_targets
 
 

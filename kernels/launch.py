@@ -20,7 +20,6 @@ from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
 
 if TYPE_CHECKING:
-    from classroomkd.kernels.augment import Tiles
     from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
@@ -48,7 +47,7 @@ class Plan(NamedTuple):
     grid: tuple[int, ...]
     values: dict[str, Any]
     """By name, every argument of the kernel that is not a tensor."""
-    blocks: Blocks | Tiles
+    blocks: Blocks
     lines: int = 0
     """The numbers that the rows leave to be summed."""
 
@@ -65,10 +64,24 @@ class Launch(NamedTuple):
         return self.tensors | self.plan.values
 
     def run(self, device: torch.device) -> None:
-        """Run it on that device's current stream; every launch comes through here."""
+        """Run it on that device's current stream."""
         plan = self.plan
-        with on_device(device):
-            plan.kernel[plan.grid](**self.tensors, **plan.values, num_warps=plan.blocks.num_warps)
+        start(plan.kernel, plan.grid, self.arguments, plan.blocks.num_warps, device)
+
+
+def start(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    num_warps: int,
+    device: torch.device,
+) -> None:
+    """Run a kernel on that device's current stream. Every launch of the project comes through here.
+
+    Tests replace it with what executes compiled kernels on a CPU.
+    """
+    with on_device(device):
+        kernel[grid](**arguments, num_warps=num_warps)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -8,6 +8,7 @@ alignment of the pointers and the values of integers, as it would at a launch on
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -225,6 +226,11 @@ class _Compiler:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        self._connection.close()
+        self._process.wait()
 
     def compile(
         self, target: str, kernel: Any, arguments: dict[str, Any], n_warps: int
@@ -279,25 +285,30 @@ class _Executor:
     run: Run
     unwritten: Unwritten
 
-    def execute(self, launch: Any, _device: torch.device) -> None:
-        """In place of ``Launch.run`` of the project."""
+    def start(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        arguments: dict[str, Any],
+        num_warps: int,
+        _device: torch.device,
+    ) -> None:
+        """In place of the project's ``launch.start``."""
         if not _compiler:
             _compiler.append(_Compiler())
-        plan = launch.plan
-        arguments, n_warps = launch.arguments, plan.blocks.num_warps
-        compiled = _compiler[0].compile(self.target, plan.kernel, arguments, n_warps)
+        compiled = _compiler[0].compile(self.target, kernel, arguments, num_warps)
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         key = (compiled.hash, self.perturb, ptx if self.edit else "")
         if key not in _programs:
             perturb = None if self.perturb is None else Perturbation(self.perturb)
             _programs[key] = Program(parse(ptx), perturb)
-        program, name = _programs[key], plan.kernel.fn.__name__
+        program, name = _programs[key], kernel.fn.__name__
         given = [
             each
             for argument, kind in compiled.signature.items()
             for each in _flat(kind, arguments.get(argument), argument)
         ]
-        order = Order(int(np.prod(plan.grid)), compiled.n_threads)
+        order = Order(int(np.prod(grid)), compiled.n_threads)
         findings = Findings(name, program.kernel.code)
         tensors = [(each.removesuffix("_ptr"), value) for kind, value, each in given if "*" in kind]
         memory = Global(regions(tensors), self.unwritten, order, findings)
@@ -314,19 +325,19 @@ class _Executor:
             raise PtxError(f"{name}: the PTX's parameters are not the launch's arguments")
         if program.kernel.n_threads != compiled.n_threads:
             raise PtxError(f"{name}: the PTX has another number of threads than the launch")
-        execution = Launch(program, plan.grid, parameters, memory, compiled.shared_bytes, self.rng)
+        launch = Launch(program, grid, parameters, memory, compiled.shared_bytes, self.rng)
         try:
-            execution.run()
+            launch.run()
         finally:
             memory.finish(self.unwritten)
             self.run.findings += findings.found.values()
         self.run.launches.append(
             Executed(
                 name,
-                plan.grid,
+                grid,
                 compiled.n_threads,
                 compiled.shared_bytes,
-                _by_class(program, execution.counts),
+                _by_class(program, launch.counts),
                 ptx,
             )
         )
@@ -382,7 +393,7 @@ def ptx_execution(
     executor = _Executor(target, rng, perturb, edit, Run(), Unwritten())
     with contextlib.ExitStack() as stack:
         patch = lambda *what: stack.enter_context(mock.patch.object(*what))  # noqa: E731
-        patch(launch.Launch, "run", lambda *given: executor.execute(*given))
+        patch(launch, "start", executor.start)
         patch(fused, "_INTERPRET", True)
         for owner, name in _MAKERS:
             patch(owner, name, executor.watched(getattr(owner, name)))

@@ -14,7 +14,7 @@ pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.launch import Blocks, Launch
+from classroomkd.kernels import launch
 
 pytestmark = pytest.mark.ptx
 
@@ -53,7 +53,7 @@ def run_kernel(x):
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = {"x_ptr": x, "share_ptr": share, "sums_ptr": sums, "total_ptr": total}
     arguments |= {"counter_ptr": counter, "C": C, "BLOCK": BLOCK}
-    Launch(shares_kernel, (n_rows,), arguments, Blocks(BLOCK, 1, WARPS)).run(x.device)
+    launch.start(shares_kernel, (n_rows,), arguments, WARPS, x.device)
     assert counter.item() == 0
     return outputs
 
@@ -205,9 +205,9 @@ def test_an_unknown_instruction_is_named_with_its_line():
 
 
 def test_a_kernel_that_does_not_compile():
-    launch = Launch(refused_kernel, (1,), {"x_ptr": torch.zeros(1)}, Blocks(1, 1, 1))
+    x = torch.zeros(1)
     with ptx_execution("cuda:80"), pytest.raises(PtxError, match="does not compile for cuda:80"):
-        launch.run(torch.device("cpu"))
+        launch.start(refused_kernel, (1,), {"x_ptr": x}, 1, x.device)
 
 
 def test_counts():
@@ -235,10 +235,10 @@ def test_counts():
 
 
 def test_everything_is_put_back():
-    before = torch.empty, torch.Tensor.new_empty, Launch.run
+    before = torch.empty, torch.Tensor.new_empty, launch.start
     with ptx_execution():
         assert torch.empty is not before[0]
-    assert (torch.empty, torch.Tensor.new_empty, Launch.run) == before
+    assert (torch.empty, torch.Tensor.new_empty, launch.start) == before
     assert "new_empty" not in vars(torch.Tensor)
 
 
