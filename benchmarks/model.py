@@ -264,16 +264,15 @@ def cases() -> Iterator[tuple[int, int, int, str, bool]]:
             yield n_rows, n_classes, n_mentors, dtype, True
 
 
-def compared() -> Iterator[dict[str, Any]]:
-    """Kernels whose speed is published, and what the model says."""
-    for one in known_kernels.known():
-        predicted = predict(one.code(TARGET))
-        yield {
-            **{"kernel": one.kernel.__name__, "rows": known_kernels.ROWS},
-            **{"classes": one.n_classes, "dtype": str(one.dtype).removeprefix("torch.")},
-            "modelled": round(one.bytes_needed / predicted.time / 1e6, 2),
-            **{"published": one.published, "of": one.of},
-        }
+def compared(known: known_kernels.Known) -> dict[str, Any]:
+    """A kernel whose speed is published, and what the model says."""
+    predicted = predict(known.code(TARGET))
+    return {
+        **{"kernel": known.kernel.__name__, "rows": known_kernels.ROWS},
+        **{"classes": known.n_classes, "dtype": str(known.dtype).removeprefix("torch.")},
+        "modelled": round(known.bytes_needed / predicted.time / 1e6, 2),
+        **{"published": known.published, "of": known.of},
+    }
 
 
 def slower(rows: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -313,20 +312,18 @@ def main() -> None:
             atomic_write(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     done = [tuple(old[key] for key in CASE) for old in record["rows"]]
-    for case in wanted:
+    if wanted == list(cases()):
+        for case in HEADLINES[len(record["sensitivity"]) :]:
+            times = {
+                f"dram_latency_{cycles}": row(*case, MEMORY._replace(dram_latency=cycles))["time"]
+                for cycles in (500, 1200)
+            }
+            note("sensitivity", dict(zip(CASE, case, strict=True)) | times)
+        for known in list(known_kernels.known())[len(record["compared"]) :]:
+            note("compared", compared(known))
+    for case in sorted(wanted, key=HEADLINES.__contains__, reverse=True):
         if case not in done:
             note("rows", row(*case))
-    if wanted != list(cases()):
-        return
-    for case in HEADLINES[len(record["sensitivity"]) :]:
-        times = {
-            f"dram_latency_{cycles}": row(*case, MEMORY._replace(dram_latency=cycles))["time"]
-            for cycles in (500, 1200)
-        }
-        note("sensitivity", dict(zip(CASE, case, strict=True)) | times)
-    if not record["compared"]:
-        for entry in compared():
-            note("compared", entry)
 
 
 def _kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

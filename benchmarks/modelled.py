@@ -16,12 +16,14 @@ CARD = "H100"
 
 def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
     """Blocks of the page; ``devices`` have the records of what was measured."""
+    done = len(record["rows"])
     yield (
         "What the loss with its gradient would take on an H100 (SXM): the machine code that Triton "
         f"{record['triton']} makes for compute capability 9.0, played instruction by instruction "
         "on a model of the card. **None of these numbers was measured**, but for those under "
         "“measured”. All mentors are active, no tensor is in L2 when the launch begins, and the "
         "time is that of the launch alone."
+        + (f" {done} of {record['calls']} cases." if done < record["calls"] else "")
     )
     yield _predictions(record, _measured(devices))
     yield (
@@ -78,7 +80,7 @@ def _measured(devices: Mapping[str, Mapping[str, Record]]) -> dict[tuple[object,
 
 def _predictions(record: Record, measured: Mapping[tuple[object, ...], float]) -> str:
     body = []
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: (row["classes"], *map(row.get, CASE))):
         case = tuple(row[key] for key in CASE)
         small = row["rows"] * row["classes"] < 2**22
         body.append(
