@@ -319,10 +319,8 @@ def _integer(opcode: tuple[str, ...]) -> Operation:
         one = np.negative if name == "neg" else np.abs
         return Operation(width, (width,), lambda a: one(a.view(dtype)).view(bits))
     functions = {"add": np.add, "sub": np.subtract, "min": np.minimum, "max": np.maximum}
-    if kind[0] == "u":  # NumPy's signed division rounds down, PTX's to 0
-        functions |= {"div": np.floor_divide, "rem": np.remainder}
-    if name not in functions:
-        raise UnknownInstructionError("type")
+    # NumPy's signed division rounds down; PTX's to 0, as C's and np.fmod do.
+    functions |= {"div": lambda a, b: (a - np.fmod(a, b)) // b, "rem": np.fmod}
     two = functions[name]
     return Operation(
         width, (width, width), lambda a, b: two(a.view(dtype), b.view(dtype)).view(bits)

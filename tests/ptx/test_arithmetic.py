@@ -101,12 +101,17 @@ def test_sign(kind):
     assert as_int(execute(f"abs.{kind}", a), kind) == [abs(x) for x in as_int(a, kind)]
 
 
-@pytest.mark.parametrize("kind", ["u32", "u64"])
+@pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])
 def test_division(kind):
+    """Towards 0; the remainder has the dividend's sign."""
     a, b = draw(WIDTH[kind], 1), draw(WIDTH[kind], 2) | BITS[WIDTH[kind]](1)
-    pairs = [*zip(a.tolist(), b.tolist(), strict=True)]
-    assert execute(f"div.{kind}", a, b).tolist() == [x // y for x, y in pairs]
-    assert execute(f"rem.{kind}", a, b).tolist() == [x % y for x, y in pairs]
+    pairs = [*zip(as_int(a, kind), as_int(b, kind), strict=True)]
+    signs = [-1 if (x < 0) != (y < 0) else 1 for x, y in pairs]
+    quotients = [s * (abs(x) // abs(y)) for s, (x, y) in zip(signs, pairs, strict=True)]
+    assert as_int(execute(f"div.{kind}", a, b), kind) == quotients
+    assert as_int(execute(f"rem.{kind}", a, b), kind) == [
+        x - q * y for q, (x, y) in zip(quotients, pairs, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("kind", ["b16", "b32", "b64", "pred"])
