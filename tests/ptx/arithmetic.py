@@ -406,6 +406,37 @@ def _approximate(opcode: tuple[str, ...], perturb: Perturbation | None) -> Opera
     return Operation(4, (4, 4) if name == "div" else (4,), compute)
 
 
+def _mixed(opcode: tuple[str, ...]) -> Operation:
+    """add, sub and fma of half-precision operands and, the last one, float32, in float32."""
+    name, kind = opcode[0], opcode[-1]
+    if set(opcode[1:-2]) - {"rn"}:
+        raise UnknownInstructionError("modifier")
+    functions: dict[str, Function] = {"add": np.add, "sub": np.subtract, "fma": fma}
+    function, read = functions[name], reader(kind)
+    narrow = (2, 2) if name == "fma" else (2,)
+
+    def compute(*sources: Array) -> Array:
+        *halves, last = sources
+        exact = [read(each).astype(f32) for each in halves]
+        return function(*exact, last.view(f32)).astype(f32).view(u32)
+
+    return Operation(4, (*narrow, 4), compute)
+
+
+def _copy_sign(opcode: tuple[str, ...]) -> Operation:
+    """The second operand's magnitude with the first one's sign."""
+    if opcode != ("copysign", "f32"):
+        raise UnknownInstructionError("type")
+    sign = u32(1 << 31)
+    return Operation(4, (4, 4), lambda a, b: (a & sign) | (b & ~sign))
+
+
+def _count_ones(opcode: tuple[str, ...]) -> Operation:
+    _take(opcode)
+    width = WIDTH[opcode[-1]]
+    return Operation(4, (width,), lambda a: np.bitwise_count(a).astype(u32))
+
+
 # --- conversions
 
 _WHOLE = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
@@ -469,6 +500,8 @@ def operation(
         return _approximate(opcode, perturb)
     if name in _GROUPS:
         return _GROUPS[name](opcode)
+    if name in ("add", "sub", "fma") and kind in ("f16", "bf16") and opcode[-2] == "f32":
+        return _mixed(opcode)
     if name in ("add", "sub", "mul", "fma", "min", "max", "neg", "abs") and kind in FLOATS:
         return _float(opcode, n_sources)
     if kind not in TYPES or kind in FLOATS:
@@ -493,4 +526,6 @@ _GROUPS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "shr": _shift,
     "prmt": _permute,
     "bfe": _extract,
+    "popc": _count_ones,
+    "copysign": _copy_sign,
 }

@@ -81,6 +81,8 @@ class Program:
         self.unset: list[Array] = []
         self.constants: dict[int, Array] = {}
         self.parameters = {name: i for i, name in enumerate(kernel.parameters)}
+        # Where each begins in the space of parameters, all of them on multiples of 8 bytes.
+        self.places = [8 * i for i in range(len(kernel.parameters))]
         if not kernel.code or kernel.code[-1].opcode != ("ret",):
             raise PtxError(f"{kernel.name} does not end with ret")
         self.steps = [self._compiled(at, each) for at, each in enumerate(kernel.code)]
@@ -114,6 +116,9 @@ class Program:
             return self._constant(f"{operand.text}:{width}", operand.bits(width), width)
         if isinstance(operand, Symbol) and operand.name == SHARED_MEMORY and width is not None:
             return self._constant(f"{operand.name}:{width}", 0, width)
+        if isinstance(operand, Symbol) and operand.name in self.parameters and width == 8:
+            at = self.places[self.parameters[operand.name]]
+            return self._constant(operand.name, at, width)
         if isinstance(operand, Symbol) and operand.name in SPECIAL and width == 4:
             return self._place(operand.name, width)
         raise UnknownInstructionError(f"operand {operand}")
@@ -347,6 +352,9 @@ class Program:
         kind = opcode[-1]
         if opcode[1] == "param":
             return self._parameter(opcode, destination, source)
+        if "relaxed" in opcode:  # an atomic operation that changes nothing
+            same = ("atom", *opcode[1:-1], "read", opcode[-1])
+            return self._atom(at, same, (destination, source, Immediate("0")))
         space, count = _memory_form(opcode)
         width = WIDTH[kind]
         items = self._several(destination, count)
@@ -366,6 +374,8 @@ class Program:
     ) -> tuple[str, Step]:
         assert isinstance(destination, Register)
         assert isinstance(source, Address)
+        if isinstance(source.base, Register):  # one of several, chosen by its address
+            return self._chosen_parameter(opcode, destination, source)
         assert isinstance(source.base, Symbol)
         assert len(opcode) == 3, "form"
         assert not source.offset, "offset"
@@ -375,6 +385,24 @@ class Program:
         def step(group: Group, mask: Array) -> None:
             value = np.frombuffer(group.launch.parameters[index].tobytes()[:width], BITS[width])
             group.put(to, _extended(value, BITS[destination.width], kind[0] == "s"), mask)
+
+        return "masked", step
+
+    def _chosen_parameter(
+        self, opcode: tuple[str, ...], destination: Register, source: Address
+    ) -> tuple[str, Step]:
+        to, address = self._slot(destination), self._address(source, 8)
+        width, kind = WIDTH[opcode[-1]], opcode[-1]
+
+        def step(group: Group, mask: Array) -> None:
+            places = address(group)
+            assert not (places % 8).any(), "into a parameter"
+            values = [
+                np.frombuffer(each.tobytes()[:width].ljust(width, b"\0"), BITS[width])[0]
+                for each in group.launch.parameters
+            ]
+            chosen = np.array(values, BITS[width])[(places // 8).astype(np.int64)]
+            group.put(to, _extended(chosen, BITS[destination.width], kind[0] == "s"), mask)
 
         return "masked", step
 
@@ -407,6 +435,7 @@ class Program:
             **{"add": np.add, "min": np.minimum, "max": np.maximum},
             **{"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor},
             "exch": lambda _, new: new,
+            "read": lambda old, _: old,
         }
         function, dtype = functions[name], TYPES[kind]
         assert "global" in modifiers and len(order) == 1, "form"  # noqa: PT018
