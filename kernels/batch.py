@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTICS
 
 SLICE = tl.constexpr(512)

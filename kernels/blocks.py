@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton
+
 from classroomkd.kernels.counters import MAX_GROUPS
 
 # Values of a tile [R, K, L] in pieces that a thread may hold. Two such tiles live at once, of the

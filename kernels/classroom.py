@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.batch import (
     count_slices,
     finish_batch,

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.classroom import classroom_kernel
 from classroomkd.kernels.counters import launch_state
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
-from torch import Tensor
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions
@@ -57,11 +58,30 @@ class Launch(NamedTuple):
     plan: Plan
     tensors: dict[str, Any]
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of the kernel's, by name."""
+        return self.tensors | self.plan.values
+
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
         plan = self.plan
-        with on_device(device):
-            plan.kernel[plan.grid](**self.tensors, **plan.values, **plan.blocks.compiler_options())
+        start(plan.kernel, plan.grid, self.arguments, plan.blocks.compiler_options(), device)
+
+
+def start(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    options: dict[str, int],
+    device: torch.device,
+) -> None:
+    """Run a kernel on that device's current stream. Every launch of the project comes through here.
+
+    ``options`` are the compiler's. Tests replace this with what executes compiled kernels on a CPU.
+    """
+    with on_device(device):
+        kernel[grid](**arguments, **options)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

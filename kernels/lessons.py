@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.device import LOG2E, cross_terms, exponents, smoothed
 from classroomkd.kernels.swept import in_lanes, numbers_of
 

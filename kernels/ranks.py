@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.device import (
     FLOOR,
     LOG2E,
@@ -92,8 +93,10 @@ def _temperatures(ell, share, maxima, lane, temperature, share_scale, MENTORING:
         else:
             tau_m = tl.zeros_like(ell) + 1.0
         tau_s = tau_m
-    tau_m = tl.where(lane == 0, 1.0, tl.maximum(tau_m, MIN_TAU))
-    return tau_m, tl.maximum(tau_s, MIN_TAU)
+    # A GPU's maximum of NaN and a number is the number, which would hide a sick row in the report.
+    tau_m = tl.maximum(tau_m, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
+    tau_s = tl.maximum(tau_s, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
+    return tl.where(lane == 0, 1.0, tau_m), tau_s
 
 
 @triton.jit

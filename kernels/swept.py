@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.device import (
     LOG2E,
     log_confidence,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # Triton decides whether to interpret a kernel when it is defined: at import, like this.
+# While this is true, CPU tensors go to the kernels and never to the pass that numba compiles.
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_NUMBA = find_spec("numba") is not None
 
 
 @loss_function
@@ -58,9 +62,11 @@ def fused_classroom_loss(
 
     It takes and returns the same as `classroomkd.classroom_loss`. On CUDA and ROCm tensors it runs
     one Triton kernel (two for ranking "batch") in place of some hundred PyTorch ones, in float32
-    arithmetic, and never waits for the GPU. On other tensors, or without Triton (3.3 or newer), it
-    is `classroom_loss` itself. With the environment variable ``TRITON_INTERPRET=1`` the kernels run
-    on CPU tensors, slowly, in Triton's interpreter.
+    arithmetic, and never waits for the GPU. On CPU tensors it runs one pass over the rows, compiled
+    by numba: half a minute at the first call ever, a second at the first of a later process. It
+    is `classroom_loss` itself for float64 logits on the CPU, on other devices, and without Triton
+    (3.3 or newer) or numba. With the environment variable ``TRITON_INTERPRET=1`` the kernels run on
+    CPU tensors, slowly, in Triton's interpreter.
 
     Args:
         student_logits: [B, C], float16, bfloat16 or float32. The gradient has its dtype.
@@ -77,9 +83,10 @@ def fused_classroom_loss(
         (loss, report). A second derivative raises RuntimeError.
 
     Raises:
-        ValueError, TypeError: as `classroom_loss`; on a GPU also for float64 logits and for more
-            mentors or classes than the kernels take. On a GPU a class index out of range makes its
-            row NaN, since checking it would mean waiting for the device.
+        ValueError, TypeError: as `classroom_loss`, on the CPU for a class index out of range also
+            under torch.compile; on a GPU also for float64 logits and for more mentors or classes
+            than the kernels take. On a GPU a class index out of range makes its row NaN, since
+            checking it would mean waiting for the device.
 
     """
     options, weights = loss_options(
@@ -186,11 +193,10 @@ def fused_loss(
 ) -> tuple[Tensor, ClassroomReport | None]:
     """`fused_classroom_loss` with its options in one object; ``mentor_weight`` [M] or None."""
     mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
-    if not _use_kernels(student_logits.device.type):
+    if not fused_pass_serves(student_logits, mentors):
         return loss_by_definition(
             student_logits, mentors, targets, mentor_weight, options, return_report, process_group
         )
-    _check_kernel_limits(student_logits, mentors)
     with_grad = student_logits.requires_grad and torch.is_grad_enabled()
     tensors = _kernel_inputs(
         student_logits, mentors, targets, mentor_weight, options, process_group
@@ -217,8 +223,7 @@ def fused_loss_and_grad(
         _check_scale(scale, student_logits)
         scale = _constant(scale)
     student = student_logits.detach()
-    if _use_kernels(student.device.type):
-        _check_kernel_limits(student, mentors)
+    if fused_pass_serves(student, mentors):
         tensors = _kernel_inputs(student, mentors, targets, mentor_weight, options, process_group)
         loss, grad, means = operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
     elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
@@ -267,10 +272,43 @@ def _constant(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.requires_grad else tensor
 
 
+def implementation(device_type: str) -> ModuleType:
+    """The module with the functions behind the operators: the kernels' launch, or the CPU's."""
+    if device_type == "cpu" and not _INTERPRET:
+        from classroomkd.loss import cpu_pass
+
+        return cpu_pass
+    from classroomkd.kernels import launch
+
+    return launch
+
+
+def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:
+    """Whether the operators take these logits; an error where kernels run that do not."""
+    device_type = student.device.type
+    if device_type == "cpu" and not _INTERPRET:
+        return _numba_is_usable() and all(
+            logits.dtype in KERNEL_LOGITS for logits in (student, *mentors)
+        )
+    if not _use_kernels(device_type):
+        return False
+    _check_kernel_limits(student, mentors)
+    return True
+
+
 def _use_kernels(device_type: str) -> bool:
     if device_type == "cpu":
         return _INTERPRET
     return device_type == "cuda" and _triton_is_usable()
+
+
+def _numba_is_usable() -> bool:
+    if not _NUMBA:
+        warnings.warn(
+            "numba is not installed; fused_classroom_loss computes classroom_loss in plain PyTorch",
+            stacklevel=5,
+        )
+    return _NUMBA
 
 
 # Why the kernels cannot run, once that was looked up; not functools.cache, of which torch.compile

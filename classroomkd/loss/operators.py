@@ -1,4 +1,4 @@
-"""The kernels as PyTorch operators: ``torch.ops.classroomkd``.
+"""The fused pass as PyTorch operators: ``torch.ops.classroomkd``.
 
 torch.compile, export and fake tensors see each as one opaque node. ``loss`` computes the gradient
 of each row's loss beside the loss, and its backward only multiplies it by the incoming gradient;
@@ -13,7 +13,8 @@ The loss's options come last, one argument each: `LossOptions.flat`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,17 +29,29 @@ from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
 _library = library.Library("classroomkd", "DEF")
 
 
-def _register(
-    schema: str, function: Callable[..., object], fake: Callable[..., object]
+def register(
+    schema: str,
+    function: Callable[..., object],
+    fake: Callable[..., object],
+    autograd: Callable[..., object] | None = None,
 ) -> Callable[..., Any]:
     """Define an operator with this schema, which ``function`` runs on CPU and GPU."""
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
     library.register_fake(f"classroomkd::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.classroomkd, name).default
     return operator
+
+
+def _implementation(tensor: Tensor) -> Any:
+    """The module that computes the pass for tensors on this one's device."""
+    from classroomkd.loss import fused
+
+    return fused.implementation(tensor.device.type)
 
 
 @functools.lru_cache(typed=True)
@@ -53,9 +66,7 @@ def _confidence_sums(
     *flat: Any,
 ) -> Tensor:
     """float32 [M + 2]: Σ_b ℓ_k over the valid rows, the student's first, and their number."""
-    from classroomkd.kernels import launch
-
-    return launch.confidence_sums(student, mentors, targets, _options(*flat))
+    return _implementation(student).confidence_sums(student, mentors, targets, _options(*flat))
 
 
 def _confidence_sums_fake(student: Tensor, mentors: Sequence[Tensor], *_: Any) -> Tensor:
@@ -73,9 +84,7 @@ def _loss(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, each row's own gradient, number of valid rows, report; empty where not wanted."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
+    outputs = _implementation(student).classroom_loss_and_grad(
         student,
         mentors,
         targets,
@@ -148,9 +157,7 @@ def _scale_rows(
     count: Tensor | None,  # []
 ) -> Tensor:
     """grad · factor / count, [B, C]."""
-    from classroomkd.kernels import launch
-
-    return launch.scale_rows(grad, factor, count)
+    return _implementation(grad).scale_rows(grad, factor, count)
 
 
 def _scale_rows_fake(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
@@ -168,9 +175,7 @@ def _loss_and_grad(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, its gradient times the scale, report (empty where not wanted)."""
-    from classroomkd.kernels import launch
-
-    outputs = launch.classroom_loss_and_grad(
+    outputs = _implementation(student).classroom_loss_and_grad(
         student,
         mentors,
         targets,
@@ -204,6 +209,16 @@ def _loss_and_grad_fake(
     return new(()), student.new_empty(student.shape), report
 
 
+@contextmanager
+def autograd_below() -> Iterator[None]:
+    """Autograd inside an operator, where it is off."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
 def _definition_and_grad(
     student: Tensor,  # [B, C]
     mentors: Sequence[Tensor],  # M of [B, C]
@@ -214,11 +229,7 @@ def _definition_and_grad(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_loss_and_grad` by definition, where no kernel can run."""
-    # Below an operator autograd is off, and the gradient comes from autograd.
-    keys = torch._C.DispatchKey
-    with torch._C._PreserveDispatchKeyGuard():
-        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    with autograd_below():
         loss, grad, report = loss_and_grad_by_definition(
             student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
         )
@@ -246,28 +257,30 @@ _BATCH = "Tensor student, Tensor[] mentors, Tensor targets"
 _LOSS = f"{_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, bool with_grad, bool with_report"
 _N_LOSS_INPUTS = 1 + _LOSS.count(",")  # before the options
 
-confidence_sums = _register(
+confidence_sums = register(
     f"confidence_sums({_BATCH}, {OPERATOR_SCHEMA}) -> Tensor",
     _confidence_sums,
     _confidence_sums_fake,
 )
-loss = _register(
-    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _loss, _loss_fake
+loss = register(
+    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
 )
-_library.impl("loss", _loss_autograd, "Autograd")
-loss_and_grad = _register(
+loss_and_grad = register(
     f"loss_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _loss_and_grad,
     _loss_and_grad_fake,
 )
-definition_and_grad = _register(
+definition_and_grad = register(
     f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _definition_and_grad,
     _definition_and_grad_fake,
 )
-scale_rows = _register(
+scale_rows = register(
     "scale_rows(Tensor grad, Tensor factor, Tensor? count) -> Tensor",
     _scale_rows,
     _scale_rows_fake,

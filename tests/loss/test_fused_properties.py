@@ -1,8 +1,8 @@
-"""The kernels against the definition in float64 on classrooms that Hypothesis draws.
+"""The fused pass against the definition in float64 on classrooms that Hypothesis draws.
 
 ``fused_cases.py`` says how they are compared. A GPU's kernels take seconds each to compile, and
-these draw hundreds, so that they run in the interpreter alone; ``test_fused_kernels.py`` runs a
-fixed set on both.
+these draw hundreds, so that they run in the interpreter, and on the CPU's pass, where there are
+thousands; ``test_fused_kernels.py`` runs a fixed set everywhere.
 """
 
 import os
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import fused_cases
 from classroomkd.limits import MAX_TEMPERATURE
+from classroomkd.loss import fused
 from classrooms import classroom, probabilities
 from fused_cases import (
     EXTREMES,
@@ -37,25 +38,40 @@ CLASSES = (1, 2, 3, 7, 16, 31, 33, 64, 100, 129)
 
 @pytest.fixture
 def device(device):
-    """The interpreter's."""
+    """The CPU's, or the interpreter's."""
     if device.type == "cuda":
         pytest.skip("draws hundreds of kernels: test_fused_kernels.py has a fixed set of them")
     return device
 
 
-def examples(n):
-    """Settings for so many examples.
+def drawn(n, **strategies):
+    """Make a test of ``device`` from a check of what is drawn: n examples, more on the CPU.
 
     A fixture does not change between examples: ``device`` is a constant, ``poisoned_memory`` a
     switch that stays on.
     """
-    return settings(
-        max_examples=n,
-        deadline=None,
-        phases=set(Phase) - {Phase.explain},  # whose tracing slows the interpreter down
-        derandomize=bool(os.environ.get("CI")),
-        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-    )
+
+    def decorate(check):
+        def test(device):
+            many = n if fused.implementation(device.type) is fused_cases.launch else 20 * n
+
+            @settings(
+                max_examples=many,
+                deadline=None,
+                phases=set(Phase) - {Phase.explain},  # whose tracing slows the interpreter down
+                derandomize=bool(os.environ.get("CI")),
+                suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+            )
+            @given(**strategies)
+            def holds(**values):
+                check(device, **values)
+
+            holds()
+
+        test.drawn = True
+        return test
+
+    return decorate
 
 
 options_drawn = st.fixed_dictionaries(
@@ -133,8 +149,8 @@ def cases(draw, dtypes=FLOATS, most_mentors=16):
     return Case(student, drawn, targets, options, layouts, tiled)
 
 
-@examples(40)
-@given(case=cases())
+@pytest.mark.slow
+@drawn(25, case=cases())
 def test_any_classroom(device, case):
     assume(decided(case))
     assume(assert_right(case, device))
@@ -161,8 +177,8 @@ def extreme_cases(draw):
     return case._replace(student=everyone[0], mentors=everyone[1:])
 
 
-@examples(30)
-@given(case=extreme_cases())
+@pytest.mark.slow
+@drawn(16, case=extreme_cases())
 def test_extremes(device, case):
     assume(decided(case))
     assume(assert_right(case, device))
@@ -171,8 +187,7 @@ def test_extremes(device, case):
 float32_cases = cases(dtypes=(torch.float32,), most_mentors=5)
 
 
-@examples(8)
-@given(case=float32_cases, data=st.data())
+@drawn(6, case=float32_cases, data=st.data())
 def test_the_order_of_mentors_does_not_matter(device, case, data):
     assume(decided(case))
     order = data.draw(st.permutations(range(len(case.mentors))))
@@ -196,8 +211,7 @@ def test_the_order_of_mentors_does_not_matter(device, case, data):
         close(other, value[order] if value.dim() else value)
 
 
-@examples(8)
-@given(case=float32_cases.filter(lambda case: len(case.student)), data=st.data())
+@drawn(6, case=float32_cases.filter(lambda case: len(case.student)), data=st.data())
 def test_a_row_is_its_own_affair(device, case, data):
     """Ranked per sample, a row is the same to the last bit whatever its neighbours hold."""
     layouts = ["contiguous" if layout == "repeated" else layout for layout in case.layouts]
@@ -214,8 +228,7 @@ def test_a_row_is_its_own_affair(device, case, data):
     assert torch.equal(other_grad[row], grad[row])
 
 
-@examples(8)
-@given(case=float32_cases)
+@drawn(6, case=float32_cases)
 def test_gradients(device, case):
     """A row's gradient sums to 0, and scaling what comes from above scales it exactly."""
     _, grad, *_ = through_autograd(case, device)
@@ -230,8 +243,7 @@ def test_gradients(device, case):
             close(scaled, -4 * grad)
 
 
-@examples(8)
-@given(case=float32_cases)
+@drawn(6, case=float32_cases)
 def test_every_row_twice(device, case):
     """The mean stays, the report too, and each copy gets half the gradient."""
     assume(decided(case))

@@ -95,25 +95,36 @@ def test_compile(device, net, compiled, ranking, with_report, backend):
     assert graphs.frame_count == 1
 
 
+# Every value of every option that the traced definition branches on; without a weight here, each
+# mentor has its own.
 ON_A_CPU = {
-    "defaults": {},
-    "report": {"return_report": True},
+    "defaults": {"mentor_weight": "auto"},
     "released": {"ranking": "batch", "rank_decimals": 2, "return_report": True},
-    "dtkd": {"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+    "dtkd": {
+        **{"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+        "mentor_weight": 0.3,
+    },
     "rows": {"reduction": "none", "label_smoothing": 0.1, "task_weight": 0.5},
-    "probabilities": {"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
-    "automatic": {"mentor_weight": "auto"},
-    "weighted": {"mentor_weight": 0.3},
+    "probabilities": {
+        **{"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
+        "return_report": True,
+    },
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ON_A_CPU)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        *(("released", True), ("dtkd", True), ("probabilities", True)),
+        *(("defaults", False), ("rows", False)),
+    ],
+)
 def test_compile_on_a_cpu(name, dynamic):
-    """Where the definition serves: one graph, forward and backward, whatever the options."""
+    """One graph, forward and backward, whatever the options."""
     assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
 
 
+@pytest.mark.slow
 def test_compile_on_a_cpu_with_inductor():
     assert_compiles_on_a_cpu(ON_A_CPU["released"], "inductor", None, soft=False)
 
@@ -167,14 +178,15 @@ def test_compile_loss_and_grad_on_a_cpu(name):
 
 
 def test_a_class_out_of_range_on_a_cpu():
-    """An error where values can be looked at; in a compiled graph the row is NaN."""
+    """An error where values can be looked at; in a compiled graph of the definition, NaN."""
     student, mentors, targets = classroom(n_rows=4)
     targets[2] = 10
-    with pytest.raises(ValueError, match="got 10 in row 2"):
-        fused_classroom_loss(student, mentors, targets)
     torch._dynamo.reset()
     fast = torch.compile(fused_classroom_loss, fullgraph=True, backend="aot_eager")
-    rows = fast(student, mentors, targets, reduction="none")
+    for function in (fused_classroom_loss, classroom_loss, fast):
+        with pytest.raises(ValueError, match="got 10 in row 2"):
+            function(student, mentors, targets)
+    rows = fast(student.double(), mentors, targets, reduction="none")
     assert rows.isnan().tolist() == [False, False, True, False]
 
 
@@ -197,7 +209,7 @@ def test_compile_loss_and_grad(device, net, compiled, backend):
         )
 
     fast, _ = compiled(step, backend)
-    for n_rows in (6, 4, 1, 0):
+    for n_rows in (6, 1, 0):
         batch = lesson(n_rows, device)
         torch.testing.assert_close(fast(*batch), step(*batch))
 
@@ -302,6 +314,11 @@ def everything(student, mentors, targets):
 
 
 def test_no_value_is_read_back(device, monkeypatch):
+    from classroomkd.kernels import launch
+
+    if fused.implementation(device.type) is not launch:
+        pytest.skip("the CPU's pass waits for nothing")
+
     def refuse(*_):
         raise AssertionError("a tensor was read into Python")
 
@@ -504,5 +521,6 @@ def in_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
     multiprocessing.spawn(in_two_processes, (str(tmp_path),), nprocs=2)

@@ -6,21 +6,11 @@ on the teachers' predictions, without that on intermediate layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-from classroomkd.loss.methods.base import (
-    RowMethod,
-    check_not_negative,
-    check_temperature,
-    cross_entropy,
-    tempered_kl,
-)
+from classroomkd.loss.methods.base import check_not_negative, check_temperature
+from classroomkd.loss.methods.classroom import OnePass
 
 
-class CAMKD(RowMethod):
+class CAMKD(OnePass):
     """CE(z_s, y) + alpha · T² · Σ_k w_k · KL(softmax(z_k / T) ‖ softmax(z_s / T)).
 
     In each row w_k = (1 − exp(CE_k) / Σ_j exp(CE_j)) / (K − 1), with CE_k the cross-entropy of
@@ -35,18 +25,8 @@ class CAMKD(RowMethod):
     """
 
     def __init__(self, temperature: float = 4.0, alpha: float = 1.0) -> None:
-        super().__init__()
         check_temperature(temperature)
         check_not_negative(alpha=alpha)
-        self.temperature = temperature
-        self.alpha = alpha
-
-    def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """The sum [B]."""
-        T = self.temperature
-        lessons = torch.stack([tempered_kl(student, mentor, T) for mentor in mentors])
-        weights = torch.ones_like(lessons)
-        if len(mentors) > 1:
-            errors = torch.stack([cross_entropy(mentor, targets) for mentor in mentors])
-            weights = (1 - torch.softmax(errors, 0)) / (len(mentors) - 1)
-        return cross_entropy(student, targets) + self.alpha * T**2 * (weights * lessons).sum(0)
+        super().__init__(
+            temperature=temperature, weighting="confidence", task_weight=1.0, mentor_weight=alpha
+        )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ class Classroom(Method):
             without_task: OptionValues = {**options, "task_weight": 0.0}
             self.mentor_loss = loss(mentor_weight=mentor_weight, **without_task)
             # The student as its own only mentor, of no weight: only the task is left.
-            self.task = loss(mentor_weight=[0.0], **options)
+            self.task = loss(mentor_weight=0.0, **options)
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The loss."""
@@ -139,3 +139,34 @@ class Classroom(Method):
         """The z-scores of logits [B, C] each."""
         valid = valid_rows(targets, self.loss.options.ignore_index)
         return [standardised(select_rows(logits, valid)) for logits in everyone]
+
+
+class OnePass(Method):
+    """A method that is a classroom without a filter at one temperature, and so one fused pass.
+
+    Args:
+        **options: those of Classroom, but for the filter and the mentoring.
+
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self._classroom = Classroom(knowledge_filter="none", mentoring="fixed", **options)
+
+    def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
+        """The loss."""
+        return self._classroom(student, self._teachers(mentors), targets)
+
+    def backward(
+        self,
+        student: Outputs,
+        mentors: Sequence[Outputs],
+        targets: Tensor,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, None]:
+        """Loss and gradient from the one pass; no report."""
+        loss, _ = self._classroom.backward(student, self._teachers(mentors), targets, scale)
+        return loss, None
+
+    def _teachers(self, mentors: Sequence[Outputs]) -> Sequence[Outputs]:
+        return mentors[:1] if self.single_mentor else mentors

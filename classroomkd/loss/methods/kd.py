@@ -7,22 +7,11 @@ Hinton, Vinyals, Dean: *Distilling the Knowledge in a Neural Network* (2015), se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor
-
-from classroomkd.loss.methods.base import (
-    RowMethod,
-    check_boolean,
-    check_not_negative,
-    check_temperature,
-    cross_entropy,
-    standardised,
-    tempered_kl,
-)
+from classroomkd.loss.methods.base import check_boolean, check_not_negative, check_temperature
+from classroomkd.loss.methods.classroom import OnePass
 
 
-class KD(RowMethod):
+class KD(OnePass):
     """ce_weight · CE(z_s, y) + kd_weight · T² · KL(softmax(z_t / T) ‖ softmax(z_s / T)).
 
     Args:
@@ -44,19 +33,13 @@ class KD(RowMethod):
         kd_weight: float = 0.9,
         standardise: bool = False,
     ) -> None:
-        super().__init__()
         check_temperature(temperature)
         check_not_negative(ce_weight=ce_weight, kd_weight=kd_weight)
         check_boolean(standardise=standardise)
-        self.temperature = temperature
-        self.ce_weight = ce_weight
-        self.kd_weight = kd_weight
-        self.standardise = standardise
-
-    def row_losses(self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """The weighted sum [B]."""
-        task, teacher = cross_entropy(student, targets), mentors[0]
-        if self.standardise:
-            student, teacher = standardised(student), standardised(teacher)
-        lesson = self.temperature**2 * tempered_kl(student, teacher, self.temperature)
-        return self.ce_weight * task + self.kd_weight * lesson
+        super().__init__(
+            temperature=temperature,
+            weighting="uniform",
+            task_weight=ce_weight,
+            mentor_weight=kd_weight,
+            standardise=standardise,
+        )

@@ -1,0 +1,234 @@
+"""The fused pass on CPU tensors: what ``kernels/launch.py`` is to a GPU's.
+
+``cpu_rows.py`` does the work. Rows are shared out over torch's number of threads, each of which
+writes its own rows' numbers; these are added up in the rows' order, so that every number of threads
+gives the same bits. The threads are Python's and numba's own are not used: those allow no second
+call beside the first and do not survive a fork, as the loaders' workers make.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classroomkd.kernels.report_layout import report_size
+from classroomkd.loss import cpu_rows, cpu_vectors
+
+if TYPE_CHECKING:
+    from classroomkd.loss.options import LossOptions
+
+_KINDS = {
+    torch.float32: cpu_vectors.FLOAT32,
+    torch.float16: cpu_vectors.FLOAT16,
+    torch.bfloat16: cpu_vectors.BFLOAT16,
+}
+_MENTORINGS = {
+    "adaptive": cpu_rows.ADAPTIVE,
+    "fixed": cpu_rows.FIXED,
+    "none": cpu_rows.FIXED,
+    "dtkd": cpu_rows.DTKD,
+}
+_WEIGHTINGS = {
+    "rank": cpu_rows.BY_RANK,
+    "uniform": cpu_rows.UNIFORM,
+    "confidence": cpu_rows.BY_CONFIDENCE,
+}
+# Exponentials, about a nanosecond each, for which another thread is woken.
+_LEAST_SHARE = 100_000
+_NOTHING = [0, 0, 0]
+_NO_SUMS = np.empty(0, np.float32)
+
+
+class Outputs(NamedTuple):
+    """The tensors that a pass writes, as a launch's: see ``kernels/launch.py``."""
+
+    loss: Tensor
+    grad: Tensor | None
+    count: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name
+    report: Tensor | None
+
+
+def confidence_sums(
+    student: Tensor, mentors: Sequence[Tensor], targets: Tensor, options: LossOptions
+) -> Tensor:
+    """Sums over the valid rows of ℓ_k, the student's first, and their number: float32 [M + 2].
+
+    Raises:
+        ValueError: a class index that names no class.
+
+    """
+    batch = _Batch(student, mentors, targets, options)
+    ells = np.empty((len(student), 1 + len(mentors)), np.float32)
+    batch.share_out(
+        cpu_rows.confidences,
+        1 + len(mentors),
+        np.array(batch.logits),
+        batch.indices,
+        np.array(batch.probabilities),
+        student.shape[1],
+        float(options.label_smoothing),
+        options.ignore_index,
+        ells,
+    )
+    sums = np.append(ells.sum(0, dtype=np.float64), batch.n_valid)
+    return torch.from_numpy(sums).float()
+
+
+def classroom_loss_and_grad(
+    student: Tensor,
+    mentors: Sequence[Tensor],
+    targets: Tensor,
+    mentor_weight: Tensor | None,
+    ell_sums: Tensor | None,
+    options: LossOptions,
+    *,
+    with_grad: bool,
+    with_report: bool,
+    scale_grad: bool = False,
+    scale: Tensor | None = None,
+) -> Outputs:
+    """Loss, gradient and report; arguments as for ``kernels/launch.py``.
+
+    Raises:
+        ValueError: a class index that names no class.
+
+    """
+    batch = _Batch(student, mentors, targets, options)
+    n_rows, n_classes = student.shape
+    n_mentors, mean = len(mentors), options.reduction == "mean"
+    factor = 1.0
+    if scale_grad:
+        factor = (1.0 if scale is None else scale.item()) / (max(batch.n_valid, 1) if mean else 1)
+    weights = np.full(n_mentors, options.mentor_weight_for(n_classes, n_mentors))
+    if mentor_weight is not None:
+        weights *= mentor_weight.double().numpy()
+    decimals, task_weight = options.rank_decimals, options.fixed_task_weight
+    better, correct = _filter(options.knowledge_filter)
+    grad = torch.empty((n_rows, n_classes), dtype=student.dtype) if with_grad else None
+    rows = torch.empty(n_rows)
+    losses = rows.numpy()
+    stats = np.empty((n_rows, report_size(n_mentors) if with_report else 0), np.float32)
+    table = [*batch.logits, batch.probabilities, _NOTHING if grad is None else _place(grad)]
+    batch.share_out(
+        cpu_rows.rows,
+        1 + 3 * n_mentors,
+        np.array(table),
+        batch.indices,
+        n_classes,
+        float(options.label_smoothing),
+        options.ignore_index,
+        _NO_SUMS if ell_sums is None else ell_sums.numpy(),
+        weights,
+        1.0 if options.mentoring == "none" else float(options.temperature),
+        math.nan if task_weight is None else float(task_weight),
+        0.0 if decimals is None else 10.0**decimals,
+        better,
+        correct,
+        _MENTORINGS[options.mentoring],
+        _WEIGHTINGS[options.weighting],
+        factor,
+        losses,
+        stats,
+    )
+    summed = options.reduction != "none"
+    count = torch.tensor(float(max(batch.n_valid, 1))) if summed or with_report else None
+    if not summed and not with_report:
+        return Outputs(rows, grad, count, None)
+    loss = torch.empty(())
+    report = torch.empty(report_size(n_mentors)) if with_report else None
+    cpu_rows.totals(
+        losses,
+        stats,
+        batch.n_valid,
+        int(mean),
+        loss.numpy(),
+        _NO_SUMS if report is None else report.numpy(),
+    )
+    return Outputs(loss if summed else rows, grad, count, report)
+
+
+def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
+    """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
+    factor = factor.float()
+    if count is not None:
+        factor = factor / count
+    if factor.dim():
+        factor = factor[:, None]
+    return (grad.float() * factor).to(grad.dtype)
+
+
+class _Batch:
+    """Where a batch's tensors are, in the form that ``cpu_rows`` takes."""
+
+    def __init__(
+        self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, options: LossOptions
+    ) -> None:
+        self._rows, self._classes = student.shape
+        self._kept = [_unit_stride(logits) for logits in (student, *mentors)]
+        self.logits = [_place(logits) for logits in self._kept]
+        self.indices, self.probabilities, self.n_valid = 0, _NOTHING, self._rows
+        if targets.dim() == 2:
+            targets = _unit_stride(targets.float() if targets.dtype not in _KINDS else targets)
+            self.probabilities = _place(targets)
+        else:
+            targets = targets.to(torch.int64).contiguous()
+            self.indices = targets.data_ptr()
+            self.n_valid, bad = cpu_rows.survey(
+                self.indices, self._rows, options.ignore_index, self._classes
+            )
+            if bad >= 0:
+                raise ValueError(
+                    f"targets must be class indices from 0 to {self._classes - 1} or "
+                    f"ignore_index={options.ignore_index}, got {int(targets[bad])} in row {bad}"
+                )
+        self._kept.append(targets)  # for as long as its address is used
+
+    def share_out(
+        self, function: Callable[..., None], exponentials: int, *arguments: object
+    ) -> None:
+        """Call ``function(first, last, *arguments)`` for all rows, in several threads at once."""
+        work = exponentials * self._rows * self._classes
+        n_shares = min(torch.get_num_threads(), self._rows, work // _LEAST_SHARE)
+        if n_shares < 2:
+            function(0, self._rows, *arguments)
+            return
+        cuts = [self._rows * share // n_shares for share in range(n_shares + 1)]
+        (first, last), *others = pairwise(cuts)
+        calls = [_pool().submit(function, *share, *arguments) for share in others]
+        function(first, last, *arguments)
+        for call in calls:
+            call.result()
+
+
+def _unit_stride(logits: Tensor) -> Tensor:
+    return logits if logits.stride(1) == 1 else logits.contiguous()
+
+
+def _place(logits: Tensor) -> list[int]:
+    size = logits.element_size()
+    return [logits.data_ptr(), logits.stride(0) * size, _KINDS[logits.dtype]]
+
+
+@functools.cache
+def _filter(name: str) -> tuple[int, int]:
+    """Whether a mentor must be better, and whether it must be correct, to teach."""
+    return int("better" in name), int("correct" in name)
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) - 1), "classroomkd-loss")
+
+
+# A forked process has none of its parent's threads.
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)
