@@ -146,7 +146,7 @@ def swept_lessons(
 
 @triton.jit
 def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
-    """Store columns of a row's gradient times the factor, in its own dtype; row to valid are [1]."""
+    """Store columns of a row's gradient times the factor, in its own dtype; row and valid [1]."""
     sick = tl.max(nonfinite.to(tl.int32), 0) > 0
     grad = tl.where(sick, float("nan"), grad * factor)
     grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)

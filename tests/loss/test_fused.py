@@ -114,7 +114,8 @@ def test_every_option(device, name, soft):
     [*itertools.product([1, 2, 10, 16, 100, 127, 129, 1000], [1, 2, 6]), (9000, 1), (9000, 6)],
 )
 def test_sizes(device, n_classes, n_mentors):
-    batch = classroom(n_mentors, 5 if n_classes < 9000 else 2, n_classes)
+    # Of fewer rows the errors, PyTorch's as well, are luck.
+    batch = classroom(n_mentors, 2 if (n_classes, n_mentors) == (9000, 6) else 5, n_classes)
     assert_as_good_as_pytorch(batch, device)
     assert_as_good_as_pytorch(batch, device, ranking="batch", rank_decimals=2)
 
