@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from classroomkd.report.document import markdown_table
+from classroomkd.report.markup import markdown_table
 from summary import REPORTED, THIS
 
 Record = Mapping[str, Any]

@@ -8,6 +8,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+import loader_processes
 import loader_rows
 import loaders
 import loss
@@ -139,7 +140,8 @@ def gather(images, targets, order, table, **options):
 
 
 def test_the_loaders(cuda, setting, monkeypatch):
-    monkeypatch.setattr(loaders, "Process", HereProcess)
+    for module in (loaders, loader_processes):
+        monkeypatch.setattr(module, "Process", HereProcess)
     monkeypatch.setattr(loaders, "KERNEL_SIZES", (8,))
     monkeypatch.setattr(loaders, "pack_beton", lambda setting: None)
     monkeypatch.setattr(loader_rows, "SHORTEST", 0.0)
@@ -165,7 +167,7 @@ def test_the_loaders(cuda, setting, monkeypatch):
 
 @pytest.mark.slow
 def test_the_step(cuda, setting, monkeypatch):
-    monkeypatch.setattr(step, "Process", HereProcess)
+    monkeypatch.setattr(loader_processes, "Process", HereProcess)
     monkeypatch.setattr(step, "CLASSROOMS", {"resnet8": ("resnet8",)})
     monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
     # The kernels, interpreted, would take minutes: test_the_loss has them.
