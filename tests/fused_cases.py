@@ -20,7 +20,6 @@ from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
-sum_blocks = launch.sum_blocks
 
 NAMES = ("loss", "grad", *ClassroomReport._fields)
 MARGIN = 1e-6  # of the truth's norm
@@ -58,22 +57,14 @@ def laid_out(logits, layout):
     return logits[:1].expand(logits.shape) if layout == "repeated" else logits.contiguous()
 
 
-def sweep(patch, width):
-    """Sweep over all rows, in steps of so many columns."""
-    patch.setattr(launch, "blocks", lambda *_: launch.Blocks(width, 1, 1, V=4))
-
-
 @contextmanager
 def cut_up(case):
-    """Sweep over rows that registers would hold, and sum few of them at a time."""
+    """Sweep over tiles, also where a single pass would do; count beforehand, also few rows."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            launch,
-            "sum_blocks",
-            lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_programs=3),
-        )
+        patch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 6)
         if case.tiled:
-            sweep(patch, 32)
+            patch.setattr(launch, "blocks", lambda *_: None)
+            patch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(32, 1, 1))
         yield
 
 
