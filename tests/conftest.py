@@ -17,7 +17,10 @@ from interpreter import INTERPRETED, TRITON
 _OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
 _OPTIONAL |= {"sklearn", "yaml"}
 _ENDS = pytest.StashKey[float]()
-_TOO_LARGE_FOR_PTX = {"test_images_beyond_two_gigabytes"}  # each launch copies its tensors
+_TOO_LARGE_FOR_PTX = {
+    "test_tiles_and_extremes",
+    "test_images_beyond_two_gigabytes",
+}  # each launch copies its tensors
 _CASES = 16  # of so many cases of a test, the sample on PTX has one
 
 
