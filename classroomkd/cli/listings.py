@@ -74,8 +74,8 @@ def models(arguments: argparse.Namespace) -> None:
     for name, size in SIZES.items():
         print(f"{name:15}{size.parameters:>27,}")
     print(
-        "\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights, and your "
-        "own: FILE.py:NAME or package.module:NAME"
+        "\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights, "
+        "and your own: FILE.py:NAME or package.module:NAME"
     )
 
 

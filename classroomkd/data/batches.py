@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.data.loader import Batch, Loader
 from classroomkd.errors import UserError
 
@@ -86,8 +87,15 @@ class BatchLoader(Loader):
     seekable = False
 
     def __init__(self, batches: Batches, **options: Any) -> None:
-        known = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "augmentation": None, "drop_last": False}
-        super().__init__(len(batches), batches.batch_size, **known, **options)
+        super().__init__(
+            len(batches),
+            batches.batch_size,
+            mean=(0.0, 0.0, 0.0),
+            std=(1.0, 1.0, 1.0),
+            augmentation=None,
+            drop_last=False,
+            **options,
+        )
         self._loader = batches.loader
         self.one_shape = self._loader.drop_last
 
@@ -124,7 +132,14 @@ class BatchLoaders:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
 
-    def open(self, batches: Batches, batch_size: int, **options: Any) -> BatchLoader:
-        """A loader of ``batches``; of the options of `Loader` it takes those that can be heeded."""
+    def open(
+        self, batches: ImageSet | ImageFiles | Batches, batch_size: int, **options: Any
+    ) -> BatchLoader:
+        """A loader of ``batches``; of the options of `Loader` it takes those that can be heeded.
+
+        Raises UserError for images.
+        """
+        if not isinstance(batches, Batches):
+            raise UserError("images and a DataLoader's batches cannot be parts of one run")
         taken = {key: options[key] for key in ("shuffle", "seed", "dtype") if key in options}
         return BatchLoader(batches, device=self.device, **taken)

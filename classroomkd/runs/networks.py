@@ -181,9 +181,14 @@ class NetworkTrainer:
         )
 
     def _info(self, job: TrainingJob) -> NetworkInfo:
-        own = {"mean": job.mean or self.info.mean, "std": job.std or self.info.std}
-        code = self.builder.code(job.architecture)
-        return replace(self.info, architecture=job.architecture, code=code, **own)
+        """What the file of a job's network says of it."""
+        return replace(
+            self.info,
+            architecture=job.architecture,
+            code=self.builder.code(job.architecture),
+            mean=job.mean or self.info.mean,
+            std=job.std or self.info.std,
+        )
 
     def _placed(self, job: TrainingJob, network: nn.Module) -> nn.Module:
         """A network of the run on its device, taking images as the run's loaders normalise them."""

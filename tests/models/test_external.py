@@ -300,10 +300,12 @@ def test_saved_networks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for architecture, parts in {
         "tv:squeezenet1_0": ["claims to be tv:squeezenet1_0 with 3 classes but differs"],
         "tv:squeezenet": [str(path), "no network is called 'tv:squeezenet'"],
-        "xy:squeezenet1_1": [str(path), "unknown network"],
+        "xy-squeezenet1_1": [str(path), "unknown network"],
     }.items():
         save_network(path, network, NetworkInfo(architecture, ["a", "b", "c"], *IMAGENET, 224))
         message = refusal(load_network, path)
         assert all(part in message for part in parts), message
+    nowhere = NetworkInfo("xy:squeezenet1_1", ["a", "b", "c"], *IMAGENET, 224)
+    assert "no module xy" in refusal(save_network, path, network, nowhere)
     save_network(path, network, NetworkInfo("tv:squeezenet1_1", ["a", "b", "c"], *IMAGENET, 224))
     assert "for 3 classes, but 4 are needed" in refusal(load_network, path, 4)
