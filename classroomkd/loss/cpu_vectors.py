@@ -96,21 +96,16 @@ def exponentials(z, top, factor, out):
 
 @exact
 def _expected_term(t, z, top):
-    return t * (z - top) if t > _ZERO else _ZERO
+    return np.float64(t) * (np.float64(z) - np.float64(top)) if t > _ZERO else 0.0
 
 
 @_summing
 def expected(t, z, top):
-    """Σ t (z − top) and Σ t; 0 · −inf is 0."""
+    """Σ t (z − top), in float64, as all else depends on it, and Σ t; 0 · −inf is 0."""
     total = t_total = 0.0
-    for start in range(0, len(z), _BLOCK):
-        row, target = z[start : start + _BLOCK], t[start : start + _BLOCK]
-        part = t_part = _ZERO
-        for i in range(len(row)):
-            part += _expected_term(target[i], row[i], top)
-            t_part += target[i]
-        total += part
-        t_total += t_part
+    for i in range(len(z)):
+        total += _expected_term(t[i], z[i], top)
+        t_total += np.float64(t[i])
     return total, t_total
 
 
