@@ -96,7 +96,7 @@ def exponentials(z, top, factor, out):
 
 @exact
 def _expected_term(t, z, top):
-    return np.float64(t) * (np.float64(z) - np.float64(top)) if t > _ZERO else 0.0
+    return np.float64(t) * np.float64(z - top) if t > _ZERO else 0.0
 
 
 @_summing
