@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
     loss: Tensor
     grad: Tensor | None
     count: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name
-    report: Tensor | None
+    report: Tensor
 
 
 def confidence_sums(
@@ -108,15 +108,15 @@ def classroom_loss_and_grad(
     factor = 1.0
     if scale_grad:
         factor = (1.0 if scale is None else scale.item()) / (max(batch.n_valid, 1) if mean else 1)
-    weights = np.full(n_mentors, options.mentor_weight_for(n_classes, n_mentors))
+    weights = _alike(options.mentor_weight_for(n_classes, n_mentors), n_mentors)
     if mentor_weight is not None:
-        weights *= mentor_weight.double().numpy()
+        weights = weights * mentor_weight.double().numpy()
     decimals, task_weight = options.rank_decimals, options.fixed_task_weight
     better, correct = _filter(options.knowledge_filter)
     grad = torch.empty((n_rows, n_classes), dtype=student.dtype) if with_grad else None
-    rows = torch.empty(n_rows)
-    losses = rows.numpy()
-    stats = np.empty((n_rows, report_size(n_mentors) if with_report else 0), np.float32)
+    losses = np.empty(n_rows, np.float32)
+    n_stats = report_size(n_mentors) if with_report else 0
+    stats = np.empty((n_rows, n_stats), np.float32)
     table = [*batch.logits, batch.probabilities, _NOTHING if grad is None else _place(grad)]
     batch.share_out(
         cpu_rows.rows,
@@ -139,21 +139,16 @@ def classroom_loss_and_grad(
         losses,
         stats,
     )
-    summed = options.reduction != "none"
-    count = torch.tensor(float(max(batch.n_valid, 1))) if summed or with_report else None
-    if not summed and not with_report:
-        return Outputs(rows, grad, count, None)
-    loss = torch.empty(())
-    report = torch.empty(report_size(n_mentors)) if with_report else None
-    cpu_rows.totals(
-        losses,
-        stats,
-        batch.n_valid,
-        int(mean),
-        loss.numpy(),
-        _NO_SUMS if report is None else report.numpy(),
+    loss, count = np.empty((), np.float32), np.float32(max(batch.n_valid, 1))
+    report = np.empty(n_stats, np.float32)
+    cpu_rows.totals(losses, stats, batch.n_valid, int(mean), loss, report)
+    counted = not scale_grad and (options.reduction != "none" or with_report)
+    return Outputs(
+        torch.from_numpy(losses if options.reduction == "none" else loss),
+        grad,
+        torch.from_numpy(np.array(count)) if counted else None,
+        torch.from_numpy(report),  # empty where it is not wanted
     )
-    return Outputs(loss if summed else rows, grad, count, report)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
@@ -216,6 +211,12 @@ def _unit_stride(logits: Tensor) -> Tensor:
 def _place(logits: Tensor) -> list[int]:
     size = logits.element_size()
     return [logits.data_ptr(), logits.stride(0) * size, _KINDS[logits.dtype]]
+
+
+@functools.lru_cache
+def _alike(weight: float, n_mentors: int) -> np.ndarray:
+    """The same weight for each mentor, never written to."""
+    return np.full(n_mentors, weight)
 
 
 @functools.cache
