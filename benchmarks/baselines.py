@@ -1,6 +1,6 @@
-"""What the fused loss is measured against, each as a function of (student, mentors, targets).
+"""Implementations to compare the fused loss with, as functions of (student, mentors, targets).
 
-Default options of the loss, besides the ranking; class indices, no ignored row.
+They have the default options of the loss except for the ranking, and take class indices only.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ TEMPERATURE = 12.0
 def per_mentor_loop(
     student: Tensor, mentors: list[Tensor], targets: Tensor, ranking: str
 ) -> Tensor:
-    """One mentor after another, numbers read back for the log, as such code is mostly written."""
+    """One mentor after another, with values read back for the log, as such code usually is."""
     student = student.float()
 
     def confidence(logits: Tensor) -> Tensor:
@@ -36,19 +36,19 @@ def per_mentor_loop(
             continue
         lead = (rank - ranks[0]).abs() / torch.maximum(rank, ranks[0])
         tau = (1 + TEMPERATURE * lead).unsqueeze(-1)
-        lesson = kl_div(
+        kl = kl_div(
             log_softmax(student / tau, dim=1),
             softmax(mentor.float() / tau, dim=1),
             reduction="none",
         ).sum(1)
-        mentor_loss = (active * rank * tau.squeeze(-1) ** 2 * lesson).mean()
+        mentor_loss = (active * rank * tau.squeeze(-1) ** 2 * kl).mean()
         loss = loss + mentor_loss
         log[f"mentor {index}"] = mentor_loss.item()
     return loss
 
 
 def liger_loss(student: Tensor, mentors: list[Tensor], targets: Tensor, ranking: str) -> Tensor:
-    """The loss composed from Liger's KL, all mentors in one call of it."""
+    """The loss composed from one call of Liger's KL for all mentors."""
     from liger_kernel.transformers.functional import liger_kl_div
 
     return composed_loss(student, mentors, targets, ranking, liger_kl_div)
@@ -61,7 +61,7 @@ def composed_loss(
     ranking: str,
     kl: Callable[..., Tensor] = kl_div,
 ) -> Tensor:
-    """The loss, in float32, from a KL divergence called as `torch.nn.functional.kl_div`."""
+    """The loss, in float32, from a KL function with the signature of `kl_div`."""
     student, stacked = student.float(), torch.stack([mentor.float() for mentor in mentors])
     ell = log_confidences(torch.cat([student.detach()[None], stacked]), targets)
     return composed_rows(student, stacked, targets, ranked(ell, ranking), kl).mean()
@@ -76,26 +76,26 @@ def log_confidences(everyone: Tensor, targets: Tensor) -> Tensor:
 
 
 def ranked(ell: Tensor, ranking: str) -> Tensor:
-    """ℓ as the ranking sees it, [K, B]."""
+    """ℓ [K, B] as used by the ranking."""
     return ell.mean(1, keepdim=True).expand_as(ell) if ranking == "batch" else ell
 
 
 def composed_rows(
     student: Tensor, mentors: Tensor, targets: Tensor, ell: Tensor, kl: Callable[..., Tensor]
 ) -> Tensor:
-    """Each row's loss [B], from student [B, C], mentors [M, B, C] and ranked ℓ [1 + M, B]."""
+    """The loss per row [B] for student [B, C], mentors [M, B, C] and ranked ℓ [1 + M, B]."""
     rank = mentors.shape[0] * ell.softmax(0)[1:]
     tau = 1 - TEMPERATURE * torch.expm1(-(ell[1:] - ell[0]).abs())
     weight = torch.where(ell[1:] >= ell[0], rank * tau**2, 0)
-    lessons = kl(
+    kls = kl(
         log_softmax(student / tau[..., None], dim=-1).flatten(0, 1),
         log_softmax(mentors / tau[..., None], dim=-1).flatten(0, 1),
         reduction="none",
         log_target=True,
     )
-    lessons = lessons.sum(-1).view_as(weight)
+    kls = kls.sum(-1).view_as(weight)
     task = ell[0].exp() * cross_entropy(student, targets, reduction="none")
-    return task + (weight * lessons).sum(0)
+    return task + (weight * kls).sum(0)
 
 
 def float64_loss_and_grad(
@@ -105,9 +105,10 @@ def float64_loss_and_grad(
     ranking: str,
     chunk_bytes: int = 2**28,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The truth: loss 0-d, gradient [B, C] and who is active [M, B], in chunks of rows.
+    """The reference: loss 0-d, gradient [B, C] and active mentors [M, B], in chunks of rows.
 
-    A chunk's logits take at most ``chunk_bytes`` in float64 (some ten times that is at work).
+    A chunk's logits take at most ``chunk_bytes`` in float64; the peak memory is about ten times
+    that.
     """
     n_rows = student.shape[0]
     everyone = [student.detach(), *mentors]

@@ -1,13 +1,13 @@
-"""What the kernels become, cross-compiled for four GPUs: registers, spills, loads.
+"""Cross-compile the kernels for four GPUs, and record registers, spills and loads.
 
     python benchmarks/compiled.py --out benchmarks/results/compiled.json
 
-compiles every pair of values that the options of the loss, the shapes, the dtypes and the layouts
-can take together (each pair in some call, not every combination), and prints a table. A call that
-does not compile is a line with its error, and the exit status is 1.
+Every pair of values of the options of the loss, the shapes, dtypes and layouts occurs in some call
+(not every combination does). A call that fails to compile is recorded with its error, and the exit
+status is 1.
 
-The record is written after every call, the quick ones first. The same command goes on where an
-interrupted one stopped, unless Triton, the kernels or the calls have changed.
+The record is written after every call, the quick ones first. The same command resumes an
+interrupted one, unless Triton, the kernels or the calls have changed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import triton
-from classroomkd.kernels.launch import blocks
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
 from classroomkd.files import atomic_write
+from classroomkd.kernels.launch import blocks
 
 Row = dict[str, object]
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
-# Choices that the kernels make only together are one factor, so that they also meet all others:
-# what is asked for, how it is reduced and what scales it; which targets, and whether smoothed.
+# Values that depend on each other form one factor, so that each combination meets all others: the
+# call, its reduction and its scale; the targets and their smoothing.
 FACTORS: dict[str, tuple[object, ...]] = {
     "call": (
         *(("finished", "mean", None), ("finished", "sum", None)),
@@ -50,17 +48,17 @@ FACTORS: dict[str, tuple[object, ...]] = {
         *(("int8", 0.0), ("uint8", 0.1), ("float32", 0.0), ("float32", 0.1)),
         *(("bfloat16", 0.0), ("float16", 0.1), ("float64", 0.0)),
     ),
-    # A stride of 1, several rows a warp, one, several warps a row; tiles for many mentors, for all.
+    # A stride of 1; several rows per warp; one; several warps per row; tiles for large M; tiles.
     "n_classes": (1, 10, 100, 1000, 4096, 9000, 32_768),
     "n_mentors": (1, 2, 6, 16),
     "target": ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942"),
-    # A constant, ragged, in 16s, so many that they are counted first.
+    # A constant; not a multiple of 16; a multiple; large, so that valid rows are counted first.
     "n_rows": (1, 500, 512, 2048),
     "knowledge_filter": ("better", "correct", "correct_and_better", "none"),
     "mentoring": ("adaptive", "fixed", "none", "dtkd"),
     "dtype": ("float32", "float16", "bfloat16"),
     "mentor_dtypes": ((), ("float32", "bfloat16", "float16")),
-    "row_padding": (0, 5, 2**36),  # the last so far apart that strides take 64 bits
+    "row_padding": (0, 5, 2**36),  # the last needs 64-bit strides
     "mentor_weight": (None, "float32", "bfloat16", "float16", "float64"),
     "ranking": ("sample", "batch"),
     "weighting": ("rank", "uniform"),
@@ -71,7 +69,7 @@ FACTORS: dict[str, tuple[object, ...]] = {
 
 
 def seconds(row: Row) -> float:
-    """About how long a call compiles: where many mentors' rows are in tiles, minutes on AMD."""
+    """Roughly how long a call compiles: minutes for tiled rows of many mentors on AMD."""
     n_classes, n_mentors = row["n_classes"], row["n_mentors"]
     on_amd = row["target"].startswith("hip")
     tiled = blocks(n_classes, n_mentors, 64 if on_amd else 32) is None
@@ -79,11 +77,11 @@ def seconds(row: Row) -> float:
 
 
 def covering(factors: Mapping[str, Sequence[object]]) -> list[Row]:
-    """Rows, one value of each factor, in which every pair of values of two factors occurs.
+    """Rows with one value of each factor, in which every pair of values of two factors occurs.
 
-    Greedy: each row begins with a pair that has not occurred, and takes of one factor after another
-    the value that brings many such pairs with what the row has, for little more to compile (the
-    square of 1 + pairs over the seconds). The same rows every time, the quick ones first.
+    Greedy and deterministic: each row starts with a missing pair. Then each factor in turn gets the
+    value that adds many missing pairs at little compilation time, by (1 + pairs)² / seconds. The
+    quick rows come first.
     """
 
     def pairs(name: str, value: object, row: Row) -> Iterator[frozenset[tuple[str, object]]]:
@@ -114,7 +112,7 @@ def covering(factors: Mapping[str, Sequence[object]]) -> list[Row]:
 
 
 def arguments_of(row: Row) -> dict[str, object]:
-    """A row as the arguments of `compile_call`."""
+    """The arguments of `compile_call` for a row."""
     import torch
 
     def dtype(name: object) -> torch.dtype | None:
@@ -133,14 +131,14 @@ def arguments_of(row: Row) -> dict[str, object]:
 
 
 def compile_row(row: Row) -> Row:
-    """A call and its "kernels", by name, or the "error" that it does not compile with."""
+    """The call with its "kernels" by name, or with the "error" of the compiler."""
     from classroomkd.kernels.ahead_of_time import compile_call
 
     call = row | {"label_smoothing": row["targets"][1], "targets": row["targets"][0]}
     call |= dict(zip(("gradient", "reduction", "scale"), call.pop("call"), strict=True))
     try:
         kernels = compile_call(**arguments_of(row))
-    except Exception as error:  # whatever the compiler raises is what is looked for
+    except Exception as error:  # finding what the compiler raises is the purpose
         return call | {"error": str(error) or repr(error)}
     return call | {
         "kernels": {
@@ -151,12 +149,12 @@ def compile_row(row: Row) -> Row:
 
 
 def spilled(call: Row) -> int:
-    """Bytes a thread that the worst of a call's kernels keeps in memory."""
+    """Bytes per thread that the worst kernel of a call spills."""
     return max((kernel["spilled_bytes"] for kernel in call.get("kernels", {}).values()), default=0)
 
 
 def identity(rows: Sequence[Row]) -> dict[str, object]:
-    """What a record must have in common with another to be gone on with."""
+    """The values that must agree for a record to be resumed."""
     source = hashlib.sha256(json.dumps(rows).encode())
     for file in sorted(KERNELS.glob("*.py")):
         source.update(file.read_bytes())
@@ -164,7 +162,7 @@ def identity(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def recorded(path: Path, wanted: Mapping[str, object]) -> list[Row]:
-    """The calls that the file has already; none if they are of something else, which is told."""
+    """The calls that the file contains; none, with a message, if its identity differs."""
     if not path.exists():
         return []
     try:
@@ -173,12 +171,12 @@ def recorded(path: Path, wanted: Mapping[str, object]) -> list[Row]:
         record = {}
     if all(record.get(key) == value for key, value in wanted.items()):
         return record["compiled"]
-    print(f"{path} is of another Triton, other kernels or other calls: started anew")
+    print(f"{path} is of another Triton, other kernels or other calls: starting over")
     return []
 
 
 def write(path: Path, head: Mapping[str, object], done: Sequence[Row]) -> None:
-    """Write the record, a call a line."""
+    """Write the record, one line per call."""
     head = dict(head) | {
         "done": len(done),
         "failed": sum("error" in call for call in done),
@@ -189,7 +187,7 @@ def write(path: Path, head: Mapping[str, object], done: Sequence[Row]) -> None:
 
 
 def compile_rows(rows: Sequence[Row], processes: int) -> Iterator[Row]:
-    """`compile_row` of each, in order; an interruption ends the compilers too."""
+    """`compile_row` of each row, in order; an interruption ends the compilers too."""
     with ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
@@ -205,7 +203,7 @@ def compile_rows(rows: Sequence[Row], processes: int) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Compile, write, print."""
+    """Compile all calls; return 1 if one failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--processes", type=int, default=multiprocessing.cpu_count())
@@ -220,27 +218,14 @@ def main() -> int:
             done.append(call)
             write(arguments.out, head, done)
     except KeyboardInterrupt:
-        print(f"{len(done)} of {len(rows)} calls are in {arguments.out}; the same command goes on")
+        print(f"{len(done)} of {len(rows)} calls are in {arguments.out}; repeat to resume")
         return 130
-    Console(width=140).print(table(done))
-    return 1 if any("error" in call for call in done) else 0
-
-
-def table(done: Sequence[Row]) -> Table:
-    """A line for each kernel, and for each call that did not compile."""
-    heads = ("target", "kernel", "C", "M", "dtype", "warps", "registers", "spilled bytes")
-    table = Table(*heads, "shared bytes", "loads (bytes × count)")
-    for call in done:
-        target, *rest = (str(call[key]) for key in ("target", "n_classes", "n_mentors", "dtype"))
-        if "error" in call:
-            table.add_row(target, "–", *rest, call["error"])
-        for name, kernel in call.get("kernels", {}).items():
-            table.add_row(
-                *(target, name, *rest, str(kernel["blocks"]["num_warps"])),
-                *(str(kernel[key]) for key in ("registers", "spilled_bytes", "shared_bytes")),
-                ", ".join(f"{width} × {n}" for width, n in sorted(kernel["loads"].items())),
-            )
-    return table
+    failed = [call for call in done if "error" in call]
+    for call in failed:
+        print(*(call[key] for key in ("target", "n_classes", "n_mentors", "dtype", "error")))
+    spilling = sum(spilled(call) > 0 for call in done)
+    print(f"{arguments.out}: {len(done)} calls, {len(failed)} failed, {spilling} spill registers")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,9 @@
-"""All that was measured, on one page: docs/benchmarks.md and its figures.
+"""Generate docs/benchmarks.md, its figures, and the tables of docs/reproduction.md and teaching.md.
 
     python benchmarks/document.py [OUT]
 
-writes them, and the tables of docs/reproduction.md and docs/teaching.md, from benchmarks/results/.
-OUT is a folder that the benchmarks wrote, as run_gpu.sh does: its records are first copied to the
-folder of their device, in the place of older ones.
+The input is benchmarks/results/. OUT is a folder written by the benchmarks or by run_gpu.sh; its
+records are first copied to the folder of their device, where they replace older ones.
 """
 
 from __future__ import annotations
@@ -13,10 +12,11 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import modelled
 import teaching as teaching_tables
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
@@ -29,16 +29,16 @@ from result_tables import markdown
 from summary import on_gpu
 
 ROOT = Path(__file__).resolve().parent.parent
+MODELLED = "modelled"  # the folder of what no device measured
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
 TEACHING = ROOT / "docs/teaching.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
-# Of each device: its records by their files' names.
-Records = dict[str, dict[str, Record]]
+Records = dict[str, dict[str, Record]]  # device → name → record
 
-SECTIONS = {  # record: its heading, and what measures it
+SECTIONS = {  # record → heading, command that measures it
     "roofline": ("Roofline", "python benchmarks/roofline.py --out OUT"),
     "loss": ("Loss", "python benchmarks/loss.py --out OUT"),
     "loss_cpu": ("Loss on a CPU", "python benchmarks/loss_cpu.py --out OUT"),
@@ -58,11 +58,11 @@ ON_A_GPU = "benchmarks/run_gpu.sh OUT"
 
 
 def read(results: Path) -> Records:
-    """All devices' records; those of GPUs come first."""
+    """The records of all devices, GPUs first."""
     found = {
         folder.name: {path.stem: _json(path) for path in sorted(folder.glob("*.json"))}
         for folder in sorted(results.iterdir())
-        if folder.is_dir()
+        if folder.is_dir() and folder.name != MODELLED
     }
     return dict(sorted(found.items(), key=lambda device: not _is_gpu(device[1])))
 
@@ -75,28 +75,33 @@ def _is_gpu(records: Mapping[str, Record]) -> bool:
     return any(map(on_gpu, records.values()))
 
 
-def document(devices: Records, compiled: Record) -> str:
+def document(devices: Records, compiled: Record, model: Record) -> str:
     """The page."""
     blocks = [_HEAD]
     if not any(map(_is_gpu, devices.values())):
         blocks.append(_NOT_YET)
     for device, records in devices.items():
         blocks += [f"## {device}", *_of_device(device, records)]
+    blocks += ["## Modelled, not measured", *_of_model(model, devices)]
     blocks += ["## Compiled kernels", *_of_compiled(compiled)]
+    return _joined(blocks)
+
+
+def _joined(blocks: Iterable[str]) -> str:
     return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
 
 
 _HEAD = f"""# Benchmarks
 
-`python benchmarks/document.py` writes this page and its figures from the records in
-[`benchmarks/results/`]({LINK}), and nothing in it is typed. On a machine with a GPU
+`python benchmarks/document.py` generates this page and its figures from the records in
+[`benchmarks/results/`]({LINK}). On a machine with a GPU,
 
 ```sh
 {ON_A_GPU}
 python benchmarks/document.py OUT
 ```
 
-measures everything that needs one, within nine minutes, and adds its records;
+measures everything that needs a GPU, within nine minutes, and adds the records.
 `--parts loss --minutes 9` gives all the time to one benchmark."""
 _NOT_YET = "**Nothing has been measured on a GPU yet.**"
 
@@ -105,45 +110,49 @@ def _of_device(device: str, records: Mapping[str, Record]) -> Iterator[str]:
     for name, (heading, command) in (SECTIONS | REPRODUCTIONS).items():
         if name not in records:
             continue
-        file = f"[{name}.json]({LINK}/{device}/{name}.json)"
         yield f"### {heading}"
         if name in REPRODUCTIONS:
             data = ", ".join(sorted({run["data"] for run in records[name]["runs"]}))
-            yield f"[reproduction.md]({REPRODUCTION.name}) has the table of {file}, made on {data}."
+            link = _link(device, name)
+            yield f"[reproduction.md]({REPRODUCTION.name}) has the table of {link}, run on {data}."
             continue
-        yield f"{file}, by `{command}`:"
+        yield f"{_link(device, name)}, by `{command}`:"
         yield _quickstart(records[name]) if name == "quickstart" else markdown(records[name])
-        for figure, drawing in drawings(device, name, records[name]).items():
-            yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
+        yield from _figures(device, name, records[name])
+
+
+def _link(device: str, name: str) -> str:
+    return f"[{name}.json]({LINK}/{device}/{name}.json)"
+
+
+def _figures(device: str, name: str, record: Record) -> Iterator[str]:
+    for figure, drawing in drawings(device, name, record).items():
+        yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
 
 
 def reproduction(text: str, devices: Records) -> str:
-    """The page on reproductions, whose ``text`` stays up to the mark, with all tables after it."""
+    """docs/reproduction.md: ``text`` up to the mark, and all tables after it."""
     head, mark, _ = text.partition(MARK)
     blocks = [head + mark]
     for device, records in devices.items():
         for name in filter(records.__contains__, REPRODUCTIONS):
-            blocks.append(
-                reproduction_markdown(records[name], TABLES[records[name]["table"]].title)
-            )
-            blocks.append(f"From [{name}.json]({LINK}/{device}/{name}.json).")
-    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+            table = TABLES[records[name]["table"]]
+            blocks.append(reproduction_markdown(records[name], table.title))
+            blocks.append(f"From {_link(device, name)}.")
+    return _joined(blocks)
 
 
 def teaching(text: str, devices: Records) -> str:
-    """The page on teaching that harms, whose ``text`` stays up to the mark, with its tables."""
+    """docs/teaching.md: ``text`` up to the mark, and all tables after it."""
     head, mark, _ = text.partition(MARK)
     blocks = [head + mark]
     for device, records in devices.items():
         for name in filter(records.__contains__, teaching_tables.COMMANDS):
             heading, command = teaching_tables.COMMANDS[name]
-            blocks.append(f"## {heading}")
-            file = f"[{name}.json]({LINK}/{device}/{name}.json)"
-            blocks.append(f"{file}, by `{command}`:")
+            blocks += [f"## {heading}", f"{_link(device, name)}, by `{command}`:"]
             blocks += teaching_tables.markdown(name, records[name])
-            for figure, drawing in drawings(device, name, records[name]).items():
-                blocks.append(f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}")
-    return "\n\n".join(block.strip("\n") for block in blocks) + "\n"
+            blocks += _figures(device, name, records[name])
+    return _joined(blocks)
 
 
 def _quickstart(summary: Record) -> str:
@@ -153,7 +162,7 @@ def _quickstart(summary: Record) -> str:
 
 
 def _of_compiled(compiled: Record) -> Iterator[str]:
-    """For each target and number of mentors the most registers, what failed, and what spills."""
+    """Register counts per target and number of mentors, failed calls, and kernels that spill."""
     done, calls = compiled["done"], compiled["calls"]
     kernels = [
         (call, name, kernel)
@@ -162,12 +171,12 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
     ]
     quickest = f", of which these are the {done} quickest to compile" if done < calls else ""
     yield (
-        f"What Triton {compiled['triton']} makes of the loss, cross-compiled: {len(kernels)} "
+        f"The kernels of the loss, cross-compiled with Triton {compiled['triton']}: {len(kernels)} "
         f"kernels of {done} calls ([compiled.json]({LINK}/compiled.json), by `python "
         "benchmarks/compiled.py --out FILE`). Every pair of values of the options, shapes, dtypes, "
         f"layouts and targets occurs in one of {calls} calls{quickest}. "
         f"{compiled['failed'] or 'None'} failed to compile. "
-        "The most registers that a thread of any takes:"
+        "The largest number of registers per thread:"
     )
     mentors = sorted({call["n_mentors"] for call, *_ in kernels})
     most: dict[str, dict[int, int]] = {}
@@ -192,11 +201,11 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
         )
     spilling = [(call, name, kernel) for call, name, kernel in kernels if kernel["spilled_bytes"]]
     if not spilling:
-        yield "None spills any to memory."
+        yield "No kernel spills registers."
         return
-    yield f"{len(kernels) - len(spilling)} spill none to memory; these do:"
+    yield f"{len(kernels) - len(spilling)} kernels spill no registers; these do:"
     yield markdown_table(
-        ("target", "kernel", "C", "M", "dtype", "bytes a thread"),
+        ("target", "kernel", "C", "M", "dtype", "bytes per thread"),
         [
             [
                 *(call["target"], name),
@@ -208,10 +217,16 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
     )
 
 
-def take(out: Path, results: Path) -> Path:
-    """Copy the records that benchmarks wrote to ``out`` into their device's folder, which is told.
+def _of_model(model: Record, devices: Records) -> Iterator[str]:
+    command = f"python benchmarks/model.py --out benchmarks/results/{MODELLED}/model.json"
+    yield f"[model.json]({LINK}/{MODELLED}/model.json), by `{command}`:"
+    yield from modelled.markdown(model, devices)
 
-    Raises UserError if there are none, or of more than one device.
+
+def take(out: Path, results: Path) -> Path:
+    """Copy the records in ``out`` into the folder of their device, and return that folder.
+
+    Raises UserError if there are no records, or records of several devices.
     """
     found = {path.name: path for path in sorted(out.glob("*.json")) if "benchmark" in _json(path)}
     names = {_folder_name(_json(path)) for path in found.values()}
@@ -236,7 +251,7 @@ def _folder_name(record: Record) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write page and figures; 1 if the figures need what is not installed."""
+    """Write pages and figures; return 1 if matplotlib, for the figures, is not installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "out", type=Path, nargs="?", help="a folder of new records, copied to benchmarks/results"
@@ -248,7 +263,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except UserError as error:
             parser.error(str(error))
     devices = read(RESULTS)
-    atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json")))
+    model = _json(RESULTS / MODELLED / "model.json")
+    atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
     atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
     atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
     print(PAGE, REPRODUCTION, TEACHING, sep="\n")

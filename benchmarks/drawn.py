@@ -1,4 +1,4 @@
-"""Pictures drawn by class, for measurements that need data sets of any number of classes."""
+"""Synthetic images for data sets with any number of classes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ _OVERSAMPLING = 4
 def drawn(n_classes: int, per_class: int, size: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 [n_classes · per_class, size, size, 3], and their classes, int64.
 
-    A class is three strokes, lines or discs, of a place and a colour. Each picture shows them
-    turned, scaled, shifted and tinted at random, on a ground of random colour, under noise. The
-    number of classes is the seed, so that other classes are other strokes.
+    A class is three strokes (lines or discs), each with a position and a colour. Each image shows
+    them randomly rotated, scaled, shifted and tinted, on a random background with noise. The number
+    of classes is the seed, so sets with different numbers of classes share no strokes.
     """
     rng = np.random.default_rng(n_classes)
     side = _OVERSAMPLING * size

@@ -1,11 +1,11 @@
-"""ClassroomLoss in a trainer of one's own: small networks on small sets, beside cross-entropy.
+"""ClassroomLoss in a custom trainer: small networks on small sets, compared with cross-entropy.
 
     python benchmarks/drop_in.py --out OUT
 
-trains small students without a scheduler, on scikit-learn's digits and on drawn pictures, each with
-cross-entropy, with plain KD from the best mentor, and with `ClassroomLoss` at several mentor
-weights. Only the loss changes: the seed, the first weights, the batches and the rate are the same.
-It resumes where it was stopped.
+Trains small students without a scheduler, on scikit-learn's digits and on drawn images, each with
+cross-entropy, with KD from the best mentor, and with `ClassroomLoss` at several mentor weights.
+Only the loss changes: the seed, initial weights, batches and learning rate are the same. The same
+command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from measure import KeptRows
 
 SEEDS = range(5)
 BATCH = 32
-PER_CLASS = {5: 60, 20: 40, 50: 30}  # drawn for training; 40 more are held out
-# Of the two networks that the loss was first seen to harm, all of the losses.
+PER_CLASS = {5: 60, 20: 40, 50: 30}  # classes → training images per class; 40 more are held out
+# The two networks that the loss was first found to harm; measured with all losses.
 FIRST = (("digits", "pooled"), ("digits", "plain"))
-SETS = {"drawn 5": 5, "digits": 10, "drawn 20": 20, "drawn 50": 50}  # and their classes
-# The weights of all mentors together, which is what decides.
-TOGETHER = (0.75, 1.0, 2.0)
-# Of each mentor: how many times a student's epochs, and which share of the images.
+SETS = {"drawn 5": 5, "digits": 10, "drawn 20": 20, "drawn 50": 50}  # → classes
+TOTAL_WEIGHTS = (0.75, 1.0, 2.0)  # of all mentors together
+# Each mentor's training: its epochs as a multiple of the student's, and its share of the images.
 STRENGTHS = {
     "pooled": ((3, 1.0), (2, 1.0), (0.8, 1.0), (3, 0.5), (2, 0.5), (3, 1.0)),
     "plain": ((3, 1.0), (2, 1.0), (0.3, 0.5), (2, 1.0), (1, 0.5), (0.5, 1.0)),
@@ -49,7 +48,7 @@ LossFunction = Callable[[Tensor, list[Tensor], Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Images:
-    """Images float32 [N, D, H, W], their classes, and which are for training and for the test."""
+    """Images float32 [N, D, H, W], their classes, and the indices of training and test images."""
 
     images: Tensor
     targets: Tensor
@@ -64,7 +63,7 @@ class Images:
 
 @cache
 def images_of(name: str) -> Images:
-    """A set by its name: the word digits, or drawn and the number of classes."""
+    """The set called "digits", or "drawn N" with N classes."""
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -77,12 +76,12 @@ def images_of(name: str) -> Images:
     pixels, targets = drawn(n_classes, count + 40)
     images = torch.tensor(pixels).permute(0, 3, 1, 2).float() / 128 - 1
     indices = torch.arange(len(images))
-    held_out = n_classes * count  # all classes take turns
+    held_out = n_classes * count  # classes alternate
     return Images(images, torch.tensor(targets), indices[:held_out], indices[held_out:])
 
 
 def network(name: str, data: Images) -> nn.Module:
-    """A small network of one's own, as PyTorch initialises it.
+    """A small network with PyTorch's default initialisation.
 
     pooled: two convolutions and global pooling; plain: two convolutions and a linear layer over all
     positions; normed: three convolutions with batch norm and global pooling.
@@ -91,7 +90,7 @@ def network(name: str, data: Images) -> nn.Module:
     widths = {"pooled": (8, 16), "plain": (16, 32), "normed": (16, 32, 64)}[name]
     layers: list[nn.Module] = []
     for number, width in enumerate(widths):
-        # The digits are 8×8, which plain and normed halve once less than what is 16×16.
+        # For the 8×8 digits, plain and normed have one stride of 2 fewer than for 16×16 images.
         stride = 1 if name == "pooled" or (number == 0 and (name == "normed" or side == 8)) else 2
         layers.append(nn.Conv2d(depth, width, 3, padding=1, stride=stride))
         if name == "normed":
@@ -115,7 +114,7 @@ def train(
     mentors: Sequence[Tensor] = (),
     share: float = 1.0,
 ) -> nn.Module:
-    """A network trained on a ``share`` of the training images; ``mentors``' logits are [N, C]."""
+    """A network trained on a ``share`` of the training images; ``mentors`` are logits [N, C]."""
     torch.manual_seed(seed)
     model = network(name, data)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -132,20 +131,20 @@ def train(
 
 
 def top1(model: nn.Module, data: Images, indices: Tensor) -> float:
-    """A share from 0 to 1."""
+    """Top-1 as a fraction, 0 to 1."""
     with torch.no_grad():
-        right = model(data.images[indices]).argmax(1) == data.targets[indices]
-    return right.double().mean().item()
+        correct = model(data.images[indices]).argmax(1) == data.targets[indices]
+    return correct.double().mean().item()
 
 
 def epochs_of(data: Images) -> int:
-    """Of a student's training: 10, or for smaller sets as many as make 190 steps."""
+    """A student's epochs: 10, or as many as make about 190 steps for smaller sets."""
     return max(10, 6000 // len(data.train))
 
 
 @cache
 def mentor(name: str, set_name: str, number: int) -> tuple[Tensor, float]:
-    """Logits of all images and top-1 of one of six mentors of the student's own architecture."""
+    """Logits for all images and top-1 of one of six mentors with the student's architecture."""
     data = images_of(set_name)
     times, share = STRENGTHS[name][number]
     epochs = max(1, round(times * epochs_of(data)))
@@ -159,7 +158,7 @@ def _cross_entropy(logits: Tensor, _: list[Tensor], targets: Tensor) -> Tensor:
 
 
 def loss_function(loss: str, options: dict[str, float | str]) -> LossFunction:
-    """What `train` takes as its loss; ``options`` are the classroom's."""
+    """The loss function called ``loss``; ``options`` are those of `ClassroomLoss`."""
     if loss == "cross-entropy":
         return _cross_entropy
     if loss == "kd":
@@ -169,7 +168,7 @@ def loss_function(loss: str, options: dict[str, float | str]) -> LossFunction:
 
 
 def plan() -> Iterator[dict[str, object]]:
-    """What each row is to measure, the most important first."""
+    """The keys of each row to measure, the most important first."""
 
     def of(place: tuple[str, str], m: int, loss: str) -> Iterator[dict[str, object]]:
         for seed in SEEDS:
@@ -200,12 +199,12 @@ def plan() -> Iterator[dict[str, object]]:
     for set_name, name, m in places:
         automatic = automatic_mentor_weight(SETS[set_name], m)
         yield from classroom((set_name, name), m, automatic, task_weight=1.0)
-        for weight in sorted({1.0, *(min(1.0, together / m) for together in TOGETHER)}):
+        for weight in sorted({1.0, *(min(1.0, total / m) for total in TOTAL_WEIGHTS)}):
             yield from classroom((set_name, name), m, weight)
 
 
 def main() -> None:
-    """Measure what is missing and write it."""
+    """Measure the missing rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for drop_in.json")
     arguments = parser.parse_args()

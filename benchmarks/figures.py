@@ -1,7 +1,7 @@
-"""Figures of the records where they say more than the tables; matplotlib is imported on use.
+"""Figures of the records. matplotlib is imported on use.
 
-The same record gives the same SVG, byte by byte, as long as matplotlib is the same. Each stands on
-a white ground of its own, so that it is read on light and on dark pages alike.
+The same record and matplotlib version give the same SVG, byte by byte. The background is white, so
+that figures are readable on light and dark pages.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ STYLE = {
 }
 OWN, OTHER = "#0072b2", "#999999"
 BY_MENTORS = ("#56b4e9", "#0072b2", "#009e73", "#d55e00", "#cc79a7")
-# The networks' parts are blue, as they are what nobody can save.
-PARTS = {
+PARTS = {  # the networks' parts, which cannot be saved, are blue
     "mentors": "#0b3c5d",
     "student forward": "#3f7fb0",
     "student backward": "#9cc4e4",
@@ -52,16 +51,13 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure that can be drawn."""
+    """A figure and its caption."""
 
     caption: str
     draw: Callable[[], Figure]
 
     def svg(self) -> bytes:
-        """The figure, drawn.
-
-        Raises ModuleNotFoundError without matplotlib.
-        """
+        """Draw the figure; raises ModuleNotFoundError without matplotlib."""
         import matplotlib
 
         file = io.BytesIO()
@@ -73,9 +69,9 @@ class Drawing:
 
 
 def _numbered_clips(svg: bytes) -> bytes:
-    """The same SVG, with clip paths numbered.
+    """The same SVG with numbered clip paths.
 
-    Matplotlib names them by a hash of their coordinates, whose last bits differ among processors.
+    Matplotlib names them by a hash of their coordinates, whose last bits depend on the processor.
     """
     names = dict.fromkeys(re.findall(rb'<clipPath id="(\w+)"', svg))
     for number, name in enumerate(names):
@@ -84,7 +80,7 @@ def _numbered_clips(svg: bytes) -> bytes:
 
 
 def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
-    """By the names of their files, what can be drawn of a device's record ``name``."""
+    """The figures of the record ``name`` of a device, by file name."""
     found = {}
     rows = [row for row in record.get("rows", []) if row.get("status", "ok") == "ok"]
     if name == "loss" and on_gpu(record):
@@ -93,40 +89,40 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
         if len(_sizes(grid)) > 1:
             found["loss"] = Drawing(
                 f"This project's loss and gradient on {device}: device time and share of the "
-                "roofline, over sizes, numbers of mentors and rankings.",
+                "roofline by size, number of mentors and ranking.",
                 lambda: _loss(grid),
             )
         if len({row["implementation"] for row in named}) > 1:
             found["implementations"] = Drawing(
-                f"Loss and gradient by everything that computes them, on {device}: device time.",
+                f"Loss and gradient on {device}: device time of all implementations.",
                 lambda: _implementations(named),
             )
     if name == "loaders" and len(rows) > 1:
         found["loaders"] = Drawing(
-            f"Loaders on {device}: images a second, median and range of the rounds. Blue: this "
-            "project's; orange: others'; grey: the bare copies that bound them.",
+            f"Loaders on {device}: images per second, median and range of the rounds. Blue: this "
+            "project; orange: others; grey: the bare copies that bound them.",
             lambda: _loaders(rows),
         )
     timed = [row for row in rows if "parts_ms" in row]
     if name == "step" and timed:
         found["step"] = Drawing(
-            f"A training step on {device}: where its time goes, and how long it takes. Blue: the "
-            "networks themselves.",
+            f"A training step on {device}: its duration and breakdown. Blue: the networks "
+            "themselves.",
             lambda: _step(timed),
         )
     if name == "gradients":
         found["gradients"] = Drawing(
-            "The gradient of the lessons over that of cross-entropy, with respect to the student's "
-            f"parameters, on {device}. Left: before the first step, strong mentors. Middle: the "
-            "same at temperature 12, with one factor left out. Right: along a training with "
-            "cross-entropy, three mentors, temperature 12; dashed: weak mentors.",
+            "Norm of the mentor terms' gradient divided by that of cross-entropy, with respect to "
+            f"the student's parameters, on {device}. Left: before the first step, strong mentors. "
+            "Middle: the same at temperature 12 with one factor left out. Right: during training "
+            "with cross-entropy, three mentors, temperature 12; dashed: weak mentors.",
             lambda: _gradients(rows),
         )
     return {f"{device}-{figure}.svg": drawing for figure, drawing in found.items()}
 
 
 def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
-    """A figure of inches, and its axes [rows, columns]."""
+    """A figure, its size in inches, and its axes [rows, columns]."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -138,7 +134,7 @@ def _sizes(rows: Iterable[Record]) -> list[tuple[int, int]]:
 
 
 def _loss(rows: Rows) -> Figure:
-    """A column of panels for each dtype: time above, share of the roofline below."""
+    """One column of panels per dtype: time above, share of the roofline below."""
     sizes = _sizes(rows)
     rows = sorted(
         rows, key=lambda row: (row["mentors"], sizes.index((row["rows"], row["classes"])))
@@ -183,7 +179,7 @@ def _loss(rows: Rows) -> Figure:
 
 
 def _implementations(rows: Rows) -> Figure:
-    """A panel for each named case, a bar for each implementation that ran there."""
+    """One panel per named case, one bar per implementation measured there."""
     cases = list(dict.fromkeys(row["case"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     columns = min(2, len(cases))
@@ -227,12 +223,12 @@ def _loaders(rows: Rows) -> Figure:
     axes.set_yticks(range(len(rows)), names)
     axes.set_ylim(len(rows) - 0.5, -0.8)
     axes.set_xscale("log")
-    axes.set_xlabel("images/s, on a logarithmic scale (after the name: workers)")
+    axes.set_xlabel("images/s, logarithmic (after the name: number of workers)")
     return figure
 
 
 def _step(rows: Rows) -> Figure:
-    """A panel for each classroom and batch, a bar for each implementation."""
+    """One panel per classroom and batch size, one bar per implementation."""
     classrooms = list(dict.fromkeys(row["classroom"] for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
     names = list(dict.fromkeys(row["implementation"] for row in rows))
@@ -258,7 +254,7 @@ def _step(rows: Rows) -> Figure:
             for place, name in enumerate(names):
                 text = f"{sum(own[name].values()):,.2f} ms" if name in own else "–"
                 axes.text(left[place] + 1, place, text, va="center", fontsize=8)
-            axes.set_title(f"{classroom.partition(' ')[0]} in its classroom, batch {batch}")
+            axes.set_title(f"{classroom.partition(' ')[0]} and its mentors, batch {batch}")
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis()
             axes.set_xlim(0, 118)
@@ -271,7 +267,7 @@ def _step(rows: Rows) -> Figure:
 
 
 def _gradients(rows: Rows) -> Figure:
-    """Three panels: over classes for each M and T, for what is left out, and along a training."""
+    """Three panels: by classes for each M and temperature, by factor left out, and by step."""
     figure, panels = _figure(10.8, 5.4, 1, 3)
     start, without, along = panels[0]
 
@@ -317,8 +313,8 @@ def _gradients(rows: Rows) -> Figure:
     along.set_xscale("symlog", linthresh=10)
     along.set_xlim(0)
     along.set_xlabel("step of the student's training")
-    start.set_ylabel("lessons' gradient over cross-entropy's")
+    start.set_ylabel("mentor terms' gradient / cross-entropy's")
     start.set_title("before the first step")
-    without.set_title("with a factor left out")
-    along.set_title("along a training")
+    without.set_title("with one factor left out")
+    along.set_title("during training")
     return figure

@@ -1,10 +1,10 @@
-"""The tests that need a GPU, in several processes at once, as each compiles its own kernels.
+"""Run the tests that need a GPU in several processes, which compile kernels in parallel.
 
     python benchmarks/gpu_tests.py [--seconds N] [--processes N]
 
-Needs of packages beside torch's only pytest: test files that need another which is not installed
-are skipped, and it says so. The kernels of the loss come first, from a fixed set; see
-tests/loss/test_fused_kernels.py. Without a GPU it runs the definition's tests alone.
+Needs torch and pytest. Test files that need another missing package are skipped and listed. The
+kernels of the loss come first (tests/loss/test_fused_kernels.py). Without a GPU, only the tests of
+the definition run.
 """
 
 from __future__ import annotations
@@ -23,35 +23,26 @@ from pathlib import Path
 import torch
 
 TESTS = Path(__file__).resolve().parent.parent / "tests"
-# What each proves of the kernels, most of it first: there may not be the time for all.
+# The most important ones first, because time may run out.
 ON_A_GPU = ("loss/test_fused_kernels.py", "loss/test_operator.py", "data/test_augment_kernel.py")
 ON_A_GPU += ("data/test_loaders.py", "training/test_mentor_bank.py", "loss/test_methods.py")
 ON_A_GPU += ("training/test_training.py", "loss/test_fused.py")
 
 
 def main() -> int:
-    """Run; 1 if a test failed."""
+    """Run the tests; return 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--seconds", type=float, default=math.inf, help="begin no further test after so many")
+    add("--seconds", type=float, default=math.inf, help="start no test after N seconds")
     add("--processes", type=int, default=min(12, os.cpu_count() or 1), help="(%(default)s)")
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     if not gpu:
-        print("no GPU here: the definition's tests alone")
+        print("no GPU: running only the tests of the definition")
     count = arguments.processes if gpu else 1
     files = [str(TESTS / name) for name in (ON_A_GPU if gpu else ("loss/test_definition.py",))]
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rfEs",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-    ]
-    command += ["-m", "gpu"] if gpu else []
+    command = [sys.executable, "-m", "pytest", "-q", "-rfEs", "--tb=short", "-p"]
+    command += ["no:cacheprovider", *(["-m", "gpu"] if gpu else [])]
     command += [*files, f"--seconds={arguments.seconds}"]
 
     totals: Counter[str] = Counter()

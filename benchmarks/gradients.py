@@ -1,11 +1,11 @@
-"""How large the mentors' part of the gradient is beside cross-entropy's.
+"""How large the gradient of the mentor terms is compared with that of cross-entropy.
 
     python benchmarks/gradients.py --out OUT
 
-trains small networks on clusters of points in C classes, three strong mentors and three weak ones,
-and prints the norm of the gradient of the mentors' terms over that of cross-entropy, both with
-respect to the student's parameters: before its first step for every C, M and temperature, and along
-its training with cross-entropy. Two more columns leave one factor of a term out: the rank weights
+Trains strong and weak mentors and a student on clusters of points in C classes. Records the norm of
+the mentor terms' gradient divided by that of cross-entropy, both with respect to the student's
+parameters: before its first step for every C, M and temperature, and during its training with
+cross-entropy. Two variants leave out one factor of a term: the rank weights
 (``weighting="uniform"``), and the temperatures with their square (``mentoring="none"``).
 """
 
@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -30,13 +28,13 @@ CLASSES = (5, 10, 20, 100, 1000)
 MENTORS = (1, 3, 6)
 TEMPERATURES = (1.0, 4.0, 12.0)
 STEPS = (0, 10, 30, 100, 300, 1000)
-# Of the clusters' centres, in units of a cluster's own deviation: more classes need more room for
-# mentors that know about as much.
+# Spread of the cluster centres in standard deviations of a cluster. It grows with the number of
+# classes so that mentors are about equally accurate.
 SPREAD = {5: 0.3, 10: 0.33, 20: 0.36, 100: 0.42, 1000: 0.5}
 DIMENSIONS = 64
 POINTS = 8192
 BATCH = 512
-# Hidden units and steps of training.
+# → hidden units, training steps
 STRENGTHS = {"strong": (256, 2000), "weak": (32, 60)}
 LEFT_OUT: dict[str, dict[str, str]] = {
     "nothing": {},
@@ -46,7 +44,7 @@ LEFT_OUT: dict[str, dict[str, str]] = {
 
 
 def clusters(n_classes: int) -> tuple[Tensor, Tensor]:
-    """Points [POINTS, DIMENSIONS] around a centre for each class, and their classes."""
+    """Points [POINTS, DIMENSIONS] around one centre per class, and their classes."""
     generator = torch.Generator().manual_seed(n_classes)
     centres = SPREAD[n_classes] * torch.randn(n_classes, DIMENSIONS, generator=generator)
     targets = torch.randint(n_classes, (POINTS,), generator=generator)
@@ -54,13 +52,13 @@ def clusters(n_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def network(hidden: int, n_classes: int, seed: int) -> nn.Module:
-    """Two linear layers as PyTorch initialises them."""
+    """Two linear layers with PyTorch's default initialisation."""
     torch.manual_seed(seed)
     return nn.Sequential(nn.Linear(DIMENSIONS, hidden), nn.ReLU(), nn.Linear(hidden, n_classes))
 
 
 def train(model: nn.Module, points: Tensor, targets: Tensor, seed: int) -> Iterator[int]:
-    """Train with cross-entropy, and hand over before every step, telling its number."""
+    """Train with cross-entropy; yields the number of each step before taking it."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     generator = torch.Generator().manual_seed(seed)
     for step in itertools.count():
@@ -72,13 +70,13 @@ def train(model: nn.Module, points: Tensor, targets: Tensor, seed: int) -> Itera
 
 
 def norm(loss: Tensor, model: nn.Module) -> float:
-    """Of the gradient with respect to all parameters."""
+    """The norm of the gradient with respect to all parameters."""
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
 
 def measure(n_classes: int) -> Iterator[dict[str, object]]:
-    """The rows of one number of classes."""
+    """The rows for one number of classes."""
     points, targets = clusters(n_classes)
     sample, classes = points[:BATCH], targets[:BATCH]
     mentors: dict[str, list[Tensor]] = {}
@@ -123,7 +121,7 @@ def measure(n_classes: int) -> Iterator[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure, print, write."""
+    """Measure all rows and write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for gradients.json")
     arguments = parser.parse_args()
@@ -131,24 +129,6 @@ def main() -> None:
     rows = [row for c in track(CLASSES, "classes") for row in measure(c)]
     record = {"benchmark": "gradients", "environment": environment(), "rows": rows}
     write_json(arguments.out, "gradients", record)
-
-    table = Table(
-        "C", "mentors", "top-1", *(f"M {m}, T {t:g}" for m in MENTORS for t in TEMPERATURES)
-    )
-    for c, strength in itertools.product(CLASSES, STRENGTHS):
-        first = [
-            row
-            for row in rows
-            if (row["classes"], row["strength"], row["step"], row["left_out"])
-            == (c, strength, 0, "nothing")
-        ]
-        table.add_row(
-            str(c),
-            strength,
-            f"{first[-1]['mentors_top1']:.0%}",
-            *(f"{row['times_task']:.2f}" for row in first),
-        )
-    Console(width=140).print(table)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the loaders are compared with: FFCV's operations, torchvision's, and bare copies of bytes.
+"""Baselines for the loaders: FFCV's operations, torchvision's transforms, and bare copies of bytes.
 
-Each iterates over an epoch of ``(images, targets)``, the images [B, 3, H, W], channels-last and
-normalised on the device wanted, with crop and flip at random and without a last, smaller batch.
+Each iterates over an epoch of ``(images, targets)``. Images are [B, 3, H, W], channels-last,
+normalised, randomly cropped and flipped, on the given device. The last, smaller batch is dropped.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def ffcv_operations(
     device: torch.device,
     dtype: torch.dtype,
 ):
-    """FFCV's loader with the operations that come with it, composed as for CIFAR in its examples.
+    """FFCV's loader with its own operations, composed as in its CIFAR example.
 
-    It sets the thread counts of the process, and an epoch that is begun must be finished.
+    It sets the thread counts of the process. An epoch must be read to its end.
     """
     ffcv = import_ffcv()
     from ffcv import transforms
@@ -63,13 +63,13 @@ def ffcv_operations(
 
 
 def _in_levels(mean: Statistics, std: Statistics) -> torch.nn.Module:
-    """torchvision's Normalize of values from 0 to 255."""
+    """torchvision's Normalize for values from 0 to 255."""
     normalize = import_torchvision("transforms").Normalize
     return normalize([255 * value for value in mean], [255 * value for value in std])
 
 
 class TorchvisionTransforms:
-    """torchvision's transforms of PIL images in a DataLoader: what most code for CIFAR does."""
+    """torchvision's transforms of PIL images in a DataLoader, as most CIFAR code has it."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class TorchvisionTransforms:
 
 
 class _Transformed(Dataset):
-    """As torchvision's CIFAR data sets: arrays in memory, made PIL images one by one."""
+    """Arrays in memory, converted to PIL images one by one, as in torchvision's CIFAR data sets."""
 
     def __init__(self, image_set: ImageSet, transform) -> None:
         self.image_set, self.transform = image_set, transform
@@ -129,10 +129,10 @@ class _Transformed(Dataset):
 
 
 class BareCopy:
-    """Batches of bytes as they lie in memory, each written as often as a number has bytes.
+    """Copies contiguous batches of bytes, each byte as often as an output number has bytes.
 
-    What any loader on the CPU must at least read and write; nothing is gathered or computed, and
-    the memory written to is always the same.
+    This is the least that any loader on the CPU must read and write. Nothing is gathered or
+    computed, and the output memory is always the same.
     """
 
     def __init__(self, images: Tensor, batch_size: int, threads: int, dtype: torch.dtype) -> None:
@@ -148,9 +148,9 @@ class BareCopy:
 
 
 class DeviceCopy:
-    """Copies within the GPU's memory, of as many bytes as ``count`` images are read and written.
+    """Copies within GPU memory, as many bytes as reading and writing ``count`` images needs.
 
-    They are made in pieces too large for its cache.
+    The pieces are too large for the cache.
     """
 
     def __init__(self, count: int, bytes_per_image: int, device: torch.device) -> None:
@@ -166,7 +166,7 @@ class DeviceCopy:
 
 
 class PinnedCopy:
-    """Finished batches, copied to the GPU from pinned memory."""
+    """Copies of finished batches from pinned memory to the GPU."""
 
     def __init__(
         self, count: int, shape: Sequence[int], device: torch.device, dtype: torch.dtype

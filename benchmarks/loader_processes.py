@@ -1,27 +1,27 @@
-"""Processes of their own for things that set thread counts, fill memory, hang or abort."""
+"""A process for each benchmark row, because rows set thread counts, fill memory, hang or abort."""
 
 from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-LONGEST = 300.0  # seconds; a step that takes longer hangs
+LONGEST = 300.0  # seconds; a step that takes longer is considered hung
 
 
 def serve(
     connection: Connection, make: Callable[[], Any], device: torch.device, start_method: str
 ) -> None:
-    """Call the methods that the main process names and send what they return, until it is gone."""
-    # Workers are started as they are by default, not as this process was.
+    """Call the methods named by the main process and send their results, until it disconnects."""
+    # Workers are started by the default method, unlike this process.
     multiprocessing.set_start_method(start_method, force=True)
     if device.type == "cuda":
-        torch.zeros(1, device=device)  # the context, before memory is looked at
+        torch.zeros(1, device=device)  # creates the context, before memory is measured
     served = make()
     connection.send(("ok", None))
     while True:
@@ -37,7 +37,7 @@ def serve(
 
 
 def reason(error: BaseException) -> str:
-    """In one line; a package that is not there is no failure."""
+    """An error in one line, as a row's status; a missing package does not count as a failure."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ModuleNotFoundError):
@@ -49,11 +49,14 @@ def reason(error: BaseException) -> str:
 
 
 class RowError(Exception):
-    """A row's end; the message is its status."""
+    """Ends a row; the message is its status."""
 
 
 class Process:
-    """A process that serves; the first thing to be had from it is that it is `ready`."""
+    """A process that runs `serve` with the object that ``make`` returns.
+
+    The first reply is that of `ready`. No reply may come later than ``ends`` (`time.monotonic`).
+    """
 
     def __init__(self, make: Callable[[], Any], device: torch.device, ends: float) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share this one's memory
@@ -65,11 +68,11 @@ class Process:
         self.ends = ends
 
     def ready(self) -> None:
-        """Wait until it has imported what all rows have in common."""
+        """Wait until it has made its object."""
         self._reply(None)
 
     def ask(self, method: str, memory: list[int] | None = None) -> Any:
-        """What a method returns; into ``memory`` goes what the process holds meanwhile."""
+        """Call a method; the process's memory meanwhile, in bytes, is appended to ``memory``."""
         self.connection.send(method)
         return self._reply(memory)
 
@@ -97,9 +100,9 @@ class Process:
         return value
 
     def memory(self) -> int:
-        """Bytes that the process and its workers hold; pages that several share count once.
+        """Bytes held by the process and its workers; shared pages count once.
 
-        Pages of files are left out, as the system drops them when it needs the space.
+        File pages are left out, because the system can drop them.
         """
         total, pids = 0, [self._process.pid]
         while pids:
@@ -109,14 +112,55 @@ class Process:
                 held = [line.split()[1] for line in lines if line.startswith(("Pss_A", "Pss_S"))]
                 for thread in (process / "task").iterdir():
                     pids += (thread / "children").read_text().split()
-            except OSError:  # it has just ended, or this is not Linux
+            except OSError:  # the process has just ended, or this is not Linux
                 continue
             total += 1024 * sum(map(int, held))
         return total
 
     def stop(self) -> None:
-        """End it, at once if it does not end by itself."""
+        """End it; kill it if it does not end within two seconds."""
         self.connection.close()
         self._process.join(2)
         self._process.kill()
         self._process.join()
+
+
+class ProcessRow:
+    """A row of a record, and the process that measures it until a step fails.
+
+    ``make`` returns the object that measures; ``about`` are the record's first entries.
+    """
+
+    def __init__(self, make: Callable[[], Any], device: torch.device, **about: Any) -> None:
+        self._make, self._device = make, device
+        self.process: Process | None = None
+        self.record = about | {"status": "not run: out of time", "rounds": []}
+
+    def start(self, ends: float) -> None:
+        """Start the process, which must finish all its work by ``ends``."""
+        self.process = Process(self._make, self._device, ends)
+
+    def attempt(self, step: Callable[[], None]) -> None:
+        """Call ``step`` if there is a process; a failure becomes the row's status and ends it."""
+        if self.process is None:
+            return
+        try:
+            step()
+        except RowError as failure:
+            self.record["status"] = str(failure)
+            self.stop()
+
+    def stop(self) -> None:
+        """End the process."""
+        if self.process is not None:
+            self.process.stop()
+        self.process = None
+
+
+def stop_all(rows: Sequence[ProcessRow]) -> None:
+    """End the processes of all rows, in parallel."""
+    for row in rows:
+        if row.process is not None:
+            row.process.connection.close()
+    for row in rows:
+        row.stop()

@@ -1,4 +1,4 @@
-"""The rows of the loader benchmark, each as it runs in a process of its own."""
+"""The rows of the loader benchmark, each in its own process."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from loader_baselines import (
 from measure import graph_time, host_time, profiler_time
 
 PADDING = 4
-SHORTEST = 0.3  # seconds; a round takes as many epochs as that needs
+SHORTEST = 0.3  # seconds; a round repeats epochs until then
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What all rows have in common. The images lie in ``folder``."""
+    """What all rows share. The images are stored in ``folder``."""
 
     folder: Path
     count: int
@@ -65,12 +65,13 @@ class Setting:
         return ImageSet(*arrays, json.loads((self.folder / "classes.json").read_text("utf-8")))
 
     def bytes_per_image(self, floor: str) -> int:
-        """What a floor moves: bytes in and numbers out, or over the bus the numbers alone."""
+        """The bytes a floor moves: bytes in and numbers out, or only numbers over the bus."""
         values = math.prod(self.shape)
         return values * (self.dtype.itemsize + (floor != "pinned copy"))
 
 
-# Each row's function makes all ready that is not to be timed, and returns what opens its loader.
+# Each row's function prepares everything that is not timed, and returns a function that opens the
+# loader.
 Opener = Callable[[], Iterable]
 
 
@@ -148,7 +149,7 @@ def floor_of(name: str, device: torch.device) -> str:
 
 
 def row_names(setting: Setting) -> list[tuple[str, int]]:
-    """Loader and workers (0: none beside the caller's thread) of each row."""
+    """Loader and number of workers of each row; 0 means the caller's thread only."""
     one_and_all = sorted({1, setting.workers})
     gpu = setting.device.type == "cuda"
     return [
@@ -163,7 +164,7 @@ def row_names(setting: Setting) -> list[tuple[str, int]]:
 
 
 class RunningLoader:
-    """A row's loader, opened, read and timed as the main process asks for it."""
+    """A row's loader, opened, read and timed on request of the main process."""
 
     def __init__(self, setting: Setting, name: str, workers: int) -> None:
         self.setting, self.name, self.workers = setting, name, workers
@@ -171,21 +172,21 @@ class RunningLoader:
         self.epochs = 0
 
     def open(self) -> dict[str, Any]:
-        """Open a new loader and take its first batch."""
+        """Open a new loader and read its first batch."""
         self.close()
         opener = OPENERS[self.name](self.setting, self.workers)
         self.gpu_before = self._gpu_bytes(torch.cuda.memory_allocated)
-        began, start = time.time(), time.perf_counter()
+        opened_at, start = time.time(), time.perf_counter()
         self.loader = opener()
         del opener  # it holds the images
         self.batches = iter(self.loader)
         self.batch = next(self.batches)
         self.synchronize()
         seconds = time.perf_counter() - start
-        return {"seconds": seconds, "compiled": self._compiled_since(began)}
+        return {"seconds": seconds, "compiled": self._compiled_since(opened_at)}
 
     def finish(self) -> int | None:
-        """Read the epoch to its end; the GPU memory taken since before the loader was opened."""
+        """Read the rest of the epoch; returns the peak GPU memory in bytes since `open`."""
         for batch in self.batches:
             self.batch = batch
         self.synchronize()
@@ -195,7 +196,7 @@ class RunningLoader:
         return self._gpu_bytes(torch.cuda.max_memory_allocated) - self.gpu_before
 
     def round(self) -> float:
-        """Images a second."""
+        """Time one round, in images per second."""
         self.batch = self.batches = None
         count, start = 0, time.perf_counter()
         while count == 0 or time.perf_counter() - start < SHORTEST:
@@ -221,9 +222,9 @@ class RunningLoader:
     def _gpu_bytes(self, count: Callable[[], int]) -> int:
         return count() if self.setting.device.type == "cuda" else 0
 
-    def _compiled_since(self, began: float) -> bool:
-        """Whether code was compiled, rather than found on disk."""
-        if self.name == STOCK:  # in each loader anew, and nothing is kept
+    def _compiled_since(self, opened_at: float) -> bool:
+        """Whether code was compiled instead of found on disk."""
+        if self.name == STOCK:  # compiles for each loader and caches nothing
             return True
         if self.name not in ("resident", "ffcv", "torch"):
             return False
@@ -234,10 +235,10 @@ class RunningLoader:
             import classroomkd.data.pixels as pixels
 
             files = Path(pixels._augment.stats.cache_path).glob("*.nb?")
-        return any(file.stat().st_mtime >= began for file in files)
+        return any(file.stat().st_mtime >= opened_at for file in files)
 
     def _check(self, images: torch.Tensor) -> None:
-        """Raise unless the batch is what was asked for, however it was made."""
+        """Raise ArithmeticError if the batch has the wrong shape, dtype, device or values."""
         if self.name in FLOORS:
             return
         setting = self.setting
@@ -248,7 +249,7 @@ class RunningLoader:
             and images.device.type == setting.device.type
             and images.is_contiguous(memory_format=torch.channels_last)
         )
-        # There is a black border in every batch but one of so few images that none is moved.
+        # Every batch has a black border somewhere, unless so few images that none is shifted.
         mean, std = torch.tensor(setting.mean), torch.tensor(setting.std)
         lowest, highest = (op(images.float().cpu(), (0, 2, 3)) for op in (torch.amin, torch.amax))
         normalised = torch.allclose(lowest, -mean / std, rtol=0.01)
@@ -260,13 +261,13 @@ class RunningLoader:
 
 
 class Kernel:
-    """The resident loader's kernel on a GPU, by itself, at one image size."""
+    """The resident loader's GPU kernel alone, at one image size."""
 
     def __init__(self, setting: Setting, size: int) -> None:
         self.setting, self.size = setting, size
 
     def measure(self) -> dict[str, Any]:
-        """Seconds of one batch, in four ways; what cannot be taken is None, and why is said."""
+        """Time of one batch in µs, by four timers; None, and a line in "failures", if one fails."""
         from classroomkd.kernels.augment import gather_augment
 
         setting, size = self.setting, self.size
@@ -285,7 +286,7 @@ class Kernel:
         def call(indices: torch.Tensor) -> object:
             return gather_augment(images, targets, indices, table, **options, **keys)
 
-        # So many batches that none is in the cache when its turn comes again.
+        # Enough batches that none is still in the cache when it is read again.
         sets = [(indices,) for indices in order.split(setting.batch)]
         timers = {
             "back_to_back": _back_to_back,
@@ -304,7 +305,7 @@ class Kernel:
 
 
 def _back_to_back(call: Callable[..., object], sets: list[tuple], repeats: int = 10) -> float:
-    """Time of one call between events around many, the launches' own included."""
+    """Seconds per call between events around many calls, launches included."""
     seconds = []
     for _ in range(repeats + 1):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -1,14 +1,14 @@
-"""The loaders beside FFCV's own operations, torchvision's and bare copies, on this machine.
+"""Compare the loaders with FFCV's own operations, torchvision's transforms and bare copies.
 
     python benchmarks/loaders.py [--images N] [--size 32] [--batch 512] [--rounds 3] [--workers N]
                                  [--device cpu|cuda] [--data SOURCE] [--minutes M] [--out FOLDER]
 
-Random images, or those of SOURCE (class folders, CIFAR's pickles, a .beton file), shuffled, cropped
-out of a border of 4 pixels, flipped and normalised: to float32 on the CPU, to bfloat16 on a GPU.
-Every row has a process of its own, for some set thread counts or may abort, and memory is that of a
-process. On a GPU the resident loader's kernel comes first. All rows are made ready one after
-another; then come the rounds, each of all rows in turn. Prints the tables, and writes loaders.json
-after every row.
+The images are random or from SOURCE (class folders, CIFAR's Python files, a .beton file). They are
+shuffled, cropped with a padding of 4 pixels, flipped and normalised, to float32 on the CPU and
+bfloat16 on a GPU. Every row runs in its own process, because some set thread counts or may abort,
+and memory is measured per process. On a GPU the resident loader's kernel comes first. All rows are
+prepared, then timed in rounds, interleaved. Prints the tables and writes loaders.json after every
+row.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import torch
 
 from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
 from classroomkd.errors import UserError
-from loader_processes import Process, RowError, reason
+from loader_processes import Process, ProcessRow, RowError, reason, stop_all
 from loader_rows import FLOORS, Kernel, RunningLoader, Setting, floor_of, row_names
 from measure import environment, write_json
 from result_tables import LOADER_LEGEND, floor_lines, terminal
@@ -40,32 +40,25 @@ KERNEL_SIZES = (32, 224)
 PACKAGES = ("numba", "numpy", "ffcv", "opencv-python-headless", "torchvision", "pillow")
 
 
-class LoaderRow:
-    """A row of the table, and its process for as long as all goes well."""
+class LoaderRow(ProcessRow):
+    """One loader with one number of workers."""
 
     def __init__(self, setting: Setting, name: str, workers: int) -> None:
-        self.setting, self.process = setting, None
-        self.record = {
-            "loader": name,
-            "workers": workers,
-            "floor": floor_of(name, setting.device) if name not in FLOORS else None,
-            "status": "not run: out of time",
-            "rounds": [],
-        }
-
-    def start(self, ends: float) -> None:
-        """Begin to start its process, which will have to finish all it does by ``ends``."""
-        make = partial(RunningLoader, self.setting, self.record["loader"], self.record["workers"])
-        self.process = Process(make, self.setting.device, ends)
+        super().__init__(
+            partial(RunningLoader, setting, name, workers),
+            setting.device,
+            loader=name,
+            workers=workers,
+            floor=floor_of(name, setting.device) if name not in FLOORS else None,
+        )
 
     def ready(self) -> None:
-        """Wait for it."""
-        self._try(self.process.ready)
+        """Wait for the process."""
+        self.attempt(lambda: self.process.ready())
 
     def prepare(self) -> None:
-        """Two loaders, one after another, and a whole epoch of each."""
-        if self.process is not None:
-            self._try(self._prepare)
+        """Open two loaders, one after another, and read an epoch of each."""
+        self.attempt(self._prepare)
 
     def _prepare(self) -> None:
         before = self.process.memory()
@@ -81,29 +74,18 @@ class LoaderRow:
         }
 
     def measure(self) -> None:
-        """One round."""
-        if self.process is not None and "first_batch" in self.record:
-            self._try(lambda: self.record["rounds"].append(self.process.ask("round")))
-            if self.record["rounds"]:
-                self.record["images_per_second"] = statistics.median(self.record["rounds"])
+        """Time one round, if the row was prepared."""
+        if "first_batch" in self.record:
+            self.attempt(self._measure)
 
-    def _try(self, step: Callable[[], None]) -> None:
-        try:
-            step()
-            if self.record["rounds"]:
-                self.record["status"] = "ok"
-        except RowError as failure:
-            self.record["status"] = str(failure)
-            self.stop()
-
-    def stop(self) -> None:
-        if self.process is not None:
-            self.process.stop()
-        self.process = None
+    def _measure(self) -> None:
+        self.record["rounds"].append(self.process.ask("round"))
+        rate = statistics.median(self.record["rounds"])
+        self.record |= {"status": "ok", "images_per_second": rate}
 
 
 def floors(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """The bare copies, each by the fastest of its rows; adds every row's share of its own."""
+    """The fastest bare copy of each kind; adds to every row its share of its floor."""
     found: dict[str, dict[str, float]] = {}
     for row in rows:
         name = row["loader"]
@@ -125,7 +107,7 @@ def floors(setting: Setting, rows: list[dict[str, Any]]) -> dict[str, dict[str, 
 
 
 def kernel_row(setting: Setting, size: int, ends: float) -> dict[str, Any]:
-    """The resident loader's kernel by itself: what a batch costs the GPU and the host."""
+    """The resident loader's kernel alone: time of a batch on the GPU and on the host."""
     row = {"size": size, "batch": setting.batch, "status": "not run: out of time"}
     if time.monotonic() > ends - 30:
         return row
@@ -146,7 +128,7 @@ def kernel_row(setting: Setting, size: int, ends: float) -> dict[str, Any]:
 
 
 def kernel_share(setting: Setting, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
-    """Add the kernel's share of the bare copy within the GPU's memory, where both are known."""
+    """Add the kernel's share of the bare copy within GPU memory, if both were measured."""
     floor = found.get("device copy")
     if floor and "images_per_second" in row:
         n_bytes = 3 * row["size"] ** 2 * (1 + setting.dtype.itemsize)
@@ -155,16 +137,16 @@ def kernel_share(setting: Setting, row: dict[str, Any], found: dict[str, dict[st
 
 
 def random_images(count: int, size: int) -> ImageSet:
-    """Of 100 classes."""
+    """``count`` random images of 100 classes."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
     return ImageSet(images, rng.integers(0, 100, count), [str(k) for k in range(100)])
 
 
 def read_images(source: str, count: int, size: int) -> ImageSet:
-    """At most ``count``, of a ``.beton`` file or a folder's training part.
+    """At most ``count`` images of a ``.beton`` file or of a folder's training part.
 
-    Raises UserError if it cannot be read.
+    Raises UserError if they cannot be read.
     """
     if source.endswith(".beton"):
         from classroomkd.data.ffcv.beton import open_beton
@@ -176,7 +158,7 @@ def read_images(source: str, count: int, size: int) -> ImageSet:
 
 
 def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The images, written to ``folder``."""
+    """The setting, with the images written to ``folder``."""
     if arguments.data is None:
         image_set = random_images(arguments.images, arguments.size)
     else:
@@ -199,17 +181,17 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
 
 
 def pack_beton(setting: Setting) -> None:
-    """Write the images as .beton, if that can be done."""
+    """Write the images as .beton, if FFCV is available."""
     try:
         from classroomkd.data.ffcv.beton import pack
 
         pack(setting.images(), setting.beton)
-    except (UserError, ImportError) as error:  # the rows that need it will meet it again
+    except (UserError, ImportError) as error:  # the rows that need the file report it too
         print(reason(error), file=sys.stderr)
 
 
 def versions() -> dict[str, str | None]:
-    """Of the packages that loaders run on."""
+    """The versions of the packages that loaders use."""
     found = {}
     for package in PACKAGES:
         try:
@@ -220,7 +202,7 @@ def versions() -> dict[str, str | None]:
 
 
 def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict], None]) -> dict:
-    """All rows; ``report`` is given the record after each round."""
+    """Measure all rows; ``report`` is called with the record as it grows."""
     to_prepare, to_measure, ends = (time.monotonic() + x * seconds for x in (0.5, 0.8, 0.95))
     rows = [LoaderRow(setting, *name) for name in row_names(setting)]
     record = {
@@ -235,12 +217,12 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
         "kernel": [],
         "floors": {},
     }
-    if setting.device.type == "cuda":  # first, as a bar is set for it
+    if setting.device.type == "cuda":
         for size in KERNEL_SIZES:
             record["kernel"].append(kernel_row(setting, size, ends))
             report(record)
     try:
-        for row in rows:  # together, before anything is timed
+        for row in rows:  # in parallel, before anything is timed
             row.start(ends)
         pack_beton(setting)
         for row in rows:
@@ -260,11 +242,7 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
                     report(record)
             print(f"round {number + 1} of {n_rounds}", file=sys.stderr, flush=True)
     finally:
-        for row in rows:  # so that they end side by side
-            if row.process is not None:
-                row.process.connection.close()
-        for row in rows:
-            row.stop()
+        stop_all(rows)
     for row in record["kernel"]:
         kernel_share(setting, row, record["floors"])
     report(record)
@@ -272,18 +250,18 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
 
 
 def main() -> int:
-    """Run; 1 if a row failed."""
+    """Run the benchmark; return 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     gpu, cores = torch.cuda.is_available(), len(os.sched_getaffinity(0))
     add = parser.add_argument
     add("--images", type=int, default=50_000 if gpu else 10_000, help="how many (%(default)s)")
-    add("--size", type=int, default=32, help="their height and width (%(default)s)")
-    add("--batch", type=int, default=512, help="images a batch (%(default)s)")
+    add("--size", type=int, default=32, help="height and width (%(default)s)")
+    add("--batch", type=int, default=512, help="images per batch (%(default)s)")
     add("--rounds", type=int, default=3, help="(%(default)s)")
-    add("--workers", type=int, default=cores, help="beside rows with one (a core: %(default)s)")
+    add("--workers", type=int, default=cores, help="besides rows with 1 (the cores: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    add("--data", help="class folders, CIFAR's pickles or a .beton file, instead of random images")
-    add("--minutes", type=float, default=math.inf, help="end within so many")
+    add("--data", help="class folders, CIFAR's Python files or a .beton file, not random images")
+    add("--minutes", type=float, default=math.inf, help="time limit")
     add("--out", type=Path, help="folder for loaders.json")
     arguments = parser.parse_args()
 

@@ -1,12 +1,12 @@
-"""The loss and its gradient: this project beside what else computes them, on this machine.
+"""Compare the loss and its gradient with other implementations.
 
     python benchmarks/loss.py [--small] [--seconds N] [--out FOLDER]
 
-Measures this project over a grid of sizes and everything at seven named cases, prints the tables,
-and writes loss.json after every row. The rows that a bar is set for come first; the tuning modes of
-torch.compile come last. Every mentor is active, so that no work is skipped. On the CPU it takes
-small sizes and wall times, which prove the script and say nothing of the kernels; with
-TRITON_INTERPRET=1 it goes through the kernels, in the interpreter.
+Measures this project over a grid of sizes, and all implementations at seven named cases. Prints the
+tables and writes loss.json after every row. The headline sizes come first, the tuning modes of
+torch.compile last. Every mentor is active, so no work is skipped. On the CPU it measures wall times
+at small sizes, which only checks the script; with TRITON_INTERPRET=1 it runs the kernels in the
+interpreter.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from classroomkd.kernels.launch import WARP_SIZE, blocks
 from torch import Tensor
 
 import roofline
 import summary
 from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.kernels.launch import WARP_SIZE, blocks
 from measure import (
     DEVICE,
     GPU,
@@ -51,7 +51,7 @@ LossAndGrad = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 class Case(NamedTuple):
-    """One batch's size and kind."""
+    """Size, dtype and ranking of a batch."""
 
     n_rows: int
     n_classes: int
@@ -65,8 +65,8 @@ SIZES = (
     *((256, 1000), (1024, 1000), (4096, 1000), (8192, 1000)),
     *((8192, 4096), (4096, 16_384), (2048, 32_768), (2048, 128_256)),
 )
-# A step on CIFAR-100; a large one; the same, ranked as the published implementation does; ImageNet;
-# then sizes that bandwidth and exponentials bind, up to a vocabulary.
+# CIFAR-100; a large batch; the same with the published ranking; ImageNet; then sizes bound
+# by bandwidth and exponentials, up to a vocabulary.
 NAMED = {
     "CIFAR": Case(64, 100, 6, torch.float32, "sample"),
     "CIFAR, 512 rows": Case(512, 100, 6, torch.float32, "sample"),
@@ -81,14 +81,14 @@ LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
 
 
 def grid(small: bool) -> list[Case]:
-    """Every size and number of mentors, both dtypes, both rankings."""
+    """All sizes, numbers of mentors, dtypes and rankings."""
     sizes, mentors = (((4, 100), (2, 1000)), (2,)) if small else (SIZES, (1, 2, 6, 12))
     kinds = itertools.product(sizes, mentors, LARGEST_ERROR, ("sample", "batch"))
     return [Case(*size, *kind) for size, *kind in kinds]
 
 
 def size(case: Case) -> dict[str, Any]:
-    """The case as a record's row has it."""
+    """The case as columns of a row."""
     return {
         "rows": case.n_rows,
         "classes": case.n_classes,
@@ -99,12 +99,12 @@ def size(case: Case) -> dict[str, Any]:
 
 
 def work(case: Case) -> tuple[int, int]:
-    """Bytes of logits and gradient that the kernels must move, and exponentials, all active.
+    """Bytes that the kernels must move, and exponentials, with all mentors active.
 
     One pass reads student and mentors and writes the gradient: M + 2 times [B, C] elements.
-    Ranking by batch first reads all logits once: 2M + 3. Rows too long for the registers are swept
-    three times: 3M + 4. A class of a row needs one exponential for the student, one for each
-    mentor, and two for each lesson; those that a further sweep repeats are not counted.
+    Ranking by batch reads all logits once more: 2M + 3. Rows too long for the registers are read
+    three times: 3M + 4. Each class of a row needs one exponential for the student, one for each
+    mentor, and two for each KD term; exponentials repeated by another sweep are not counted.
     """
     M = case.n_mentors
     passes = M + 2 if case.ranking == "sample" else 2 * M + 3
@@ -115,7 +115,7 @@ def work(case: Case) -> tuple[int, int]:
 
 
 def input_sets(case: Case, n_sets: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
-    """Random (student, mentors, targets); at the target all mentors are ahead of the student."""
+    """Random (student, mentors, targets) in which all mentors beat the student on the target."""
     rng = torch.Generator(DEVICE).manual_seed(0)
     shape = (n_sets, 1 + case.n_mentors, case.n_rows, case.n_classes)
     logits = torch.randn(shape, generator=rng, dtype=case.dtype, device=DEVICE).mul_(2)
@@ -140,7 +140,7 @@ def differentiated(loss_function: Callable[..., Tensor], ranking: str) -> LossAn
 
 
 def reported(ranking: str) -> LossAndGrad:
-    """The same launch with a report on the mentors, as the trainer asks for it."""
+    """The same launch with a report, as the trainer uses it."""
 
     def call(*arguments: Any) -> tuple[Tensor, Tensor]:
         loss, grad, _ = fused_classroom_loss_and_grad(
@@ -166,19 +166,19 @@ def compiled(ranking: str, mode: str) -> LossAndGrad:
 
 
 THIS, REPORTED = summary.THIS, summary.REPORTED
-# Name → how its device time is taken, and what makes it for a ranking.
+# Name → timer, and a function from ranking to implementation.
 IMPLEMENTATIONS: dict[str, tuple[str, Callable[[str], LossAndGrad]]] = {
     THIS: ("graph", lambda ranking: partial(fused_classroom_loss_and_grad, ranking=ranking)),
     REPORTED: ("graph", reported),
     "fused_classroom_loss + backward": ("graph", partial(differentiated, fused_classroom_loss)),
     "eager": ("graph", partial(differentiated, classroom_loss)),
     "compile default": ("graph", partial(compiled, mode="default")),
-    # Its .item()s wait for the GPU, and so does Liger's backward, which makes a tensor from a
-    # Python number: no graph captures them.
+    # No graph can capture these: .item() waits for the GPU, and so does Liger's backward, which
+    # makes a tensor from a Python number.
     "per-mentor loop": ("profiler", partial(differentiated, per_mentor_loop)),
     "Liger KL": ("profiler", partial(differentiated, liger_loss)),
     "compile reduce-overhead": ("own graph", partial(compiled, mode="reduce-overhead")),
-    # Without graphs of its own, to be replayed as the others are, with no copies of its inputs.
+    # Without its own graphs, so that it is replayed like the others, without copies of its inputs.
     "compile max-autotune": ("graph", partial(compiled, mode="max-autotune-no-cudagraphs")),
 }
 TIMERS = {"graph": graph_time, "profiler": profiler_time, "own graph": profiler_time}
@@ -187,10 +187,10 @@ Todo = list[tuple[Case, str, tuple[str, ...]]]
 
 
 def phases(small: bool) -> list[Todo]:
-    """What to measure, in this order: cases, their titles ("": of the grid), implementations.
+    """Cases, their titles ("" for the grid) and implementations, in the order of measurement.
 
-    First the headline sizes, then the rest of the named cases and of the grid. What
-    torch.compile takes longest for comes last, and may fall to a limit on the time.
+    The headline sizes come first, then the remaining named cases and the grid. The slowest modes of
+    torch.compile come last, as time may run out.
     """
     named = SMALL_NAMED if small else NAMED
     cifar = {
@@ -216,13 +216,13 @@ def phases(small: bool) -> list[Todo]:
 
 
 def reports(case: Case) -> bool:
-    """Whether a headline size is measured with the report too."""
-    of_tail = (8192, 1000, 6, torch.float32)  # where the last program's sums are longest
+    """Whether a headline size is also measured with the report."""
+    of_tail = (8192, 1000, 6, torch.float32)  # the longest sum of the last program
     return summary.is_cifar(size(case)) or case[:4] == of_tail
 
 
 def not_here(name: str) -> str | None:
-    """Why this machine does not run an implementation."""
+    """Why an implementation is not run on this machine, or None."""
     if not GPU and name in ("compile reduce-overhead", "compile max-autotune", "Liger KL"):
         return "not run: needs a GPU"
     if name == "Liger KL" and importlib.util.find_spec("liger_kernel") is None:
@@ -231,14 +231,14 @@ def not_here(name: str) -> str | None:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """In norm, over some rows at a time, as a float64 copy of the whole may not fit."""
+    """Relative error in norm, in chunks of rows, as a float64 copy of all may not fit."""
     pairs = zip(value.split(1024), truth.split(1024), strict=True)
     squares = sum((part.double() - true).square().sum().item() for part, true in pairs)
     return math.sqrt(squares) / truth.norm().item()
 
 
 def measure(case: Case, name: str, sets: list, truth: list, ceilings: dict) -> dict[str, Any]:
-    """One row's numbers, after its result is found right."""
+    """One row's numbers; raises ArithmeticError if the result is wrong."""
     by, make = IMPLEMENTATIONS[name]
     call = make(case.ranking)
     loss, grad = call(*sets[0])
@@ -273,7 +273,7 @@ def measure(case: Case, name: str, sets: list, truth: list, ceilings: dict) -> d
 def rows(
     case: Case, title: str, names: Iterable[str], ceilings: dict, deadline: float
 ) -> Iterator[dict[str, Any]]:
-    """One row for each implementation, whatever becomes of it."""
+    """One row per implementation, also if it fails."""
     prepared = None
     for name in names:
         status = not_here(name)
@@ -299,7 +299,7 @@ def rows(
 
 
 def _prepare(case: Case) -> tuple[list, list[Tensor]]:
-    """Input sets, and loss and gradient of the first."""
+    """Input sets, and the reference loss and gradient of the first."""
     elements = (1 + case.n_mentors) * case.n_rows * case.n_classes
     sets = input_sets(case, n_cold_sets(elements * case.dtype.itemsize))
     *truth, active = float64_loss_and_grad(*sets[0], case.ranking)
@@ -309,14 +309,14 @@ def _prepare(case: Case) -> tuple[list, list[Tensor]]:
 
 
 def _out_of_memory(error: BaseException | None) -> bool:
-    """Also where the end of a broken capture raised another error on top."""
+    """Also if ending the broken capture raised another error."""
     while error is not None and not isinstance(error, torch.OutOfMemoryError):
         error = error.__context__
     return error is not None
 
 
 def precompile(todo: Todo, deadline: float) -> None:
-    """Compile this project's kernels for a phase, many at a time, into Triton's disk cache."""
+    """Compile this project's kernels for a phase in parallel, into Triton's disk cache."""
     wanted = dict.fromkeys(
         (case, name) for case, _, names in todo for name in names if name in (THIS, REPORTED)
     )
@@ -334,26 +334,26 @@ def _compile(case: Case, name: str) -> None:
         ((student, _, targets),) = input_sets(case._replace(n_mentors=0), 1)
         _, make = IMPLEMENTATIONS[name]
         make(case.ranking)(student, [student.detach()] * case.n_mentors, targets)
-    except Exception as error:  # the case's own row will meet it again
+    except Exception as error:  # the case's row reports it too
         print(f"{case}: {error!r}", file=sys.stderr)
     if GPU:
-        torch.cuda.empty_cache()  # the next case, and the other processes, need the memory
+        torch.cuda.empty_cache()  # for the next case and the other processes
 
 
 def main() -> int:
-    """Run; 1 if a row failed."""
+    """Run the benchmark; return 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for loss.json")
     parser.add_argument(
         "--small", action="store_true", default=not GPU, help="few, small cases (CPU: always)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="begin no further row after so many"
+        "--seconds", type=float, default=math.inf, help="start no row after N seconds"
     )
     arguments = parser.parse_args()
     deadline = time.monotonic() + arguments.seconds
     if not GPU:
-        torch.set_num_threads(1)  # so small, and steadier
+        torch.set_num_threads(1)  # steadier at small sizes
 
     ceilings = roofline.measure()
     record = {"benchmark": "loss", "environment": environment(), "roofline": ceilings, "rows": []}

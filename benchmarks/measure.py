@@ -1,7 +1,7 @@
 """Timing, memory, environment and records, shared by the benchmarks.
 
-Times are seconds, medians over repeats. Inputs rotate over so many sets that none is still in the
-GPU's L2 cache when its turn comes again.
+Times are in seconds, medians over repeats. Inputs rotate over enough sets that none is still in the
+GPU's L2 cache when it is used again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Sets = Sequence[tuple]
 
 
 def n_cold_sets(n_bytes: int) -> int:
-    """How many input sets of ``n_bytes`` to rotate over: twice the L2 cache together."""
+    """The number of input sets of ``n_bytes`` that fill the L2 cache twice."""
     if not GPU:
         return 1
     return max(1, math.ceil(2 * torch.cuda.get_device_properties(0).L2_cache_size / n_bytes))
@@ -46,17 +46,17 @@ def synchronize() -> None:
 
 
 def graph_time(call: Call, sets: Sets, repeats: int = 10) -> float:
-    """Device time of one call: a CUDA graph of calls over all sets, replayed.
+    """Device time of one call: replays of a CUDA graph of calls over all sets.
 
-    A replay's start costs microseconds, so that each timing takes as many as fill 2 ms.
+    Starting a replay costs microseconds, so each timing takes as many replays as fill 2 ms.
     """
     calls = list(sets) * math.ceil(4 / len(sets))
     graph = torch.cuda.CUDAGraph()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    # The outer `stream` restores the current stream also where the capture fails.
+    # The outer `stream` restores the current stream even if the capture fails.
     with torch.cuda.stream(side):
-        for _ in range(3):  # compiles and loads, which a capture must not
+        for _ in range(3):  # a capture must not compile or load
             call(*sets[0])
         with torch.cuda.graph(graph, stream=side):
             for arguments in calls:  # results are dropped at once: calls share their memory
@@ -79,11 +79,11 @@ def _event_seconds(work: Callable[[], object], times: int) -> float:
 
 
 def profiler_time(call: Call, sets: Sets, n_calls: int = 20) -> float:
-    """Device time of one call that no graph can hold: its kernels' and copies' times, summed.
+    """Device time of a call that no graph can capture: the sum over its kernels and copies.
 
-    The gaps between them are left out, so that this flatters what it measures.
+    The gaps between them are left out, which favours what is measured.
     """
-    # Taking the profiler down and up again beside CUDA graphs crashes before CUDA 12.6.
+    # Restarting the profiler after CUDA graphs crashes before CUDA 12.6.
     os.environ.setdefault("TEARDOWN_CUPTI", "0")
     for _ in range(3):
         call(*sets[0])
@@ -103,9 +103,9 @@ def profiler_time(call: Call, sets: Sets, n_calls: int = 20) -> float:
 
 
 def host_time(call: Call, sets: Sets, n_calls: int = 50, at_most: float = 0.5) -> float:
-    """Wall time of the Python call, not waiting for the GPU; on the CPU, of all the work.
+    """Wall time of the Python call without waiting for the GPU; on the CPU, of all its work.
 
-    Every few calls the GPU's queue is emptied, outside the timing, lest it fill up and block.
+    Every few calls, outside the timing, the GPU's queue is emptied so that it never blocks.
     """
     seconds = []
     call(*sets[0])
@@ -124,12 +124,12 @@ def host_time(call: Call, sets: Sets, n_calls: int = 50, at_most: float = 0.5) -
 
 
 class Stopwatch:
-    """Times the parts of a larger work: on the CPU by the clock, on a GPU by events.
+    """Times the parts of a step: by the clock on the CPU, by events on a GPU.
 
-    The events are recorded in a CUDA graph too, and come anew with each replay. Outside graphs, the
-    time in which a part's kernels wait for their launches is that part's.
+    Events are also recorded inside CUDA graphs, and again with each replay. Outside graphs, a
+    part's time includes the time its kernels wait for their launches.
 
-    Raises TypeError on a GPU where torch is too old for events in graphs.
+    Raises TypeError on a GPU if torch is too old for events in graphs.
     """
 
     def __init__(self, parts: Sequence[str], device: torch.device) -> None:
@@ -143,7 +143,7 @@ class Stopwatch:
         return torch.cuda.Event(enable_timing=True, external=True)
 
     def timed(self, part: str, function: Call) -> Call:
-        """``function``, the time of whose latest call `read` tells."""
+        """Wrap ``function`` so that `read` returns the time of its latest call."""
 
         def on_gpu(*arguments: object, **options: object) -> object:
             begin, end = self._marks[part]
@@ -161,7 +161,7 @@ class Stopwatch:
         return on_gpu if self._on_gpu else on_cpu
 
     def read(self) -> dict[str, float]:
-        """Seconds of each part's latest call; waits for the GPU."""
+        """Seconds of the latest call of each part; waits for the GPU."""
         synchronize()
         return {
             part: begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
@@ -170,7 +170,7 @@ class Stopwatch:
 
 
 def peak_extra_bytes(call: Call, arguments: tuple) -> int:
-    """Most GPU memory that one call holds beyond what was there, its results included."""
+    """Peak GPU memory of one call minus that before it, results included."""
     call(*arguments)
     synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -181,7 +181,7 @@ def peak_extra_bytes(call: Call, arguments: tuple) -> int:
 
 
 def environment() -> dict[str, object]:
-    """Where and when: device, versions, date."""
+    """Device, versions and date."""
     about: dict[str, object] = {
         "classroomkd": classroomkd.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -208,16 +208,16 @@ def environment() -> dict[str, object]:
 
 
 def write_json(out: Path, name: str, record: dict[str, object]) -> None:
-    """Write ``record`` to ``out/name.json``; the folder is made."""
+    """Write ``record`` to ``out/name.json``, creating the folder."""
     out.mkdir(parents=True, exist_ok=True)
     atomic_write(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 class KeptRows:
-    """The rows of the record ``out/name.json``, written with each one that is added.
+    """The rows of the record ``out/name.json``, which is written whenever a row is added.
 
-    A benchmark that was stopped resumes with what is missing: ``keys`` are the columns that say
-    what a row measures.
+    An interrupted benchmark resumes with the missing rows; ``keys`` are the columns that identify
+    a row.
     """
 
     def __init__(self, out: Path, name: str, keys: Sequence[str]) -> None:
@@ -227,9 +227,9 @@ class KeptRows:
             json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
         )
 
-    def has(self, **of: object) -> bool:
-        """Whether the row of these values of all the keys is there."""
-        return any(all(row[key] == of[key] for key in self._keys) for row in self.rows)
+    def has(self, **values: object) -> bool:
+        """Whether there is a row with these values of all keys."""
+        return any(all(row[key] == values[key] for key in self._keys) for row in self.rows)
 
     def add(self, row: dict[str, object]) -> None:
         """Add a row and write the record."""

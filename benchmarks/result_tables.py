@@ -1,8 +1,8 @@
-"""The benchmarks' results as tables, in the terminal and as Markdown for documents.
+"""Format records as tables, for the terminal and as Markdown.
 
     python benchmarks/result_tables.py benchmarks/results/<device>/loss.json > table.md
 
-or any other of the folder that a benchmark wrote; `document.py` puts all of them on one page.
+`document.py` puts all of them on one page.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from summary import REPORTED
 
 Row = dict[str, Any]
 
-MACHINE = {  # key of an environment, and how its value is said
+MACHINE = {  # key of an environment → how its value is printed
     "multiprocessors": "{} multiprocessors",
     "memory_gib": "{} GiB",
     "l2_mib": "{} MiB of L2 cache",
-    "cpu_threads": "torch's CPU threads: {}",
+    "cpu_threads": "{} CPU threads in torch",
 }
 COLUMNS = (  # heading, key, format
     ("device µs", "device_time_us", ".2f"),
@@ -35,12 +35,12 @@ COLUMNS = (  # heading, key, format
     ("gradient error", "grad_relative_error", ".0e"),
 )
 LEGEND = (
-    "GB/s, Gexp/s and roofline % count, in every row, what this project's kernels must move and "
-    "compute. Device time is that of a CUDA graph's replay with a cold L2 cache; where none can be "
-    "captured, the profiler's sum over kernels and copies, without the gaps between them (own "
-    "graph: the same, of the graphs that this mode keeps itself, in memory that is not counted); "
-    "on the CPU, wall time. Host time is that of the Python call, outside graphs. Errors are "
-    "relative, in norm, against float64."
+    "GB/s, Gexp/s and roofline % are based, in every row, on what this project's kernels must move "
+    "and compute. Device time is the replay time of a CUDA graph with a cold L2 cache. Where no "
+    "graph can be captured, it is the profiler's sum over kernels and copies, without the gaps "
+    "between them (own graph: the same for the graphs that this mode makes itself, whose memory "
+    "is not counted). On the CPU it is wall time. Host time is that of the Python call, outside "
+    "graphs. Errors are relative norms against float64."
 )
 
 KERNEL_COLUMNS = (
@@ -56,15 +56,15 @@ LOADER_HEADINGS = (
     *("first batch, s", "again, s", "host MiB", "GPU MiB"),
 )
 LOADER_LEGEND = (
-    "Images a second over whole epochs: the median of the rounds, which take turns with those of "
-    "all other rows. The first batch is that of a new process, with all that it imports beyond "
-    "torch and this library; again is that of a new loader in the same process; * had code to "
-    "compile, the others found it compiled, on disk or in memory. Host memory is what the process "
-    "and its workers hold in an epoch beyond what it was before the images were loaded, pages of "
-    "files not counted; GPU memory, what torch allocated. The floor is a bare copy: on the CPU of "
-    "an image's bytes into as many numbers, in memory written over and over; on a GPU of "
-    "as many bytes within its memory for the resident loader, and for all others of the finished "
-    "numbers from pinned memory."
+    "Images per second over whole epochs: the median of the rounds, which are interleaved with "
+    "those of all other rows. The first batch is that of a new process, including its imports "
+    "beyond torch and this library; again is that of a new loader in the same process. * marks "
+    "times that include compilation; elsewhere the code was compiled already. Host memory is the "
+    "peak of the process and its workers in an epoch minus that before loading the images, without "
+    "file pages. GPU memory is what torch allocated. The floor is a bare copy: on the CPU, of each "
+    "image's bytes into as many numbers, always to the same memory; on a GPU, of as many bytes "
+    "within its memory for the resident loader, and of the finished numbers from pinned memory for "
+    "all others."
 )
 
 STEP_COLUMNS = (
@@ -83,54 +83,54 @@ LOSS_CPU_LEGEND = (
     "threads means that others were at work on the machine."
 )
 STEP_LEGEND = (
-    "Images a second over an epoch from its beginning, loader included, or its first seconds: the "
-    "median of the rounds, which take turns with those of the other rows. Projected from it: 240 "
-    "epochs of 50,000 images, training alone. Start is everything up to and including the first "
-    "steps, with all that is compiled. Host memory is what the process and its workers hold at "
-    "most until then, beyond what it was before; GPU memory, what torch took. Where the time goes "
-    "is from further steps, in ms a step: each part until its last kernel is done, timed by events "
-    "in the step's CUDA graph where there is one, on the CPU by the clock; “loader and between” is "
-    "all from the end of a step to the beginning of the next. The trainer's loss comes with its "
-    "gradient and its report; the loop's gradient of the loss is in its student backward. Its "
-    "convolutions are as torch's defaults have them: on a GPU that has it, in TF32."
+    "Images per second over an epoch or its first seconds, loader included: the median of the "
+    "rounds, which are interleaved with those of the other rows. The projection is for training "
+    "240 epochs of 50,000 images, without evaluation. Start is the time until the first steps are "
+    "done, compilation included. Host memory is the peak of the process and its workers until then "
+    "minus that before; GPU memory is what torch reserved. The breakdown, in ms per step, comes "
+    "from further steps: each part ends with its last kernel, and is timed by events in the step's "
+    "CUDA graph if there is one, on the CPU by the clock. “loader and between” is the time from "
+    "the end of a step to the start of the next. The trainer's loss includes its gradient and "
+    "report; the loop computes the gradient of the loss in its student backward. The loop's "
+    "convolutions use torch's defaults, that is TF32 on GPUs that have it."
 )
 
 
+def _formatted(row: Row, key: str, form: str) -> str:
+    return "–" if row.get(key) is None else format(row[key], form)
+
+
 def cells(row: Row) -> list[str]:
-    """A row's measurements, or why there are none."""
+    """A row's measurements, or its status if there are none."""
     if row["status"] != "ok":
         return [row["status"], *[""] * (len(COLUMNS) - 1)]
-    return ["–" if row[key] is None else format(row[key], style) for _, key, style in COLUMNS]
+    return [_formatted(row, key, form) for _, key, form in COLUMNS]
 
 
 def loader_cells(row: Row) -> list[str]:
-    """A loader's row, as far as there is one."""
+    """A loader's measurements, or its status if there are none."""
     name = [row["loader"], str(row["workers"] or "–")]
     if row["status"] != "ok":
         return [*name, row["status"], *[""] * (len(LOADER_HEADINGS) - 3)]
-
-    def style(key: str, form: str) -> str:
-        return "–" if row[key] is None else format(row[key], form)
-
     return [
         *name,
-        style("images_per_second", ",.0f"),
+        _formatted(row, "images_per_second", ",.0f"),
         f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}",
-        style("floor_percent", ".0f" if (row["floor_percent"] or 0) >= 10 else ".1f"),
+        _formatted(row, "floor_percent", ".0f" if (row["floor_percent"] or 0) >= 10 else ".1f"),
         *(
             f"{row[key]['seconds']:.2f}{'*' if row[key]['compiled'] else ''}"
             for key in ("first_batch", "first_batch_again")
         ),
-        style("host_mib", ".0f"),
-        style("gpu_mib", ".0f"),
+        _formatted(row, "host_mib", ".0f"),
+        _formatted(row, "gpu_mib", ".0f"),
     ]
 
 
 def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """All loaders, then the resident one's kernel where there is a GPU."""
+    """All loaders, then the kernel of the resident loader if there is a GPU."""
     height, width = record["size"]
     title = (
-        f"{record['images']:,} images of {height}×{width}, {record['batch']} a batch, "
+        f"{record['images']:,} images of {height}×{width}, batches of {record['batch']}, "
         f"{record['dtype']}, {record['device']}"
     )
     found = [(title, list(LOADER_HEADINGS), [loader_cells(row) for row in record["rows"]])]
@@ -139,20 +139,17 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
         body = [
             [
                 f"{row['size']}×{row['size']}",
-                *(
-                    "–" if row.get(key) is None else format(row[key], form)
-                    for _, key, form in KERNEL_COLUMNS
-                ),
+                *(_formatted(row, key, form) for _, key, form in KERNEL_COLUMNS),
                 row["status"],
             ]
             for row in record["kernel"]
         ]
-        found.append(("The resident loader's kernel, a batch", headings, body))
+        found.append(("The resident loader's kernel, per batch", headings, body))
     return found
 
 
 def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """For each classroom the rates and where the time goes; then the whole epochs."""
+    """For each classroom the rates and the breakdown; then the whole epochs."""
     height, width = record["size"]
     about = f"{record['images']:,} images of {height}×{width}"
     found = []
@@ -168,14 +165,14 @@ def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
             [str(row["batch"]), row["implementation"], *_part_cells(row, len(parts) + 2)]
             for row in timed
         ]
-        headings = ["batch", "implementation", *parts, "ms a step", "outside the networks %"]
-        found.append((f"{classroom}: where the time goes", headings, body))
+        headings = ["batch", "implementation", *parts, "ms per step", "outside the networks %"]
+        found.append((f"{classroom}: breakdown of a step", headings, body))
     if record["whole"]:
-        headings = ["classroom", "batch", "epochs", "min", "of it evaluation", "status"]
+        headings = ["classroom", "batch", "epochs", "min", "evaluation min", "status"]
         body = [
             [row["classroom"], str(row["batch"]), *_whole_cells(row)] for row in record["whole"]
         ]
-        title = f"Whole epochs of the trainer, measured: {about}, and a fifth as many to evaluate"
+        title = f"Whole epochs of the trainer: {about}, evaluated on a fifth as many"
         found.append((title, headings, body))
     return found
 
@@ -184,9 +181,7 @@ def _step_cells(row: Row) -> list[str]:
     name = [str(row["batch"]), row["implementation"], row.get("loader", ""), row.get("dtype", "")]
     if row["status"] != "ok":
         return [*name, row["status"], *[""] * len(STEP_COLUMNS)]
-    values = [
-        "–" if row.get(key) is None else format(row[key], form) for _, key, form in STEP_COLUMNS
-    ]
+    values = [_formatted(row, key, form) for _, key, form in STEP_COLUMNS]
     values.insert(1, f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}")
     return name + values
 
@@ -210,7 +205,7 @@ def _whole_cells(row: Row) -> list[str]:
 
 
 def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and body of each table of a benchmark's record."""
+    """Title, headings and body of each table of a record."""
     by_name = {
         **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
         "loss_cpu": _loss_cpu_tables,
@@ -241,7 +236,7 @@ def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]
 
 
 def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The grid in short, then each named case in full."""
+    """The grid, then each named case in detail."""
     headings = ["B", "C", "M"]
     grid: dict[tuple, dict[str, str]] = {}
     named: dict[str, list[list[str]]] = {}
@@ -274,7 +269,7 @@ def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
 
 
 def terminal(record: Row) -> str:
-    """In columns of plain text, for a terminal or a log."""
+    """The tables in columns of plain text."""
     return "\n\n".join(
         f"{title}\n{columns([headings, *body])}" for title, headings, body in tables(record)
     )
@@ -287,17 +282,17 @@ def columns(lines: Sequence[Sequence[str]]) -> str:
 
 
 def markdown(record: Row) -> str:
-    """For a document."""
-    from classroomkd.report.markup import markdown_table  # which needs what reports need
+    """The tables as Markdown, below the machine and the legend."""
+    from classroomkd.report.markup import markdown_table  # needs the packages of reports
 
-    lines = [f"{_machine(record['environment'])} {_limits(record)}".strip()]
+    lines = [_machine(record["environment"]), "", _limits(record)]
     for title, headings, body in tables(record):
         lines += ["", f"**{title}**", "", markdown_table(headings, body)]
     return "\n".join(lines) + "\n"
 
 
 def _machine(about: Row) -> str:
-    """What it was measured on, with which versions, and when."""
+    """Machine, versions and date of a measurement."""
     parts = [about["device"]]
     parts += [said.format(about[key]) for key, said in MACHINE.items() if key in about]
     named = {"device", "date", *MACHINE}
@@ -306,7 +301,7 @@ def _machine(about: Row) -> str:
 
 
 def _limits(record: Row) -> str:
-    """What the machine can do at most, as measured, and what the columns are."""
+    """The measured limits of the machine, and the meaning of the columns."""
     if record.get("benchmark") == "loaders":
         return f"{floor_lines(record)} {LOADER_LEGEND}"
     if record.get("benchmark") == "step":
@@ -322,9 +317,9 @@ def _limits(record: Row) -> str:
 
 
 def floor_lines(record: Row) -> str:
-    """Each floor as bytes an image over the bandwidth measured."""
+    """Each floor as bytes per image at the measured bandwidth."""
     return " ".join(
-        f"Floor, {name}: {floor['bytes_per_image']:,} bytes an image at "
+        f"Floor, {name}: {floor['bytes_per_image']:,} bytes per image at "
         f"{floor['gigabytes_per_second']:.1f} GB/s = {floor['images_per_second']:,.0f} images/s."
         for name, floor in record["floors"].items()
     )

@@ -1,10 +1,10 @@
-"""What this device can do at most: bytes copied and exponentials computed per second.
+"""Measure the limits of this device: bytes copied and exponentials computed per second.
 
     python benchmarks/roofline.py [--out FOLDER]
 
-On a GPU: a large device-to-device copy, bytes read plus bytes written, and a Triton kernel whose
-threads each do a long chain of exp2 on numbers in registers. On the CPU, for a scale only: a copy
-in memory, and torch.exp2 on a tensor that fits the cache.
+On a GPU: a large device-to-device copy, bytes read plus bytes written, and a Triton kernel in which
+each thread computes a long chain of exp2 in registers. On the CPU, as a rough scale: a copy in
+memory, and torch.exp2 on a tensor that fits into the cache.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import triton.language as tl
 
 from measure import DEVICE, GPU, INTERPRETED, environment, graph_time, host_time, write_json
 
-BLOCK = 1024  # eight a thread: independent chains, so that latency hides
+BLOCK = 1024  # eight independent chains per thread hide latency
 STEPS = 1024
 
 
 @triton.jit
 def exponentials_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    """STEPS times x = 2^(−x): each waits for the one before, and none runs out of range."""
+    """STEPS times x = 2^(−x): each depends on the one before, and none overflows."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets)
     for _ in range(STEPS):

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# What a machine with a GPU should do: GPU tests, roofline, benchmarks; a summary at the end.
+# Run everything that needs a GPU: GPU tests, roofline, benchmarks; print a summary at the end.
 #
 #     benchmarks/run_gpu.sh OUT [--minutes N] [--parts tests,roofline,loss,loaders,step,reproduce]
 #
-# All of it ends within N minutes (9). Each part gets its share of what is left, begins nothing
-# further shortly before its end, and leaves what it has. OUT holds at most six files: a record of
-# each benchmark (JSON), of the reproduction, and log.txt with all that was printed.
+# It ends within N minutes (9). Each part gets its share of the remaining time, starts no work near
+# its end, and keeps what it has measured. OUT contains at most six files: a record of each benchmark
+# (JSON), of the reproduction, and log.txt with all output.
 #
 # Nothing is installed or downloaded. Parts need torch with its Triton, and: tests pytest, loaders
-# numpy and numba, step and reproduce what the trainer needs. Where the trainer lacks a package its
-# parts are left out, and the summary says so. With liger-kernel, torchvision, or FFCV and
-# opencv-python-headless there are more rows; FFCV_WHEEL=FILE in the environment installs FFCV first, from what
-# scripts/build_ffcv_wheel.sh built. With DATA=FOLDER, class folders, reproduce compares students on
-# them over EPOCHS (24); their runs go to OUT-runs, where a further call goes on. PYTHON names the
-# interpreter. Without a GPU it takes small sizes on the CPU, which shows only that the scripts work.
+# numpy and numba, step and reproduce what the trainer needs. Parts that lack a package are skipped,
+# as the summary says. With liger-kernel, torchvision, or FFCV and opencv-python-headless there are
+# more rows; FFCV_WHEEL=FILE in the environment first installs FFCV from a wheel built by
+# scripts/build_ffcv_wheel.sh. With DATA=FOLDER, class folders, reproduce compares students on them
+# over EPOCHS (24); their runs go to OUT-runs, where another call resumes them. PYTHON names the
+# interpreter. Without a GPU, small sizes run on the CPU, which only checks the scripts.
 set -uo pipefail
 
 usage() {
@@ -21,7 +21,7 @@ usage() {
     exit 2
 }
 
-# Of the time, in parts that add up to whatever is chosen.
+# Shares of the time, relative to the sum over the selected parts.
 declare -A weights=([tests]=30 [roofline]=5 [loss]=36 [loaders]=12 [step]=26 [reproduce]=60)
 all="tests roofline loss loaders step reproduce"
 minutes=9 parts=

@@ -1,12 +1,12 @@
-"""What `classroomkd train` should weigh its mentors by on small data of one's own.
+"""Which mentor weight `classroomkd train` should use on small data.
 
     python benchmarks/small_data.py --out OUT [--photos FOLDER]
 
-trains students of the zoo as `train` does by default, alone, by KD and in classrooms that differ in
-``loss.mentor_weight`` only, on scikit-learn's digits, on drawn pictures and, if FOLDER is a data
-set of photographs in class folders, on its first 10 and 20 classes. Mentors are trained once a set,
-and taken from the store for all students. Candidates are to be chosen by the validation images, and
-are reported by the test images. It resumes where it was stopped.
+Trains students of the zoo with the defaults of `train`: alone, with KD, and in classrooms that
+differ only in their weights. The data are scikit-learn's digits, drawn images and, if FOLDER is a
+data set of photographs in class folders, its first 10 and 20 classes. Mentors are trained once per
+set and come from the mentor store for all students. Select weights by the validation images, and
+report the test images. The same command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ SEEDS = range(5)
 SIZE = 16
 EPOCHS = 12
 MENTORS = ("resnet20", "resnet8")
-VALIDATION, TEST = 200, 400  # images of all classes, at most 20 and 40 of each
-# Set, images a class and student, the most telling first.
+VALIDATION, TEST = 200, 400  # images in all, at most 20 and 40 per class
+# Set, images per class and student, the most informative first.
 CELLS = (
     ("drawn 5", 40, "resnet8"),
     ("digits", 40, "resnet8"),
@@ -54,8 +54,8 @@ CELLS = (
     ("photos 20", 150, "resnet8"),
     ("photos 20", 40, "mobilenetv2"),
 )
-# Method and, of classrooms, the weights of all mentors together and that of the student's own term:
-# the paper's, and "auto" with cross-entropy in full. Then what was tried to find it.
+# Method and, for classrooms, the total mentor weight and the task weight: the paper's, and "auto"
+# with the full cross-entropy. Then other combinations that were tried.
 CANDIDATES = (
     ("alone", None, None),
     ("classroom", float(len(MENTORS)), "confidence"),
@@ -67,7 +67,7 @@ KEYS = ("set", "images_per_class", "student", "method", "mentor_weight", "task_w
 
 @cache
 def whole(name: str, photos: Path | None) -> tuple[ImageSet, ImageSet]:
-    """All images of a set by its name: for training and validation, and for the test."""
+    """All images of a set: those for training and validation, and those for testing."""
     if name == "digits":
         return digits()
     kind, number = name.split()
@@ -75,7 +75,7 @@ def whole(name: str, photos: Path | None) -> tuple[ImageSet, ImageSet]:
     if kind == "drawn":
         images, targets = drawn(n_classes, 250, SIZE)
         classes = [f"class {c:02}" for c in range(n_classes)]
-        test = np.arange(len(images)) >= n_classes * (250 - 40)  # all classes take turns
+        test = np.arange(len(images)) >= n_classes * (250 - 40)  # classes alternate
         return tuple(ImageSet(images[part], targets[part], classes) for part in (~test, test))
     parts = []
     for files in list_source(photos):
@@ -86,10 +86,10 @@ def whole(name: str, photos: Path | None) -> tuple[ImageSet, ImageSet]:
 
 
 def sets(name: str, per_class: int, photos: Path | None) -> tuple[ImageSet, ImageSet, ImageSet]:
-    """So many training images a class, and the validation and the test images."""
+    """``per_class`` training images of each class, the validation images and the test images."""
     train, test = whole(name, photos)
     held_out = min(20, VALIDATION // len(train.classes))
-    place = np.empty(len(train), np.int64)  # of each image among those of its class
+    place = np.empty(len(train), np.int64)  # of each image within its class
     place_of_test = np.empty(len(test), np.int64)
     for places, images in ((place, train), (place_of_test, test)):
         for c in range(len(images.classes)):
@@ -103,20 +103,20 @@ def sets(name: str, per_class: int, photos: Path | None) -> tuple[ImageSet, Imag
 
 
 def plan(photos: Path | None) -> Iterator[dict[str, object]]:
-    """What each row is to measure."""
+    """The keys of each row to measure."""
     for candidates in (CANDIDATES, EXPLORED):
         for name, per_class, student in CELLS:
             if name.startswith("photos") and photos is None:
                 continue
-            for method, together, task_weight in candidates:
-                weight = None if together is None else together / len(MENTORS)
+            for method, total, task_weight in candidates:
+                weight = None if total is None else total / len(MENTORS)
                 for seed in SEEDS:
                     values = (name, per_class, student, method, weight, task_weight, seed)
                     yield dict(zip(KEYS, values, strict=True))
 
 
 def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str, object]:
-    """Train the student of a row, and its mentors where the store has them not."""
+    """Train the student of a row, and its mentors unless they are in the store."""
     train, validation, test = sets(row["set"], row["images_per_class"], photos)
     loss = {key: row[key] for key in ("mentor_weight", "task_weight")}
     recipe = load_recipe(
@@ -142,7 +142,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)
     classroom = TrainingRun(recipe, Console(quiet=True))
-    with patch("classroomkd.runs.training_run.write_report"):  # nobody reads it
+    with patch("classroomkd.runs.training_run.write_report"):  # not needed here
         summary = classroom.run(train, test, folder, validation_set=validation)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     *_, last = (line for line in lines if line["phase"] in ("alone", "student"))
@@ -158,7 +158,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
 
 
 def main() -> None:
-    """Measure what is missing and write it."""
+    """Measure the missing rows."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for small_data.json")
     parser.add_argument("--photos", type=Path, help="a data set in class folders")

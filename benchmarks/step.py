@@ -1,15 +1,14 @@
-"""The whole training step: the trainer beside a straightforward loop, on this machine.
+"""Compare the whole training step of the trainer with that of a straightforward loop.
 
     python benchmarks/step.py [--small] [--student NAME …] [--batch N …] [--rounds N] [--seconds N]
                               [--whole EPOCHS] [--minutes M] [--out FOLDER]
 
-A student, a teacher and five peers with random weights learn from random images of 100 classes. A
-round is an epoch from its beginning, loader included, or as much of it as takes so many seconds.
-Every row has a process of its own; those of one classroom and batch size are made ready, and then
-come the rounds, each of all rows in turn. Then some more steps tell where the time goes. With
---whole, so many epochs of each classroom at its smallest batch are trained and evaluated whole. On
-the CPU one small classroom is taken, which proves the script. Prints the tables and writes
-step.json as it goes.
+A student, a teacher and five peers with random weights run on random images of 100 classes. A round
+is an epoch, loader included, or its first --seconds seconds. Every row has its own process. The
+rows of one classroom and batch size are prepared together, then timed in rounds, interleaved, and
+then profiled in further steps. --whole trains and evaluates whole epochs of each classroom at its
+smallest batch size. On the CPU there is one small classroom, which only checks the script. Prints
+the tables and writes step.json after every round.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from classroomkd.data import channel_statistics
-from loader_processes import Process, RowError
+from loader_processes import ProcessRow, RowError, stop_all
 from loader_rows import Setting
 from loaders import random_images, versions
 from measure import DEVICE, GPU, environment, write_json
@@ -46,43 +45,34 @@ PROJECTED_IMAGES = 50_000
 COMPILED = "trainer, compiled"
 
 
-class StepRow:
-    """A row of the table, and its process for as long as all goes well."""
+class StepRow(ProcessRow):
+    """One implementation, classroom and batch size."""
 
     def __init__(self, setting: Setting, case: StepCase, name: str, seconds: float) -> None:
-        self._make, self._device = (
+        super().__init__(
             partial(RunningStep, setting, case, name, seconds),
             setting.device,
+            classroom=case.classroom,
+            batch=case.batch,
+            implementation=name,
         )
-        self._process = None
-        self.record = {
-            "classroom": case.classroom,
-            "batch": case.batch,
-            "implementation": name,
-            "status": "not run: out of time",
-            "rounds": [],
-        }
-
-    def start(self, ends: float) -> None:
-        """Begin to start its process, which will have to finish all it does by ``ends``."""
-        self._process = Process(self._make, self._device, ends)
 
     def prepare(self) -> None:
-        """Make everything, and take the first steps."""
-        self._try(self._prepare)
+        """Make everything and take the first steps."""
+        self.attempt(self._prepare)
 
     def _prepare(self) -> None:
-        self._process.ready()
-        before, held = self._process.memory(), []
-        self.record |= self._process.ask("open", held)
+        self.process.ready()
+        before, held = self.process.memory(), []
+        self.record |= self.process.ask("open", held)
         self.record["host_mib"] = (max(held) - before) / 2**20 if before else None
 
     def round(self) -> None:
-        """One round, from which the row has numbers."""
-        self._try(self._round)
+        """Time one round."""
+        self.attempt(self._round)
 
     def _round(self) -> None:
-        self.record["rounds"].append(self._process.ask("round"))
+        self.record["rounds"].append(self.process.ask("round"))
         rate = statistics.median(self.record["rounds"])
         self.record |= {
             "status": "ok",
@@ -91,14 +81,14 @@ class StepRow:
         }
 
     def parts(self) -> None:
-        """What memory it took, and where the time goes."""
-        if self._process is None or not self.record["rounds"]:
+        """Record the GPU memory and the breakdown of a step."""
+        if self.process is None or not self.record["rounds"]:
             return
         try:
-            gpu = self._process.ask("gpu_bytes")
+            gpu = self.process.ask("gpu_bytes")
             self.record["gpu_mib"] = None if gpu is None else gpu / 2**20
-            parts = self._process.ask("parts")
-        except RowError as failure:  # the rate is known all the same
+            parts = self.process.ask("parts")
+        except RowError as failure:  # the row keeps its rate
             self.record["parts_status"] = str(failure)
             return
         networks, whole = sum(parts[part] for part in NETWORKS), sum(parts.values())
@@ -109,37 +99,17 @@ class StepRow:
         }
 
     def train_and_evaluate(self, epochs: int) -> None:
-        """Whole epochs, each with its evaluation."""
+        """Time whole epochs, each with its evaluation."""
         self.record |= {"epochs": 0, "train_seconds": 0.0, "evaluation_seconds": 0.0}
-        self._try(partial(self._train_and_evaluate, epochs))
+        self.attempt(partial(self._train_and_evaluate, epochs))
 
     def _train_and_evaluate(self, epochs: int) -> None:
         while self.record["epochs"] < epochs:
-            train, evaluation = self._process.ask("train_and_evaluate")
+            train, evaluation = self.process.ask("train_and_evaluate")
             self.record["epochs"] += 1
             self.record["train_seconds"] += train
             self.record["evaluation_seconds"] += evaluation
         self.record["status"] = "ok"
-
-    def _try(self, step: Callable[[], None]) -> None:
-        if self._process is None:
-            return
-        try:
-            step()
-        except RowError as failure:
-            self.record["status"] = str(failure)
-            self.stop()
-
-    def release(self) -> None:
-        """Let its process end, without waiting for it."""
-        if self._process is not None:
-            self._process.connection.close()
-
-    def stop(self) -> None:
-        """End its process."""
-        if self._process is not None:
-            self._process.stop()
-        self._process = None
 
 
 def measure(
@@ -149,7 +119,7 @@ def measure(
     if time.monotonic() > ends:
         return
     try:
-        for row in rows:  # together, before anything is timed
+        for row in rows:  # in parallel, before anything is timed
             row.start(ends)
         for row in rows:
             row.prepare()
@@ -161,10 +131,7 @@ def measure(
             row.parts()
             grown()
     finally:
-        for row in rows:  # so that they end side by side
-            row.release()
-        for row in rows:
-            row.stop()
+        stop_all(rows)
 
 
 def whole(row: StepRow, epochs: int, ends: float) -> None:
@@ -180,7 +147,7 @@ def whole(row: StepRow, epochs: int, ends: float) -> None:
 
 
 def compare(records: Sequence[dict[str, Any]]) -> None:
-    """Add how many times as fast as the loop of its classroom and batch each row is."""
+    """Add to each row its speed relative to the loop of the same classroom and batch size."""
     key = ("classroom", "batch")
     loops = {
         tuple(record[k] for k in key): record["images_per_second"]
@@ -194,7 +161,7 @@ def compare(records: Sequence[dict[str, Any]]) -> None:
 
 
 def implementations() -> list[str]:
-    """What this machine runs, beside what compiles for minutes."""
+    """The implementations that this machine runs, except those that compile for minutes."""
     if not GPU:
         return [THIS, LOOP]
     without_ffcv = importlib.util.find_spec("ffcv") is None
@@ -203,7 +170,7 @@ def implementations() -> list[str]:
 
 
 def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The images, written to ``folder``."""
+    """The setting, with the images written to ``folder``."""
     image_set = random_images(arguments.images, arguments.size)
     mean, std = channel_statistics(image_set)
     shape = image_set.images.shape[1:]
@@ -213,7 +180,7 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
 
 
 def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict], None]) -> dict:
-    """Everything; ``report`` is given the record as it grows."""
+    """Measure all rows; ``report`` is called with the record as it grows."""
     ends = time.monotonic() + 0.95 * 60 * arguments.minutes
     classrooms = SMALL_CLASSROOMS if arguments.small else CLASSROOMS
     cases = [
@@ -245,33 +212,33 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
         print(case.classroom, case.batch, *about, file=sys.stderr, flush=True)
         grown()
 
-    for case in cases:  # the first is the headline, of its whole epochs too
+    for case in cases:
         rows(case, implementations())
         if arguments.whole and case.batch == min(arguments.batch):
             row = StepRow(setting, case, THIS, arguments.seconds)
             record["whole"].append(row.record)
             whole(row, arguments.whole, ends)
             report(record)
-    for case in cases if GPU else ():  # compiles for minutes, and may fall to the limit
+    for case in cases if GPU else ():  # last, because it compiles for minutes
         rows(case, [COMPILED])
     return record
 
 
 def main() -> int:
-    """Run; 1 if a row failed."""
+    """Run the benchmark; return 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cores = len(os.sched_getaffinity(0))
     add = parser.add_argument
     add("--small", action="store_true", default=not GPU, help="one small classroom (CPU: always)")
-    add("--images", type=int, help="how many (50000; small: 1024)")
-    add("--size", type=int, help="their height and width (32; small: 16)")
+    add("--images", type=int, help="number of images (50000; small: 1024)")
+    add("--size", type=int, help="height and width (32; small: 16)")
     add("--student", nargs="+", help="only the classrooms of these students")
-    add("--batch", type=int, nargs="+", help="images a batch (64 256 1024; small: 64)")
+    add("--batch", type=int, nargs="+", help="images per batch (64 256 1024; small: 64)")
     add("--rounds", type=int, default=2, help="(%(default)s)")
-    add("--seconds", type=float, help="a round takes no longer (5; small: 1)")
-    add("--workers", type=int, default=cores, help="of the loop (a core: %(default)s)")
-    add("--whole", type=int, default=0, metavar="EPOCHS", help="train so many, and evaluate")
-    add("--minutes", type=float, default=math.inf, help="end within so many")
+    add("--seconds", type=float, help="longest round (5; small: 1)")
+    add("--workers", type=int, default=cores, help="of the loop (one per core: %(default)s)")
+    add("--whole", type=int, default=0, metavar="EPOCHS", help="whole epochs to train and evaluate")
+    add("--minutes", type=float, default=math.inf, help="time limit")
     add("--out", type=Path, help="folder for step.json")
     arguments = parser.parse_args()
     for name, value in (SMALL if arguments.small else FULL).items():

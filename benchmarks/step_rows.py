@@ -1,4 +1,4 @@
-"""The rows of the step benchmark: what trains, and how its parts are timed."""
+"""The rows of the step benchmark: the training loops and the timing of their parts."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from loader_rows import PADDING, Setting
 from measure import Stopwatch, synchronize
 
 EPOCHS = 240
-LEARNING_RATE = 0.01  # changes no time, and on noise does not diverge
+LEARNING_RATE = 0.01  # does not affect the time, and does not diverge on noise
 WARM_UP = 8  # steps; a graph is captured in the fourth
 
 THIS, LOOP = "trainer", "straightforward loop"
-# Name → how its recipe differs from the default.
+# Name → differences of its recipe from the default.
 TRAINERS: dict[str, dict[str, Any]] = {
     THIS: {},
     "trainer, no CUDA graph": {"cuda_graph": False},
@@ -63,7 +63,7 @@ class StepCase(NamedTuple):
         return f"{self.student} ← {' '.join(self.mentors)}"
 
 
-# Puts a timed function in the place of an owner's attribute: owner, name, part.
+# Replaces an attribute by a timed function: owner, name, part.
 Patch = Callable[[Any, str, str], None]
 
 
@@ -72,8 +72,8 @@ def make_networks(
 ) -> tuple[nn.Module, dict[str, nn.Module]]:
     """Student and mentors with random weights, on the device.
 
-    The mentors' batch norms know the statistics of random images, so that their logits are of
-    ordinary size and some teach and some do not.
+    The mentors' batch norms have the statistics of random images, so that their logits have a
+    normal scale and only some mentors are active.
     """
     torch.manual_seed(0)
     student, *mentors = (
@@ -93,7 +93,7 @@ def make_networks(
 
 
 class OurLoop:
-    """The trainer as a classroom's run makes it."""
+    """The trainer as a run makes it."""
 
     def __init__(self, setting: Setting, case: StepCase, options: dict[str, Any]) -> None:
         training = TrainingConfig(EPOCHS, case.batch, LEARNING_RATE)
@@ -144,14 +144,14 @@ class OurLoop:
         self.trainer.train_epoch(on_step)
 
     def settle(self) -> None:
-        """Leave an epoch that was not trained to its end."""
+        """Abandon an unfinished epoch."""
         if self.trainer.batch:
             self.trainer.require_finite()
             self.trainer.sums.zero_()
             self.trainer.epoch, self.trainer.batch = self.trainer.epoch + 1, 0
 
     def watch(self, patch: Patch) -> None:
-        """Have the parts timed, in a step captured anew."""
+        """Time the parts, in a newly captured step."""
         trainer = self.trainer
         patch(trainer, "mentors", MENTORS)
         patch(trainer, "_forward", FORWARD)
@@ -165,7 +165,7 @@ class OurLoop:
             patch(trainer, "_step_on", STEP)
 
     def evaluate(self) -> None:
-        """Measure the student on a fifth as many images, as after each epoch of a run."""
+        """Evaluate the student on a fifth as many images, as after each epoch of a run."""
         evaluate(self.trainer.network, self._test_loader)
 
     @cached_property
@@ -174,10 +174,10 @@ class OurLoop:
 
 
 class StraightforwardLoop:
-    """What most such code does: float32, mentors one after another, numbers read for the log.
+    """The usual loop: float32, mentors one after another, values read back for the log.
 
-    Images by torchvision's transforms in a DataLoader with a worker a core, the loss by autograd,
-    the optimizer as torch chooses it. cuDNN picks its algorithms by trial.
+    Images come from torchvision's transforms in a DataLoader with one worker per core. The loss
+    uses autograd, the optimizer torch's default implementation. cuDNN benchmarks its algorithms.
     """
 
     def __init__(self, setting: Setting, case: StepCase) -> None:
@@ -227,12 +227,12 @@ class StraightforwardLoop:
         return [mentor(images) for mentor in self._mentors]
 
     def settle(self) -> None:
-        """Let the workers finish their epoch, or they would load while others are timed."""
+        """Let the workers finish their epoch, so that they do not load while others are timed."""
         for _ in self._batches:
             pass
 
     def watch(self, patch: Patch) -> None:
-        """Have the parts timed."""
+        """Time the parts."""
         patch(self, "mentors", MENTORS)
         patch(self, "student", FORWARD)
         patch(self, "loss", LOSS)
@@ -246,13 +246,13 @@ class _EnoughError(Exception):
 
 
 class RunningStep:
-    """One row at work, in its own process."""
+    """A row's training loop, in its own process."""
 
     def __init__(self, setting: Setting, case: StepCase, name: str, seconds: float) -> None:
         self._setting, self._case, self._name, self._seconds = setting, case, name, seconds
 
     def open(self) -> dict[str, Any]:
-        """Make everything and take the first steps; what it is, and how long that took."""
+        """Make everything and take the first steps; returns its kind and the seconds it took."""
         begin = time.perf_counter()
         setting = replace(self._setting, batch=self._case.batch)
         if self._name == LOOP:
@@ -270,7 +270,7 @@ class RunningStep:
     def _train(
         self, seconds: float, look: Callable[[int], None] | None = None, at_least: int = 1
     ) -> tuple[int, float]:
-        """Train an epoch, or as much of it as takes ``seconds``; steps and seconds that it took."""
+        """Train an epoch or its first ``seconds``; returns the steps and seconds taken."""
         steps, begin = 0, time.perf_counter()
 
         def on_step() -> None:
@@ -290,19 +290,19 @@ class RunningStep:
         return steps, seconds
 
     def round(self) -> float:
-        """Images a second."""
+        """Time one round, in images per second."""
         steps, seconds = self._train(self._seconds)
         return steps * self._case.batch / seconds
 
     def gpu_bytes(self) -> int | None:
-        """The most that torch has taken of the GPU's memory."""
+        """Peak GPU memory reserved by torch; None on a CPU."""
         on_gpu = self._setting.device.type == "cuda"
         return torch.cuda.max_memory_reserved() if on_gpu else None
 
     def parts(self) -> dict[str, float]:
-        """Seconds a step of each part; the last one is the time between two steps."""
+        """Seconds per step of each part, the time between two steps last."""
         watch, reads = Stopwatch(PARTS, self._setting.device), []
-        # A look at the GPU waits for it, and lets it wait.
+        # Reading the times waits for the GPU, and then leaves it idle.
         every = min(16, self._loop.steps) if self._setting.device.type == "cuda" else 1
 
         def look(step: int) -> None:
@@ -325,7 +325,7 @@ class RunningStep:
         )
 
     def train_and_evaluate(self) -> tuple[float, float]:
-        """A whole epoch and its evaluation; the seconds of both."""
+        """Train a whole epoch and evaluate; returns the seconds of both."""
         begin = time.perf_counter()
         self._loop.epoch(lambda: None)
         trained = time.perf_counter()
@@ -335,7 +335,7 @@ class RunningStep:
 
 
 class _TimedBank:
-    """A mentor bank whose calls are timed."""
+    """A mentor bank with timed calls."""
 
     def __init__(self, bank: MentorBank, call: Callable[[Tensor], list[Tensor]]) -> None:
         self.names, self._call = bank.names, call
@@ -348,7 +348,7 @@ class _TimedBank:
 
 
 def summed(parts: dict[str, float], period: float) -> dict[str, float]:
-    """The parts of a step that make up ``period``, the time from one step to the next."""
+    """All parts, which add up to ``period``, the time from one step to the next."""
     step = parts[STEP]
     inner = {part: seconds for part, seconds in parts.items() if part != STEP}
     return inner | {REST: step - sum(inner.values()), LOADER: period - step}

@@ -1,8 +1,6 @@
-"""The headline numbers of a folder of records, in a few lines.
+"""Print the headline numbers of a folder of records: ``python benchmarks/summary.py OUT``.
 
-    python benchmarks/summary.py OUT
-
-`run_gpu.sh` ends with it; docs/benchmarks.md has everything.
+run_gpu.sh ends with it.
 """
 
 from __future__ import annotations
@@ -19,22 +17,22 @@ REPORTED = f"{THIS}, report"
 
 
 def size(row: Record) -> str:
-    """A row of the loss benchmark in short."""
+    """The size of a row of the loss benchmark."""
     return "B {rows}, C {classes}, M {mentors}, {dtype}".format(**row)
 
 
 def is_cifar(row: Record) -> bool:
-    """Whether it is of the size of CIFAR-100's training, at which all implementations compete."""
+    """Whether a row has the size of CIFAR-100 training, where all implementations are measured."""
     return (row["classes"], row["mentors"]) == (100, 6) and 64 <= row["rows"] <= 512
 
 
 def is_headline(row: Record) -> bool:
-    """Whether a row of the loss benchmark counts first: CIFAR's sizes and large ones, by sample."""
+    """Whether a row of the loss benchmark is a headline: CIFAR sizes and large ones, by sample."""
     return row["ranking"] == "sample" and (is_cifar(row) or row["rows"] * row["classes"] >= 2**22)
 
 
 def on_gpu(record: Record) -> bool:
-    """Whether a benchmark's record is of a GPU."""
+    """Whether a record was measured on a GPU."""
     return "multiprocessors" in record.get("environment", {})
 
 
@@ -61,7 +59,7 @@ def _loss(record: Record) -> Iterator[str]:
         compiled = [time for name, time in found.items() if name.startswith("compile")]
         others = {
             "eager": found.get("eager"),
-            "the best torch.compile": min(compiled, default=None),
+            "best torch.compile": min(compiled, default=None),
         }
         for name, time in others.items():
             text += f", {time / found[THIS]:.1f}× {name}" if time else ""

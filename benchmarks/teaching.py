@@ -15,9 +15,9 @@ from classroomkd.report.numbers import differences, percent, spread
 
 Row = Mapping[str, Any]
 
-COMMANDS = {  # record: its heading, and what measures it
+COMMANDS = {  # record → heading, command that measures it
     "gradients": ("The gradients", "python benchmarks/gradients.py --out OUT"),
-    "drop_in": ("In a trainer of one's own", "python benchmarks/drop_in.py --out OUT"),
+    "drop_in": ("In your own trainer", "python benchmarks/drop_in.py --out OUT"),
     "small_data": (
         "`classroomkd train` on small data",
         "python benchmarks/small_data.py --out OUT --photos FOLDER",
@@ -26,14 +26,17 @@ COMMANDS = {  # record: its heading, and what measures it
 
 
 def markdown(name: str, record: Row) -> Iterator[str]:
-    """The tables of a record by its name, and what they say."""
+    """The tables of a record, and the text that explains them."""
     yield from {"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data}[name](
         record["rows"]
     )
 
 
 def _gradients(rows: Sequence[Row]) -> Iterator[str]:
-    yield "Strong mentors, before the first step, the lessons' gradient over cross-entropy's:"
+    yield (
+        "Norm of the mentor terms' gradient divided by that of cross-entropy, with strong mentors, "
+        "before the first step:"
+    )
     first = [row for row in rows if row["step"] == 0 and row["strength"] == "strong"]
     cells = {
         (row["classes"], row["mentors"], row["temperature"], row["left_out"]): row["times_task"]
@@ -43,7 +46,7 @@ def _gradients(rows: Sequence[Row]) -> Iterator[str]:
     kinds = {
         "temperature 12": (12.0, "nothing"),
         "temperature 1": (1.0, "nothing"),
-        "temperature 12, 1 in place of the rank weights": (12.0, "rank weights"),
+        "temperature 12, weight 1 instead of the rank": (12.0, "rank weights"),
         "no temperatures": (12.0, "temperatures"),
     }
     yield markdown_table(
@@ -57,7 +60,7 @@ def _gradients(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _name(row: Row) -> str:
-    """Of a row's loss."""
+    """The name of a row's loss."""
     if row.get("loss", row.get("method")) != "classroom":
         return {"kd": "KD"}.get(row.get("loss", row.get("method")), row.get("loss", "alone"))
     cool = "" if row.get("temperature", 12.0) == 12.0 else f", temperature {row['temperature']:g}"
@@ -80,13 +83,13 @@ def _by_seed(rows: Sequence[Row], column: str = "top1") -> dict[int, float]:
 
 
 def _order(item: tuple[tuple, list[Row]]) -> tuple:
-    """By the number of mentors, and the classroom's weight from the paper's down."""
+    """Sort by the number of mentors, then by mentor weight, the paper's first."""
     (m, loss, weight, temperature, task_weight), _ = item
     return m, loss, temperature or 0, -(weight or 0), str(task_weight)
 
 
-def is_dead(row: Row) -> bool:
-    """Whether a student gets hardly more of its training images right than by guessing."""
+def collapsed(row: Row) -> bool:
+    """Whether a student's training accuracy is at most 1.5 times chance."""
     return row["train_top1"] < 1.5 / row["classes"]
 
 
@@ -105,23 +108,27 @@ def _drop_in(rows: Sequence[Row]) -> Iterator[str]:
                     _name(group[0]),
                     percent(spread([row["top1"] for row in group])),
                     percent([mean(found), error], signed=True) if m else "",
-                    str(sum(map(is_dead, group))),
+                    str(sum(map(collapsed, group))),
                     str(len(group)),
                 ]
             )
     yield (
-        "After ± the standard deviation over the seeds; of the differences, paired by seed, the "
-        "standard error of their mean."
+        "± is the standard deviation over the seeds for top-1, and the standard error of the mean "
+        "for the differences, which are paired by seed."
     )
-    headings = ("set, network", "M", "loss", "top-1", "less cross-entropy's", "dead", "seeds")
+    headings = (
+        *("set, network", "M", "loss", "top-1"),
+        *("minus cross-entropy", "collapsed", "seeds"),
+    )
     yield markdown_table(headings, lines)
 
 
 def _small_data(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        f"{len(_grouped(rows, ('set', 'images_per_class', 'student')))} cells of set, images a "
-        "class and student. Top-1 of the last epoch with its standard deviation over the seeds, "
-        "and the difference from alone, paired by seed, with the half width of its 95 % interval."
+        f"{len(_grouped(rows, ('set', 'images_per_class', 'student')))} combinations of set, "
+        "images per class and student. Top-1 of the last epoch with its standard deviation over "
+        "the seeds, and its difference from alone, paired by seed, with the half-width of the 95 % "
+        "confidence interval."
     )
     lines = []
     for place, own in _grouped(rows, ("set", "images_per_class", "student")).items():
@@ -139,7 +146,7 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
                 cells.append("" if is_alone else percent([mean(found), half], signed=True))
             lines.append([*cells, str(len(group))])
     headings = (
-        *("set", "images a class", "student", "method"),
-        *("validation", "less alone", "test", "less alone", "seeds"),
+        *("set", "images per class", "student", "method"),
+        *("validation", "minus alone", "test", "minus alone", "seeds"),
     )
     yield markdown_table(headings, lines)

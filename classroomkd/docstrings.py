@@ -1,4 +1,4 @@
-"""What docstrings say of options, read from the source without importing it."""
+"""Extract descriptions of options from docstrings without importing the source."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef:
 
 
 def summary(node: ast.Module | ast.ClassDef | ast.FunctionDef) -> str:
-    """The first paragraph of a docstring, in one line."""
+    """The first paragraph of a docstring as one line."""
     return _joined((ast.get_docstring(node) or "").partition("\n\n")[0])
 
 
 def fields(node: ast.ClassDef) -> dict[str, str]:
-    """Each annotated field of a class with the docstring below it, empty if there is none."""
+    """Each annotated field of a class with the docstring below it, or an empty string."""
     meanings: dict[str, str] = {}
     for field, below in zip(node.body, [*node.body[1:], None], strict=True):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
@@ -39,7 +39,7 @@ def fields(node: ast.ClassDef) -> dict[str, str]:
 
 
 def arguments(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
-    """What the section "Args:" of a docstring says of each argument."""
+    """The description of each argument in the section "Args:" of a docstring."""
     lines = (ast.get_docstring(node) or "").partition("\nArgs:\n")[2].splitlines()
     meanings: dict[str, str] = {}
     names: list[str] = []
@@ -55,7 +55,7 @@ def arguments(node: ast.ClassDef | ast.FunctionDef) -> dict[str, str]:
 
 
 def _text(node: ast.stmt | None) -> str:
-    """The text of a statement that is a string, else the empty string."""
+    """The value of a string statement, else an empty string."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return node.value.value if isinstance(node.value.value, str) else ""
     return ""

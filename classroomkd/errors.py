@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-    """Its message says in one line what was wrong, with the value, and what to do.
+    """The message says in one line what was wrong, with the value, and how to fix it.
 
-    The command line prints the message after ``classroomkd: error:`` and exits with status 2.
+    The command line prints it after ``classroomkd: error:`` and exits with status 2.
     """

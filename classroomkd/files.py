@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves either the old content or the new, never half of one."""
+"""Write files atomically, and lock them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def atomic_write(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside ``path`` to write to, synced and renamed into place at the end.
+    """A temporary file beside ``path`` to write to; synced and renamed to ``path`` at the end.
 
-    On any exception, an interruption included, it is removed and ``path`` stays as it was.
+    On any exception or interruption it is removed, and ``path`` is unchanged.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
@@ -42,15 +42,15 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def lock(path: Path, patience: float = -1) -> BaseFileLock:
-    """Lock the file at ``path``, created if missing, until ``release()`` or the process's end.
+    """Lock the file at ``path``, created if missing, until ``release()`` or the process ends.
 
-    A waiting process notices that the file was removed meanwhile, so its owner may remove it. On a
-    file system without locks, as some network ones are, nothing is locked.
+    The owner may remove the file; waiting processes notice that. On a file system without locks,
+    such as some network file systems, nothing is locked.
 
-    Raises filelock.Timeout if another process still has it locked after ``patience`` seconds (a
-    negative number waits for as long as it takes); OSError if the file cannot be opened.
+    Raises filelock.Timeout if another process holds the lock for more than ``patience`` seconds (a
+    negative number waits forever); OSError if the file cannot be opened.
     """
-    # Without flock, filelock would else take the mere existence of the file for a lock.
+    # Without flock, filelock would by default treat an existing file as locked.
     held = FileLock(path, fallback_to_soft=False)
     try:
         held.acquire(timeout=patience)
@@ -61,13 +61,13 @@ def lock(path: Path, patience: float = -1) -> BaseFileLock:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files in ``folder`` itself of processes killed while writing."""
+    """Remove the temporary files in ``folder`` of processes killed while writing."""
     for leftover in folder.glob(f".*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Wait until the content of ``path`` is on the disk."""
+    """Flush the content of ``path`` to disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 

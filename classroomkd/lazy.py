@@ -1,6 +1,6 @@
-"""Packages that import what they export on first access.
+"""Packages that import their exports on first access.
 
-Commands that need no torch start without it, and whoever uses the loss imports nothing else.
+So commands that do not need torch start without it, and using the loss imports nothing else.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ def exports(
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """The ``__getattr__`` and ``__dir__`` of ``package``.
 
-    ``modules`` are its modules, each with the names that it defines for the package, separated by
-    spaces.
+    ``modules`` maps its modules to the names that they export, separated by spaces.
     """
     homes = {name: module for module, names in modules.items() for name in names.split()}
 
@@ -25,7 +24,7 @@ def exports(
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         value = getattr(import_module(f"{package}.{homes[name]}"), name)
-        setattr(sys.modules[package], name, value)  # so that this is not called for it again
+        setattr(sys.modules[package], name, value)  # later accesses do not call this
         return value
 
     def names() -> list[str]:

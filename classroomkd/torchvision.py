@@ -1,30 +1,34 @@
-"""The import shim for torchvision, which the library needs only for data sets and models.
+"""The import shim for torchvision, which is needed only for its data sets and models.
 
-    import_torchvision()  # before lightning, transformers, timm or whatever else imports it
+    import_torchvision()  # before importing lightning, transformers, timm, … which import it
 
-torchvision's wheel has compiled operators for one build of torch. With another build (a CPU-only
-torch, say) they fail to load, and the import then fails with ``operator torchvision::nms does not
-exist`` because Python code refers to schemas that are not defined. Neither operator is called here,
-so for the import to succeed the two schemas are enough.
+torchvision's wheel has compiled operators for one build of torch. With another build, such as a
+CPU-only torch, they fail to load, and the import fails with ``operator torchvision::nms does not
+exist`` because Python code refers to undefined schemas. The operators are not used here, so
+defining the two schemas is enough.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 from torch import library
+
+T = TypeVar("T")
 
 _SCHEMAS = {
     "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 }
-_fragments: list[library.Library] = []  # each unregisters its schemas when it is collected
+_fragments: list[library.Library] = []  # kept, because collecting one unregisters its schemas
 
 
 def import_torchvision(submodule: str | None = None) -> ModuleType:
-    """Import ``torchvision``, or one of its submodules, with whatever torch is installed.
+    """Import ``torchvision``, or one of its submodules, with any build of torch.
 
     Raises ImportError if torchvision is not installed.
     """
@@ -40,3 +44,14 @@ def import_torchvision(submodule: str | None = None) -> ModuleType:
             fragment.define(schema)
             _fragments.append(fragment)
     return importlib.import_module(name)
+
+
+def retried(make: Callable[[], T]) -> T:
+    """The result of ``make``, which may import torchvision where only the shim makes that work."""
+    try:
+        return make()
+    except RuntimeError as error:
+        if "operator torchvision::" not in str(error):
+            raise
+    import_torchvision()
+    return make()

@@ -1,17 +1,9 @@
-"""ClassroomKD in a subclass of Hugging Face's Trainer, on sentences made up here.
+"""ClassroomKD in a subclass of Hugging Face's Trainer, on synthetic sentences.
 
-    pip install -c constraints.txt -e ".[examples]"
-    python examples/hugging_face.py
-
-trains two small BERTs and, on a quarter of their sentences, a smaller one twice, alone and in their
-classroom; nothing is downloaded. Half of a sentence's words belong to its class, which is to be
-told, and the others to any. Mentors help most where they know more than the student's few
-sentences tell. With four classes the mentors should weigh less than the paper's 1:
-here 3/8 each. ``--seed`` chooses the sentences and the first weights.
+pip install -c constraints.txt -e ".[examples]"
+python examples/hugging_face.py
 """
 
-import argparse
-import copy
 import tempfile
 
 import torch
@@ -20,87 +12,49 @@ from classroomkd import ClassroomLoss
 from classroomkd.torchvision import import_torchvision
 
 import_torchvision()  # transformers does, and fails if it was built for another torch
-
-import transformers  # noqa: E402
-from transformers import (  # noqa: E402
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
-
-CLASSES, WORDS, LENGTH = 4, 64, 16
+import transformers as hf  # noqa: E402
 
 
-class ClassroomTrainer(Trainer):
-    """A Trainer whose model learns from ``mentors``, which read the same inputs."""
-
+class ClassroomTrainer(hf.Trainer):
     loss_is_scaled_for_ga = False  # a mean over the batch, which gradient accumulation divides
 
-    def __init__(self, *args, mentors, **kwargs):
+    def __init__(self, *args, mentors=(), **kwargs):
         super().__init__(*args, **kwargs)
-        self.mentors = [mentor.to(self.args.device).eval() for mentor in mentors]
-        self.classroom_loss = ClassroomLoss(temperature=12.0, mentor_weight=0.375)
+        self.mentors = [m.to(self.args.device).eval().requires_grad_(False) for m in mentors]
+        self.classroom_loss = ClassroomLoss(mentor_weight="auto", task_weight=1.0)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        outputs = model(**inputs)
-        loss = outputs.loss  # the model's own, for evaluation
-        if model.training:
-            with torch.no_grad():
-                lessons = [mentor(**inputs).logits for mentor in self.mentors]
-            loss = self.classroom_loss(outputs.logits, lessons, inputs["labels"])
-        return (loss, outputs) if return_outputs else loss
+    def compute_loss(self, model, inputs, return_outputs=False, **options):
+        if not (model.training and self.mentors):
+            return super().compute_loss(model, inputs, return_outputs, **options)
+        lessons = [mentor(**inputs).logits for mentor in self.mentors]
+        return self.classroom_loss(model(**inputs).logits, lessons, inputs["labels"])
 
 
 def sentences(count):
-    labels = torch.randint(CLASSES, (count, 1))
-    words = torch.randint(WORDS, (count, LENGTH))
-    of_class = words - words % CLASSES + labels
-    words = torch.where(torch.rand(count, LENGTH) < 0.5, of_class, words)
+    labels, words = torch.randint(4, (count, 1)), torch.randint(64, (count, 16))
+    words = torch.where(torch.rand(count, 16) < 0.5, words - words % 4 + labels, words)
     return [{"input_ids": w, "labels": y} for w, y in zip(words, labels[:, 0], strict=True)]
 
 
 def bert(size, layers):
     sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": layers}
-    config = BertConfig(vocab_size=WORDS, num_labels=CLASSES, num_attention_heads=2, **sizes)
-    return BertForSequenceClassification(config)
-
-
-def accuracy(result):
-    return {"accuracy": float((result.predictions.argmax(-1) == result.label_ids).mean())}
-
-
-def fit(trainer):
-    trainer.train()
-    return trainer.evaluate()["eval_accuracy"]
+    config = hf.BertConfig(vocab_size=64, num_labels=4, num_attention_heads=2, **sizes)
+    return hf.BertForSequenceClassification(config)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    settings = {"num_train_epochs": arguments.epochs, "learning_rate": 3e-3}
-    settings |= {
-        "seed": arguments.seed,
-        "disable_tqdm": True,
-        "report_to": "none",
-        "save_strategy": "no",
-    }
-    transformers.set_seed(arguments.seed)
-    options = {"train_dataset": sentences(1024), "eval_dataset": sentences(1024)}
-    with tempfile.TemporaryDirectory() as folder:
-        options |= {"args": TrainingArguments(folder, **settings), "compute_metrics": accuracy}
-        mentors = [bert(64, layers=2), bert(48, layers=1)]
-        teacher, peer = (fit(Trainer(mentor, **options)) for mentor in mentors)
-        # The student has a quarter of the sentences, and sees each twice as often.
-        settings["num_train_epochs"] *= 2
-        options["args"] = TrainingArguments(folder, **settings)
-        options["train_dataset"] = options["train_dataset"][:256]
-        student = bert(32, layers=1)
-        alone = fit(Trainer(copy.deepcopy(student), **options))
-        taught = fit(ClassroomTrainer(student, mentors=mentors, **options))
-    print(
-        f"held-out accuracy: mentors {teacher:.4f}, {peer:.4f}, student alone {alone:.4f}, "
-        f"in the classroom {taught:.4f}"
-    )
+    parser = hf.HfArgumentParser(hf.TrainingArguments)
+    parser.set_defaults(output_dir=tempfile.mkdtemp(), learning_rate=3e-3, save_strategy="no")
+    (settings,) = parser.parse_args_into_dataclasses()
+
+    def fit(model, count, mentors=()):
+        trainer = ClassroomTrainer(model, settings, train_dataset=data[:count], mentors=mentors)
+        trainer.train()
+        found = trainer.predict(test)
+        return f"{(found.predictions.argmax(-1) == found.label_ids).mean():.4f}"
+
+    torch.manual_seed(settings.seed)
+    data, test, mentors = sentences(1024), sentences(1024), [bert(64, 2), bert(48, 1)]
+    one, two = (fit(mentor, 1024) for mentor in mentors)
+    three, four = fit(bert(32, 1), 512), fit(bert(32, 1), 512, mentors)
+    print(f"held-out accuracy: mentors {one}, {two}, alone {three}, in the classroom {four}")

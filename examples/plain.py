@@ -3,13 +3,12 @@
     pip install -c constraints.txt -e ".[train]"
     python examples/plain.py
 
-trains a teacher, a peer, and one student twice, alone and in their classroom, on the GPU if there
-is one. The networks come from the library's zoo and the batches from its loader, but neither has
-to: the loss asks for nothing but logits. With ten classes the mentors should weigh less than the
-paper's 1: here 3/8 each, where ``mentor_weight="auto"`` gives 1/4.
-``task_weight=1`` gives the labels their full weight: the paper's, the student's confidence, is
-small at first, which costs a training as short as this one. ``--seed`` chooses the first weights
-and the batches.
+Trains a teacher, a peer, and the same student twice, alone and with these mentors, on the GPU if
+there is one. The networks come from the library's zoo and the batches from its loader, but the loss
+needs only logits. With ten classes, the mentor weight should be below the paper's 1: here 3/8,
+while ``mentor_weight="auto"`` is 1/4. ``task_weight=1`` gives the labels their full weight; the
+paper's task weight, the student's confidence, is too small at first for such a short training.
+``--seed`` sets the initial weights and the batches.
 """
 
 import argparse
@@ -25,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def train(name, mentors, images, epochs, seed):
-    """Train a network of the zoo: in the classroom of ``mentors``, or alone if there are none."""
+    """Train a network of the zoo with ``mentors``, or alone if there are none."""
     torch.manual_seed(seed)
     student = create(name, num_classes=10).to(DEVICE)
     optimizer = torch.optim.SGD(student.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
@@ -36,9 +35,9 @@ def train(name, mentors, images, epochs, seed):
             logits = student(batch)
             if mentors:
                 with torch.no_grad():
-                    lessons = [mentor(batch) for mentor in mentors]
+                    mentor_logits = [mentor(batch) for mentor in mentors]
                 _, gradient = fused_classroom_loss_and_grad(
-                    logits, lessons, targets, mentor_weight=0.375, task_weight=1.0
+                    logits, mentor_logits, targets, mentor_weight=0.375, task_weight=1.0
                 )
                 logits.backward(gradient)
             else:
@@ -51,8 +50,8 @@ def train(name, mentors, images, epochs, seed):
 
 @torch.no_grad()
 def accuracy(network, images):
-    right = sum((network(batch).argmax(1) == targets).sum() for batch, targets, _ in images)
-    return int(right) / images.count
+    correct = sum((network(batch).argmax(1) == targets).sum() for batch, targets, _ in images)
+    return int(correct) / images.count
 
 
 if __name__ == "__main__":
@@ -69,7 +68,7 @@ if __name__ == "__main__":
     held_out = ResidentLoader(test_set, 200, augmentation=None, shuffle=False, **options)
 
     teacher = train("resnet14", [], images, epochs, seed)
-    peer = train("resnet8", [], images, (epochs + 1) // 2, seed)  # a weak one: half the training
+    peer = train("resnet8", [], images, (epochs + 1) // 2, seed)  # weak: half the epochs
     alone = train("resnet8", [], images, epochs, seed)
     taught = train("resnet8", [teacher, peer], images, epochs, seed)
     shares = [f"{accuracy(network, held_out):.4f}" for network in (teacher, peer, alone, taught)]

@@ -12,14 +12,18 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, CompiledKernel
+
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
 from classroomkd.kernels.launch import (
     Blocks,
@@ -28,10 +32,6 @@ from classroomkd.kernels.launch import (
     confidence_launch,
     scaling_launch,
 )
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, CompiledKernel
-
 from classroomkd.loss.options import LossOptions
 
 TYPES = {
@@ -64,11 +64,28 @@ class Compiled:
     blocks: Blocks | Tiles
 
 
-def compile_call(
+def compile_call(*, target: str, **call: Any) -> dict[str, Compiled]:
+    """Compile each kernel of `call_launches`, by its name there.
+
+    Args:
+        target: "cuda:<compute capability × 10>" or "hip:<architecture>".
+        call: the arguments of `call_launches`.
+
+    """
+    launches = call_launches(warp_size=_gpu(target).warp_size, **call)
+    return {
+        name: _compile(
+            launch.kernel, _described(launch.kernel, launch.arguments), target, launch.blocks
+        )
+        for name, launch in launches.items()
+    }
+
+
+def call_launches(
     *,
     n_classes: int,
     n_mentors: int,
-    target: str,
+    warp_size: int = 32,
     n_rows: int = 512,
     dtype: torch.dtype = torch.float32,
     mentor_dtypes: Sequence[torch.dtype] | None = None,
@@ -80,11 +97,10 @@ def compile_call(
     scale: torch.dtype = torch.float32,
     with_report: bool = False,
     **options: Any,
-) -> dict[str, Compiled]:
-    """Compile each kernel that a call of the loss would launch, from that launch's own arguments.
+) -> dict[str, Launch]:
+    """What a call of the loss would launch, with tensors that have no memory.
 
     Args:
-        target: "cuda:<compute capability × 10>" or "hip:<architecture>".
         dtype: of the student's logits, and of the mentors' unless ``mentor_dtypes`` names theirs,
             in turn.
         targets: an integer type for class indices, a floating-point one for class probabilities.
@@ -98,7 +114,6 @@ def compile_call(
         By name: "confidence" (ranking "batch"), "classroom", "scale_rows" (autograd's backward).
 
     """
-    warp_size = _gpu(target).warp_size
 
     def rows(of: torch.dtype) -> Tensor:
         wide = torch.empty(n_rows, row_padding + n_classes, dtype=of, device="meta")
@@ -141,10 +156,7 @@ def compile_call(
         _, launches["scale_rows"] = scaling_launch(
             outputs.grad, outputs.loss, outputs.count if mean else None
         )
-    return {
-        name: _compile(launch.kernel, _described(launch), target, launch.blocks)
-        for name, launch in launches.items()
-    }
+    return launches
 
 
 def compile_augmentation(
@@ -190,18 +202,66 @@ def _gpu(target: str) -> GPUTarget:
 def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
-    gpu = _gpu(target)
-    options = {"num_warps": cut.num_warps}
-    compiled = triton.compile(_source(kernel, arguments), target=gpu, options=options)
-    read = _read_cubin if gpu.backend == "cuda" else _read_amdgcn
+    compiled = _compiled(kernel, arguments, target, cut.num_warps)
+    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
     return Compiled(**read(compiled), blocks=cut)
 
 
-def _described(launch: Launch) -> dict[str, object]:
-    """The launch's arguments as `_source` takes them, specialised as Triton would at the launch."""
+class MachineCode(NamedTuple):
+    """A launch on an NVIDIA GPU, as its machine code sees it."""
+
+    name: str
+    cubin: bytes
+    arguments: list[tuple[str, Any]]
+    """Type, as Triton writes it, and value of each that the code takes, in its order."""
+    grid: tuple[int, ...]
+    num_warps: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def machine_code(launch: Launch, target: str) -> MachineCode:
+    """Compile one of `call_launches` for an NVIDIA GPU."""
+    return kernel_code(
+        launch.kernel, launch.grid, launch.arguments, launch.blocks.num_warps, target
+    )
+
+
+def kernel_code(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    num_warps: int,
+    target: str,
+) -> MachineCode:
+    """Compile any kernel for an NVIDIA GPU, with arguments by name, tensors without memory."""
+    types = _described(kernel, arguments)
+    compiled = _compiled(kernel, types, target, num_warps)
+    taken = []
+    for name, kind in types.items():
+        several = isinstance(kind, tuple)
+        values = zip(kind, arguments[name], strict=True) if several else [(kind, arguments[name])]
+        taken += [(k.removesuffix(" of 16"), value) for k, value in values if isinstance(k, str)]
+    read = {
+        key: value for key, value in _read_cubin(compiled).items() if key in MachineCode._fields
+    }
+    cubin = compiled.asm["cubin"]
+    return MachineCode(kernel.__name__, cubin, taken, grid, num_warps, **read)
+
+
+def _compiled(
+    kernel: triton.JITFunction, arguments: dict[str, object], target: str, num_warps: int
+) -> CompiledKernel:
+    options = {"num_warps": num_warps}
+    return triton.compile(_source(kernel, arguments), target=_gpu(target), options=options)
+
+
+def _described(kernel: triton.JITFunction, given: Mapping[str, Any]) -> dict[str, object]:
+    """Arguments as `_source` takes them, specialised as Triton would at the launch."""
     arguments = {}
-    for parameter in launch.kernel.params:
-        value = launch.arguments[parameter.name]
+    for parameter in kernel.params:
+        value = given[parameter.name]
         if parameter.is_constexpr:
             arguments[parameter.name] = tl.constexpr(value)
         elif parameter.do_not_specialize:

@@ -44,8 +44,9 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from classroomkd.kernels.launch import WARP_SIZE, on_device
 from torch import Tensor
+
+from classroomkd.kernels import launch
 
 _THREADS = 128  # of a program, with 8 pixels each
 
@@ -227,27 +228,27 @@ def gather_augment(
     out = torch.empty((n_samples, height, width, 3), dtype=table.dtype, device=images.device)
     out_targets = torch.empty(n_samples, dtype=torch.int64, device=images.device)
     if n_samples:
-        cut = tiles(width, table.itemsize, WARP_SIZE)
-        with on_device(images.device):
-            gather_augment_kernel[
-                (n_samples * triton.cdiv(height * width, cut.GROUP * cut.GROUPS),)
-            ](
-                images,
-                targets,
-                order,
-                table,
-                out,
-                out_targets,
-                order.stride(0),
-                _signed(augment_key),
-                _signed(cutout_key),
-                H=height,
-                W=width,
-                PADDING=padding,
-                FLIP=flip,
-                CUTOUT=cutout,
-                **cut._asdict(),
-            )
+        cut = tiles(width, table.itemsize, launch.WARP_SIZE)
+        arguments = {
+            "image_ptr": images,
+            "target_ptr": targets,
+            "order_ptr": order,
+            "table_ptr": table,
+            "out_ptr": out,
+            "out_target_ptr": out_targets,
+            "order_stride": order.stride(0),
+            "augment_key": _signed(augment_key),
+            "cutout_key": _signed(cutout_key),
+            "H": height,
+            "W": width,
+            "PADDING": padding,
+            "FLIP": flip,
+            "CUTOUT": cutout,
+            "GROUP": cut.GROUP,
+            "GROUPS": cut.GROUPS,
+        }
+        grid = (n_samples * triton.cdiv(height * width, cut.GROUP * cut.GROUPS),)
+        launch.start(gather_augment_kernel, grid, arguments, cut.num_warps, images.device)
     return out.permute(0, 3, 1, 2), out_targets
 
 

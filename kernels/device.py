@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTICS
 
 LOG2E = tl.constexpr(1.4426950408889634)

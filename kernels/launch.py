@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
+
 from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
 from classroomkd.kernels.counters import counter
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.tiled import tiled_classroom_kernel
 from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
-from torch import Tensor
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions
@@ -116,8 +117,22 @@ class Launch(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
-        with on_device(device):
-            self.kernel[self.grid](**self.arguments, num_warps=self.blocks.num_warps)
+        start(self.kernel, self.grid, self.arguments, self.blocks.num_warps, device)
+
+
+def start(
+    kernel: triton.JITFunction,
+    grid: tuple[int, ...],
+    arguments: dict[str, Any],
+    num_warps: int,
+    device: torch.device,
+) -> None:
+    """Run a kernel on that device's current stream. Every launch of the project comes through here.
+
+    Tests put what executes compiled kernels on a CPU in its place.
+    """
+    with on_device(device):
+        kernel[grid](**arguments, num_warps=num_warps)
 
 
 def _rows(logits: Tensor) -> Tensor:

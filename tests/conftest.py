@@ -1,31 +1,71 @@
 """Fixtures of all tests, and what pytest skips where a package is missing."""
 
+import itertools
 import math
 import time
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 
 from classroomkd.loss import fused
+from ffcv_required import why_skipped
 from interpreter import INTERPRETED, TRITON
 
 # What a machine that is lent for its GPU may lack; tests that need it are skipped.
 _OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
 _OPTIONAL |= {"sklearn", "yaml"}
 _ENDS = pytest.StashKey[float]()
+_TOO_LARGE_FOR_PTX = {"test_images_beyond_two_gigabytes"}  # each launch copies its tensors
+_CASES = 16  # of so many cases of a test, the sample on PTX has one
 
 
 def pytest_addoption(parser):
     parser.addoption("--seconds", type=float, default=math.inf, help="begin no test after so many")
     parser.addoption("--share", metavar="I/N", help="every Nth test, from the Ith on")
+    parser.addoption(
+        "--every-ptx", action="store_true", help="all tests of kernels on PTX, not a sample of them"
+    )
+    parser.addoption(
+        "--perturb", type=int, metavar="SEED", help="on PTX, let ex2, lg2, rcp and div err"
+    )
 
 
 def pytest_configure(config):
     config.stash[_ENDS] = time.monotonic() + config.getoption("seconds")
 
 
+def _ptx_to_leave_out(items, every):
+    """Of the tests that have PTX as their ``device``, those that are not to run on it."""
+    on_ptx = [item for item in items if _parameter(item) == "ptx"]
+    for test, cases in itertools.groupby(on_ptx, lambda item: item.originalname):
+        drawn_at = zlib.crc32(test.encode())
+        cases = [*cases]
+        for first in range(0, len(cases), _CASES):
+            some = cases[first : first + _CASES]
+            kept = some[drawn_at % len(some)]
+            for item in some:
+                drawn = getattr(item.function, "is_hypothesis_test", False)  # each draw is compiled
+                sampled = item is kept and not drawn
+                if item.originalname in _TOO_LARGE_FOR_PTX or not (every or sampled):
+                    yield item
+
+
+def _parameter(item):
+    return item.callspec.params.get("device") if hasattr(item, "callspec") else None
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker("property")
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker("browser")
+    left_out = set(_ptx_to_leave_out(items, config.getoption("every_ptx")))
+    config.hook.pytest_deselected(items=[*left_out])
+    items[:] = [item for item in items if item not in left_out]
     if share := config.getoption("share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]
@@ -35,6 +75,8 @@ def pytest_runtest_setup(item):
     if time.monotonic() > item.config.stash[_ENDS]:
         item.session.shouldstop = "out of time"
         pytest.skip("out of time")
+    if item.get_closest_marker("ffcv") and (reason := why_skipped()):
+        pytest.skip(reason)
 
 
 class _Module(pytest.Module):
@@ -55,18 +97,28 @@ def pytest_pycollect_makemodule(module_path, parent):
     return _Module.from_parent(parent, path=module_path)
 
 
-@pytest.fixture(params=["cpu", "interpreter", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        "cpu",
+        "interpreter",
+        pytest.param("ptx", marks=pytest.mark.ptx),
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
 def device(request, monkeypatch):
     """A device on which `fused_classroom_loss` runs its fused pass.
 
-    "cpu" is the pass that numba compiles, which only the loss has; the others are the kernels.
+    "cpu" is the pass that numba compiles, which only the loss has; the others are the kernels. On
+    "ptx", which is the CPU too, they are compiled and their PTX is executed, for one of three
+    targets, in an order of programs that differs from test to test. What that finds fails the test.
     """
     if request.param == "cpu":
         if "loss" not in request.path.parts:
             pytest.skip("a test of kernels")
         pytest.importorskip("numba")
         monkeypatch.setattr(fused, "_INTERPRET", False)
-        return torch.device("cpu")
+        yield torch.device("cpu")
+        return
     if not TRITON:
         pytest.skip("no Triton")
     if request.param == "gpu":
@@ -74,11 +126,21 @@ def device(request, monkeypatch):
             pytest.skip("no GPU")
         if INTERPRETED:
             pytest.skip("TRITON_INTERPRET=1: this process interprets the kernels")
-        return torch.device("cuda")
-    if not INTERPRETED:
-        pytest.skip("this process compiles the kernels for its GPU")
-    monkeypatch.setattr(fused, "_INTERPRET", True)
-    return torch.device("cpu")
+        yield torch.device("cuda")
+    elif request.param == "ptx":
+        from tests.ptx import TARGETS, ptx_execution
+
+        number = zlib.crc32(request.node.nodeid.encode())
+        target = TARGETS[number % len(TARGETS)]
+        perturb = request.config.getoption("perturb")
+        with ptx_execution(target, seed=number, perturb=perturb) as run:
+            yield torch.device("cpu")
+        assert not run.findings, "\n".join(map(str, run.findings))
+    else:
+        if not INTERPRETED:
+            pytest.skip("this process compiles the kernels for its GPU")
+        monkeypatch.setattr(fused, "_INTERPRET", True)
+        yield torch.device("cpu")
 
 
 @pytest.fixture

@@ -13,14 +13,34 @@ if TYPE_CHECKING:
 
 def require_networks(recipe: Recipe) -> None:
     """Raise UserError if a student or mentor is neither a known name nor an existing file."""
-    from classroomkd.models.network_names import is_checkpoint, is_external, require_known
+    from classroomkd.models.network_names import PRETRAINED, is_checkpoint
     from classroomkd.runs.recipe import teaching
 
-    for name in (recipe.student, *(mentor.source for mentor in teaching(recipe))):
+    mentors = teaching(recipe)
+    for name in (recipe.student, *(mentor.source for mentor in mentors)):
         if is_checkpoint(name):
             require_checkpoint(name)
-        elif name and not is_external(name):
-            require_known(name)
+        elif name:
+            require_network(name)
+    for weights in (recipe.init, *(mentor.weights for mentor in mentors)):
+        if weights not in (None, PRETRAINED):
+            require_checkpoint(weights)
+    if recipe.init is not None and not recipe.student:
+        raise UserError(f"init: {recipe.init} is for a student, and there is none")
+    if is_checkpoint(recipe.student):
+        raise UserError(
+            f"the student {recipe.student} is a file: name its network, and give the file as --init"
+        )
+
+
+def require_network(name: str) -> None:
+    """Raise UserError if ``name`` is neither of the zoo, nor a file of one's own that exists."""
+    from classroomkd.models.network_names import code_file, is_code, is_external, require_known
+
+    if is_code(name):
+        code_file(name)
+    elif not is_external(name):
+        require_known(name)
 
 
 def require_images(source: str) -> None:
@@ -41,8 +61,10 @@ def require_checkpoint(source: str) -> None:
 
 
 def is_override(text: str) -> bool:
-    """Whether ``text`` has the form KEY=VALUE and is not a file."""
-    return "=" in text and not Path(text).exists()
+    """Whether ``text`` has the form KEY=VALUE and is neither a file nor NAME=WEIGHTS."""
+    from classroomkd.models.network_names import split_weights
+
+    return "=" in text and not Path(text).exists() and split_weights(text)[1] is None
 
 
 def default_device() -> str:

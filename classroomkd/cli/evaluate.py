@@ -13,6 +13,7 @@ from classroomkd.cli.arguments import (
     DEFAULT_SEED,
     DEFAULT_TEST_SHARE,
     NATURAL,
+    PIXELS,
     SHARE,
     add_command,
     add_device,
@@ -32,7 +33,8 @@ def add_to(commands: Any) -> None:
         type=path_option,
         metavar="STUDENT",
         help="run folder, .safetensors file or another checkpoint; FILE:ENTRY picks one of several "
-        "networks in a file",
+        "networks in a file; FILE.py:NAME=WEIGHTS is a network of your own with its weights, and "
+        "tv:NAME and timm:NAME are pretrained",
     )
     parser.add_argument(
         "--data",
@@ -59,6 +61,21 @@ def add_to(commands: Any) -> None:
         help="resize: take the centre of each photograph; pad: all images have one size "
         f"{own.format('pad')}",
     )
+    for name, what in (("mean", "mean"), ("std", "standard deviation")):
+        parser.add_argument(
+            f"--{name}",
+            type=float,
+            nargs=3,
+            metavar=("R", "G", "B"),
+            help=f"{what} of each channel, of values scaled to 0..1, that STUDENT's images are "
+            "normalised by (default: what its file says, else those of the training part)",
+        )
+    parser.add_argument(
+        "--image-size",
+        type=PIXELS,
+        metavar="PIXELS",
+        help=f"width and height of the images {own.format(DEFAULT_IMAGE_SIZE)}",
+    )
     parser.add_argument(
         "--all", action="store_true", help="measure on every image, including the training set"
     )
@@ -67,11 +84,21 @@ def add_to(commands: Any) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print accuracy, loss and calibration error."""
-    require_checkpoint(str(arguments.student))
-    source = _source(arguments)
+    from classroomkd.models.network_names import PRETRAINED, label
+
+    student = str(arguments.student)
+    name, weights = _named(student)
+    place = Path(student if weights in (None, PRETRAINED) else weights)
+    source = _source(arguments, place)
+    if (arguments.mean is None) != (arguments.std is None):
+        arguments.parser.error("--mean and --std go together")
+    if arguments.std is not None and min(arguments.std) <= 0:
+        arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
 
     from classroomkd.data import ImageSet, channel_statistics, is_split_by_seed, join
-    from classroomkd.models import NetworkInfo, load_network
+    from classroomkd.data.loader import per_channel
+    from classroomkd.models import NetworkInfo, is_external, load_network
+    from classroomkd.models.first_weights import load_given
     from classroomkd.models.layout import to_channels_last
     from classroomkd.runs.images import open_loaders, read_images
     from classroomkd.runs.machine import find_device
@@ -81,42 +108,56 @@ def evaluate(arguments: argparse.Namespace) -> None:
     from classroomkd.training.evaluation import evaluation_loader, require_finite
 
     device = find_device(arguments.device)
-    network, info, architecture = load_network(arguments.student, notify=print)
-    image_size = info.image_size if info else DEFAULT_IMAGE_SIZE
+    if weights is None:
+        network, info, architecture = load_network(student, notify=print)
+    else:
+        (network, info), architecture = load_given(name, weights, print), name
+    known_size = info.image_size if info else DEFAULT_IMAGE_SIZE
+    image_size = arguments.image_size or known_size
     if info is None and arguments.data is None:
         raise UserError(
-            f"{arguments.student} lies in a run folder but was not written by the run: give --data"
+            f"{student} lies in a run folder but was not written by the run: give --data"
         )
-    split = _split(arguments, ours=info is not None)
+    split = _split(arguments, place, ours=info is not None)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
-    if photos and info is None:
+    given = arguments.mean is not None
+    if photos and info is None and not given:
         raise UserError(
-            f"{arguments.student} does not say how its images were prepared: only images that are "
-            "decoded at one size can tell, without --crop resize"
+            f"{student} does not say how its images were prepared: only images that are "
+            "decoded at one size can tell, without --crop resize; or give --mean and --std"
         )
     data = DataConfig(source, image_size, test_share=split["test_share"])
     data.crop = "resize" if photos else "pad"
     sets = read_images(data, split["seed"])
     train_set, test_set = sets.train, sets.test
-    if info is None:
+    if info is None and given:
+        mean, std = per_channel(arguments.mean), per_channel(arguments.std)
+        info = NetworkInfo(architecture, test_set.classes, mean, std, image_size)
+    elif info is None:
         assert isinstance(train_set, ImageSet)  # as the check of --crop sees to
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
         )
         print(
-            f"{arguments.student} does not say how its images were prepared: taking the mean and "
+            f"{student} does not say how its images were prepared: taking the mean and "
             f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
         )
-    fit_to_data(network, info, replace(info, classes=test_set.classes), str(arguments.student))
+    if is_external(name) and len(info.classes) == len(test_set.classes):
+        print(f"{student}: its classes are taken to be the data's, in their order")
+        info = replace(info, classes=test_set.classes)
+    info = replace(info, image_size=image_size)
+    fit_to_data(network, info, replace(info, classes=test_set.classes), student)
+    if given:
+        info = replace(info, mean=per_channel(arguments.mean), std=per_channel(arguments.std))
     to_channels_last(network, device)
     images = join(*sets.sets().values()) if arguments.all else test_set
     loaders = open_loaders(loader, [images], image_size, device)
     with evaluation_loader(loaders, images, info) as batches:
         result = measure(network, batches)
-    require_finite(result, str(arguments.student))
+    require_finite(result, student)
     own = ", as in its run" if arguments.data is None else ""
     part = "all images" if arguments.all else "the held-out part"
-    print(f"{architecture} of {arguments.student} on {part} of {source}{own}:")
+    print(f"{label(architecture)} of {student} on {part} of {source}{own}:")
     chosen = ""
     if not arguments.all and is_split_by_seed(source):
         total = len(train_set) + len(test_set)
@@ -128,7 +169,29 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(f"calibration error {result.calibration_error:.4f}")
 
 
-def _source(arguments: argparse.Namespace) -> str:
+def _named(student: str) -> tuple[str, str | None]:
+    """The network and its weights, None where both are a checkpoint; UserError if unknown."""
+    from classroomkd.models.network_names import (
+        PRETRAINED,
+        code_file,
+        is_code,
+        is_external,
+        split_weights,
+    )
+
+    name, weights = split_weights(student)
+    if is_external(name) and weights is None:
+        weights = PRETRAINED
+    if is_code(name):
+        code_file(name)
+        if weights is None:
+            raise UserError(f"{name} has no weights yet: give {name}=FILE")
+    if weights != PRETRAINED:
+        require_checkpoint(student if weights is None else weights)
+    return name, weights
+
+
+def _source(arguments: argparse.Namespace, network: Path) -> str:
     """The given images, or those of the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
     from classroomkd.runs.paths import recorded_source
@@ -136,17 +199,17 @@ def _source(arguments: argparse.Namespace) -> str:
     if arguments.data is not None:
         require_images(str(arguments.data))
         return str(arguments.data)
-    source = recorded_source(arguments.student)
+    source = recorded_source(network)
     if not source:
         arguments.parser.error(
-            f"--data is required: {arguments.student} lies in no run folder that names its images"
+            f"--data is required: {network} lies in no run folder that names its images"
         )
     if source not in NAMED_SOURCES and not Path(source).exists():
         raise UserError(f"the images of the run are no longer at {source}: give --data")
     return source
 
 
-def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
+def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str, Any]:
     """Seed, share and crop of the split and the loader; by default the run's, if it is ``ours``.
 
     With another split a network would be measured on images that it was trained on. Loaders differ
@@ -155,7 +218,7 @@ def _split(arguments: argparse.Namespace, ours: bool) -> dict[str, Any]:
     from classroomkd.runs.paths import recorded_split
 
     split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
-    recorded = recorded_split(arguments.student) if ours else {}
+    recorded = recorded_split(network) if ours else {}
     loader = recorded.pop("loader", "auto")
     split |= recorded
     given = {name: getattr(arguments, name) for name in split}

@@ -1,4 +1,4 @@
-"""`classroomkd recipes`, `models`, `methods` and `config`, none of which needs torch."""
+"""`classroomkd recipes`, `models`, `methods` and `config`; only `models --features` needs torch."""
 
 from __future__ import annotations
 
@@ -8,13 +8,32 @@ import shutil
 import textwrap
 from typing import Any
 
-from classroomkd.cli.arguments import add_command
+from classroomkd.cli.arguments import DEFAULT_IMAGE_SIZE, PIXELS, add_command
 
 
 def add_to(commands: Any) -> None:
     """Add the commands and their options."""
     add_command(commands, recipes, "list the packaged recipes")
-    add_command(commands, models, "list the networks of the zoo and their numbers of parameters")
+    what = "list the networks of the zoo, or the layers of any network"
+    parser = add_command(commands, models, what)
+    parser.add_argument(
+        "network",
+        nargs="?",
+        metavar="NAME",
+        help="a network, as train takes it; given with --features",
+    )
+    parser.add_argument(
+        "--features",
+        action="store_true",
+        help="list the layers of NAME that methods can compare, with their shapes",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=PIXELS,
+        default=DEFAULT_IMAGE_SIZE,
+        metavar="PIXELS",
+        help="width and height of the images (default: %(default)s)",
+    )
     add_command(commands, methods, "list the distillation methods and their options")
     what = "list every recipe key with its value and meaning"
     add_command(commands, config, what).add_argument(
@@ -42,14 +61,39 @@ def recipes(_: argparse.Namespace) -> None:
         print(f"{name:{widths[0]}}  {student:{widths[1]}}  {sources}")
 
 
-def models(_: argparse.Namespace) -> None:
-    """Print the zoo."""
+def models(arguments: argparse.Namespace) -> None:
+    """Print the zoo, or the layers of a network."""
+    if arguments.features != (arguments.network is not None):
+        arguments.parser.error("NAME and --features go together")
+    if arguments.network is not None:
+        _features(arguments.network, arguments.image_size)
+        return
     from classroomkd.models.network_names import SIZES
 
     print("network        parameters with 100 classes")
     for name, size in SIZES.items():
         print(f"{name:15}{size.parameters:>27,}")
-    print("\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights")
+    print(
+        "\nand tv:NAME of torchvision and timm:NAME of timm, with their pretrained weights, and "
+        "your own: FILE.py:NAME or package.module:NAME"
+    )
+
+
+def _features(name: str, image_size: int) -> None:
+    """Print the layers of a network that methods can compare."""
+    from classroomkd.cli.checks import require_network
+
+    require_network(name)
+    from classroomkd.models.stages import layer_shapes, stage_names
+
+    shapes = layer_shapes(name, image_size)
+    own = stage_names(name)
+    width = max(map(len, shapes), default=0)
+    print(f"layers of {name}, channels × height × width for images of {image_size}×{image_size}")
+    for path, shape in shapes.items():
+        mark = "  a stage" if path in own else ""
+        print(f"{path:{width}}  {' × '.join(map(str, shape))}{mark}")
+    print("\nfor method_options.student_layers and teacher_layers of fitnet and at, as a,b,c")
 
 
 def methods(_: argparse.Namespace) -> None:

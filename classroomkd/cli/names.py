@@ -16,8 +16,12 @@ def networks() -> str:
             "networks:",
             "  NAME          from the zoo: " + ", ".join(names()),
             "  tv:NAME       from torchvision, for example tv:resnet34; mentors are pretrained, a "
-            "student starts from random weights",
+            "student starts from random weights without --init",
             "  timm:NAME     from timm, likewise",
+            "  FILE.py:NAME  your own: a function or class in a file that takes the number of "
+            "classes, or nothing, and returns a torch.nn.Module; package.module:NAME likewise",
+            "  NAME=WEIGHTS  mentor: tv:, timm: or your own with a checkpoint's weights, as it "
+            "is; with epochs, in a recipe, it is trained from there",
             "  NAME@60       mentor: the network after epoch 60 of its training",
             "  PATH          mentor: a checkpoint (.safetensors, or a PyTorch file with a state "
             "dict; FILE:ENTRY picks one of several), or a run folder, for its student",

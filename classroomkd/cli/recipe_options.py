@@ -14,6 +14,7 @@ from classroomkd.cli.arguments import (
     Parser,
     add_device,
     nested,
+    not_empty,
     path_option,
 )
 from classroomkd.cli.checks import is_override, require_images, require_networks
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 _SHORT_FOR = {
     "data": ("data.source",),
     "student": ("student",),
+    "init": ("init",),
     "mentors": ("mentors",),
     "epochs": ("training.epochs", "mentor_training.epochs"),
     "batch_size": ("training.batch_size", "mentor_training.batch_size"),
@@ -61,10 +63,17 @@ def add_recipe_options(parser: Parser) -> None:
     parser.add_argument("--data", type=path_option, metavar="PATH", help=DATA_HELP)
     parser.add_argument("--student", metavar="NAME", help="network to train (see below)")
     parser.add_argument(
+        "--init",
+        type=not_empty,
+        metavar="FILE",
+        help="the student's first weights, a checkpoint of it, or the word pretrained for those of "
+        "its library; the classifier begins anew where theirs is for other classes",
+    )
+    parser.add_argument(
         "--mentors",
         nargs="+",
         metavar="NAME|FILE",
-        help="networks to train first, pretrained networks, or checkpoints (see below)",
+        help="networks to train first, networks with weights, or checkpoints (see below)",
     )
     parser.add_argument(
         "--epochs",

@@ -84,6 +84,11 @@ def _resume(out: Path) -> None:
         print(f"the run in {out} is finished\nreport: {write_report([out])}")
         return
     recipe = load_recipe(unfinished(out), of_run=True)
+    if not recipe.data.source:
+        raise UserError(
+            f"the run in {out} was begun in Python: classroomkd.distill(…, out={str(out)!r}, "
+            "resume=True) goes on"
+        )
     require_images(recipe.data.source)
     run = _run_of(recipe)
     _carry_out(run, _read_data(recipe), out, resume=True)

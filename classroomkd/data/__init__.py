@@ -1,10 +1,9 @@
-"""Data: sources decoded into memory, augmentation, and the loaders that feed the networks.
+"""Everything between files and batches: sources, augmentation and loaders.
 
-What belongs in this folder is everything between files and batches. Data flows one way: a source
-(``sources``, ``cifar``) gives two ``ImageSet``s, training and held out; a loader (``loader``) turns
-one into batches on a device, in the order and with the augmentation that ``augmentation`` defines
-once, for every loader, as a function of (seed, epoch, sample index). Networks and training know
-nothing of files, and this folder knows nothing of them.
+Data flows one way: a source (``sources``, ``cifar``) returns two ``ImageSet``s, training and
+held-out; a loader (``loader``) turns one into batches on a device. ``augmentation`` defines order
+and augmentation once, for every loader, as a function of (seed, epoch, sample index). Networks and
+training know nothing about files, and this package knows nothing about them.
 """
 
 from typing import TYPE_CHECKING
@@ -63,8 +62,8 @@ __all__ = [
     "load_source",
     "split_off",
 ]
-if not TYPE_CHECKING:  # checkers would take every name to be there
-    __getattr__, __dir__ = exports(  # what takes torch, or asks for FFCV
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
+    __getattr__, __dir__ = exports(  # modules that import torch or FFCV
         __name__,
         {
             "backends": "BACKENDS Loaders",

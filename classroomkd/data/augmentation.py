@@ -1,8 +1,8 @@
 """Sample order, augmentation and normalisation, as pure functions of (seed, epoch, sample index).
 
-Everything random about the data comes from one counter-based hash in 32-bit integer arithmetic,
-so that any back end, any number of workers and any order of work give the same image bits. All
-arithmetic below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift::
+All randomness in the data comes from one counter-based hash in 32-bit integer arithmetic, so every
+loader gives the same image bits with any number of workers and in any order of work. All arithmetic
+below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift::
 
     mix(x):    x ^= x >> 16;  x *= 0x7FEB352D;  x ^= x >> 15;  x *= 0x846CA68B;  x ^= x >> 16
     key:       k = stream;  for each w in (seed mod 2³², seed >> 32, epoch):
@@ -10,8 +10,8 @@ arithmetic below is modulo 2³²; ``^`` is exclusive or, ``>>`` a logical shift:
     word:      word(stream, seed, epoch, index) = mix(mix(index) ^ key)
 
 ``mix`` is a bijection, so the words of one key are distinct for distinct indices. The streams are
-0 for the sample order, 1 for crop and flip, 2 for splitting a data set into two, 3 for cutout, 4
-to 23 those of ``crops``, 24 and 25 those of ``mixing``.
+0 for the sample order, 1 for crop and flip, 2 for splitting a data set, 3 for cutout, 4 to 23 for
+``crops``, and 24 and 25 for ``mixing``.
 
 Order      samples by ascending word (no two are equal).
 Crop       with h = word and p = padding: the image is padded with p black pixels (0, 0, 0) on each
@@ -20,8 +20,8 @@ Crop       with h = word and p = padding: the image is padded with p black pixel
            both within 0..2p.
 Flip       of the window, left to right, if the lowest bit of h is set.
 Normalise  through a float32 table: the float64 value (v/255 − mean)/std, rounded once to float32
-           and from there to the dtype asked for.
-Cutout     with h = word of its own stream: the square of k pixels per side that begins at row
+           and from there to the requested dtype.
+Cutout     with h = word of its own stream: the square of k pixels per side that starts at row
            (((h >> 17) · H) >> 15) − k div 2 and column ((((h >> 2) & 0x7FFF) · W) >> 15) − k div 2
            of the finished image, clipped to the image, is set to 0, the mean colour. (DeVries
            and Taylor, "Improved regularization of convolutional neural networks with cutout".)
@@ -42,7 +42,7 @@ _MASK = 0xFFFFFFFF
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The hash's finaliser, on uint32 arrays, whose products wrap."""
+    """The hash's finaliser on uint32 arrays; products wrap."""
     x = x ^ (x >> 16)
     x = x * np.uint32(0x7FEB352D)
     x = x ^ (x >> 15)
@@ -51,7 +51,7 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def stream_key(stream: int, seed: int, epoch: int) -> int:
-    """The hash's key, 0 ≤ key < 2³², of the lowest 64 bits of ``seed`` and 32 of ``epoch``."""
+    """The hash's key, 0 ≤ key < 2³², from the lowest 64 bits of ``seed`` and 32 of ``epoch``."""
     key = stream
     for part in (seed & _MASK, (seed >> 32) & _MASK, epoch & _MASK):
         key = int(_mix(np.array([((key ^ part) + 0x9E3779B9) & _MASK], np.uint32))[0])

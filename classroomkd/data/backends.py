@@ -1,4 +1,4 @@
-"""Which loader feeds a run, and where FFCV's files are kept."""
+"""Choose the loader of a run, and keep FFCV's files in the cache."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from classroomkd.limits import Backend
 
 BACKENDS = get_args(Backend)
 
-_SHARE = 0.5  # of a GPU's free memory that images may take; networks need the rest
+_SHARE = 0.5  # of a GPU's free memory for images; networks need the rest
 
 
 class Loaders:
-    """Opens loaders of ``image_sets`` through one back end.
+    """Opens loaders of ``image_sets``, all of one kind.
 
-    "auto" picks ffcv if FFCV can be imported and its files packed, else resident if the sets fit
-    into the device's memory, else torch. The attribute ``backend`` is the choice, ``reason`` the
-    reason for it. FFCV's files are packed on first use into the cache (the folder that
-    ``CLASSROOMKD_CACHE`` names, by default ~/.cache/classroomkd), under a digest of their content.
+    "auto" selects ffcv if FFCV can be imported and its files packed, else resident if the sets fit
+    into the device's memory, else torch. ``backend`` is the selected loader and ``reason`` the
+    reason. FFCV's files are packed on first use into the cache (``CLASSROOMKD_CACHE``, by default
+    ~/.cache/classroomkd) and named by a digest of their content.
 
-    Photographs (`ImageFiles`) are never resident; for ffcv they are packed as JPEGs, those larger
-    than ``max_side`` pixels shrunk to it.
+    Photographs (`ImageFiles`) cannot be resident. For ffcv they are packed as JPEGs; those larger
+    than ``max_side`` pixels are shrunk to it.
 
-    Raises UserError if the back end that was asked for cannot be used.
+    Raises UserError if the requested loader cannot be used.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Loaders:
         self._are_photos = any(isinstance(image_set, ImageFiles) for image_set in image_sets)
         if backend == "resident" and self._are_photos:
             raise UserError(
-                "the resident loader holds images of one size, and photographs differ: take the "
+                "the resident loader needs images of one size, and photographs differ: use the "
                 "loader ffcv or torch"
             )
-        self.backend, self.reason = backend, "asked for"
+        self.backend, self.reason = backend, "requested"
         if backend in ("auto", "ffcv"):
             try:
                 self._files = [packed(image_set, max_side) for image_set in image_sets]
@@ -73,13 +73,13 @@ class Loaders:
         reason = " ".join(str(error).split())
         if self._are_photos:
             return "torch", reason
-        if self.device.type == "cpu":  # where the sets are in memory already
+        if self.device.type == "cpu":  # the sets are in memory already
             return "resident", reason
         needed = sum(part.images.nbytes for part in image_sets if isinstance(part, ImageSet))
         free, _ = torch.cuda.mem_get_info(self.device)
         if needed <= _SHARE * free:
             return "resident", reason
-        sizes = f"{needed / 1e9:.1f} GB of images beside {free / 1e9:.1f} GB free on the GPU"
+        sizes = f"{needed / 1e9:.1f} GB of images and {free / 1e9:.1f} GB free on the GPU"
         return "torch", f"{reason}; {sizes}"
 
     def open(self, image_set: ImageSet | ImageFiles, batch_size: int, **options) -> Loader:
@@ -90,13 +90,13 @@ class Loaders:
         options |= {"device": self.device}
         places = [i for i, known in enumerate(self._image_sets) if known is image_set]
         if not places:
-            raise UserError("this image set is none of those that the loaders were made for")
+            raise UserError("the image set is not one of those given to the constructor")
         if self.backend == "ffcv":
             from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
             return FFCVLoader(self._files[places[0]], batch_size, **options)
         if self.backend == "resident":
-            assert isinstance(image_set, ImageSet)  # of photographs the backend is another
+            assert isinstance(image_set, ImageSet)  # the constructor rejects photographs
             return ResidentLoader(image_set, batch_size, **options)
         return TorchLoader(image_set, batch_size, **options)
 
@@ -107,7 +107,7 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     Photographs become JPEGs of at most ``max_side`` pixels per side.
 
     Raises UserError if FFCV is not installed, there is not enough space or a photograph cannot be
-    read; OSError if the cache cannot be written to.
+    read, and OSError if the cache is not writable.
     """
     from classroomkd.data.ffcv.beton import pack
 
@@ -120,18 +120,18 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     digest = None if options else content  # a JPEG's bytes depend on the encoder
     if not _is_whole(path, digest):
         path.parent.mkdir(parents=True, exist_ok=True)
-        alone = lock(path.parent / ".lock")
+        held = lock(path.parent / ".lock")
         try:
             if not _is_whole(path, digest):  # another process may have packed it meanwhile
                 remove_leftovers(path.parent)
                 pack(image_set, path, overwrite=True, **options)
         finally:
-            alone.release()
+            held.release()
     return path
 
 
 def _is_whole(path: Path, digest: str | None) -> bool:
-    """Whether the file and its side file are complete, and of that ``digest`` if one is given."""
+    """Whether the file and its side file are complete, and match ``digest`` if one is given."""
     from classroomkd.data.ffcv.beton import open_beton
 
     try:

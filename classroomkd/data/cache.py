@@ -1,4 +1,4 @@
-"""The cache folder, and digests of files, kept in it because reading them can take minutes."""
+"""The cache folder, and digests of files, which are cached because reading can take minutes."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 
 from classroomkd.files import atomic_write
 
-_CHUNK = 64  # files that a thread reads at a time
+_CHUNK = 64  # files per task of a thread
 
 
 def cache_folder() -> Path:
-    """Where packed files, trained mentors and digests are kept between runs."""
+    """The folder of packed files, trained mentors and digests."""
     if "CLASSROOMKD_CACHE" in os.environ:
         return Path(os.environ["CLASSROOMKD_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "classroomkd"
 
 
 def files_digest(files: Sequence[Path]) -> str:
-    """One SHA-256, in hexadecimal, of the content of all ``files``, in their order.
+    """The SHA-256, in hexadecimal, of the content of all ``files``, in order.
 
-    It is cached under the files' names, sizes and modification times: as long as these stay the
-    same, the files are not read again. Raises OSError, naming the file, if one cannot be read.
+    It is cached by file names, sizes and modification times; while these stay the same, the files
+    are not read again. Raises OSError, naming the file, if one cannot be read.
     """
     key = hashlib.sha256()
     for file in files:
@@ -44,7 +44,7 @@ def files_digest(files: Sequence[Path]) -> str:
     with ThreadPoolExecutor() as pool:
         for digests in pool.map(digests_from, range(0, len(files), _CHUNK)):
             digest.update(digests)
-    with suppress(OSError):  # without a writable cache only time is lost
+    with suppress(OSError):  # the cache only saves time
         kept.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(kept, digest.hexdigest())
     return digest.hexdigest()

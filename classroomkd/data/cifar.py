@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 as their authors publish them: batches pickled by Python 2."""
+"""CIFAR-10 and CIFAR-100 in the published format: batches pickled by Python 2."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ Part = tuple[np.ndarray, np.ndarray]
 
 
 def find(path: Path, kind: str | None = None) -> tuple[_Layout, Path] | None:
-    """The layout and folder of the CIFAR files at ``path`` or in its usual subfolder, if any.
+    """The layout and folder of the CIFAR files at ``path`` or in its usual sub-folder, if any.
 
-    ``kind`` ("cifar10" or "cifar100") looks for that set alone. Raises UserError if several are
-    there.
+    ``kind`` ("cifar10" or "cifar100") restricts the search to one set. Raises UserError if there
+    are several.
     """
     found = [
         (layout, folder)
@@ -78,7 +78,7 @@ def find(path: Path, kind: str | None = None) -> tuple[_Layout, Path] | None:
 
 
 def download(path: Path, kind: str) -> None:
-    """Download a set into ``path`` by torchvision, which checks it, unless it is complete there."""
+    """Download and check a set with torchvision, unless it is complete in ``path``."""
     layout = LAYOUTS[kind]
     found = find(path, kind)
     if found and all((found[1] / file).is_file() for file in layout.files):
@@ -92,19 +92,19 @@ def download(path: Path, kind: str) -> None:
     except (ImportError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"could not download {layout.title} into {path} ({reason}): fetch {layout.url} by hand "
-            f"and unpack it there, so that {path / layout.folder} exists"
+            f"could not download {layout.title} into {path} ({reason}): download {layout.url} "
+            f"yourself and unpack it there, so that {path / layout.folder} exists"
         ) from error
 
 
 def read(layout: _Layout, folder: Path) -> tuple[Part, Part, list[str]]:
     """The training and the test part, each (uint8 [N, 32, 32, 3], int64 [N]), and the classes.
 
-    Raises UserError naming the file that is missing, damaged or something else.
+    Raises UserError, naming the file, if one is missing, damaged or not a CIFAR file.
     """
     for file in layout.files:
         if not (folder / file).is_file():
-            raise UserError(f"{folder} is not a whole {layout.title} folder: {file} is missing")
+            raise UserError(f"{folder} is not a complete {layout.title} folder: {file} is missing")
     classes = _unpickle(folder / layout.meta).get(layout.names)
     if not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
         raise _damaged(folder / layout.meta, f"no list {layout.names!r}")
@@ -128,7 +128,7 @@ def _read_batch(layout: _Layout, file: Path, classes: int) -> Part:
     return np.ascontiguousarray(images), np.array(labels, np.int64)
 
 
-# The function that rebuilds arrays; the name of its module differs among NumPy versions.
+# The function that rebuilds arrays; its module depends on the NumPy version.
 _reconstruct = np.empty(0).__reduce__()[0]
 _REBUILDS_ARRAYS = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
@@ -139,7 +139,7 @@ _REBUILDS_ARRAYS = {
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds NumPy arrays and refuses everything else: a pickle can otherwise run any code."""
+    """Rebuilds NumPy arrays and rejects everything else, because a pickle can run any code."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _REBUILDS_ARRAYS:
@@ -150,7 +150,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _unpickle(file: Path) -> dict:
     try:
         with file.open("rb") as stream:
-            # Python 2 had one type for text and bytes; latin1 keeps both, as NumPy expects.
+            # Python 2 had one type for text and bytes; latin1 preserves both, as NumPy expects.
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
         raise _damaged(file, " ".join(str(error).split()) or type(error).__name__) from error

@@ -1,4 +1,4 @@
-"""The sub-folders and image files of a folder, in an order that is the same on every machine."""
+"""The sub-folders and image files of a folder, in the same order on every machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from classroomkd.errors import UserError
 
 
 def subfolders(path: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; hidden ones are left out."""
+    """The sorted names of the folders in a folder, without hidden ones."""
     with os.scandir(path) as entries:
         return sorted(e.name for e in entries if _is(e.is_dir) and not _is_hidden(e.name))
 
@@ -26,12 +26,12 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a name is a hidden one; macOS adds ``__MACOSX`` with metadata to archives."""
+    """Whether a name is hidden; macOS adds ``__MACOSX`` with metadata to archives."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def _natural(name: str) -> tuple[list[int | str], str]:
-    """The key of natural order, in which digits compare as numbers."""
+    """The sort key of natural order, in which digits compare as numbers."""
     parts = re.split("([0-9]+)", name)
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
@@ -46,16 +46,14 @@ def files_in(path: Path) -> tuple[list[Path], list[Path]]:
                 continue
             is_image = entry.name.lower().endswith(SUFFIXES)
             if is_image and not _is(entry.is_file):
-                raise UserError(
-                    f"{path / entry.name} is no file, or a link to one that is not there: remove it"
-                )
+                raise UserError(f"{path / entry.name} is not a file, or a broken link: remove it")
             (images if is_image else others).append(entry.name)
     images, others = sorted(images, key=_natural), sorted(others)
     return [path / name for name in images], [path / name for name in others]
 
 
 def folders_below(path: Path, above: tuple[tuple[int, int], ...] = ()) -> Iterator[Path]:
-    """``path`` and all folders below it; links are followed, but not in cycles."""
+    """``path`` and all folders below it; links are followed, cycles are not."""
     status = path.stat()
     this = status.st_dev, status.st_ino
     if this in above:

@@ -1,8 +1,8 @@
-"""Crops of photographs, which differ in size, to squares of one size.
+"""Crops of photographs of varying size to squares of one size.
 
 A random crop is a pure function of (seed, epoch, sample index) and the photograph's height H and
-width W, by the hash of ``augment``. Attempt a of ten draws, with h and g the words of the streams
-4 + 2a and 5 + 2a, in float64,
+width W, by the hash of ``augmentation``. With h and g the words of the streams 4 + 2a and 5 + 2a,
+attempt a of ten draws, in float64,
 
     area    = H·W · (low + (high − low) · (h >> 16) / 2¹⁶)
     aspect  = exp(log low + (log high − log low) · (h mod 2¹⁶) / 2¹⁶)       width / height
@@ -62,7 +62,7 @@ class RandomResizedCrop:
         """First row, first column, height and width, int64 [B, 4], of each sample's crop."""
         boxes = self._centred(heights, widths)
         logs = np.log(self.aspect)
-        for attempt in reversed(range(_ATTEMPTS)):  # so that the first that fits comes last
+        for attempt in reversed(range(_ATTEMPTS)):  # the first one that fits is written last
             h, g = (
                 words(_FIRST_STREAM + 2 * attempt + i, seed, epoch, indices).astype(np.int64)
                 for i in range(2)

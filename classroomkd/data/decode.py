@@ -1,4 +1,4 @@
-"""Decode image files into uint8 RGB arrays: upright, opaque and, on request, square."""
+"""Decode image files into uint8 RGB arrays: upright, opaque and optionally square."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy as np
 
 from classroomkd.errors import UserError
 
-if TYPE_CHECKING:  # Pillow is imported where it is used: sets of decoded images need none
+if TYPE_CHECKING:  # Pillow is imported on use, because decoded images do not need it
     from PIL import Image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_CHUNK = 64  # images that a thread decodes at a time
+_CHUNK = 64  # images per task of a thread
 
 
 def read_files(files: list[Path], size: int) -> np.ndarray:
-    """Decode all files into uint8 [N, size, size, 3]; UserError names the first that fails."""
+    """Decode all files into uint8 [N, size, size, 3]; the UserError names the first failure."""
     from rich.console import Console
     from rich.progress import track
 
@@ -59,9 +59,9 @@ def read_files(files: list[Path], size: int) -> np.ndarray:
 
 @contextmanager
 def bombs_refused() -> Iterator[None]:
-    """Turn Pillow's warning of a decompression bomb into an error.
+    """Turn Pillow's warning about decompression bombs into an error.
 
-    Warning filters are global to the process, so this must enclose the threads that decode.
+    Warning filters are global to the process, so this must enclose the decoding threads.
     """
     from PIL import Image
 
@@ -79,7 +79,7 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
     try:
         with Image.open(file, formats=_FORMATS) as opened:
-            image = ImageOps.exif_transpose(opened)  # reads it whole, so a truncated file raises
+            image = ImageOps.exif_transpose(opened)  # reads all of it, so a truncated file raises
         image = rgb(image)
         return np.asarray(image if size is None else _square(image, size))
     except UnidentifiedImageError:
@@ -90,12 +90,12 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
 
 
 def read_size(file: Path) -> tuple[int, int]:
-    """Height and width of the image in ``file``, which must be one that can be decoded."""
+    """Height and width of the image in ``file``, which must be decodable."""
     from PIL import ExifTags, Image
 
     with Image.open(file, formats=_FORMATS) as image:
         width, height = image.size
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by 90°
     return (width, height) if turned else (height, width)
 
 
@@ -126,7 +126,7 @@ def square(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def _square(image: Image.Image, size: int) -> Image.Image:
-    """The largest centred square, at ``size`` pixels; an image of that size is left as it is."""
+    """The largest centred square, resized to ``size`` pixels; unchanged if it has that size."""
     from PIL import Image, ImageOps
 
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)

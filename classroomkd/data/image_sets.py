@@ -1,4 +1,4 @@
-"""Images with their classes: decoded in memory, or as files that are decoded on access."""
+"""Images with their classes: decoded in memory, or files decoded on access."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from classroomkd.errors import UserError
 class ImageSet:
     """Decoded images: uint8 [N, H, W, 3] RGB, int64 [N] class indices, and the class names.
 
-    It is made of NumPy arrays: ``ImageSet(images, targets, ["cat", "dog"])``. ``set[i]`` is the
-    image, uint8 [H, W, 3], and the class index of sample i.
+    Made from NumPy arrays: ``ImageSet(images, targets, ["cat", "dog"])``. ``set[i]`` is the image,
+    uint8 [H, W, 3], and the class index of sample i.
 
     Raises UserError if the images are not uint8 [N, H, W, 3], or the targets are not N indices of
     the classes.
@@ -48,7 +48,7 @@ class ImageSet:
         return self.images[index], int(self.targets[index])
 
     def digest(self) -> str:
-        """The SHA-256, in hexadecimal, of targets and images, as for a ``.beton`` file of them."""
+        """The SHA-256, in hexadecimal, of targets and images, as for a ``.beton`` file."""
         count, *sides, _ = self.images.shape
         modes = np.ones(count, np.uint8)  # raw
         heights, widths = (np.full(count, side) for side in sides)
@@ -76,8 +76,8 @@ def samples_digest(
 class ImageFiles:
     """Image files, int64 [N] class indices, and the class names; an image is decoded on access.
 
-    ``files[i]`` is the image of sample i in its own size, uint8 [H, W, 3], and its class index; it
-    raises UserError, naming the file, if that cannot be decoded.
+    ``files[i]`` is the image of sample i in its own size, uint8 [H, W, 3], and its class index. It
+    raises UserError, naming the file, if it cannot be decoded.
 
     Raises UserError if the targets are not N indices of the classes.
     """
@@ -112,15 +112,15 @@ def _check_classes(image_set: ImageSet | ImageFiles, count: int) -> None:
             raise UserError(f"the classes must be names, got {name!r}")
     if len(set(classes)) < len(classes):
         twice = next(name for name in classes if classes.count(name) > 1)
-        raise UserError(f"the class {twice!r} is there more than once")
+        raise UserError(f"the class {twice!r} occurs more than once")
     if targets.dtype.kind not in "iu" and len(targets):
         raise UserError(f"the targets must be whole numbers, got {targets.dtype}")
     if targets.shape != (count,):
-        raise UserError(f"there must be one target an image, [{count}], got {list(targets.shape)}")
+        raise UserError(f"the targets must be [{count}], one per image, got {list(targets.shape)}")
     outside = np.flatnonzero((targets < 0) | (targets >= len(classes)))
     if len(outside):
         i = outside[0]
-        raise UserError(f"target {i} is {targets[i]}, which is none of the {len(classes)} classes")
+        raise UserError(f"target {i} is {targets[i]}, but there are {len(classes)} classes")
     object.__setattr__(image_set, "targets", targets.astype(np.int64, copy=False))
     object.__setattr__(image_set, "classes", classes)
 
@@ -148,7 +148,7 @@ def select(image_set: AnySet, mask: np.ndarray) -> AnySet:
 
 
 def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet:
-    """Load a map-style data set of (image, class index) pairs, as torchvision's are, into memory.
+    """Load a map-style data set of (image, class index) pairs, such as torchvision's, into memory.
 
     The images, all of one size, are PIL images, or uint8 arrays or CPU tensors [H, W, 3] or
     [3, H, W] (if a shape fits both, arrays are read as the former and tensors as the latter). The
@@ -163,15 +163,15 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
         try:
             image, target = dataset[i]
             image, target = as_pixels(image), as_index(target)
-        except Exception as error:  # whatever the data set's own code raises
+        except Exception as error:  # the data set's own code may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"sample {i} of the data set cannot be taken: {reason}") from error
+            raise UserError(f"sample {i} of the data set cannot be used: {reason}") from error
         if images is None:
             images = np.empty((len(dataset), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:
             raise UserError(
                 f"image {i} of the data set is {list(image.shape)}, but image 0 is "
-                f"{list(images.shape[1:])}: bring them to one size first"
+                f"{list(images.shape[1:])}: resize them to one size first"
             )
         images[i], targets[i] = image, target
     assert images is not None  # there is at least one
@@ -181,13 +181,13 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
 
 
 def as_pixels(image: Any) -> np.ndarray:
-    """An image of any type that `from_dataset` takes, as uint8 [H, W, 3]."""
+    """An image of any type that `from_dataset` accepts, as uint8 [H, W, 3]."""
     pillow = sys.modules.get("PIL.Image")  # imported already if the image is one of Pillow's
     if pillow is not None and isinstance(image, pillow.Image):
         return np.asarray(rgb(image))
     array = np.asarray(image)
     if array.dtype != np.uint8:
-        raise ValueError(f"its image is {array.dtype}, not uint8 (leave out ToTensor and the like)")
+        raise ValueError(f"its image is {array.dtype}, not uint8 (remove transforms like ToTensor)")
     if array.ndim != 3 or 3 not in (array.shape[0], array.shape[2]):
         raise ValueError(f"its image is {list(array.shape)}, neither [H, W, 3] nor [3, H, W]")
     channels_first = array.shape[0] == 3 and (

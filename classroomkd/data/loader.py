@@ -1,4 +1,4 @@
-"""The loaders' base class: the order of the samples, shared by processes, and batches of it."""
+"""The base class of the loaders: the order of the samples, divided into batches and processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def available_cores() -> int:
-    """How many cores this process may run on."""
+    """The number of cores available to this process."""
     affinity = getattr(os, "sched_getaffinity", None)
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
@@ -31,12 +31,12 @@ def channel_statistics(
 ) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
     """Mean and standard deviation (of the population) per RGB channel, of values scaled to 0..1.
 
-    The sums are exact integers, so the result is the same on every machine. The deviation of a
-    constant channel is given as 1 instead of 0, so that its values normalise to 0. Raises UserError
-    if there are no images.
+    The sums are exact integers, so the result is the same on every machine. A constant channel has
+    deviation 1 instead of 0, so that its values normalise to 0. Raises UserError if there are no
+    images.
     """
     if not len(image_set):
-        raise UserError("there are no images to take the mean and standard deviation of")
+        raise UserError("there are no images to compute the mean and standard deviation of")
     means, stds = [], []
     for channel in range(3):
         values = torch.from_numpy(image_set.images[..., channel].ravel())
@@ -49,7 +49,7 @@ def channel_statistics(
 
 
 def per_channel(values: Sequence[float]) -> tuple[float, float, float]:
-    """The three values, of red, green and blue, as a tuple."""
+    """The values of red, green and blue as a tuple."""
     red, green, blue = values
     return red, green, blue
 
@@ -57,41 +57,43 @@ def per_channel(values: Sequence[float]) -> tuple[float, float, float]:
 class Loader(ABC):
     """Batches of a set of ``count`` images.
 
-    Iterating gives ``(images, targets, indices)``: images [B, 3, H, W] of ``dtype``, normalised,
-    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``, and never
-    written to again. Order and augmentation depend only on ``seed``, the epoch set with
-    ``set_epoch`` (0 at first) and the sample's index: every loader gives the same bits, whatever
-    its batch size, workers and rank, and gives them again when an epoch is iterated again. With
-    ``mixing`` the targets are class probabilities, float32 [B, C], and images are mixed with others
-    of their batch, so the bits then depend on batch size and rank too. An iteration is determined
-    when it begins, with ``iter()``. One epoch is iterated at a time; use two loaders for two.
+    Iterating yields ``(images, targets, indices)``: images [B, 3, H, W] of ``dtype``, normalised,
+    channels-last in memory; targets and sample indices, int64 [B]; all on ``device``. The loader
+    does not write to them again. Order and augmentation depend only on ``seed``, the epoch set with
+    ``set_epoch`` (initially 0) and the sample's index, not on the kind of loader, batch size,
+    workers or rank. With ``mixing`` the targets are class probabilities, float32 [B, C], and images
+    are mixed with others of their batch, so the bits also depend on batch size and rank. ``iter()``
+    fixes the epoch of an iteration. Iterate one epoch at a time per loader.
 
     The b-th batches of ``world_size`` processes together are the b-th batch of one process with
-    batch size ``batch_size · world_size``. The last one, if it is not full, is divided as evenly as
-    possible, and a process that would get none of it has one batch fewer. Where processes wait for
-    each other at every batch (DistributedDataParallel), the others would then wait forever: set
-    ``drop_last``.
+    batch size ``batch_size · world_size``. An incomplete last batch is divided as evenly as
+    possible, and a process without images in it has one batch fewer. If processes synchronise at
+    every batch (DistributedDataParallel), set ``drop_last``, or the others wait forever.
 
     Args:
-        count: how many images the set has.
+        count: number of images in the set.
         batch_size: images per batch; the last one is smaller unless ``drop_last``.
         mean: per RGB channel, of values scaled to 0..1.
-        std: likewise; both as ``channel_statistics`` gives them.
-        augmentation: random crop, flip and cutout, or None for the images as they are; for
-            photographs, a crop to one size.
+        std: standard deviation per RGB channel, as from ``channel_statistics``.
+        augmentation: random crop, flip and cutout, or None; for photographs, a crop to one size.
         mixing: MixUp or CutMix of the finished images, or None.
-        shuffle: a new order each epoch instead of the set's own.
-        drop_last: leave out the last batch if it is not full.
-        seed: any integer, of which the lowest 64 bits are used.
-        rank: which process this is, 0 ≤ rank < ``world_size``.
-        world_size: how many processes share the set.
-        device: of the batches; "cuda" is the GPU that is current when the loader is made.
-        dtype: of the images, floating.
+        shuffle: use a new order in each epoch instead of the set's own.
+        drop_last: drop the last batch if it is incomplete.
+        seed: any integer; the lowest 64 bits are used.
+        rank: index of this process, 0 ≤ rank < ``world_size``.
+        world_size: number of processes that share the set.
+        device: of the batches; "cuda" is the current GPU when the loader is made.
+        dtype: floating dtype of the images.
 
     Raises:
-        UserError: the batch size or a standard deviation is not positive, ``drop_last`` would leave
-            no batch at all, or the rank is not below the world size.
+        UserError: the batch size or a standard deviation is not positive, ``drop_last`` leaves no
+            batch, or the rank is not below the world size.
     """
+
+    seekable = True
+    """Whether an iteration may start within an epoch."""
+    one_shape = True
+    """Whether the batches that a training gets of it have one shape."""
 
     def __init__(
         self,
@@ -136,9 +138,9 @@ class Loader(ABC):
         self._table = torch.from_numpy(normalisation_table(mean, std)).to(dtype)
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch of the next iteration, which starts at the batch ``first_batch``.
+        """Set the epoch of the next iteration and the batch at which it starts.
 
-        Raises UserError unless that is within 0..``len(self)``, the epoch's end.
+        Raises UserError unless ``first_batch`` is within 0..``len(self)``.
         """
         if not 0 <= first_batch <= len(self):
             raise UserError(f"the first batch must be within 0..{len(self)}, got {first_batch}")
@@ -164,13 +166,13 @@ class Loader(ABC):
             images, targets, samples = batch
             images, targets = mixing(images, targets, self.seed, epoch, indices)
             yield images, targets, samples
-            del batch, images, targets, samples  # so that their memory may be used for the next
+            del batch, images, targets, samples  # frees their memory for the next
 
     def _while_open(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         self._require_open()
         for batch in batches:
             yield batch
-            del batch  # so that its memory may be used for the next
+            del batch  # frees its memory for the next
             self._require_open()
 
     def _require_open(self) -> None:
@@ -178,7 +180,7 @@ class Loader(ABC):
             raise RuntimeError("the loader is closed")
 
     def _batches(self) -> list[np.ndarray]:
-        """The sample indices, int64, of this process's batches in a whole epoch."""
+        """The sample indices, int64, of all batches of this process in an epoch."""
         if self.shuffle:
             order = sample_order(self.seed, self.epoch, self.count)
         else:
@@ -189,10 +191,10 @@ class Loader(ABC):
 
     @abstractmethod
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
-        """Give a batch of ``epoch`` for each array of sample indices."""
+        """Yield a batch of ``epoch`` for each array of sample indices."""
 
     def _to_device(self, images: Tensor, targets: Tensor, indices: Tensor) -> Batch:
-        """A batch on its way to the device; the host waits for no GPU."""
+        """Copy a batch to the device without waiting for it."""
         return (
             images.to(self.device, non_blocking=True),
             targets.to(self.device, non_blocking=True),

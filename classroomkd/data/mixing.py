@@ -1,21 +1,21 @@
-"""MixUp and CutMix: finished images mixed within their batch, and their targets with them.
+"""MixUp and CutMix: mix finished images, and their targets, within a batch.
 
-The same function works on every loader's batches, after augmentation and normalisation. What is
-drawn for a sample is a pure function of (seed, epoch, sample index), by the hash of ``augment``;
-its partner is the next image of the batch, in the epoch's order, and that of the last image is the
-first. With h and g the words of the streams 24 and 25, and H and W the images' sides:
+The same function serves all loaders, after augmentation and normalisation. The random numbers of a
+sample are a pure function of (seed, epoch, sample index), by the hash of ``augmentation``. Its
+partner is the next image of the batch, in the epoch's order; that of the last image is the first.
+With h and g the words of the streams 24 and 25, and H and W the images' sides:
 
 Share      λ = the quantile of Beta(α, α) at ((h >> 16) + 1/2) / 2¹⁶, rounded to a multiple of 2⁻²⁴,
            so that λ and 1 − λ are exact in float32.
 MixUp      every pixel is λ · own + (1 − λ) · partner's, and so are the class probabilities.
 CutMix     of float64 sides a = rint(H·√(1 − λ)) and b = rint(W·√(1 − λ)), ties to even, the box
-           that begins at row (((g >> 16) · H) >> 16) − a div 2 and column
+           that starts at row (((g >> 16) · H) >> 16) − a div 2 and column
            (((g mod 2¹⁶) · W) >> 16) − b div 2, clipped to the image, is the partner's. The own
            class gets the share of pixels outside it, rounded to a multiple of 2⁻²⁴.
 Both       CutMix for the samples whose h is odd, MixUp for the others.
 
-Products and sum are rounded one by one, in float32 (in float64 for such images), and once more to
-the images' dtype: every device gives the same bits. (Zhang et al., "mixup: beyond empirical risk
+Products and sum are rounded separately, in float32 (float64 for float64 images), and then to the
+images' dtype, so every device gives the same bits. (Zhang et al., "mixup: beyond empirical risk
 minimization"; Yun et al., "CutMix: regularization strategy to train strong classifiers with
 localizable features". Both have one λ per batch.)
 """
@@ -39,10 +39,10 @@ SHARE, BOX = 24, 25  # the streams
 
 @dataclass(frozen=True)
 class Mixing:
-    """Mixes batches of ``num_classes`` classes, by MixUp, by CutMix, or each sample by one of them.
+    """Mixes batches of ``num_classes`` classes by MixUp, by CutMix, or each sample by one of both.
 
-    ``mixup`` and ``cutmix`` are the α of their Beta(α, α), from 0.001 to 1000, or 0, which turns
-    them off. Raises UserError if one is out of range, both are 0, or ``num_classes`` is below 1.
+    ``mixup`` and ``cutmix`` are the α of Beta(α, α), from 0.001 to 1000, or 0 to disable one.
+    Raises UserError if one is out of range, both are 0, or ``num_classes`` is below 1.
     """
 
     num_classes: int
@@ -61,12 +61,12 @@ class Mixing:
     def draw(
         self, seed: int, epoch: int, indices: np.ndarray, height: int, width: int
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What is drawn for the samples ``indices`` [B], whose images are height × width pixels.
+        """Draw the random numbers of the samples ``indices`` [B], with height × width images.
 
         Returns:
             The weight of the own pixels outside the box, float64 [B]; the box of the partner's
-            pixels, as first row, first column and the row and column after its last, int64 [B, 4];
-            and the own class's probability, float64 [B].
+            pixels as first row, first column, end row and end column, int64 [B, 4]; and the own
+            class's probability, float64 [B].
 
         """
         h = words(SHARE, seed, epoch, indices).astype(np.int64)
@@ -103,8 +103,8 @@ class Mixing:
             [B, num_classes], float32.
 
         Raises:
-            UserError: a target is not one of the classes. On a GPU that is a device-side assertion
-                of PyTorch's, as in its cross-entropy.
+            UserError: a target is out of range. On a GPU that is a device-side assertion, as in
+                PyTorch's cross-entropy.
 
         """
         device, (height, width) = images.device, images.shape[2:]
@@ -135,8 +135,8 @@ class Mixing:
 
 @cache
 def _quantiles(alpha: float) -> np.ndarray:
-    """Of Beta(α, α), at the midpoints of 2¹⁶ equal parts of 0..1: float64 [65536], see above."""
-    from scipy.special import betaincinv  # takes a while to import
+    """The quantiles of Beta(α, α) at the midpoints of 2¹⁶ equal parts of 0..1, float64 [65536]."""
+    from scipy.special import betaincinv  # slow to import
 
     return _exact(betaincinv(alpha, alpha, (np.arange(2**16) + 0.5) / 2**16))
 

@@ -1,4 +1,4 @@
-"""What `classroomkd data info` shows of a data set: a contact sheet, sizes of images."""
+"""The contact sheet and image sizes that `classroomkd data info` shows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from classroomkd.data.decode import read_size, square
 from classroomkd.data.ffcv.beton import open_beton
 from classroomkd.data.image_sets import ImageFiles, ImageSet
 
-LISTED = 20  # classes that are listed with their counts, and that a contact sheet shows
-_COLUMNS = 10  # images of a class on a contact sheet
-_TILE = 48  # pixels, the least longer side of an image on it
+LISTED = 20  # classes listed with their counts, and shown on a contact sheet
+_COLUMNS = 10  # images per class on a contact sheet
+_TILE = 48  # smallest longer side of an image on a contact sheet, in pixels
 
 
 def contact_sheet(image_set: ImageSet) -> Image.Image:
-    """The first images of each of the first classes, one row per class, after its name."""
+    """The first images of the first classes, one row per class, labelled with its name."""
     font, gap = ImageFont.load_default(), 2
-    # Pillow's default font has only the letters of Latin-1, and raises for others.
+    # Pillow's default font raises for letters outside Latin-1.
     names = [
         name.encode("latin-1", "replace").decode("latin-1") for name in image_set.classes[:LISTED]
     ]
@@ -40,7 +40,7 @@ def contact_sheet(image_set: ImageSet) -> Image.Image:
 
 
 def load_beton(path: Path, size: int | None, common_size: int) -> tuple[ImageSet, np.ndarray]:
-    """A file's images in memory, as squares if their sizes differ, and these sizes [N, 2]."""
+    """The images of a file in memory, as squares if their sizes differ, and these sizes [N, 2]."""
     beton = open_beton(path)
     sizes = np.stack((beton.heights, beton.widths), axis=1)
     if size is None and (sizes != sizes[0]).any():

@@ -1,8 +1,7 @@
-"""The augmentation on the CPU: one pass from stored bytes to finished values, compiled by numba.
+"""Augmentation on the CPU: one pass from stored bytes to finished values, compiled by numba.
 
-An image's bytes are read once and its values written once. The compiled function releases the
-interpreter's lock, so that threads can share a batch, and is cached on disk for later processes if
-numba finds a folder that it can write to.
+An image's bytes are read once and its values written once. The compiled function releases the GIL,
+so that threads can share a batch, and is cached on disk if numba finds a writable folder.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch import Tensor
 from classroomkd.compiled import compiled
 from classroomkd.data.augmentation import Augmentation
 
-# Values are copied out of the table as bits, whatever number they stand for.
+# Values are copied from the table as bits, for any dtype.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -33,19 +32,19 @@ def augment_batch(
     pool: ThreadPoolExecutor | None = None,
     threads: int = 1,
 ) -> None:
-    """Augment and normalise a batch of images that lie in memory byte by byte.
+    """Augment and normalise a batch of images.
 
     Args:
-        pixels: uint8 [bytes], which holds the images, H·W·3 bytes each.
-        starts: int64 [B], where each image begins in it; not checked.
+        pixels: the images, uint8 [bytes], H·W·3 contiguous bytes each.
+        starts: int64 [B], the offset of each image in ``pixels``; not checked.
         indices: int64 [B], the samples' indices in the set, which determine crop and flip.
-        augmentation: or None for the images as they are.
+        augmentation: None for none.
         seed: of the hash.
         epoch: of the hash.
         table: the normalised values [3, 256] of any floating dtype, on the CPU.
         out: [B, H, W, 3] of that dtype, contiguous; written to.
         pool: if given, the batch is divided among ``threads`` of its threads.
-        threads: as above.
+        threads: see ``pool``.
     """
     B, H, W, _ = out.shape
     nothing = np.zeros(B, np.int64)
@@ -75,14 +74,14 @@ def augment_batch(
 def _augment(pixels, places, cutout, table, out):
     """Fill out [B, H, 3·W] from ``pixels``.
 
-    ``places`` [B, 6] has, for each image, its first byte, the first row and column of its window
-    (negative inside the border above and left), flip, and the first row and column of its cutout.
+    ``places`` [B, 6] is, for each image, the offset of its first byte, the first row and column of
+    its window (negative in the border), flip, and the first row and column of its cutout.
     """
     B, H, entries = out.shape
     W = entries // 3
     for b in range(B):
         start, top, left, flip, cut_row, cut_column = places[b]
-        # The columns of the window, before the flip, that lie inside the image: first ≤ x < last.
+        # Columns of the window, before the flip, that are inside the image: first ≤ x < last.
         first, last = max(0, -left), min(W, W - left)
         for y in range(H):
             row = out[b, y]
@@ -93,7 +92,7 @@ def _augment(pixels, places, cutout, table, out):
                     row[3 * x + 1] = table[256]
                     row[3 * x + 2] = table[512]
             if inside:
-                # Unsigned, or every access would look for a negative index.
+                # Unsigned, because numba checks signed indices for negative values.
                 at = np.uint64(start + 3 * ((y + top) * W + left + first))
                 to = np.uint64(3 * (W - 1 - first if flip else first))
                 for _ in range(last - first):

@@ -1,4 +1,4 @@
-"""The resident loader: the whole set as uint8 in memory, each batch made from it in one pass."""
+"""The resident loader: keeps the set in memory as uint8 and makes each batch in one pass."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from classroomkd.kernels import triton_obstacle
 
 
 class ResidentLoader(Loader):
-    """Holds an ``ImageSet`` on ``device``; otherwise as `Loader`.
+    """Keeps an ``ImageSet`` on ``device``; otherwise as `Loader`.
 
     On a GPU one kernel launch gathers, augments, normalises and casts a batch; the host copies the
-    epoch's order and never waits. Without Triton 3.4, which that kernel needs (3.3 fails to compile
-    its lookup), the set stays in the host's memory, where batches are made, with a warning. Raises
+    epoch's order and never waits. The kernel needs Triton 3.4 (3.3 fails to compile its look-up).
+    Without it, the loader warns, keeps the set in host memory and makes batches there. Raises
     UserError if ``augmentation`` is a crop of photographs.
     """
 
     def __init__(self, image_set: ImageSet, batch_size: int, **options) -> None:
         super().__init__(len(image_set), batch_size, **options)
         if self.crop:
-            raise UserError("the resident loader cannot crop photographs: take ffcv or torch")
+            raise UserError("the resident loader cannot crop photographs: use ffcv or torch")
         home = self.device
         if home.type != "cpu" and (reason := triton_obstacle(3, 4)):
             warnings.warn(
@@ -66,7 +66,7 @@ class ResidentLoader(Loader):
             order = order.pin_memory().to(self.device, non_blocking=True)
             stream = torch.cuda.current_stream(self.device)
             for tensor in (self._images, self._targets, self._table):
-                tensor.record_stream(stream)  # which may differ from the one they were made on
+                tensor.record_stream(stream)  # it may differ from the one they were made on
         augmentation = self.augmentation or Augmentation(0, flip=False)
         options = {
             **vars(augmentation),

@@ -1,4 +1,4 @@
-"""Where images come from: class folders, CIFAR's files, and scikit-learn's digits."""
+"""Data sources: class folders, CIFAR's files and scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from classroomkd.data.decode import read_files, resize
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 
-LARGEST = 1024  # pixels per side; larger sets would hardly fit in memory
+LARGEST = 1024  # pixels per side; larger images would hardly fit in memory
 _PARTS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
     "test": ("test", "testing"),
 }
-"""The names, in lower case, of the folders that hold the parts of a data set."""
+"""The folder names, in lower case, of the parts of a data set."""
 
 
 class Parts(NamedTuple, Generic[AnySet]):
@@ -51,27 +51,25 @@ def load_source(
     test_share: float = 0.2,
     download: str | None = None,
 ) -> tuple[ImageSet, ImageSet]:
-    """Decode the data set at ``path`` into memory and return its training and its held-out part.
+    """Decode the data set at ``path`` into memory; returns its training and held-out parts.
 
     ``path`` is one of
 
-    - a folder with ``train/`` and ``test/`` or ``val/`` (``test/`` is used where both exist;
-      `load_parts` gives the images of ``val/`` too), each with one folder of images per class;
+    - a folder with ``train/`` and ``test/`` or ``val/`` (``test/`` if both exist; `load_parts`
+      returns ``val/`` too), each with one folder of images per class;
     - a folder with one folder of images per class. The share ``test_share`` of each class (at
-      least one image, at most all but one), chosen by ``seed``, becomes the held-out part;
-    - the folder of CIFAR-10's or CIFAR-100's Python files, or the folder around it.
+      least one image, at most all but one), selected by ``seed``, becomes the held-out part;
+    - the folder of CIFAR-10's or CIFAR-100's Python files, or its parent.
 
     The parts' folders may also be called ``training``, ``testing``, ``valid`` and ``validation``,
     in any case. Images are PNG, JPEG or WebP, anywhere below the folder of their class. Hidden
-    files and folders are skipped silently; other files that are ignored are counted on stderr.
-    The classes are the sorted folder names; the files of a class are in natural order (2 before
-    10), those of a folder before those of its sub-folders, so that the arrays are the same on every
-    machine. Photographs are rotated upright, transparent pixels drawn over white, 16-bit grey
-    scaled to 8 bits; of an image of another size, the largest centred square is resampled to
-    ``image_size`` with an antialiasing (Lanczos) filter.
+    files and folders are skipped; other ignored files are counted on stderr. The classes are the
+    sorted folder names. The files of a class are in natural order (2 before 10), those of a folder
+    before those of its sub-folders, on every machine. Photographs are rotated upright, transparent
+    pixels become white, and 16-bit grey is scaled to 8 bits. Of an image of another size, the
+    largest centred square is resampled to ``image_size`` with a Lanczos filter.
 
-    ``download`` ("cifar10" or "cifar100") downloads that set into ``path`` first, unless it is
-    there.
+    ``download`` ("cifar10" or "cifar100") first downloads that set into ``path`` if it is missing.
 
     Raises UserError, naming the path, if there is no such data, an image is damaged, there are
     fewer than two classes, the classes of two parts differ, a class is too small to split, or the
@@ -89,7 +87,7 @@ def load_parts(
     test_share: float = 0.2,
     download: str | None = None,
 ) -> Parts[ImageSet]:
-    """As `load_source`, with the images of ``val/`` where that lies beside ``test/``."""
+    """As `load_source`, with the images of ``val/`` if there is a ``test/`` too."""
     return _load(path, image_size, seed, test_share, download, validation=True)
 
 
@@ -141,10 +139,10 @@ def is_split_by_seed(path: Path | str) -> bool:
 def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet]:
     """scikit-learn's 1,797 handwritten digits, split into a training and a held-out part.
 
-    The originals are 8×8 with 17 grey levels. They are scaled to 0..255, doubled to 16×16 with the
-    filter that files are resized with, and repeated over three channels, which is the smallest
-    size that networks with two or three halvings still make sense on. Each digit gives the share
-    ``test_share`` to the held-out part, chosen by ``seed``.
+    The originals are 8×8 with 17 grey levels. They are scaled to 0..255, resized to 16×16 like
+    image files, and repeated over three channels; smaller images make no sense for networks that
+    halve them two or three times. The share ``test_share`` of each digit, selected by ``seed``,
+    becomes the held-out part.
     """
     from sklearn.datasets import load_digits
 
@@ -158,10 +156,10 @@ def digits(seed: int = 0, test_share: float = 1 / 3) -> tuple[ImageSet, ImageSet
 
 
 class NamedSource(NamedTuple):
-    """A data set that has a word instead of a path.
+    """A data set with a name instead of a path.
 
-    ``read`` takes a seed and the held-out share; ``flip`` is whether a mirrored image still shows
-    its class, so that training mirrors images where a recipe does not say.
+    ``read`` takes a seed and the held-out share. ``flip`` says whether a mirrored image still shows
+    its class; it is the default of ``data.flip``.
     """
 
     read: Callable[[int, float], tuple[ImageSet, ImageSet]]
@@ -169,23 +167,23 @@ class NamedSource(NamedTuple):
 
 
 NAMED_SOURCES = {"digits": NamedSource(digits, flip=False)}
-"""Data sets that the command line takes by name instead of by path."""
+"""Data sets that the command line accepts by name."""
 
 
 def list_source(
     path: Path | str, seed: int = 0, test_share: float = 0.2
 ) -> tuple[ImageFiles, ImageFiles]:
-    """The files of the class folders at ``path``, training and held-out part, decoded on use.
+    """The files of the class folders at ``path``, training and held-out parts, decoded on access.
 
     Folders, classes, order and split are those of `load_source`; each image keeps its own size.
-    Raises UserError as `load_source` does, except that a damaged image is found only on access.
+    Raises UserError as `load_source` does, but finds damaged images only on access.
     """
     parts = list_parts(path, seed, test_share)
     return parts.train, parts.test
 
 
 def list_parts(path: Path | str, seed: int = 0, test_share: float = 0.2) -> Parts[ImageFiles]:
-    """As `list_source`, with the files of ``val/`` where that lies beside ``test/``."""
+    """As `list_source`, with the files of ``val/`` if there is a ``test/`` too."""
     path = _folder(path, test_share)
     if cifar.find(path):
         raise UserError(f"{path} holds CIFAR's Python files: there are no image files to list")
@@ -193,7 +191,7 @@ def list_parts(path: Path | str, seed: int = 0, test_share: float = 0.2) -> Part
 
 
 def _folder(path: Path | str, test_share: float, download: str | None = None) -> Path:
-    """The folder at ``path``, with ``download`` downloaded into it; UserError if there is none."""
+    """The folder at ``path``, after downloading ``download``; UserError if there is none."""
     path = Path(path).expanduser()
     if not 0 < test_share < 1:
         raise UserError(f"the held-out share must be between 0 and 1, got {test_share}")
@@ -209,7 +207,7 @@ def _folder(path: Path | str, test_share: float, download: str | None = None) ->
 
 
 def _part(name: str) -> str | None:
-    """The part of a data set that a folder of this name holds, if it is named like one."""
+    """The part of a data set that a folder of this name would hold, if any."""
     return next((part for part, names in _PARTS.items() if name.lower() in names), None)
 
 
@@ -233,7 +231,7 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
     if train is None:
         for folder in folders.values():
             raise UserError(
-                f"{folder} is named like a part of a data set, but there is no train/ beside it: "
+                f"{folder} is named like a part of a data set, but there is no train/ next to it: "
                 f"name the folder of the training images {path / 'train'} (or rename "
                 f"{folder.name}/ if it is a class)"
             )
@@ -272,7 +270,7 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
 
 
 class _PassedOver(NamedTuple):
-    """What is in a data set's folder but not used."""
+    """What is in a data set's folder but unused."""
 
     folders: list[Path]
     loose: list[Path]
@@ -285,11 +283,11 @@ class _PassedOver(NamedTuple):
             ("files ignored (not PNG, JPEG or WebP)", self.others),
         ):
             if paths:
-                print(f"{what}: {len(paths)} ({paths[0]} for one)", file=sys.stderr)
+                print(f"{what}: {len(paths)} (such as {paths[0]})", file=sys.stderr)
 
 
 def _check_is_class(path: Path) -> None:
-    """Raise UserError if the folder is split into parts: its test images would be trained on."""
+    """Raise UserError if a class folder has parts: its test images would be used for training."""
     parts: dict[str, str] = {}
     for name in subfolders(path):
         parts.setdefault(_part(name) or "", name)
@@ -310,8 +308,8 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
     classes = subfolders(path)
     if not classes:
         raise UserError(
-            f"no class folders in {path}: put the images of each class in a folder of its own, in "
-            f"{path.name}/cat/ and {path.name}/dog/ for two{remedy}"
+            f"no class folders in {path}: put the images of each class in a separate folder, such "
+            f"as {path.name}/cat/ and {path.name}/dog/{remedy}"
         )
     files: list[Path] = []
     targets: list[int] = []
@@ -334,10 +332,10 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
 
 
 def split_off(image_set: AnySet, share: float, seed: int) -> tuple[AnySet, AnySet]:
-    """Split ``image_set`` into the rest and a validation part, the share ``share`` of each class.
+    """Split ``image_set`` into the rest and a validation part with the share ``share`` per class.
 
-    At least one image per class, and at most all but one, chosen by ``seed``, goes into the
-    validation part. Raises UserError if a class has only one.
+    The validation part, selected by ``seed``, has at least one image of each class, and at most all
+    but one. Raises UserError if a class has only one image.
     """
     mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
     return select(image_set, ~mask), select(image_set, mask)
@@ -351,9 +349,9 @@ def _held_out(
     source: object,
     purpose: int = 0,
 ) -> np.ndarray:
-    """A mask [N] of the held-out samples: of each class, those with the lowest hash words.
+    """A mask [N] of the held-out samples: those of each class with the lowest hash words.
 
-    ``purpose`` takes the epoch's place in the hash, so that two splits of a set are independent.
+    ``purpose`` replaces the epoch in the hash, so that two splits of a set are independent.
     """
     order = words(SPLIT, seed, purpose, np.arange(len(targets)))
     mask = np.zeros(len(targets), bool)

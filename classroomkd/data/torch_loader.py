@@ -1,4 +1,4 @@
-"""The loader on PyTorch's DataLoader: for any map-style data set, and as a baseline."""
+"""The loader based on PyTorch's DataLoader, for any map-style data set."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from classroomkd.errors import UserError
 class TorchLoader(Loader):
     """Reads an ``ImageSet``, or any map-style data set, in ``workers`` processes.
 
-    Such a set has a length and gives ``(image, target)`` by index: the image a PIL image or a uint8
-    array [H, W, 3], the target an integer. Images of more than one size need a `RandomResizedCrop`
-    or a `CentreCrop` as ``augmentation``. The workers (by default one per core; with 0 this
-    process) make whole batches. Otherwise as `Loader`.
+    A map-style set has a length and returns ``(image, target)`` by index: a PIL image or a uint8
+    array [H, W, 3], and an integer. Images of varying size need a `RandomResizedCrop` or a
+    `CentreCrop` as ``augmentation``. Each worker (by default one per core; 0 uses this process)
+    makes whole batches. Otherwise as `Loader`.
 
     A new iteration ends the previous one, whose next step raises RuntimeError. On a GPU, PyTorch
-    pins the batches in a thread of its own, so a CUDA graph that is captured meanwhile needs
+    pins the batches in a separate thread, so capturing a CUDA graph meanwhile needs
     ``capture_error_mode="thread_local"``.
     """
 
@@ -52,17 +52,17 @@ class TorchLoader(Loader):
             persistent_workers=workers > 0,
             pin_memory=self.device.type == "cuda",
         )
-        # No iteration may keep a reference to the source: without one the workers end.
+        # Workers end when nothing refers to the source, so iterations must not.
         self._running: list | None = None
         self._source: Iterator | None = None
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         self._keys[:] = keys = [(epoch, indices) for indices in batches]
-        assert self._loader is not None  # it is open, as __iter__ requires
+        assert self._loader is not None  # __iter__ requires an open loader
         self._running, self._source = keys, iter(self._loader)
         for _ in keys:
             if self._running is not keys:
-                raise RuntimeError("the loader began another epoch: it gives one at a time")
+                raise RuntimeError("the loader started another epoch: iterate one at a time")
             batch = next(self._source)
             if isinstance(batch, UserError):
                 raise batch
@@ -86,7 +86,7 @@ class _Batches(Dataset):
     def __getitem__(self, key: tuple[int, np.ndarray]) -> tuple[Tensor, Tensor, Tensor] | UserError:
         try:
             return self._make(*key)
-        except UserError as error:  # raised in a worker, it would arrive as a traceback
+        except UserError as error:  # if raised in a worker, it would become a traceback
             return error
 
     def _make(self, epoch: int, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,14 +112,14 @@ class _Batches(Dataset):
             try:
                 image, targets[i] = as_pixels(image), as_index(target)
             except (TypeError, ValueError) as error:
-                message = f"sample {index} of the data set cannot be taken: {error}"
+                message = f"sample {index} of the data set cannot be used: {error}"
                 raise UserError(message) from error
             if self.crop:
                 image = self._resized(image, self.crop, epoch, index)
             if images and image.shape != images[0].shape:
                 raise UserError(
-                    f"sample {index} of the data set is {list(image.shape)} beside one of "
-                    f"{list(images[0].shape)}: bring them to one size first"
+                    f"sample {index} of the data set is {list(image.shape)}, another one "
+                    f"{list(images[0].shape)}: resize them to one size first"
                 )
             images.append(image)
         return np.stack(images), targets

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from classroomkd.loss.classroom_report import ClassroomReport
     from classroomkd.loss.definition import classroom_loss
     from classroomkd.loss.fused import fused_classroom_loss, fused_classroom_loss_and_grad
+    from classroomkd.loss.linear import cut_vocabulary, fused_linear_classroom_loss
     from classroomkd.loss.module import ClassroomLoss
     from classroomkd.loss.options import automatic_mentor_weight
 
@@ -24,8 +25,10 @@ __all__ = [
     "ClassroomReport",
     "automatic_mentor_weight",
     "classroom_loss",
+    "cut_vocabulary",
     "fused_classroom_loss",
     "fused_classroom_loss_and_grad",
+    "fused_linear_classroom_loss",
 ]
 if not TYPE_CHECKING:  # checkers would take every name to be there
     __getattr__, __dir__ = exports(
@@ -33,6 +36,7 @@ if not TYPE_CHECKING:  # checkers would take every name to be there
         {
             "definition": "classroom_loss",
             "fused": "fused_classroom_loss fused_classroom_loss_and_grad",
+            "linear": "cut_vocabulary fused_linear_classroom_loss",
             "module": "ClassroomLoss",
             "options": "automatic_mentor_weight",
             "classroom_report": "ClassroomReport",

@@ -142,8 +142,12 @@ def loss_by_definition(
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None = None,
+    ell_sums: Tensor | None = None,
 ) -> tuple[Tensor, ClassroomReport | None]:
-    """`classroom_loss` on checked arguments: the loss, and the report if it is wanted."""
+    """`classroom_loss` on checked arguments: the loss, and the report if it is wanted.
+
+    ``ell_sums``, for ranking "batch", are the sums over a larger batch; see `rank_and_filter`.
+    """
     dtype = torch.float32
     for logits in (student_logits, *mentors):
         dtype = torch.promote_types(dtype, logits.dtype)
@@ -154,7 +158,7 @@ def loss_by_definition(
     stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
     stacked = torch.where(target.valid[:, None], stacked, 0)
 
-    weights = classroom_weights(student.detach(), stacked, target, options, process_group)
+    weights = classroom_weights(student.detach(), stacked, target, options, process_group, ell_sums)
     rows = weighted_row_loss(student, stacked, target, weights, mentor_weight, options)
     n_valid = target.valid.sum().clamp_min(1)
     loss = rows.loss
@@ -192,6 +196,7 @@ def classroom_weights(
     target: Target,
     options: LossOptions,
     process_group: ProcessGroup | None = None,
+    ell_sums: Tensor | None = None,
 ) -> Weights:
     """First half: rank everyone; choose the mentors that teach, and their temperatures.
 
@@ -201,7 +206,7 @@ def classroom_weights(
 
     """
     ell, correct = confidence_and_correctness(torch.cat([student[None], mentors]), target)
-    ranking = rank_and_filter(ell, correct[1:], target.valid, options, process_group)
+    ranking = rank_and_filter(ell, correct[1:], target.valid, options, process_group, ell_sums)
     tau_m, tau_s = (
         tau.clamp_min(_MIN_TAU) for tau in _temperatures(student, mentors, ranking.lead, options)
     )
@@ -223,6 +228,15 @@ def confidence_and_correctness(logits: Tensor, target: Target) -> tuple[Tensor, 
     return target.expectation(log_softmax(logits, dim=-1)), correct
 
 
+def confidence_sums(ell: Tensor, valid: Tensor) -> Tensor:
+    """[M + 2]: the sums over the valid rows of ell [1 + M, B], and the number of these rows.
+
+    A log-confidence of −inf counts as the smallest there is.
+    """
+    ell = ell.clamp_min(torch.finfo(ell.dtype).min)
+    return torch.cat([torch.where(valid, ell, 0).sum(1), valid.sum(0, keepdim=True)])
+
+
 class Ranking(NamedTuple):
     """Ranks of all networks, and which mentors teach."""
 
@@ -239,11 +253,13 @@ def rank_and_filter(
     valid: Tensor,
     options: LossOptions,
     process_group: ProcessGroup | None = None,
+    ell_sums: Tensor | None = None,
 ) -> Ranking:
     """Rank by log-confidences, and choose the mentors that teach.
 
     Args:
         ell: [1 + M, B], the student's first; correct: [M, B] bool, of the mentors; valid: [B] bool.
+        ell_sums: for ranking "batch", `confidence_sums` of all rows where these are a part of them.
 
     """
     n_mentors = len(correct)
@@ -253,11 +269,11 @@ def rank_and_filter(
     floor = torch.finfo(ell.dtype).min
     ell = ell.clamp_min(floor)
     if options.ranking == "batch":
-        sums = torch.where(valid, ell, 0).sum(1)
-        sums = torch.cat([sums, valid.sum(0, keepdim=True)])
-        if process_group is not None:
-            torch.distributed.all_reduce(sums, group=process_group)
-        mean = sums[:-1, None] / sums[-1].clamp_min(1)
+        if ell_sums is None:
+            ell_sums = confidence_sums(ell, valid)
+            if process_group is not None:
+                torch.distributed.all_reduce(ell_sums, group=process_group)
+        mean = ell_sums[:-1, None] / ell_sums[-1].clamp_min(1)
         ell = mean.clamp_min(floor).expand_as(ell)
         nonfinite = nonfinite | mean.isnan().any()
 
@@ -373,7 +389,7 @@ def _report(weights: Weights, rows: RowLosses, valid: Tensor, n_valid: Tensor) -
     kl = rows.kl.detach()
     n_active = weights.active.sum(1)
     return ClassroomReport(
-        active_share=(n_active / n_valid).to(kl.dtype),
+        active_share=n_active.to(kl.dtype) / n_valid,
         rank_weight=torch.where(valid, weights.rank, 0).sum(1) / n_valid,
         temperature=torch.where(valid, weights.mentor_temperature, 0).sum(1) / n_valid,
         kl=torch.where(weights.active, kl, 0).sum(1) / n_active.clamp_min(1),

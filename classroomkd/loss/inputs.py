@@ -85,17 +85,22 @@ def check_inputs(
                 f"mentor_logits[{index}] must have the student's shape "
                 f"{list(student_logits.shape)}, got {list(mentor.shape)}"
             )
-        _same_device(f"mentor_logits[{index}]", mentor, student_logits)
+        check_same_device(f"mentor_logits[{index}]", mentor, student_logits)
     _check_targets(targets, student_logits)
     if mentor_weight is not None:
-        check_float("mentor_weight", mentor_weight)
-        if mentor_weight.shape != (len(mentors),):
-            raise ValueError(
-                f"mentor_weight must have shape [{len(mentors)}], one weight a mentor, "
-                f"got {list(mentor_weight.shape)}"
-            )
-        _same_device("mentor_weight", mentor_weight, student_logits)
+        check_mentor_weight(mentor_weight, len(mentors), student_logits)
     return mentors
+
+
+def check_mentor_weight(mentor_weight: Tensor, n_mentors: int, student: Tensor) -> None:
+    """Raise unless the weights are floating-point, [M], and on the student's device."""
+    check_float("mentor_weight", mentor_weight)
+    if mentor_weight.shape != (n_mentors,):
+        raise ValueError(
+            f"mentor_weight must have shape [{n_mentors}], one weight per mentor, "
+            f"got {list(mentor_weight.shape)}"
+        )
+    check_same_device("mentor_weight", mentor_weight, student)
 
 
 def check_float(name: str, value: Tensor) -> None:
@@ -117,7 +122,8 @@ def _logits(name: str, value: object, index: int | None = None) -> None:
     check_float(name, value)
 
 
-def _same_device(name: str, value: Tensor, student_logits: Tensor) -> None:
+def check_same_device(name: str, value: Tensor, student_logits: Tensor) -> None:
+    """Raise ValueError unless a tensor is on the student's device."""
     if value.device != student_logits.device:
         raise ValueError(
             f"{name} must be on the student's device {student_logits.device}, got {value.device}"
@@ -144,4 +150,4 @@ def _check_targets(targets: Tensor, student_logits: Tensor) -> None:
             )
     else:
         raise ValueError(f"targets must have shape [B] or [B, C], got {list(targets.shape)}")
-    _same_device("targets", targets, student_logits)
+    check_same_device("targets", targets, student_logits)

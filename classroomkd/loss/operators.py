@@ -13,7 +13,8 @@ The loss's options come last, one argument each: `LossOptions.flat`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,14 +29,19 @@ from classroomkd.loss.options import OPERATOR_SCHEMA, LossOptions, named
 _library = library.Library("classroomkd", "DEF")
 
 
-def _register(
-    schema: str, function: Callable[..., object], fake: Callable[..., object]
+def register(
+    schema: str,
+    function: Callable[..., object],
+    fake: Callable[..., object],
+    autograd: Callable[..., object] | None = None,
 ) -> Callable[..., Any]:
     """Define an operator with this schema, which ``function`` runs on CPU and GPU."""
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
+    if autograd is not None:
+        _library.impl(name, autograd, "Autograd")
     library.register_fake(f"classroomkd::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.classroomkd, name).default
     return operator
@@ -208,6 +214,16 @@ def _loss_and_grad_fake(
     return new(()), student.new_empty(student.shape), report
 
 
+@contextmanager
+def autograd_below() -> Iterator[None]:
+    """Autograd inside an operator, where it is off."""
+    keys = torch._C.DispatchKey
+    with torch._C._PreserveDispatchKeyGuard():
+        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+        yield
+
+
 def _definition_and_grad(
     student: Tensor,  # [B, C]
     mentors: Sequence[Tensor],  # M of [B, C]
@@ -218,11 +234,7 @@ def _definition_and_grad(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`_loss_and_grad` by definition, where no kernel can run."""
-    # Below an operator autograd is off, and the gradient comes from autograd.
-    keys = torch._C.DispatchKey
-    with torch._C._PreserveDispatchKeyGuard():
-        for key in (keys.AutogradFunctionality, keys.ADInplaceOrView):
-            torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    with autograd_below():
         loss, grad, report = loss_and_grad_by_definition(
             student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
         )
@@ -250,28 +262,30 @@ _BATCH = "Tensor student, Tensor[] mentors, Tensor targets"
 _LOSS = f"{_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, bool with_grad, bool with_report"
 _N_LOSS_INPUTS = 1 + _LOSS.count(",")  # before the options
 
-confidence_sums = _register(
+confidence_sums = register(
     f"confidence_sums({_BATCH}, {OPERATOR_SCHEMA}) -> Tensor",
     _confidence_sums,
     _confidence_sums_fake,
 )
-loss = _register(
-    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _loss, _loss_fake
+loss = register(
+    f"loss({_LOSS}, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _loss,
+    _loss_fake,
+    _loss_autograd,
 )
-_library.impl("loss", _loss_autograd, "Autograd")
-loss_and_grad = _register(
+loss_and_grad = register(
     f"loss_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _loss_and_grad,
     _loss_and_grad_fake,
 )
-definition_and_grad = _register(
+definition_and_grad = register(
     f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _definition_and_grad,
     _definition_and_grad_fake,
 )
-scale_rows = _register(
+scale_rows = register(
     "scale_rows(Tensor grad, Tensor factor, Tensor? count) -> Tensor",
     _scale_rows,
     _scale_rows_fake,

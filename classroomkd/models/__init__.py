@@ -1,10 +1,11 @@
-"""Networks: the CIFAR zoo, those of torchvision and timm by name, and all of them on disk.
+"""Networks: the CIFAR zoo, torchvision's, timm's and users' own by name, and weight files.
 
-Each family has a file. ``zoo`` builds networks by name, ``network_names`` lists the names without
-importing torch, ``external`` asks the other libraries, ``stages`` says where features are taken,
-``layout`` moves a network to its device, and ``checkpoint`` writes and loads weights:
-``weight_files`` reads them safely, ``states`` finds the state dicts in a file, ``recognition``
-finds their network. This package knows nothing of training.
+Each family of the zoo has a file. ``zoo`` builds networks by name, ``network_names`` lists them
+without importing torch, ``external`` wraps torchvision and timm, ``factories`` runs users' own
+code, ``stages`` extracts features, and ``layout`` moves a network to its device. ``checkpoint``
+writes and loads weights, from which ``first_weights`` starts a training: ``weight_files`` reads
+files safely, ``states`` finds the state dicts in a file, and ``recognition`` identifies the
+network. This package knows nothing about training.
 """
 
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ __all__ = [
     "save_network",
     "student_file",
 ]
-if not TYPE_CHECKING:  # checkers would take every name to be there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
     __getattr__, __dir__ = exports(
         __name__,
         {

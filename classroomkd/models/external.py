@@ -1,4 +1,4 @@
-"""Networks of torchvision and timm by name, ``tv:NAME`` and ``timm:NAME``, made for ImageNet."""
+"""The ImageNet networks of torchvision and timm, by name: ``tv:NAME`` and ``timm:NAME``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from classroomkd.errors import UserError
 from classroomkd.models.info import NetworkInfo
 from classroomkd.torchvision import import_torchvision
 
-# Two networks of torchvision have auxiliary heads, which are not needed here, and expect images
-# normalised differently from what their weights' transforms do, unless told to convert them.
+# Two networks of torchvision have auxiliary heads, which are not needed here. They also expect
+# another normalisation than their weights' transforms, unless ``transform_input`` is set.
 _TORCHVISION_OPTIONS = {
     name: {"aux_logits": False, "transform_input": True, "init_weights": True}
     for name in ("googlenet", "inception_v3")
@@ -27,7 +27,7 @@ _TORCHVISION_OPTIONS = {
 
 @functools.cache
 def architectures(library: str) -> list[str]:
-    """The names of the networks of "tv" or "timm", with the prefix; none if it is not installed."""
+    """The names of the networks of "tv" or "timm", with prefix; none if it is not installed."""
     try:
         models = import_torchvision("models")
         if library == "tv":
@@ -39,7 +39,7 @@ def architectures(library: str) -> list[str]:
 
 
 def named(texts: Collection[str]) -> list[str]:
-    """The networks whose name, with or without the prefix, is one of ``texts``."""
+    """The networks whose name, with or without prefix, is one of ``texts``."""
     return [
         name
         for library in ("tv", "timm")
@@ -51,8 +51,8 @@ def named(texts: Collection[str]) -> list[str]:
 def with_tensors(library: str, names: Collection[str]) -> list[str]:
     """The networks of a library whose first convolution may be among tensors of these ``names``.
 
-    For torchvision, which has few networks, all of them; timm says where the first convolution of
-    each is, so that few of its thousand networks have to be built.
+    For torchvision, which has few networks, all of them. timm names the first convolution of each,
+    so that only few of its thousand networks must be built.
     """
     if library == "tv" or not architectures(library):
         return architectures(library)
@@ -68,13 +68,13 @@ def with_tensors(library: str, names: Collection[str]) -> list[str]:
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network, mapping images to [B, num_classes], as its library initialises it.
+    """The network, mapping images to [B, num_classes], initialised by its library.
 
-    Raises UserError if its library has no network of this name, or is timm and not installed.
+    Raises UserError if the library has no network of this name, or timm is not installed.
     """
     try:
         return _build(name, num_classes)
-    except NotImplementedError:  # some constructors read tensors' values; meta tensors have none
+    except NotImplementedError:  # some constructors read values, which meta tensors lack
         device = torch.get_default_device()
         with torch.device("cpu"), torch.random.fork_rng(devices=[]):
             return _build(name, num_classes).to(device)
@@ -89,9 +89,9 @@ def _build(name: str, num_classes: int) -> nn.Module:
 
 
 def load_pretrained(name: str) -> tuple[nn.Module, NetworkInfo]:
-    """The network with its library's default weights, in eval mode, and what they were trained on.
+    """The network with its library's default weights, in eval mode, and its info.
 
-    Weights that are not in torch.hub's folder are downloaded there first.
+    Weights missing from torch.hub's folder are downloaded there first.
 
     Raises UserError as `build` does, and if there are no weights, they cannot be downloaded, or
     their file is damaged.
@@ -102,7 +102,7 @@ def load_pretrained(name: str) -> tuple[nn.Module, NetworkInfo]:
     weights = library.get_model_weights(architecture).DEFAULT
     # The names of torchvision's files end in the first digits of their SHA-256.
     file = _fetch(name, weights.url, Path(weights.url).name, Path(weights.url).stem.split("-")[-1])
-    try:  # first with weights_only, for get_model unpickles anything
+    try:  # first with weights_only, because get_model unpickles anything
         torch.load(file, map_location="cpu", weights_only=True)
         network = library.get_model(architecture, weights=weights)
     except Exception as error:  # damaged pickles raise almost anything
@@ -123,10 +123,10 @@ def _load_timm(timm: ModuleType, name: str, architecture: str) -> tuple[nn.Modul
     config = timm.get_pretrained_cfg(architecture)
     if config is None or not config.hf_hub_id:
         raise UserError(
-            f"timm's hub has no weights for {name}: take another network or train this one"
+            f"timm's hub has no weights for {name}: use another network or train this one"
         )
     url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
-    # Downloaded here and not by timm, which retries for most of a minute without a network.
+    # Not downloaded by timm, which retries for most of a minute without a network.
     file = _fetch(name, url, Path(config.hf_hub_id).name + ".safetensors")
     try:
         overlay = {"state_dict": safetensors.torch.load_file(file)}
@@ -149,7 +149,7 @@ def _load_timm(timm: ModuleType, name: str, architecture: str) -> tuple[nn.Modul
 def _find(name: str) -> tuple[ModuleType, str]:
     """The library of the network ``name``, and its name there."""
     prefix, _, architecture = name.partition(":")
-    models = import_torchvision("models")  # timm imports it too, without the shim's help
+    models = import_torchvision("models")  # timm imports it too, but without the shim
     known: Collection[str]
     if prefix == "tv":
         library, known = models, [name[len("tv:") :] for name in architectures("tv")]
@@ -170,16 +170,16 @@ def _find(name: str) -> tuple[ModuleType, str]:
 
 @functools.cache
 def _names_in_timm() -> dict[str, None]:
-    """The names of all networks of timm, with and without a tag that names weights."""
+    """The names of all networks of timm, with and without a tag for weights."""
     import timm
 
     return dict.fromkeys(timm.list_models() + timm.list_pretrained())
 
 
 def _fetch(name: str, url: str, file_name: str, sha256: str | None = None) -> Path:
-    """The path of the file in torch.hub's folder, where it is downloaded to if it is missing.
+    """The path of the file in torch.hub's folder, downloaded if it is missing.
 
-    ``sha256`` is what a downloaded file's hash, in hexadecimal, must start with.
+    ``sha256`` is the prefix, in hexadecimal, of a downloaded file's hash.
     """
     file = Path(torch.hub.get_dir(), "checkpoints", file_name)
     if file.is_file():
@@ -190,8 +190,8 @@ def _fetch(name: str, url: str, file_name: str, sha256: str | None = None) -> Pa
     except (OSError, RuntimeError) as error:
         reason = str(getattr(error, "reason", error)).replace("\n", " ")
         raise UserError(
-            f"cannot download the weights of {name} ({reason}): fetch {url} by hand and put it at "
-            f"{file}"
+            f"cannot download the weights of {name} ({reason}): download {url} yourself and put it "
+            f"at {file}"
         ) from None
     return file
 

@@ -1,4 +1,4 @@
-"""What is recorded about a network beside its weights."""
+"""What is stored with a network's weights."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 @dataclass
 class NetworkInfo:
-    """What a network's weights do not tell.
+    """What a network's weights do not contain.
 
-    ``mean`` and ``std`` are of pixel values scaled to 0..1, one for each RGB channel; images are
-    ``image_size`` pixels high and wide; ``classes`` are in the order of the logits.
+    ``mean`` and ``std`` are per RGB channel, of pixel values scaled to 0..1. Images are
+    ``image_size`` pixels high and wide. ``classes`` are in the order of the logits.
+    ``architecture`` is a name that `create` knows; for a user's own network ``code`` is the SHA-256
+    of its file, which `save_network` fills in.
     """
 
     architecture: str
@@ -18,3 +20,4 @@ class NetworkInfo:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_size: int
+    code: str | None = None

@@ -1,8 +1,8 @@
 """MobileNetV2 at half width, for CIFAR.
 
 Sandler, Howard, Zhu, Zhmoginov, Chen: *MobileNetV2: Inverted Residuals and Linear Bottlenecks*
-(2018), table 2, with ReLU for ReLU6, stride 1 in the second stage, and a first block that keeps its
-1×1 convolution although it does not expand.
+(2018), table 2, with ReLU instead of ReLU6, stride 1 in the second stage, and a first block that
+keeps its 1×1 convolution although it does not expand.
 """
 
 from __future__ import annotations

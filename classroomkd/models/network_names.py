@@ -1,24 +1,28 @@
-"""What is known of networks by their names, without building one, for which torch is needed."""
+"""Names and sizes of networks, in a module that does not import torch."""
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import importlib.util
 import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
+PRETRAINED = "pretrained"  # the word for the weights that a network's library has
 SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
 
 
 class Size(NamedTuple):
-    """Of a network with 100 classes, on one image of 32×32 pixels."""
+    """The size of a network with 100 classes, for one image of 32×32 pixels."""
 
     parameters: int
     flops: int
-    """Floating-point operations of a forward pass, as `torch.utils.flop_counter` counts them."""
+    """Floating-point operations of a forward pass, counted by `torch.utils.flop_counter`."""
 
 
 SIZES = {
@@ -54,7 +58,7 @@ SIZES = {
     "shufflenetv1": Size(949_258, 77_382_912),
     "shufflenetv2": Size(1_355_528, 89_008_896),
 }
-"""The zoo, in the order in which it is listed."""
+"""The zoo, in its listed order."""
 
 
 def names() -> list[str]:
@@ -63,15 +67,87 @@ def names() -> list[str]:
 
 
 def is_external(name: str) -> bool:
-    """Whether ``name`` means a network of torchvision or timm rather than one of the zoo."""
+    """Whether ``name`` is a network of torchvision or timm, not of the zoo."""
     return name.startswith(("tv:", "timm:"))
 
 
-def split_entry(source: str | Path) -> tuple[Path, str | None]:
-    """The path, with ``~`` expanded, and the entry that ``FILE:ENTRY`` names.
+def is_code(source: str) -> bool:
+    """Whether ``source`` names a callable: ``FILE.py:NAME``, or ``package.module:NAME``.
 
-    The entry is None if the whole of ``source`` is a path that exists, or no file comes before a
-    colon.
+    A ``FILE.py`` without a name counts too, so that the error can say what is missing.
+    """
+    place, colon, name = source.rpartition(":")
+    if source.endswith(".py") or (place.endswith(".py") and name.isidentifier()):
+        return True
+    modules = place.split(".")
+    return (
+        bool(colon)
+        and not is_external(source)
+        and name.isidentifier()
+        and all(module.isidentifier() for module in modules)
+        and Path(place).suffix not in SUFFIXES
+        and not Path(place).is_file()
+    )
+
+
+def split_code(source: str) -> tuple[str, str]:
+    """The file or module of a callable, and its name; the name is empty if there is none."""
+    if source.endswith(".py"):
+        return source, ""
+    place, _, name = source.rpartition(":")
+    return place, name
+
+
+def code_file(source: str) -> Path:
+    """The file that defines the network ``source`` of `is_code`.
+
+    The current folder counts among those that modules are imported from. Raises UserError if there
+    is no such file.
+    """
+    place, name = split_code(source)
+    if place.endswith(".py"):
+        file = Path(place).expanduser()
+        if not file.is_file():
+            raise UserError(f"there is no file {file}, which {source} names")
+        if not name:
+            raise UserError(f"{source} needs the name of what makes the network, {source}:NAME")
+        return file
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    from classroomkd.torchvision import retried  # which imports torch, as most such modules do
+
+    try:
+        found = retried(lambda: importlib.util.find_spec(place))
+    except Exception as error:  # whatever the packages above it raise
+        raise UserError(f"cannot import {place} for {source}: {error}") from None
+    if found is None or not found.has_location or found.origin is None:
+        raise UserError(f"there is no module {place}, which {source} names")
+    return Path(found.origin)
+
+
+def code_digest(source: str) -> str:
+    """The SHA-256, in hexadecimal, of `code_file`; UserError if there is none."""
+    return hashlib.sha256(code_file(source).read_bytes()).hexdigest()
+
+
+def label(source: str) -> str:
+    """What a network is called: its name, without the folders of a file of one's own."""
+    place, name = split_code(source) if is_code(source) else ("", "")
+    return f"{Path(place).name}:{name}" if place.endswith(".py") else source
+
+
+def split_weights(text: str) -> tuple[str, str | None]:
+    """The network's name and the weights of ``NAME=WEIGHTS``, where the name has a colon."""
+    found = re.fullmatch(r"(.+?:[\w.-]+)=(.*)", text)
+    if found and not Path(text).exists() and (is_external(found[1]) or is_code(found[1])):
+        return found[1], found[2]
+    return text, None
+
+
+def split_entry(source: str | Path) -> tuple[Path, str | None]:
+    """The path, with ``~`` expanded, and the entry of ``FILE:ENTRY``.
+
+    The entry is None if ``source`` is an existing path or has no file before a colon.
     """
     text = os.path.expanduser(source)
     if not Path(text).exists():
@@ -83,17 +159,25 @@ def split_entry(source: str | Path) -> tuple[Path, str | None]:
 
 
 def is_checkpoint(source: str) -> bool:
-    """Whether ``source`` means a file, an entry of one, or a run folder rather than a network."""
+    """Whether ``source`` is a file, an entry of one, or a run folder, not a network's name."""
     path, _ = split_entry(source)
     return (
-        not is_external(source)
+        bool(source)
+        and not is_external(source)
+        and not is_code(source)
         and source not in SIZES
         and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
     )
 
 
+def absolute(source: str) -> str:
+    """The same network, by a path that holds in any working folder where it is a file's."""
+    is_file = is_checkpoint(source) or (is_code(source) and split_code(source)[0].endswith(".py"))
+    return str(Path(source).expanduser().absolute()) if is_file else source
+
+
 def require_known(name: str) -> None:
-    """Raise UserError, with the nearest names, if the zoo has no network ``name``."""
+    """Raise UserError, listing the nearest names, if the zoo has no network ``name``."""
     if name not in SIZES:
         nearest = ", ".join(difflib.get_close_matches(name.lower(), SIZES, cutoff=0.0))
         raise UserError(f"no network is called {name!r}; the nearest names are {nearest}")

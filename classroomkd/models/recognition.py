@@ -1,6 +1,6 @@
-"""Which network a state dict is of, by the names and shapes of its tensors.
+"""Identify the network of a state dict by the names and shapes of its tensors.
 
-The zoo is asked first, then torchvision, then timm if it is installed.
+The zoo is searched first, then torchvision, then timm if it is installed.
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from classroomkd.models import external
+from classroomkd.models.network_names import is_code
 from classroomkd.models.states import COUNTER, FEWEST, summary
 from classroomkd.models.zoo import ZOO, build
 
 Shapes = dict[str, tuple[int, ...]]
 
-# A count of classes that no other size in a network equals, by which classifiers are known.
+# A number of classes that equals no other size in a network, so that it identifies classifiers.
 _CLASSES = 9973
-# Parameters of other shapes in a network under construction that can still be the nearest, or the
-# one looked for, since constructors of timm make a few that they discard.
+# How many parameters of a network under construction may have other shapes. It can then still be
+# the nearest network, or the right one, because some constructors of timm discard parameters.
 _NEAR = 8
-# What public repositories call the parts of the zoo's networks. Each set is taken as a whole.
+# Names that public repositories use for the parts of the zoo's networks, one set per convention.
 _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
     (),
     ((r"\bdownsample\.", "shortcut."),),
@@ -53,42 +54,52 @@ _RENAMINGS: tuple[tuple[tuple[str, str], ...], ...] = (
 
 @dataclass
 class Match:
-    """A network and where its tensors are: ``names`` leads from its names to the file's.
+    """A network and its tensors: ``names`` maps its names to those in the file.
 
-    ``alike`` are the other networks whose names and shapes are the same.
+    ``classes`` is None for a user's own network with a fixed number of them. ``alike`` are other
+    networks with the same names and shapes.
     """
 
     architecture: str
-    classes: int
+    classes: int | None
     names: dict[str, str]
     alike: list[str] = field(default_factory=list)
 
 
 def shapes_of(tensors: Mapping[str, torch.Tensor]) -> Shapes:
-    """Names and shapes."""
+    """The shapes of tensors, by name."""
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
-@functools.cache
 def expected(architecture: str, classes: int = _CLASSES) -> Shapes:
-    """What the state dict of a network holds. Nothing is computed.
+    """The names and shapes in the state dict of a network, built on the meta device.
 
     Raises UserError if there is no such network.
     """
-    with torch.device("meta"):  # no memory, no time and no random numbers spent on values
+    # A file of one's own may change meanwhile.
+    return (
+        _built.__wrapped__(architecture, classes)
+        if is_code(architecture)
+        else _built(architecture, classes)
+    )
+
+
+@functools.cache
+def _built(architecture: str, classes: int) -> Shapes:
+    with torch.device("meta"):  # no memory, computation or random numbers
         return shapes_of(build(architecture, classes).state_dict())
 
 
 def find_in_zoo(shapes: Shapes) -> Match | None:
-    """The network of the zoo that ``shapes`` are of.
+    """The network of the zoo with these ``shapes``, for any number of classes.
 
-    Its classifier may be for any number of classes and go by any name.
+    The classifier may have any name.
     """
     return next(filter(None, (fit(shapes, architecture) for architecture in ZOO)), None)
 
 
 def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
-    """Likewise the network of "tv" or "timm"; of several, the one with the shortest name."""
+    """The same for "tv" or "timm"; of several networks, the one with the shortest name."""
     near = _near(library, frozenset(shapes.items()))
     found = [match for name in near if (match := _fit(shapes, near[name], name))]
     found.sort(key=lambda match: (len(match.architecture), match.architecture))
@@ -98,8 +109,28 @@ def find_elsewhere(shapes: Shapes, library: str) -> Match | None:
 
 
 def fit(shapes: Shapes, architecture: str) -> Match | None:
-    """How ``shapes`` are those of a network, if they are."""
+    """The match of ``shapes`` with a network, or None."""
+    if is_code(architecture):
+        classes = _classes(shapes, architecture)
+        wanted = expected(architecture, classes or 1)
+        names = {name: name for name in wanted if shapes.get(name) == wanted[name]}
+        return None if differences(shapes, wanted) else Match(architecture, classes, names)
     return _fit(shapes, expected(architecture), architecture)
+
+
+def misfit(shapes: Shapes, architecture: str) -> str:
+    """What keeps tensors of these shapes from being those of a network, in one line."""
+    classes = _classes(shapes, architecture)
+    return differences(shapes, expected(architecture, classes or _CLASSES))
+
+
+def _classes(shapes: Shapes, architecture: str) -> int | None:
+    """The number of classes that a network has with these shapes, if they hang on it."""
+    for name, shape in expected(architecture).items():
+        given = shapes.get(name, ())
+        if _CLASSES in shape and len(given) == len(shape):
+            return given[shape.index(_CLASSES)]
+    return None
 
 
 def _fit(shapes: Shapes, wanted: Shapes, architecture: str) -> Match | None:
@@ -157,7 +188,7 @@ def _head(wanted: Shapes, given: Shapes) -> tuple[dict[str, str], int] | None:
 
 
 class Nearest(NamedTuple):
-    """A network, what its state dict holds, and the share of that which another has too."""
+    """A network, its shapes, and their similarity to others: |intersection| / |union|."""
 
     architecture: str
     shapes: Shapes
@@ -165,7 +196,7 @@ class Nearest(NamedTuple):
 
 
 def nearest(shapes: Shapes) -> Nearest:
-    """The network that shares the largest part of its names and shapes with ``shapes``."""
+    """The network whose names and shapes are most similar to ``shapes``."""
     candidates = {name: expected(name) for name in ZOO}
     for library in ("tv", "timm"):
         candidates |= _near(library, frozenset(shapes.items()))
@@ -178,7 +209,7 @@ def nearest(shapes: Shapes) -> Nearest:
 
 
 def differences(shapes: Shapes, wanted: Shapes) -> str:
-    """What keeps tensors of these shapes from loading, in one line; empty if nothing does."""
+    """Why tensors of these shapes cannot be loaded, in one line; empty if they can."""
     kinds = {
         "missing": [
             f"{name} {_shown(shape)}"
@@ -190,7 +221,7 @@ def differences(shapes: Shapes, wanted: Shapes) -> str:
             for name, shape in shapes.items()
             if name not in wanted and not name.endswith(COUNTER)
         ],
-        "of another shape": [
+        "with another shape": [
             f"{name} {_shown(shape)} instead of {_shown(wanted[name])}"
             for name, shape in shapes.items()
             if name in wanted
@@ -208,9 +239,9 @@ def _shown(shape: tuple[int, ...]) -> str:
 
 @functools.lru_cache(maxsize=16)
 def _near(library: str, shapes: frozenset[tuple[str, tuple[int, ...]]]) -> dict[str, Shapes]:
-    """The networks of a library that have all but a few parameters' shapes, as a state dict's."""
+    """The networks of a library that have these shapes, except for a few parameters."""
     parts = {name.partition(".")[0] for name, _ in shapes}
-    if len(shapes) < FEWEST or len(parts) < 2:  # no network, or a wrapped one
+    if len(shapes) < FEWEST or len(parts) < 2:  # not a network, or a wrapped one
         return {}
     counts = Counter(shape for _, shape in shapes)
     found = {}
@@ -226,9 +257,9 @@ class _DifferentError(Exception):
 
 @contextmanager
 def _construction_of(shapes: Counter[tuple[int, ...]]) -> Iterator[None]:
-    """Building a network within it raises _DifferentError once more than _NEAR parameters differ.
+    """Within this context, building a network raises _DifferentError after _NEAR differences.
 
-    So all of a library's networks can be tried: most of them differ within a few layers.
+    Most networks differ within a few layers, so all networks of a library can be tried.
     """
     left, wrong, thread = Counter(shapes), 0, threading.get_ident()
 

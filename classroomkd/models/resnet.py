@@ -1,9 +1,9 @@
 """The CIFAR residual networks of three stages.
 
-He, Zhang, Ren, Sun: *Deep Residual Learning for Image Recognition* (2015), section 4.2. Where the
-shape changes, the shortcuts are projections, as in the literature on distillation, whose widened
-variants are ``resnet8x4`` and ``resnet32x4``; in ``resnet20_a`` to ``resnet110_a`` they have no
-parameters (the paper's option A), as in most published CIFAR-10 weights.
+He, Zhang, Ren, Sun: *Deep Residual Learning for Image Recognition* (2015), section 4.2. Shortcuts
+that change the shape are projections, as usual for distillation, also in the widened ``resnet8x4``
+and ``resnet32x4``. In ``resnet20_a`` to ``resnet110_a`` they have no parameters (the paper's option
+A), as in most published CIFAR-10 weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The ImageNet residual networks fitted to CIFAR: four stages, a 3×3 stem and no max-pooling.
+"""The ImageNet residual networks adapted to CIFAR: four stages, a 3×3 stem and no max-pooling.
 
-He, Zhang, Ren, Sun: *Deep Residual Learning for Image Recognition* (2015), table 1, with the stride
-of a bottleneck in its 3×3 convolution.
+He, Zhang, Ren, Sun: *Deep Residual Learning for Image Recognition* (2015), table 1. The stride of a
+bottleneck is in its 3×3 convolution.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class GroupedUnit(nn.Module):
 class ShuffleNetV1(nn.Module):
     """Stages of 4, 8 and 4 units with 240, 480 and 960 channels.
 
-    The very first convolution is not grouped, for the stem gives it few channels.
+    The first convolution is not grouped, because it has few input channels.
     """
 
     def __init__(self, num_classes: int) -> None:

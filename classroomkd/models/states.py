@@ -1,4 +1,4 @@
-"""Finds the state dicts in a checkpoint, at any depth, each with the name of its entry."""
+"""Find the state dicts in a checkpoint, at any depth."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from typing import Any
 from torch import Tensor
 
 COUNTER = "num_batches_tracked"
-_DEPTH = 4  # of nested dicts that are searched
-FEWEST = 6  # tensors that a network has, if others lie beside it
+_DEPTH = 4  # of nested dicts to search
+FEWEST = 6  # tensors in a network, if there are others beside it
 _SHOWN = 3  # names listed of each kind
-# Words in the names of tensors that are not a network's weights: losses and metrics, counters of
-# profilers and of averaging, the images' mean and std, and heads used only in training.
+# Names of tensors that are not a network's weights: losses and metrics, counters of profilers and
+# averaging, the images' mean and std, and heads used only in training.
 _OTHER = re.compile(
     r"(^|[._])(criterion|loss|losses|metric|metrics|accuracy|acc)\d*([._]|$)"
     r"|(^|\.)((pixel_)?(mean|std)$)|(^|\.)(n_averaged|total_ops|total_params|AuxLogits|aux\d|aux_logits|aux_classifier)(\.|$)"
 )
-# Keys and prefixes of averaged weights, of another network's weights, and of an optimiser's state:
-# such a word at the end of a key, or followed only by words that mean weights.
+# Keys and prefixes of averaged weights, of another network's weights, and of optimizer states: such
+# a word at the end of a key, or followed only by words for weights.
 _NOT_PLAIN = re.compile(
     r"(^|[._])(ema|swa|shadow|polyak|teacher|momentum|averaged?|avg|optimi[sz]er)\d*"
     r"(_(model|net|network|module|backbone|encoder|state|states|dict|weights?|params?|parameters|"
@@ -33,8 +33,8 @@ _NOT_PLAIN = re.compile(
 class State:
     """Tensors by name, found at ``entry``: keys and prefixes joined by dots, "" for the file.
 
-    ``left_out`` are the names, as in the file, of the tensors beside them that are not among them.
-    ``rank`` is 0 for plain weights at the very entry that was asked for, else higher.
+    ``left_out`` are the names in the file of the tensors next to them that are not included.
+    ``rank`` is 0 for plain weights exactly at the requested entry, else higher.
     """
 
     entry: str
@@ -44,21 +44,28 @@ class State:
 
     @property
     def may_be_network(self) -> bool:
-        """Whether there are enough tensors, one of them a convolution of images."""
+        """Whether there are enough tensors, including a convolution of images."""
         return len(self.tensors) >= FEWEST and _takes_images(self.tensors)
 
     def holds(self, other: State) -> bool:
-        """Whether the other is inside this one, or the same."""
+        """Whether ``other`` is inside this state or the same."""
         return not self.entry or f"{other.entry}.".startswith(f"{self.entry}.")
 
 
-def states(content: Mapping[str, Any], entry: str | None = None) -> list[State]:
-    """All possible state dicts of networks, by rank; only those of ``entry`` if it is given."""
-    found = [state for path, tensors in _holders(content) for state in _within(path, tensors)]
-    asked = f".{entry}." if entry else "."
-    found = [state for state in found if asked in f".{state.entry}."]
+def states(
+    content: Mapping[str, Any], entry: str | None = None, everything: bool = False
+) -> list[State]:
+    """All possible state dicts of networks, by rank; only those of ``entry`` if it is given.
+
+    Unless ``everything`` is wanted, losses, metrics and the like are left out by their names.
+    """
+    found = [
+        state for path, tensors in _holders(content) for state in _within(path, tensors, everything)
+    ]
+    requested = f".{entry}." if entry else "."
+    found = [state for state in found if requested in f".{state.entry}."]
     for state in found:
-        before, _, beyond = f".{state.entry}.".partition(asked)
+        before, _, beyond = f".{state.entry}.".partition(requested)
         state.rank = 2 * bool(before) + bool(_NOT_PLAIN.search(f"{before}.{beyond}"))
     return sorted(found, key=lambda state: state.rank)
 
@@ -69,7 +76,7 @@ def entries(content: Mapping[str, Any]) -> list[str]:
 
 
 def summary(names: Iterable[str]) -> str:
-    """The first few of ``names``, and how many more there are."""
+    """The first few of ``names``, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more
@@ -91,12 +98,12 @@ def _holders(
                 yield from _holders(value, _joined(path, key), depth + 1)
 
 
-def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
+def _within(path: str, tensors: dict[str, Tensor], everything: bool) -> Iterator[State]:
     """The tensors with one prefix after another removed, then those of each network among them.
 
-    If few tensors lie beside a network, as `head.*` beside `backbone.*`, also all of them together.
+    If there are few tensors beside a network (`head.*` beside `backbone.*`), also all together.
     """
-    kept = {name: tensor for name, tensor in tensors.items() if not _OTHER.search(name)}
+    kept = {n: tensor for n, tensor in tensors.items() if everything or not _OTHER.search(n)}
     pending = [""]
     while pending:
         prefix = pending.pop(0)
@@ -119,7 +126,7 @@ def _within(path: str, tensors: dict[str, Tensor]) -> Iterator[State]:
 
 
 def _takes_images(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether there is a convolution of three channels."""
+    """Whether there is a convolution with three input channels."""
     return any(tensor.dim() == 4 and tensor.shape[1] == 3 for tensor in tensors.values())
 
 

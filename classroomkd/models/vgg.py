@@ -1,8 +1,8 @@
 """VGG with batch normalisation, for CIFAR.
 
 Simonyan, Zisserman: *Very Deep Convolutional Networks for Large-Scale Image Recognition* (2014).
-For 32×32 images max-pooling follows the first three of the five blocks only, and one linear layer
-takes the place of three.
+For 32×32 images, max-pooling follows only the first three of the five blocks, and there is one
+linear layer instead of three.
 """
 
 from __future__ import annotations

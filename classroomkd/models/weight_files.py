@@ -1,4 +1,4 @@
-"""Reads checkpoints safely: tensors and plain values, never code; says what other files are."""
+"""Read checkpoints safely, without running code, and identify files that are no checkpoints."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from classroomkd.errors import UserError
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a file; of safetensors, the tensors and the metadata as ``__metadata__``.
+    """The content of a file; for safetensors, the tensors and the metadata as ``__metadata__``.
 
-    Values are tensors on the CPU, numbers, text, and containers of these. No code in a file is run:
-    objects of other common classes become empty stand-ins, which keep no value.
+    Values are tensors on the CPU, numbers, strings, and containers of these. No code in a file is
+    run: objects of other common classes become empty placeholders.
 
-    Raises UserError, saying what the file is, if it is not a checkpoint, is damaged, or holds an
-    object of another class; OSError if it cannot be read.
+    Raises UserError if the file is not a checkpoint, is damaged, or holds an object of another
+    class; OSError if it cannot be read.
     """
-    with path.open("rb") as file:  # without permission, safetensors would report a missing file
+    with path.open("rb") as file:  # without permission, safetensors reports a missing file
         start = file.read(512)
     if other := _other_kind(start):
         raise UserError(f"{path} {other}")
-    # The length of a header of JSON, in eight bytes, and the header.
+    # Eight bytes for the length of the JSON header, then the header.
     is_safetensors = start[5:9] == b"\0\0\0{"
     return _read_safetensors(path) if is_safetensors else _read_torch(path, start)
 
 
 def _other_kind(start: bytes) -> str:
-    """What a file that starts with these bytes is, if they show that it is not a checkpoint."""
+    """What a file that starts with these bytes is, if it is not a checkpoint; else empty."""
     if not start:
-        return "is not a checkpoint, it is empty: fetch it again"
+        return "is not a checkpoint, but empty: download it again"
     if start.startswith(b"version https://git-lfs"):
         return "is a Git LFS pointer, not the checkpoint itself: run git lfs pull"
     text = start.lstrip().lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "is a web page, not a checkpoint: the download got a page in its place"
+        return "is a web page, not a checkpoint: download the file itself"
     for magic, kind in _MAGIC.items():
         if start.startswith(magic):
             return f"is {kind}, not a PyTorch checkpoint"
@@ -72,7 +72,7 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
         _check_archive(path)
     try:
         with (
-            path.open("rb") as file,  # given a path, torch.load would look at the suffix
+            path.open("rb") as file,  # given a path, torch.load depends on the suffix
             warnings.catch_warnings(),
             torch.serialization.safe_globals(_ALLOWED),
         ):
@@ -85,7 +85,7 @@ def _read_torch(path: Path, start: bytes) -> dict[str, Any]:
         if refused:
             raise UserError(
                 f"{path} holds a pickled {refused[1] or refused[2]}, which could run code when "
-                "loaded: save the network's state_dict() alone, where you trust the file"
+                "loaded: if you trust the file, save only the network's state_dict()"
             ) from error
         raise UserError(
             f"{path} is not a checkpoint of tensors, or is truncated or damaged"
@@ -102,11 +102,11 @@ def _check_archive(path: Path) -> None:
             members = {name.partition("/")[2] for name in archive.namelist()}
     except zipfile.BadZipFile as error:
         raise UserError(
-            f"{path} is not a whole archive: it is truncated or damaged: fetch it again"
+            f"{path} is not a complete archive, it is truncated or damaged: download it again"
         ) from error
     if "constants.pkl" in members:
         raise UserError(
-            f"{path} is a TorchScript archive, which holds code: where you trust it, save "
+            f"{path} is a TorchScript archive, which holds code: if you trust it, save "
             "torch.jit.load(FILE).state_dict()"
         )
     if "data.pkl" not in members:
@@ -114,7 +114,7 @@ def _check_archive(path: Path) -> None:
 
 
 class _Unread:
-    """Stands for an object beside the weights that is not read: nothing of it is kept."""
+    """An empty placeholder for an object that is not read."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -139,12 +139,12 @@ _UNREAD = {
     "pathlib._local": "PosixPath PurePosixPath PureWindowsPath WindowsPath",
     "typing": "Any",
 }
-# The real classes do more than hold a value: NumPy trusts the sizes in an array's pickled state,
-# and OmegaConf runs what an interpolation names. A Namespace may name the architecture.
+# The real classes are not safe: NumPy trusts the sizes in an array's pickled state, and OmegaConf
+# runs resolvers. A Namespace is kept, because it may name the architecture.
 _ALLOWED: list[Any] = [
     argparse.Namespace,
     *(
-        type(name, (_Unread,), {"__module__": module})  # found by these two in every torch
+        type(name, (_Unread,), {"__module__": module})  # torch looks classes up by these names
         for module in _UNREAD
         for name in _UNREAD[module].split()
     ),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class PreactivationBlock(nn.Module):
     """Batch norm and ReLU before each of two 3×3 convolutions.
 
-    Where the channels change, the shortcut's convolution starts from the activated input too.
+    If the channels change, the shortcut's convolution also takes the activated input.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
@@ -32,7 +32,7 @@ class PreactivationBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one width, the first of which may halve the resolution."""
+    """Blocks of one width; the first may halve the resolution."""
 
     def __init__(self, blocks: int, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The zoo: every network by its name."""
+"""The zoo: its networks by name."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from classroomkd.errors import UserError
-from classroomkd.models import external
+from classroomkd.models import external, factories
 from classroomkd.models.mobilenetv2 import MobileNetV2
-from classroomkd.models.network_names import is_external, require_known
+from classroomkd.models.network_names import is_code, is_external, require_known
 from classroomkd.models.resnet import ResNet
 from classroomkd.models.resnet_four_stage import Bottleneck, FourStageBlock, ResNetFourStage
 from classroomkd.models.shufflenet import ShuffleNetV1, ShuffleNetV2
@@ -46,24 +46,31 @@ ZOO: dict[str, Callable[..., nn.Module]] = {
 
 
 def build(name: str, num_classes: int) -> nn.Module:
-    """The network as its layers or its library initialise it, for weights to be loaded into.
+    """The network with default initialisation, to load weights into.
 
     Raises UserError if there is no network of this name.
     """
     if is_external(name):
         return external.build(name, num_classes)
+    if is_code(name):
+        return factories.build(name, num_classes)
     require_known(name)
     return ZOO[name](num_classes=num_classes)
 
 
 @cache
 def has_depthwise_convolutions(name: str) -> bool:
-    """Whether a network has a depthwise convolution. Nothing is computed.
+    """Whether a network has a depthwise convolution.
 
     Raises UserError as `build` does.
     """
     with torch.device("meta"):
         network = build(name, 2)
+    return depthwise(network)
+
+
+def depthwise(network: nn.Module) -> bool:
+    """Whether ``network`` has a depthwise convolution."""
     return any(
         isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
         for module in network.modules()
@@ -71,20 +78,21 @@ def has_depthwise_convolutions(name: str) -> bool:
 
 
 def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:
-    """A network of the zoo, or ``tv:NAME`` of torchvision or ``timm:NAME`` of timm.
+    """A network of the zoo, ``tv:NAME`` of torchvision, ``timm:NAME`` of timm, or one's own.
 
-    It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks take any H and W from 8.
-    Networks of the zoo are initialised anew: convolutions from He's normal distribution (fan-out)
-    with zero biases, batch norms with scale 1 and shift 0, the classifier as PyTorch's `Linear`.
-    Others are as their library initialises them or, if ``pretrained``, have its default weights, in
-    eval mode (`load_pretrained` also returns how their images must be normalised).
+    Users' own are ``FILE.py:NAME`` or ``package.module:NAME`` (see `factories.build`).
+    It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks accept any H and W ≥ 8.
+    Networks of the zoo have convolutions from He's normal distribution (fan-out) with zero biases,
+    batch norms with scale 1 and shift 0, and PyTorch's default classifier. Other networks are
+    initialised by their own code or, if ``pretrained``, have its default weights, in eval mode
+    (`load_pretrained` also returns the normalisation of their images).
 
     Raises UserError if there is no network of this name, or no such weights for num_classes.
     """
     if pretrained:
         return _create_pretrained(name, num_classes)
     model = build(name, num_classes)
-    if is_external(name):
+    if is_external(name) or is_code(name):
         return model
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -100,7 +108,7 @@ def _create_pretrained(name: str, num_classes: int) -> nn.Module:
     model, info = external.load_pretrained(name)
     if len(info.classes) != num_classes:
         raise UserError(
-            f"the pretrained {name} tells {len(info.classes)} classes apart, but {num_classes} are "
-            "needed: train it on them, or give a checkpoint that was"
+            f"the pretrained {name} has {len(info.classes)} classes, but {num_classes} are needed: "
+            "train it on them, or give a checkpoint for them"
         )
     return model

@@ -1,11 +1,10 @@
-"""What runs have recorded, as pages: of one run, of several beside each other, of a table.
+"""Pages made from records: of one run, of several runs compared, of a table.
 
-``records`` reads a run's folder. ``run_table`` makes rows of its summary, for the terminal too;
-``plots`` and ``classes`` make figures on the axes of ``axes``. ``page`` (one run),
-``comparison`` (several, each an entry of ``entries`` with its ``differences``) and ``table_page``
-(a table of `classroomkd reproduce`, over its ``seeds``, beside what is ``published``) put them
-together. ``numbers`` says how a number is printed, and ``markup`` is the HTML around it all.
-Nothing here trains or measures.
+``records`` reads a run folder. ``run_table`` formats its summary, also for the terminal; ``plots``
+and ``classes`` draw figures on the axes of ``axes``. ``page`` (one run), ``comparison`` (several,
+each an ``Entry`` of ``entries`` with its ``differences``) and ``table_page`` (a table of
+`classroomkd reproduce`, over its ``seeds``, with ``published`` numbers) put them together.
+``numbers`` formats numbers, and ``markup`` writes the HTML. Nothing here trains or measures.
 """
 
 from typing import TYPE_CHECKING
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from classroomkd.report.run_table import results_table
 
 __all__ = ["label", "results_table", "write_report"]
-if not TYPE_CHECKING:  # checkers would take every name to be there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
     __getattr__, __dir__ = exports(
         __name__, {"page": "write_report", "records": "label", "run_table": "results_table"}
     )

@@ -1,4 +1,4 @@
-"""What the report's figures have in common: colours, axes, and the words around them."""
+"""What the report's figures share: colours, axes and captions."""
 
 from __future__ import annotations
 
@@ -11,26 +11,25 @@ import plotly.graph_objects as go
 
 from classroomkd.report.numbers import spread
 
-# Okabe and Ito's palette for colour-blind readers, without the yellow that white swallows, and two
-# dark ones of Tol's. Marker shapes differ as well, and as 8 and 7 share no factor, 56 pass before a
-# pair repeats.
+# Okabe and Ito's palette for colour-blind readers, without yellow, which is invisible on white, and
+# two dark colours from Tol's. Markers differ too; 8 colours and 7 markers give 56 distinct pairs.
 COLOURS = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#882255", "#332288"),
 )
-ALONE = "#767676"  # the student trained alone, wherever it is drawn
+ALONE = "#767676"  # the student alone, in every plot
 MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down")
 
-MANY_CLASSES = 20  # with more a plot needs the page's whole width
+MANY_CLASSES = 20  # with more, a plot needs the full width of the page
 
 _AXIS = {"showline": True, "linecolor": "#999999", "zeroline": False, "automargin": True}
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, the id of the page element that it goes into, and the words around it.
+    """A figure with the id of its page element, its heading and its note.
 
-    ``wide``: it needs the page's whole width. Without a ``figure`` the words say it all.
+    ``wide`` figures need the full width of the page. Without a ``figure`` only the text is shown.
     """
 
     id: str
@@ -49,8 +48,8 @@ def curve(
 ) -> list[go.Scatter]:
     """Traces of ``value`` over the epochs of a run's records.
 
-    Of several runs they are the mean, over the epochs that all of them have, and below it a band of
-    one sample standard deviation either way.
+    For several runs: their mean, over the epochs that all of them have, and below it a band of ±
+    one sample standard deviation.
     """
     values = [{record["epoch"]: value(record) for record in records} for records in runs]
     epochs = [epoch for epoch in values[0] if all(epoch in of_run for of_run in values)]
@@ -59,7 +58,7 @@ def curve(
     trace = go.Scatter(
         x=epochs,
         y=middle,
-        name=escape(name),  # plotly reads names as markup
+        name=escape(name),  # plotly renders names as markup
         mode="lines+markers",
         line=line,
         marker={"symbol": marker, "size": 6, "maxdisplayed": 30},
@@ -90,10 +89,10 @@ def _faint(colour: str) -> str:
 
 
 def accuracy_axes(*plots: Sequence[go.Scatter]) -> dict:
-    """A vertical axis for the traces of all ``plots``, which it changes from top-1 to error.
+    """A y-axis for the traces of all ``plots``, which it converts from top-1 to error.
 
-    It is logarithmic in the error, so that curves that end near 100 % can be told apart, and
-    labelled with the top-1. A perfect one is drawn at half of the smallest error that there is.
+    The axis is logarithmic in the error, so that curves near 100 % can be distinguished, and
+    labelled with the top-1. A perfect accuracy is drawn at half of the smallest error.
     """
     traces = [trace for plot in plots for trace in plot]
     errors = [1 - y for trace in traces for y in trace.y if y is not None and y < 1]
@@ -119,7 +118,7 @@ def accuracy_axes(*plots: Sequence[go.Scatter]) -> dict:
 
 
 def _error_ticks(low: float, high: float) -> list[float]:
-    """Round errors from ``low`` to ``high``, as round as five can be, none too near another."""
+    """At least five round numbers from ``low`` to ``high`` if possible, none too close together."""
     apart = max(log10(high / low) / 9, 1e-9)
     ticks: list[float] = []
     for digits in (
@@ -141,13 +140,13 @@ def is_filled(traces: Sequence[go.Scatter]) -> bool:
 
 
 def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
-    """The figure of traces that `curve` has made, with a legend below."""
+    """The figure of traces made by `curve`, with a legend below."""
     epochs = [epoch for trace in traces for epoch in trace.x]
-    # Left alone, plotly marks fractions of an epoch where there are few.
+    # By default plotly marks fractions of an epoch if there are few epochs.
     few = {"dtick": 1} if max(epochs) - min(epochs) < 10 else {}
     figure = framed(traces, few | {"title": "epoch"}, y_axis)
     figure.update_layout(
-        height=330 + 14 * sum(t.showlegend is not False for t in traces),  # the legend's share
+        height=330 + 14 * sum(t.showlegend is not False for t in traces),  # with the legend
         showlegend=True,
         legend={
             "orientation": "h",
@@ -163,16 +162,13 @@ def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
 
 
 def over_classes(figure: go.Figure, y_axis: dict, height: int) -> go.Figure:
-    """The figure of traces whose x are the same class names; what does not fit shows on hovering.
-
-    ``height`` is without the names.
-    """
+    """The figure of traces over the same class names. ``height`` excludes the names."""
     names = figure.data[0].x
-    # Of the type that says that names are no numbers.
+    # A category axis does not parse the names as numbers.
     classes = {"type": "category", "showgrid": False, "title": {"text": "class", "standoff": 12}}
-    height += 7 * min(max(map(len, names)), 40)  # they may stand upright
+    height += 7 * min(max(map(len, names)), 40)  # names may be vertical
     if len(names) > MANY_CLASSES:
-        # So small, 100 names stand on a wide page; on a narrow one plotly thins them out.
+        # At this size 100 names fit on a wide page; on a narrow one plotly drops some.
         classes |= {"tickangle": -90, "tickfont": {"size": 9}}
     figure = framed(figure, classes, y_axis)
     figure.update_layout(height=height, showlegend=False)
@@ -180,12 +176,12 @@ def over_classes(figure: go.Figure, y_axis: dict, height: int) -> go.Figure:
 
 
 def framed(drawn: Sequence | go.Figure, x_axis: dict, y_axis: dict) -> go.Figure:
-    """The figure of traces, or of those of a figure, in the style of all pages."""
+    """The figure of traces, or of another figure's traces, in the style of all pages."""
     figure = go.Figure(drawn)
     figure.update_layout(
         template="plotly_white",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#333333"},
-        margin={"l": 10, "r": 10, "t": 32, "b": 10},  # the buttons stand in the top margin
+        margin={"l": 10, "r": 10, "t": 32, "b": 10},  # the buttons are in the top margin
     )
     figure.update_xaxes(_AXIS | x_axis)
     figure.update_yaxes(_AXIS | y_axis)

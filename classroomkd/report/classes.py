@@ -1,4 +1,4 @@
-"""Plots over the classes: which of them each mentor taught, and what the classroom gained them."""
+"""Plots per class: which classes each mentor taught, and the student's gain."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from classroomkd.report.axes import COLOURS, MANY_CLASSES, Plot, over_classes
 from classroomkd.report.numbers import spread
 from classroomkd.report.records import RunRecords
 
-_MOST_ROWS = 40  # epochs in a map
-_GAP = 34  # pixels between two maps, where a mentor's name stands
+_MOST_ROWS = 40  # epochs per heat map
+_GAP = 34  # pixels between two heat maps, for a mentor's name
 
 
 def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
-    """Of each mentor classes × epochs: on what share of a class's images it would teach."""
+    """One heat map per mentor, classes × epochs: the share of images on which it would teach."""
     taught = {
         record["epoch"]: {name: numbers["taught"] for name, numbers in mentors.items()}
         for record in run.classroom
@@ -52,13 +52,13 @@ def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
         )
         figure.add_trace(trace, row, 1)
     ends = sorted({epochs[0], epochs[-1]})
-    # Downwards, and named once, for the maps may be low.
+    # Labelled once, because the heat maps may be low.
     axis = {"autorange": "reversed", "showgrid": False, "tickvals": ends}
     figure = over_classes(figure, axis, height=inner + 130)
-    figure.update_xaxes(title_text="")  # plotly would write it over the names; the heading says it
+    figure.update_xaxes(title_text="")  # plotly would draw it over the names
     figure.update_yaxes(title_text="epoch", row=1, col=1)
     figure.update_layout(
-        margin={"t": 96},  # the buttons, the scale, and the first mentor's name
+        margin={"t": 96},  # for the buttons, the scale and the first mentor's name
         coloraxis={
             "cmin": 0,
             "cmax": 1,
@@ -81,25 +81,26 @@ def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
     return Plot(
         "taught",
         "Which classes each mentor teaches",
-        "Share of a class's held-out images on which the mentor would teach the student as it is "
-        f"after the epoch, by the run's own rule{f' ({rule})' if rule else ''}. The epochs go "
-        "downwards" + ("." if len(epochs) == len(taught) else f", {len(epochs)} of {len(taught)}."),
+        "Share of a class's held-out images on which the mentor would teach the student, as of the "
+        f"end of the epoch, under the run's knowledge filter{f' ({rule})' if rule else ''}. Epochs "
+        "run downwards"
+        + ("." if len(epochs) == len(taught) else f"; {len(epochs)} of {len(taught)} are shown."),
         figure,
         wide=len(seen) > MANY_CLASSES,
     )
 
 
 def _thinned(epochs: list[int]) -> list[int]:
-    """At most `_MOST_ROWS` of them, evenly, the first and the last among them."""
+    """At most `_MOST_ROWS` evenly spaced epochs, including the first and the last."""
     count = min(len(epochs), _MOST_ROWS)
     last = len(epochs) - 1
     return [epochs[round(place * last / max(count - 1, 1))] for place in range(count)]
 
 
 def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
-    """The classes that have gains, by their mean over ``gained``; ties in the data's order.
+    """The classes that have gains, sorted by their mean over ``gained``, ties in the data's order.
 
-    Charts that stand side by side have one order.
+    Charts on the same page share this order.
     """
     means = {
         number: mean(known)
@@ -112,10 +113,10 @@ def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
 def gain_plot(
     pairs: Sequence[tuple[RunRecords, RunRecords]], order: Sequence[int], most: float | None = None
 ) -> Plot | None:
-    """Per class, top-1 taught by mentors less that alone, in points; the mean over ``pairs``.
+    """Top-1 per class with mentors minus alone, in percentage points, averaged over ``pairs``.
 
-    The second of a pair is the run, maybe the same, in which the student was trained alone. The
-    axis goes as far as a gain of ``most`` either way.
+    The second run of a pair, possibly the same as the first, trained the student alone. The axis
+    covers gains from -``most`` to ``most``.
     """
     known = list(filter(None, (gains(*pair) for pair in pairs)))
     names = _names(pairs[0][0])
@@ -132,14 +133,14 @@ def gain_plot(
     data = summary["data"]
     images = data["test_images"] / data["classes"]
     note = (
-        "For each class, top-1 of the student taught by mentors less that of the student alone, "
-        f"after the last epoch of each. A class has about {images:,.0f} held-out images: "
-        f"one of them is {100 / images:.2g} points."
+        "Top-1 per class of the student with mentors minus that of the student alone, each after "
+        f"its last epoch. A class has about {images:,.0f} held-out images; one image is "
+        f"{100 / images:.2g} points."
     )
     if len(known) > 1:
         note += f" Mean and sample standard deviation over {len(known)} seeds."
     if not any(value for of in known for value in of):
-        note += f" Here it is 0 for each of the {len(bars)} classes."
+        note += f" It is 0 for each of the {len(bars)} classes."
         return Plot("gain", "Gain per class", note, None)
     trace = go.Bar(
         x=classes,
@@ -160,7 +161,7 @@ def _names(run: RunRecords) -> list[str]:
 
 
 def gains(run: RunRecords, alone_in: RunRecords) -> list[float | None]:
-    """Top-1 of each class's images, less that of the student alone; empty if one is not known."""
+    """Top-1 per class minus that of the student alone; empty if one of them is unknown."""
     classroom, alone = (
         of.result(phase).get("per_class") or []
         for of, phase in ((run, "student"), (alone_in, "alone"))

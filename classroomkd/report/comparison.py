@@ -1,4 +1,4 @@
-"""What a page that compares runs says: its table, its warnings, its plots."""
+"""The page that compares runs: its table, warnings and plots."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from classroomkd.report.entries import (
     Entry,
     by_recipe,
     called,
-    courses,
+    curve_groups,
     entries_of,
     finished_seeds,
 )
 from classroomkd.report.markup import TableRow, sections, table, warning
 from classroomkd.report.numbers import UNKNOWN, differences, percent, spread
-from classroomkd.report.plots import lessons
+from classroomkd.report.plots import mentor_plots
 from classroomkd.report.records import RunRecords, incomplete
 
 COLUMNS = ("run", "what differs", "data", "epochs", "seed", "top-1", "best", "alone", "gain")
@@ -45,12 +45,12 @@ def comparison(runs: Sequence[RunRecords]) -> tuple[str, str]:
     body = f"""{_warnings(entries)}
 <p>{escape(_in_common(entries, common))}</p>
 {table(columns, rows, broad=True)}
-<p class="note">top-1 is that of the student, taught by the method, after its last epoch; best is
-the highest of any epoch on these same held-out images; alone is that of the student trained alone
-after its last epoch, in the same run or in another one here with the same seed, images, student and
-training; gain is top-1 less alone, in percentage points; – is where there is none, or not yet. A
-mean ± sample standard deviation goes over the finished runs whose configurations differ in the seed
-only, that of the gain over those that have one.</p>
+<p class="note">top-1: the student trained by the method, after its last epoch. best: the highest of
+any epoch on the same held-out images. alone: the student trained alone, after its last epoch, in
+the same run or in another one here with the same seed, images, student and training. gain: top-1
+minus alone, in percentage points. –: not available, or not yet. Means ± sample standard deviations
+are over the finished runs whose configurations differ only in the seed; those of the gain, over the
+runs that have one.</p>
 {_paired(groups)}
 {sections(_plots(entries, groups))}"""
     return f"Comparison of {len(runs)} runs", body
@@ -59,7 +59,7 @@ only, that of the gain over those that have one.</p>
 def _without_common(
     columns: Sequence[str], rows: Sequence[TableRow]
 ) -> tuple[list[str], list[TableRow], list[str]]:
-    """The table without data and epochs if they are the same in all rows, and what they are."""
+    """The table without data and epochs if all rows agree in them, and the common values."""
     same = {
         place: columns[place]
         for place in (columns.index("data"), columns.index("epochs"))
@@ -83,7 +83,7 @@ def _in_common(entries: Sequence[Entry], common: Sequence[str]) -> str:
 
 
 def _paired(groups: Sequence[Sequence[Entry]]) -> str:
-    """A table of how much better each group's students do than the first one's, seed by seed."""
+    """A table of top-1 of each group minus that of the first group, seed by seed."""
     tops = [
         {
             (entry.data, *sorted(entry.run.digests.items()), entry.seed): last
@@ -110,8 +110,8 @@ def _paired(groups: Sequence[Sequence[Entry]]) -> str:
         return ""
     return f"""<h2>Paired differences</h2>
 {table(("top-1 of", "difference", "seeds", "seed by seed"), rows)}
-<p class="note">In percentage points, each run less that of the same seed and images among the first
-ones: the mean ± its standard error over the seeds.</p>"""
+<p class="note">In percentage points, each run minus the run of the first group with the same seed
+and images: mean ± standard error over the seeds.</p>"""
 
 
 def _warnings(entries: Sequence[Entry]) -> str:
@@ -120,18 +120,18 @@ def _warnings(entries: Sequence[Entry]) -> str:
     if len(data) > 1:
         lines.append(
             f"These runs were measured on different data sets ({', '.join(data)}): "
-            "their accuracies do not compare."
+            "their accuracies are not comparable."
         )
     for name in data:
         digests = {entry.run.digests.get(TEST) for entry in entries if entry.data == name}
         if len(digests - {None}) > 1:
             lines.append(
-                f"The runs on {name} held out different images, as a split by seed does: "
-                "their gains compare better than their accuracies."
+                f"The runs on {name} held out different images, as splits by seed do: compare "
+                "their gains rather than their accuracies."
             )
     for entry in entries:
         if entry.run.summary is None:
-            lines.append(f"{entry.name} is unfinished: here is what it has recorded so far.")
+            lines.append(f"{entry.name} is unfinished: this is what it has recorded so far.")
         if entry.run.unreadable:
             lines.append(f"{incomplete(entry.run)} in {entry.name}.")
     return "".join(map(warning, lines))
@@ -154,7 +154,7 @@ def _rows(group: Sequence[Entry]) -> list[TableRow]:
 def _row(
     kind: str, entries: Sequence[Entry], name: str, differs: str, colour: str = ""
 ) -> TableRow:
-    """A line of one run, or of those of one recipe with different seeds."""
+    """The table row of one run, or of the runs of one recipe with different seeds."""
     seeds = [entry.seed for entry in entries]
     last, best, alone = zip(*(entry.numbers() for entry in entries), strict=True)
     own, others = (dict(zip(seeds, shares, strict=True)) for shares in (last, alone))
@@ -186,18 +186,17 @@ def _plots(entries: Sequence[Entry], groups: Sequence[Sequence[Entry]]) -> list[
             Plot(
                 "accuracy",
                 "Held-out accuracy of the students",
-                "Share of the held-out images whose most probable class is the true one, on an "
-                "axis that is logarithmic in the share of the others: taught by mentors solid, "
-                "alone dashed and grey. Of several seeds it is their mean, with a band of one "
-                "sample standard deviation either way.",
+                "Top-1 on the held-out images, on an axis that is logarithmic in the error. Solid: "
+                "with mentors; dashed and grey: alone. For several seeds, the mean with a band of "
+                "± one sample standard deviation.",
                 over_epochs(traces, axis | {"title": "held-out top-1 (%)"}),
                 wide=True,
             )
         )
     mentors = list(dict.fromkeys(name for entry in entries for name in entry.run.mentors))
     for number, group in enumerate(groups, start=1):
-        group = courses(group)[0]
-        for plot in lessons(
+        group = curve_groups(group)[0]
+        for plot in mentor_plots(
             [entry.run for entry in group], mentors, ("active_share", "temperature")
         ):
             heading = f"{plot.heading}: {title(group)}"
@@ -210,19 +209,19 @@ def _accuracies(
     groups: Sequence[Sequence[Entry]],
     title: Callable[[Sequence[Entry]], str],
 ) -> list[go.Scatter]:
-    """Curves of each group's students, then of those trained alone, which groups may share."""
+    """Curves of each group's students, then those of the students alone, which groups may share."""
     traces = []
     for group in groups:
-        for several in courses(group):
+        for several in curve_groups(group):
             taught = [entry.run.classroom for entry in several if entry.run.classroom]
             line = {"color": group[0].colour, "width": 2.5}
             traces += _curve(taught, title(several), line, group[0].marker)
     students: dict[str, dict[str, Entry]] = {}
     for entry in sorted(entries, key=lambda entry: entry.run.summary is None):
-        if entry.run.student_curve("alone"):  # once a seed, the finished one if there is
+        if entry.run.student_curve("alone"):  # one per seed, preferably finished
             students.setdefault(entry.student, {}).setdefault(entry.seed, entry)
     for seeds, marker in zip(students.values(), cycle(MARKERS), strict=False):
-        for several in courses(list(seeds.values())):
+        for several in curve_groups(list(seeds.values())):
             alone = [entry.run.student_curve("alone") for entry in several]
             line = {"color": ALONE, "width": 2, "dash": "dash"}
             traces += _curve(alone, f"student alone: {title(several)}", line, marker)
@@ -236,7 +235,7 @@ def _curve(runs: list[list[dict]], name: str, line: dict, marker: str) -> list[g
 def _gains(
     groups: Sequence[Sequence[Entry]], title: Callable[[Sequence[Entry]], str]
 ) -> list[Plot]:
-    """Gains per class of each group, in one order of the classes and on one scale."""
+    """Gains per class of each group, with the same order of classes and the same scale."""
     known = {
         number: [
             entry for entry in finished_seeds(group) or group[:1] if gains(entry.run, entry.alone)

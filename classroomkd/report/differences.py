@@ -1,4 +1,4 @@
-"""In what the configurations of runs differ."""
+"""How the configurations of runs differ."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from classroomkd.runs.recipe import Recipe
 
 
 def recipe(run: RunRecords) -> dict[str, str]:
-    """What decides a run beside its seed and where its data lies: dotted names with their values.
+    """The values that determine a run, except its seed and the path of its data, by dotted name.
 
-    Of a run without a configuration it is what its records tell.
+    Without a configuration, they come from the records.
     """
-    known = marks(Recipe) | {"data": "place"}  # where data is its source alone
+    known = marks(Recipe) | {"data": "place"}  # if "data" is a string, it is the source
     values = {
         key: value
         for key, value in _flat(run.settings).items()
@@ -23,24 +23,25 @@ def recipe(run: RunRecords) -> dict[str, str]:
     }
     if device := run.settings.get("device"):
         values["device"] = str(device).split(":")[0]  # cuda:0 and cuda:1 do the same
-    told = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}
-    return {key: str(value) for key, value in told.items() if value} | values
+    values |= run.code  # the files of networks of one's own, which may change under their names
+    recorded = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}
+    return {key: str(value) for key, value in recorded.items() if value} | values
 
 
 def what_differs(runs: Sequence[RunRecords]) -> list[str]:
-    """Of each run, where its recipe is not everyone's.
+    """For each run, the values of its recipe that differ among the runs.
 
-    Of runs that have one recipe and one seed it is whatever else there is in their configurations.
+    If the runs have the same recipe and seed, any other value of the configuration that differs.
     """
-    told = _differing([recipe(run) for run in runs])
-    if not any(told) and len({str(run.fact("seed")) for run in runs}) == 1:
-        told = _differing([_flat(run.settings) for run in runs])
-    return told
+    differing = _differing([recipe(run) for run in runs])
+    if not any(differing) and len({str(run.fact("seed")) for run in runs}) == 1:
+        differing = _differing([_flat(run.settings) for run in runs])
+    return differing
 
 
 def _differing(values: Sequence[Mapping[str, str]]) -> list[str]:
     keys = dict.fromkeys(key for of_run in values for key in of_run)
-    differing = [key for key in keys if len({of_run.get(key) for of_run in values}) > 1]
+    differing = [key for key in keys if len({of_run.get(key, "null") for of_run in values}) > 1]
     return [
         ", ".join(f"{key}={of_run[key]}" for key in differing if key in of_run) for of_run in values
     ]
@@ -57,7 +58,7 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """As an override of the command line would say it, or nearly."""
+    """The value roughly as an override on the command line."""
     if isinstance(value, list):
         return f"[{', '.join(map(_text, value))}]"
     if isinstance(value, Mapping):  # a mentor

@@ -1,4 +1,4 @@
-"""Runs that are compared: what they are called and drawn in, and which belong together."""
+"""The runs of a comparison: their names, colours and groups."""
 
 from __future__ import annotations
 
@@ -16,19 +16,17 @@ from classroomkd.runs.identity import marks
 from classroomkd.runs.recipe import Recipe
 
 TEST = "the test images"  # in a run's digests
-
-
-_LABEL = 60  # characters that a legend has room for
+_LABEL = 60  # characters that fit into a legend
 
 
 @dataclass(frozen=True)
 class Entry:
     """A run in the comparison.
 
-    ``data`` is the name of its data set, unique among those. The student was trained ``alone`` in
-    this run or, if not, in another one of the same seed and recipe, the teaching apart: ``student``
-    is equal in runs where that recipe is. ``group`` is equal in runs that differ in their seed
-    only, and ``differs`` says how the run's configuration differs from the others'.
+    ``data`` is the unique name of its data set. ``alone`` is the run that trained the student
+    alone: this one or another one with the same seed and recipe except for the distillation, for
+    which ``student`` is equal. ``group`` is equal for runs that differ only in the seed, and
+    ``differs`` says how the configuration differs from that of the other runs.
     """
 
     run: RunRecords
@@ -43,13 +41,13 @@ class Entry:
 
     @property
     def seed(self) -> str:
-        """As the page says it."""
+        """The seed as printed."""
         return UNKNOWN if (seed := self.run.fact("seed")) is None else str(seed)
 
     def numbers(self) -> tuple[float | None, float | None, float | None]:
-        """Top-1 of the last epoch, of the best, and of the student alone after its last.
+        """Top-1 of the last epoch, of the best epoch, and of the student alone in its last epoch.
 
-        None what is not known before the end of a training; the last also where it is the first.
+        Each is None until the training has finished, and the last for a run of method "alone".
         """
         taught = "alone" if self.run.method == "alone" else "student"
         last, alone = _last(self.run, taught), _last(self.alone, "alone")
@@ -69,9 +67,9 @@ def _last(run: RunRecords, phase: str) -> float | None:
 
 
 def _recipe(run: RunRecords, data: str, alone: bool = False) -> str | None:
-    """Equal in runs that differ in their seed only; None if the configuration is not known.
+    """A key that is equal for runs that differ only in the seed; None without a configuration.
 
-    With ``alone`` it is equal also in runs whose student, trained alone, is the same.
+    With ``alone``, it is equal for runs that train the same student alone.
     """
     if not run.settings:
         return None
@@ -81,10 +79,7 @@ def _recipe(run: RunRecords, data: str, alone: bool = False) -> str | None:
 
 
 def unique_names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ending of each path, its last name at best, that no other path has.
-
-    ``paths`` are absolute and differ.
-    """
+    """The shortest unique trailing part of each path, which are absolute and distinct."""
     parts = [path.parts for path in paths]
 
     def shortest(own: tuple[str, ...]) -> str:
@@ -96,21 +91,21 @@ def unique_names(paths: Sequence[Path]) -> list[str]:
 
 
 def entries_of(runs: Sequence[RunRecords]) -> list[Entry]:
-    """What each run is in their comparison."""
+    """The entries of a comparison of ``runs``."""
     names = unique_names([_absolute(run.folder) for run in runs])
-    # A data set is where it lies, or the same as another if it has the same held-out images.
+    # Data sets are identified by path; those with the same held-out images are the same.
     seen: dict[str, Path] = {}
     places = []
     for run in runs:
         place = _absolute(run.source or run.data or "unknown")
         places.append(seen.setdefault(run.digests.get(TEST) or str(place), place))
     distinct = list(dict.fromkeys(places))
-    words = dict(zip(distinct, unique_names(distinct), strict=True))
-    data = [words[place] for place in places]
+    data_names = dict(zip(distinct, unique_names(distinct), strict=True))
+    data = [data_names[place] for place in places]
     recipes = [_recipe(run, of) or name for run, of, name in zip(runs, data, names, strict=True)]
     kinds = list(dict.fromkeys(recipes))
 
-    # As the tables of `classroomkd reproduce` do, a run is compared with that of its own seed.
+    # As in the tables of `classroomkd reproduce`, runs are paired by seed.
     students = [
         (_recipe(run, name, alone=True), tuple(sorted(run.digests.items())), str(run.fact("seed")))
         for run, name in zip(runs, data, strict=True)
@@ -142,11 +137,11 @@ def _colour(run: RunRecords, number: int) -> str:
 
 
 def _absolute(path: Path | str) -> Path:
-    return Path(os.path.abspath(path))  # not resolved: a link's own name is what people gave it
+    return Path(os.path.abspath(path))  # links are not resolved, so that their names are shown
 
 
 def by_recipe(entries: Sequence[Entry]) -> list[list[Entry]]:
-    """The runs of one recipe together, in the order of the first ones."""
+    """The runs grouped by recipe, in the order of their first runs."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(entry.group, []).append(entry)
@@ -154,7 +149,7 @@ def by_recipe(entries: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def finished_seeds(group: Sequence[Entry]) -> list[Entry]:
-    """The finished runs of a group, one for each seed."""
+    """The finished runs of a group, one per seed."""
     seeds: dict[str, Entry] = {}
     for entry in group:
         if entry.run.summary is not None:
@@ -162,16 +157,16 @@ def finished_seeds(group: Sequence[Entry]) -> list[Entry]:
     return list(seeds.values())
 
 
-def courses(group: Sequence[Entry]) -> list[list[Entry]]:
-    """What is drawn as one curve: the finished runs of the seeds, and each other run by itself."""
+def curve_groups(group: Sequence[Entry]) -> list[list[Entry]]:
+    """Runs to draw as one curve: the finished runs of the seeds, and each other run separately."""
     unfinished = [[entry] for entry in group if entry.run.summary is None]
     return list(filter(None, [finished_seeds(group), *unfinished]))
 
 
 def called(group: Sequence[Entry]) -> str:
-    """What runs of one recipe are called together: what differs from other recipes, if it is short.
+    """The name of a group: the folder of a single run, else a short difference from other recipes.
 
-    A run by itself has its folder's name, and so have the seeds of the only recipe.
+    If there is no short difference, the name of the first folder and the number of other seeds.
     """
     first = group[0]
     if len(group) == 1:

@@ -1,4 +1,4 @@
-"""The HTML around a page's plots: one file, read from disk and without a network."""
+"""The HTML of a page: a single file that needs no network."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import plotly.io
 from classroomkd.report.axes import Plot
 from classroomkd.report.numbers import are_numbers, filled
 
-GENERATOR = '<meta name="generator" content="classroomkd">'  # tells our pages from other files
+GENERATOR = '<meta name="generator" content="classroomkd">'  # identifies our pages
 
 _STYLE = """
 :root { color-scheme: light; overflow-y: scroll; }
@@ -38,12 +38,12 @@ i { display: inline-block; width: .7em; height: .7em; margin-right: .5em; border
 .plots { display: grid; gap: 2rem; margin: 2rem 0;
          grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 section { min-width: 0; display: flex; flex-direction: column; }
-section .note { flex: 1; }  /* so that plots side by side stand level */
+section .note { flex: 1; }  /* aligns plots side by side */
 section.whole { grid-column: 1 / -1; }
 summary { cursor: pointer; font-weight: 600; }
 pre { padding: .75rem; background: #f6f6f6; overflow-x: auto; font-size: .8125rem; }
 """
-# Where a table would not fit its lines become paragraphs, each number with its column's name.
+# If a table does not fit, its rows become paragraphs, with the column's name beside each number.
 _NARROW = """@media (max-width: WIDTH) {
   TABLE { width: 100%; overflow-wrap: anywhere; }
   TABLE thead { display: none; }
@@ -60,7 +60,7 @@ for _width, _table in ("40rem", "table"), ("72rem", "table.broad"):
 
 
 def document(title: str, body: str) -> str:
-    """A whole page, ``body`` being HTML and ``title`` text."""
+    """A complete page; ``body`` is HTML and ``title`` is text."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -79,12 +79,12 @@ def document(title: str, body: str) -> str:
 
 
 def warning(text: str) -> str:
-    """A line that must not be missed."""
+    """A highlighted warning."""
     return f'<p class="warning">{escape(text)}</p>'
 
 
 class TableRow(NamedTuple):
-    """A line of a table: its ``kind`` is its style, ``colour`` that of its curve."""
+    """A row of a table: ``kind`` is its CSS class, ``colour`` that of its curve."""
 
     cells: Sequence[str]
     kind: str = ""
@@ -92,9 +92,9 @@ class TableRow(NamedTuple):
 
 
 def table(columns: Sequence[str], rows: Sequence[TableRow], broad: bool = False) -> str:
-    """A table without the columns that say nothing; what its rows are called comes first.
+    """A table without empty columns; the first column holds names.
 
-    A ``broad`` one, as one of many columns, fits wide screens only.
+    A ``broad`` table, or one with many columns, is shown as paragraphs except on wide screens.
     """
     columns, cells = filled(columns, [row.cells for row in rows])
     texts = [n == 0 or not are_numbers([row[n] for row in cells]) for n in range(len(columns))]
@@ -119,7 +119,7 @@ def table(columns: Sequence[str], rows: Sequence[TableRow], broad: bool = False)
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, whatever the cells hold."""
+    """A table in Markdown; pipes and line breaks in cells are replaced."""
     texts = [not are_numbers([row[n] for row in rows]) for n in range(len(columns))]
     lines = [columns, ["---" if text else "---:" for text in texts], *rows]
     cleaned = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
@@ -127,7 +127,7 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
 
 
 def sections(plots: Sequence[Plot]) -> str:
-    """The plots, with plotly's library once before them all."""
+    """The plots, with plotly's library included once, in the first figure."""
     first = next((plot for plot in plots if plot.figure), None)
     drawn = "".join(_section(plot, with_library=plot is first) for plot in plots)
     return f'<div class="plots">{drawn}</div>'
@@ -142,7 +142,7 @@ def _section(plot: Plot, with_library: bool) -> str:
         config={
             "displaylogo": False,
             "displayModeBar": "hover",
-            # Without a list of its own plotly adds a button that uploads the plot.
+            # By default plotly adds a button that uploads the plot.
             "modeBarButtons": [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
         },
     )

@@ -1,4 +1,4 @@
-"""Numbers as all pages print them, and what the numbers of several seeds say together."""
+"""Format numbers for all pages, and aggregate them over seeds."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NUMBER = re.compile(r"([+−\d.,±%×* –]|\de-?\d)*( of \d+| s| min| h)?")
 
 
 def spread(values: Sequence[float | None]) -> Spread | None:
-    """``(mean, sample standard deviation)``, the latter None of one value.
+    """``(mean, sample standard deviation)``; the deviation of one value is None.
 
-    None without a value, or if one is None.
+    The result is None if there are no values or if one of them is None.
     """
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
@@ -29,13 +29,13 @@ def spread(values: Sequence[float | None]) -> Spread | None:
 def differences(
     own: Mapping[Seed, float | None], others: Mapping[Seed, float | None]
 ) -> list[float]:
-    """Each of ``own`` less that of ``others`` with the same key, which is a run's seed."""
+    """Each value of ``own`` minus that of ``others`` with the same key, a run's seed."""
     pairs = ((value, others.get(seed)) for seed, value in own.items())
     return [mine - other for mine, other in pairs if mine is not None and other is not None]
 
 
 def percent(values: Spread | None, signed: bool = False, unit: str = "") -> str:
-    """What `spread` gives of shares, or with a sign of their differences, times 100."""
+    """A `spread` of fractions in percent; ``signed`` for differences."""
     if values is None:
         return UNKNOWN
     middle, deviation = values
@@ -44,12 +44,12 @@ def percent(values: Spread | None, signed: bool = False, unit: str = "") -> str:
 
 
 def counted(number: int, noun: str, ending: str = "s") -> str:
-    """Like "1 epoch" and "2 epochs"."""
+    """The number and the noun, as in "1 epoch" and "2 epochs"."""
     return f"{number:,} {noun}" + ending * (number != 1)
 
 
 def image_counts(data: Mapping[str, Any]) -> str:
-    """How many classes and images a summary's ``data`` has."""
+    """The numbers of classes and images in a summary's ``data``."""
     parts = {"training": "train_images", "validation": "validation_images"}
     counts = [f"{data[key]:,} {part}" for part, key in parts.items() if data.get(key)]
     images = f"{', '.join(counts)} and {data['test_images']:,} held-out images"
@@ -59,7 +59,7 @@ def image_counts(data: Mapping[str, Any]) -> str:
 def filled(
     columns: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> tuple[list[str], list[list[str]]]:
-    """The columns in which a row says something."""
+    """The columns that are not empty in all rows."""
     kept = [
         place
         for place in range(len(columns))
@@ -69,14 +69,14 @@ def filled(
 
 
 def are_numbers(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers, to be aligned on the right."""
+    """Whether all cells are numbers; such columns are right-aligned."""
     return all(map(_NUMBER.fullmatch, cells))
 
 
 def duration(seconds: float | None) -> str:
-    """In words, to be read at a glance."""
+    """A rounded duration."""
     if seconds is None:
-        return "unknown until a first epoch is done"
+        return "unknown until the first epoch is done"
     if seconds < 60:
         return f"{seconds:.0f} s"
     if seconds < 3600:

@@ -1,4 +1,4 @@
-"""report.html, which tells of one run, and comparison.html of several."""
+"""report.html for one run and comparison.html for several."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 
 
 def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
-    """Write the page of a run, or one that compares several, and return its path.
+    """Write the page of a run, or a comparison of several runs, and return its path.
 
-    It is written to ``out``, by default to report.html in the folder of the one run, or to
-    comparison.html in the current folder. The runs need not have finished; one that is named twice
-    counts once.
+    ``out`` defaults to report.html in the run folder of a single run, and to comparison.html in
+    the current folder otherwise. Runs may be unfinished; duplicates are ignored.
 
-    Raises UserError if a folder does not exist or holds no metrics.jsonl, and rather than replace a
-    file that is not such a page.
+    Raises UserError if a folder does not exist or has no metrics.jsonl, or if ``out`` is a file
+    that is not such a page.
     """
     folders = [runs] if isinstance(runs, str | os.PathLike) else runs
     folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
@@ -42,7 +41,7 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
 
 
 def _require_ours(out: Path) -> None:
-    """Raise UserError unless ``out`` is free to be written or a page that this module has made."""
+    """Raise UserError unless ``out`` does not exist or is a page written by this module."""
     if not out.parent.is_dir():
         raise UserError(f"cannot write {out}: {out.parent} is not a folder")
     if out.is_dir():
@@ -69,7 +68,7 @@ def _page(run: RunRecords) -> str:
 
 
 def _title(run: RunRecords) -> tuple[str, str]:
-    """What was trained on what, and how."""
+    """The title of a run's page, and the facts below it."""
     heading = "Mentors" if run.student is None else f"Classroom of {run.student}"
     if run.student and run.method != "classroom":
         phase = "alone" if run.method == "alone" else "student"
@@ -85,7 +84,7 @@ def _title(run: RunRecords) -> tuple[str, str]:
 
 
 def _starts(run: RunRecords) -> str:
-    """How long it took, and what it was started with, on what, each time."""
+    """The time that the run took; hardware, versions and command line of each start."""
     times = {"mentors": run.seconds(mentors=True), "student": run.seconds(mentors=False)}
     told = [f"{who} {duration(seconds)}" for who, seconds in times.items() if seconds]
     blocks = [f"<p>Epochs trained and measured here took: {', '.join(told)}.</p>"] if told else []
@@ -122,6 +121,6 @@ def _progress(run: RunRecords) -> str:
         for key, (*_, last) in run.curves.items()
     )
     unfinished = (
-        "Unfinished: this run has no summary.json yet; here is what it has recorded so far."
+        "Unfinished: this run has no summary.json yet; this is what it has recorded so far."
     )
     return f"{warning(unfinished)}<ul>{done or '<li>no epoch yet</li>'}</ul>"

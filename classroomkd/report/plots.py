@@ -23,12 +23,12 @@ STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "student": {"color": "#111
 
 
 def colour(run: RunRecords, phase: str, name: str) -> str:
-    """The network's colour, the same in every plot and in the table."""
+    """A network's colour, the same in all plots and in the table."""
     return _line(phase, name, run.mentors)["color"]
 
 
 def plots(run: RunRecords) -> list[Plot]:
-    """Every plot that the records so far can fill."""
+    """All plots for which there are records."""
     drawn = []
     if run.curves:
         accuracy, validation, loss = (
@@ -36,17 +36,16 @@ def plots(run: RunRecords) -> list[Plot]:
         )
         has_validation = is_filled(validation)
         taught = (
-            " That of the student whom mentors teach also holds their lessons: compare its course "
-            "with the others, not its height."
+            " The loss of the student with mentors includes the mentor terms: compare its shape "
+            "with the other curves, not its value."
         )
-        # The two stand side by side, to be compared.
+        # Both plots share the axis, to be compared side by side.
         axis = accuracy_axes(accuracy, validation)
         drawn.append(
             Plot(
                 "accuracy",
                 "Held-out accuracy",
-                "Share of the held-out images whose most probable class is the true one, on an "
-                "axis that is logarithmic in the share of the others.",
+                "Top-1 on the held-out images, on an axis that is logarithmic in the error.",
                 over_epochs(accuracy, axis | {"title": "held-out top-1 (%)"}),
             )
         )
@@ -55,8 +54,8 @@ def plots(run: RunRecords) -> list[Plot]:
                 Plot(
                     "validation",
                     "Validation accuracy",
-                    "The same on the validation images, which no network trained on and on which "
-                    "choices are made.",
+                    "The same on the validation images, which are not used for training but to "
+                    "select epochs.",
                     over_epochs(validation, axis | {"title": "validation top-1 (%)"}),
                 )
             )
@@ -64,62 +63,62 @@ def plots(run: RunRecords) -> list[Plot]:
             Plot(
                 "loss",
                 "Training loss",
-                "Mean over the training samples of an epoch." + taught * bool(run.classroom),
+                "Mean over the training images of an epoch." + taught * bool(run.classroom),
                 over_epochs(loss, _loss_axis(loss)),
             )
         )
-    drawn += lessons([run], run.mentors)
+    drawn += mentor_plots([run], run.mentors)
     order = class_order([gains(run, run)])
     return drawn + list(filter(None, [taught_plot(run, order), gain_plot([(run, run)], order)]))
 
 
-def lessons(
+def mentor_plots(
     runs: Sequence[RunRecords], mentors: Sequence[str], keys: Sequence[str] | None = None
 ) -> list[Plot]:
-    """What the mentors of runs that differ in the seed only did over time.
+    """The mentors' statistics over the epochs, for runs that differ only in the seed.
 
-    A mentor's colour is that of its place in ``mentors``.
+    A mentor's colour is given by its index in ``mentors``.
     """
-    courses = [run.classroom for run in runs]
+    records = [run.classroom for run in runs]
     drawn = []
-    for key, heading, note, axis in _LESSONS:
+    for key, heading, note, axis in _STATISTICS:
         if keys is not None and key not in keys:
             continue
         traces = [
             trace
             for name in runs[0].mentors
-            for trace in _traces(runs[0], "mentor", name, courses, _statistic(name, key), mentors)
+            for trace in _traces(runs[0], "mentor", name, records, _statistic(name, key), mentors)
         ]
         if is_filled(traces):
             drawn.append(Plot(key, heading, note, over_epochs(traces, axis)))
     return drawn
 
 
-_LESSONS = (
+_STATISTICS = (
     (
         "active_share",
         "Active mentors",
-        "Share of the training samples on which the mentor taught.",
-        {"title": "samples taught (%)", "tickformat": ".0%", "range": [-0.03, 1.03]},
+        "Share of the training images on which the mentor taught.",
+        {"title": "images taught (%)", "tickformat": ".0%", "range": [-0.03, 1.03]},
     ),
     (
         "temperature",
         "Mentor temperature",
-        "How much the mentor's lesson was softened; 1 is not at all. Mean over all samples.",
+        "Temperature of the mentor's KD term; 1 means no softening. Mean over all images.",
         {"title": "temperature τ (no unit)"},
     ),
     (
         "rank_weight",
         "Rank weight",
-        "The mentor's share of the classroom's confidence in the true class, times the number of "
-        "mentors. Mean over all samples.",
+        "The mentor's share of the total confidence in the true class, of student and mentors, "
+        "times the number of mentors. Mean over all images.",
         {"title": "rank weight r (no unit)"},
     ),
     (
         "kl",
         "Divergence from the mentor",
-        "KL from mentor to student, both softened. Mean over only those samples on which "
-        "the mentor taught: where they are few it jumps, and where there are none it is 0.",
+        "KL divergence between mentor and student, both softened. Mean over the images on which "
+        "the mentor taught: noisy if they are few, 0 if there are none.",
         {"title": "KL (nats)", "rangemode": "tozero"},
     ),
 )
@@ -141,13 +140,13 @@ def _traces(
     run: RunRecords,
     phase: str,
     name: str,
-    courses: Sequence[list[dict]],
+    records: Sequence[list[dict]],
     value: Callable[[dict], float | None],
     mentors: Sequence[str],
 ) -> list[go.Scatter]:
     marker = "circle" if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
-    called = label(phase, name, run.method)
-    return curve(courses, value, called, _line(phase, name, mentors), marker)
+    text = label(phase, name, run.method)
+    return curve(records, value, text, _line(phase, name, mentors), marker)
 
 
 def _line(phase: str, name: str, mentors: Sequence[str]) -> dict:

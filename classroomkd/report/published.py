@@ -1,4 +1,4 @@
-"""What others published of the classrooms that `classroomkd reproduce` trains."""
+"""Published results for the classrooms of `classroomkd reproduce`."""
 
 from __future__ import annotations
 
@@ -31,6 +31,6 @@ PUBLISHED = {
 }
 PUBLISHED_FROM = (
     "Published: top-1 on CIFAR-100's test images after 240 epochs; teacher, alone and KD from "
-    "RepDistiller's tables; best is NTCE-KD's, which augments more strongly."
+    "RepDistiller's tables; best from NTCE-KD, which uses stronger augmentation."
 )
 PUBLISHED_EPOCHS = 240

@@ -1,4 +1,4 @@
-"""Reading what a run has left in its folder, finished or not."""
+"""Read the records in a run folder, finished or not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from classroomkd.errors import UserError
+from classroomkd.models import network_names
 from classroomkd.runs.old_runs import current_record
 
 
@@ -20,12 +21,11 @@ from classroomkd.runs.old_runs import current_record
 class RunRecords:
     """The records of one run, from its ``folder``.
 
-    ``config`` is the text of config.yaml, empty without one; ``digests`` tell its images, part by
-    part, from others, and are empty in runs that did not note them. ``curves`` maps (phase, name)
-    to that network's epochs in order, mentors first, then the student alone, then the student in
-    the classroom. ``summary`` is None until the run has finished. ``unreadable`` holds the numbers,
-    from 1, of the lines of metrics.jsonl that are not records. ``starts`` says of each process that
-    worked on the run when and how it was started; runs of earlier versions have none.
+    ``config`` is the text of config.yaml, or empty. ``digests`` identify the images of each part;
+    old runs have none. ``curves`` maps (phase, name) to the network's epochs in order: mentors
+    first, then the student alone, then the student with mentors. ``summary`` is None until the run
+    has finished. ``unreadable`` are the numbers, from 1, of the lines of metrics.jsonl that are not
+    records. ``starts`` has an entry for each process that worked on the run; old runs have none.
     """
 
     folder: Path
@@ -46,29 +46,40 @@ class RunRecords:
 
     @property
     def data(self) -> str | None:
-        """What the data set is called."""
+        """The name of the data set."""
         if self.summary:
             return self.summary["data"]["name"]
         return Path(self.source).name if self.source else None
 
     @property
     def source(self) -> str | None:
-        """Where the configuration says that the data is."""
+        """The data source in the configuration."""
         data = self.settings.get("data")
         source = data.get("source") if isinstance(data, dict) else data
         return str(source) if source else None
 
     @property
     def student(self) -> str | None:
-        """What the student is called."""
+        """The student's name."""
         named = [name for phase, name in self.curves if phase != "mentor"]
-        return self.result("student").get("name") or next(
-            iter(named), self.settings.get("student") or None
-        )
+        configured = network_names.label(str(self.settings.get("student") or "")) or None
+        return self.result("student").get("name") or next(iter(named), configured)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """The first digits of the SHA-256 of each file that defines a network of one's own."""
+        student = self.settings.get("student")
+        return {
+            "student_code" if name == student else f"mentors.{network_names.label(name)}": digest[
+                :12
+            ]
+            for name, digest in _inputs(self.folder).items()
+            if network_names.is_code(name)
+        }
 
     @property
     def epochs(self) -> int | None:
-        """Of the student's schedule, or of the mentors' in a run without a student."""
+        """Epochs of the student's schedule, or of the mentors' in a run without a student."""
         training = self.settings.get("training" if self.student else "mentor_training")
         known = [records[-1].get("epochs") for records in self.curves.values()]
         own = training.get("epochs") if isinstance(training, dict) else None
@@ -76,24 +87,24 @@ class RunRecords:
 
     @property
     def method(self) -> str:
-        """How the student was taught; what has no word for it is a classroom."""
+        """The student's method; old runs without one are classrooms."""
         return self.fact("method") or "classroom"
 
     def fact(self, key: str) -> Any:
-        """The run's seed or device: the device that was found where the run has finished."""
+        """The run's seed or device; for a finished run, the device that was used."""
         return (self.summary or self.settings).get(key)
 
     def result(self, phase: str) -> dict[str, Any]:
-        """The student's result alone or in the classroom; empty until the run has finished."""
+        """The student's result in ``phase``; empty until the run has finished."""
         results = self.summary["results"] if self.summary else []
         return next((result for result in results if result["phase"] == phase), {})
 
     def student_curve(self, phase: str) -> list[dict]:
-        """The epochs of the student alone or in the classroom."""
+        """The epochs of the student in ``phase``, "alone" or "student"."""
         return next((records for (of, _), records in self.curves.items() if of == phase), [])
 
     def seconds(self, mentors: bool) -> float:
-        """What the epochs of the student, or of the mentors trained here, took together."""
+        """The total time of the epochs of the student, or of the mentors trained here."""
         results = self.summary["results"] if self.summary else []
         reused = {result["name"] for result in results if result.get("reused")}
         return sum(
@@ -105,12 +116,12 @@ class RunRecords:
 
     @property
     def classroom(self) -> list[dict]:
-        """The epochs of the student in the classroom."""
+        """The epochs of the student with mentors."""
         return self.student_curve("student")
 
     @property
     def mentors(self) -> list[str]:
-        """The mentors' names, trained here or given, each once and always in the same order."""
+        """The names of the mentors, trained here or given, in a fixed order."""
         results = self.summary["results"] if self.summary else []
         listed = [result["name"] for result in results if result["phase"] == "mentor"]
         trained = [name for phase, name in self.curves if phase == "mentor"]
@@ -119,14 +130,14 @@ class RunRecords:
 
 
 def incomplete(run: RunRecords) -> str:
-    """Which lines of the run's metrics.jsonl are ``unreadable``, in words."""
+    """A message that lists the ``unreadable`` lines of a run's metrics.jsonl."""
     lines = "line" if len(run.unreadable) == 1 else "lines"
     numbers = ", ".join(map(str, run.unreadable))
-    return f"Incomplete and left out: {lines} {numbers} of metrics.jsonl"
+    return f"Skipped incomplete {lines} {numbers} of metrics.jsonl"
 
 
 def at_chance(run: RunRecords) -> list[str]:
-    """Which networks' training top-1 was at chance in some epochs, a line each."""
+    """A line for each network whose training top-1 was at chance in some epochs."""
     lines = []
     for key, records in run.curves.items():
         if epochs := [record["epoch"] for record in records if "chance_top1" in record]:
@@ -138,7 +149,7 @@ def at_chance(run: RunRecords) -> list[str]:
 
 
 def label(phase: str, name: str, method: str = "classroom") -> str:
-    """What a network of a run is called in tables and legends; ``method`` taught its student."""
+    """The name of a network in tables and legends; ``method`` is that of the student."""
     taught = " in the classroom" if method == "classroom" else f" by {method}"
     return name + {"mentor": " (mentor)", "alone": " alone"}.get(phase, taught)
 
@@ -146,13 +157,9 @@ def label(phase: str, name: str, method: str = "classroom") -> str:
 def require_records(folder: Path) -> None:
     """Raise UserError if there is no ``folder`` or it holds no metrics.jsonl."""
     if not folder.is_dir():
-        raise UserError(
-            f"no run folder at {folder}: give the folder that a training run has written"
-        )
+        raise UserError(f"no run folder at {folder}: give the folder of a training run")
     if not (folder / "metrics.jsonl").is_file():
-        raise UserError(
-            f"no metrics.jsonl in {folder}: give the folder that a training run has written"
-        )
+        raise UserError(f"no metrics.jsonl in {folder}: give the folder of a training run")
 
 
 def read_run(folder: Path) -> RunRecords:
@@ -167,15 +174,16 @@ def read_run(folder: Path) -> RunRecords:
         curves, unreadable = _read_metrics(metrics)
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
         starts = _starts(folder / "starts.jsonl")
+        digests = {k: v for k, v in _inputs(folder).items() if k.endswith(" images")}
     except OSError as error:
         raise UserError(
             f"cannot read {error.filename}: {error.strerror}; make it readable to report the run"
         ) from None
-    return RunRecords(folder, text, _digests(folder), finished, curves, unreadable, starts)
+    return RunRecords(folder, text, digests, finished, curves, unreadable, starts)
 
 
 def _summary(path: Path) -> dict:
-    """A finished run's summary; UserError if the report cannot be made from it."""
+    """A finished run's summary; raises UserError if the report cannot use it."""
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
@@ -195,27 +203,26 @@ def _summary(path: Path) -> dict:
     except (AttributeError, KeyError, TypeError):
         fine = False
     if not fine:
-        raise UserError(f"{path} is no run's summary: delete it to report the run without it")
+        raise UserError(f"{path} is not a run's summary: delete it to report the run without it")
     return found | {"results": [current_record(result) for result in results]}
 
 
-def _digests(folder: Path) -> dict[str, str]:
+def _inputs(folder: Path) -> dict[str, str]:
     with suppress(OSError, ValueError, AttributeError):
-        inputs = json.loads((folder / "inputs.json").read_bytes())
-        return {name: digest for name, digest in inputs.items() if name.endswith(" images")}
+        return dict(json.loads((folder / "inputs.json").read_bytes()).items())
     return {}
 
 
 def _starts(path: Path) -> list[dict]:
     found = []
     for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError):  # a killed run leaves half a line
+        with suppress(ValueError):  # a killed run may leave half a line
             found.append(json.loads(line))
     return [start for start in found if isinstance(start, dict)]
 
 
 def _require_epoch(record: Any) -> None:
-    """Raise KeyError or TypeError for what is no record of an epoch."""
+    """Raise KeyError or TypeError unless ``record`` is that of an epoch."""
     texts = {name for name, value in record.items() if isinstance(value, str)}
     mentors = record.get("mentors") or {}
     if (
@@ -231,12 +238,12 @@ def _read_metrics(path: Path) -> tuple[dict[tuple[str, str], list[dict]], list[i
     unreadable = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity are gaps
+            record = json.loads(line, parse_constant=lambda _: None)  # NaN and Infinity become gaps
             _require_epoch(record)
             record = current_record(record)
-            # A resumed run may record again an epoch that it had not yet saved: the last stands.
+            # A resumed run may record an epoch again that was not saved: the last record counts.
             epochs.setdefault((record["phase"], record["name"]), {})[record["epoch"]] = record
-        except (ValueError, AttributeError, KeyError, TypeError):  # a killed run leaves half a line
+        except (ValueError, AttributeError, KeyError, TypeError):  # such as half a line
             unreadable.append(number)
     curves = {
         key: [by_epoch[epoch] for epoch in sorted(by_epoch)]

@@ -1,4 +1,4 @@
-"""The results of a finished run, as rows for the report and for the terminal."""
+"""The results of a finished run as a table, for the report and the terminal."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ COLUMNS = ("network", "parameters", "epochs", "top-1", "best", "top-5", "loss")
 
 
 def result_rows(summary: dict) -> list[tuple[str, ...]]:
-    """One row of text for each of ``summary["results"]``, in its order, to go under COLUMNS.
+    """One row of text, with `COLUMNS`, for each of ``summary["results"]``.
 
-    top-1 is the last epoch's; best is the highest of any epoch, chosen on the held-out images. Of
-    five classes or fewer the best five always hold the true one: their top-5 says nothing.
+    top-1 is that of the last epoch; best is the highest of any epoch, selected on the held-out
+    images. With five classes or fewer, top-5 is always 1 and left out.
     """
     few_classes = summary["data"]["classes"] <= 5
     return [
@@ -36,7 +36,7 @@ def result_rows(summary: dict) -> list[tuple[str, ...]]:
 
 
 def evidence(summary: dict) -> str:
-    """How much the results can tell: the images behind them and what chance alone would move."""
+    """What the results mean: the number of images and the standard error."""
     data, images = summary["data"], summary["data"]["test_images"]
     students = [result for result in summary["results"] if result["phase"] != "mentor"]
     method = summary.get("method", "classroom")
@@ -46,15 +46,14 @@ def evidence(summary: dict) -> str:
     )
     top1 = [result["top1"] for result in summary["results"] if result.get("top1") is not None]
     if top1:
-        # The student's, who comes last. At 0 or 1 the formula would claim certainty, so stay one
-        # image away.
+        # The student comes last. At 0 or 1 the formula would give 0, so stay one image away.
         share = min(max(top1[-1], 1 / images), 1 - 1 / images)
         error = 100 * math.sqrt(share * (1 - share) / images)
         text += f", the binomial standard error of a top-1 near {share:.1%} is {error:.2f} points"
-    text += ". This is one run with one seed; other seeds vary beyond that."
+    text += ". This is one run with one seed; the variation between seeds is larger."
     if any(result.get("best_test_top1") is not None for result in summary["results"]):
         text += (
-            " top-1 is the last epoch's; best is the highest of any epoch on these same images, "
+            " top-1 is from the last epoch; best is the highest of any epoch on the same images, "
             "which is what papers print."
         )
     calibration = [
@@ -67,8 +66,8 @@ def evidence(summary: dict) -> str:
     chosen = students[-1] if students else {}
     if chosen.get("chosen_epoch") is not None:
         text += (
-            f" By the {data['validation_images']:,} validation images the student of epoch "
-            f"{chosen['chosen_epoch']} would be chosen, top-1 {chosen['chosen_top1']:.2%}."
+            f" On the {data['validation_images']:,} validation images, the student of epoch "
+            f"{chosen['chosen_epoch']} is best; its top-1 is {chosen['chosen_top1']:.2%}."
         )
     return text
 
@@ -81,7 +80,7 @@ def results_table(summary: dict) -> Table:
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
-        padding=(0, 1, 0, 0),  # with more a terminal of 80 characters would break the lines
+        padding=(0, 1, 0, 0),  # so that lines fit a terminal of 80 characters
     )
     columns, rows = filled(COLUMNS, result_rows(summary))
     for column in columns:

@@ -1,4 +1,4 @@
-"""What the runs of several seeds say together."""
+"""Aggregate runs over seeds."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ _BASELINES = ("alone", "kd")
 
 
 def aggregate(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A group for each classroom and variant, over its seeds.
+    """One group per classroom and variant, aggregated over its seeds.
 
-    Each measure is ``[mean, sample standard deviation]``, the latter None for one seed, or None if
-    a run lacks it. ``over_alone`` and ``over_kd`` are the differences of ``last`` from the run of
-    that variant with the same seed, over the seeds that both have.
+    Each measure is a `spread`, or None if a run lacks it. ``over_alone`` and ``over_kd`` are the
+    differences of ``last`` from that variant's run with the same seed, over the seeds of both.
     """
     runs: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""A table's results as Markdown, to be included anywhere, and as a page with plots."""
+"""A table's results as Markdown and as an HTML page with plots."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from classroomkd.report.published import (
 Rows = list[list[str]]
 
 _NOTES = {
-    "teacher": "teacher is the first mentor, after its last epoch",
-    "last": "last is after the last epoch",
-    "best": "best is the highest of any epoch, chosen on these same images, as papers print it",
-    "chosen": "chosen is the epoch that does best on the validation images",
-    "over alone": "over alone is last less that of alone with the same seed, in percentage points",
-    "over kd": "over kd is last less that of kd with the same seed, in percentage points",
-    "time of a run": "time of a run is the mean, without the mentors' training",
+    "teacher": "teacher: the first mentor after its last epoch",
+    "last": "last: after the last epoch",
+    "best": "best: the highest of any epoch, selected on the same images, as papers print it",
+    "chosen": "chosen: the epoch that is best on the validation images",
+    "over alone": "over alone: last minus that of alone with the same seed, in percentage points",
+    "over kd": "over kd: last minus that of kd with the same seed, in percentage points",
+    "time per run": "time per run: the mean, without training the mentors",
 }
 
 
 def write_tables(results: Mapping[str, Any], title: str, out: Path) -> list[Path]:
-    """Write tables/TABLE.md and tables/TABLE.html in ``out``, of what results.json holds."""
+    """Write tables/TABLE.md and tables/TABLE.html in ``out`` from the content of results.json."""
     name = results["table"]
     (out / "tables").mkdir(parents=True, exist_ok=True)
     paths = [out / "tables" / f"{name}.{kind}" for kind in ("md", "html")]
@@ -58,7 +58,7 @@ def write_tables(results: Mapping[str, Any], title: str, out: Path) -> list[Path
 
 
 def markdown(results: Mapping[str, Any], title: str) -> str:
-    """The table as Markdown, below a heading of the second level."""
+    """The table as Markdown, under a level-2 heading."""
     blocks = [f"## {title}", *_facts(results)]
     blocks += [f"**{line}**" for line in _warnings(results)]
     blocks += [_note(results), *(markdown_table(*filled(*part)) for part in _parts(results))]
@@ -78,24 +78,24 @@ def _page(results: Mapping[str, Any], title: str) -> str:
 
 
 def _note(results: Mapping[str, Any]) -> str:
-    """What the columns that are there mean."""
+    """The meaning of the columns that are shown."""
     columns, _ = filled(*result_cells(results))
-    said = "; ".join(text for column, text in _NOTES.items() if column in columns)
+    notes = "; ".join(text for column, text in _NOTES.items() if column in columns)
     return (
-        "Top-1 in percent on the held-out images (the data set's test part, or split off where it "
-        f"has none), mean ± sample standard deviation over the seeds: {said}."
+        "Top-1 in percent on the held-out images (the data set's test part, or a split if it has "
+        f"none), mean ± sample standard deviation over the seeds. Columns: {notes}."
     )
 
 
 def _facts(results: Mapping[str, Any]) -> list[str]:
-    """What was run, on what."""
+    """Data, training, classrooms, seeds, device and versions of the runs."""
     runs = results["runs"]
     if not runs:
         return ["No run has finished yet."]
     sets = {f"{run['data']} ({image_counts(run)})" for run in runs}
     epochs = {f"{counted(run['epochs'], 'epoch')} (mentors {run['mentor_epochs']})" for run in runs}
     seeds = sorted({run["seed"] for run in runs})
-    shared = f"Seeds: {_listed(map(str, seeds))}; they share the mentors."
+    shared = f"Seeds: {_listed(map(str, seeds))}, sharing the mentors."
     firsts = {group["classroom"]: group for group in reversed(results["groups"])}
     classrooms = {
         f"{name} ({group['student']} ← {' '.join(group['mentors'])})"
@@ -108,7 +108,7 @@ def _facts(results: Mapping[str, Any]) -> list[str]:
         f"{_listed({run['device'] for run in runs})}, with classroomkd "
         f"{_listed({run['classroomkd'] for run in runs})} and torch "
         f"{_listed({run['torch'] for run in runs})}, "
-        f"{duration(sum(run['seconds'] for run in runs))} without the mentors' training."
+        f"{duration(sum(run['seconds'] for run in runs))} without training the mentors."
     ]
 
 
@@ -120,14 +120,14 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
     if others := sorted({run["epochs"] for run in runs if run["epochs"] != PUBLISHED_EPOCHS}):
         why.append(f"the epochs are {_listed(map(str, others))}, not {PUBLISHED_EPOCHS}")
     if why:
-        lines.append(f"Not to be compared with published numbers: {', and '.join(why)}.")
+        lines.append(f"Not comparable with published numbers: {', and '.join(why)}.")
     if len({run["test_digest"] for run in runs}) > 1:
-        lines.append("Not all runs were measured on the same held-out images.")
+        lines.append("The runs were not all measured on the same held-out images.")
     return lines
 
 
 def _parts(results: Mapping[str, Any]) -> list[tuple[list[str], Rows]]:
-    """Tables as columns and rows: one line a classroom where there are several, then all groups."""
+    """Tables as columns and rows: an overview if there are several classrooms, then all groups."""
     groups = results["groups"]
     classrooms = list(dict.fromkeys(group["classroom"] for group in groups))
     parts = [_overview(results, classrooms)] if len(classrooms) > 1 else []
@@ -142,7 +142,7 @@ def _parts(results: Mapping[str, Any]) -> list[tuple[list[str], Rows]]:
 def result_cells(results: Mapping[str, Any]) -> tuple[list[str], Rows]:
     """Columns, and a row of text for each classroom and variant."""
     columns = ["classroom", "variant", "seeds", "teacher", "last", "best", "chosen"]
-    columns += ["over alone", "over kd", "time of a run"]
+    columns += ["over alone", "over kd", "time per run"]
     keys = ("last", "best", "chosen", "over_alone", "over_kd")
     rows = [
         [
@@ -162,7 +162,7 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
     groups, published = results["groups"], _published(results)
     last = {(group["classroom"], group["variant"]): group["last"] for group in groups}
     variants = list(dict.fromkeys(group["variant"] for group in groups))
-    # What the lines are stands above, and "classroom" would be a variant's name too.
+    # The first column has no name: "classroom" is also the name of a variant.
     columns = ["", "teacher", *variants]
     if published:
         columns += [f"published {field}" for field in Published._fields]
@@ -185,7 +185,7 @@ def _overview(results: Mapping[str, Any], classrooms: Sequence[str]) -> tuple[li
 
 
 def _published(results: Mapping[str, Any]) -> dict[str, Published]:
-    """What is known of the classrooms, by their teachers and students."""
+    """The published numbers of the classrooms, looked up by teacher and student."""
     found = {}
     for run in results["runs"]:
         numbers = PUBLISHED.get((run["mentors"].partition(" ")[0], run["student"]))
@@ -195,7 +195,7 @@ def _published(results: Mapping[str, Any]) -> dict[str, Published]:
 
 
 def _plots(results: Mapping[str, Any]) -> list[Plot]:
-    """One of each classroom: every run, and mean and deviation beside them."""
+    """One plot per classroom, with every run and the mean and deviation of each variant."""
     plots = []
     for number, classroom in enumerate(dict.fromkeys(g["classroom"] for g in results["groups"])):
         groups = [group for group in results["groups"] if group["classroom"] == classroom]
@@ -228,8 +228,8 @@ def _plots(results: Mapping[str, Any]) -> list[Plot]:
         )
         drawn.update_layout(height=380, showlegend=False)
         note = (
-            "Top-1 after the last epoch: a line for every run, a dot for the mean, bars of one "
-            "sample standard deviation either way."
+            "Top-1 after the last epoch: a line per run, a dot for the mean, and bars of ± one "
+            "sample standard deviation."
         )
         plots.append(
             Plot(f"plot-{number}", f"Top-1 of {classroom}", note, drawn, wide=len(groups) > 8)

@@ -1,7 +1,7 @@
-"""`classroomkd reproduce`: many runs, for tables with the published numbers beside them.
+"""`classroomkd reproduce`: the runs of a table, compared with published numbers.
 
-``tables`` says which classrooms and variants a table has, ``plan`` makes tasks of them, ``runner``
-runs each as a process of its own, and ``status`` reads from the folders how far they are.
-``collect`` gathers what finished runs have left. How a run trains belongs to ``classroomkd.runs``;
-sums over seeds and pages belong to ``classroomkd.report``.
+``tables`` defines the classrooms and variants of each table, ``plan`` turns them into tasks,
+``runner`` runs each task in a process, ``status`` reads their progress from the run folders, and
+``collect`` gathers the results of finished runs. Training belongs to ``classroomkd.runs``,
+aggregation over seeds and pages to ``classroomkd.report``.
 """

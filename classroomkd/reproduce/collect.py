@@ -1,4 +1,4 @@
-"""The results of every finished run of a table, and what they say together."""
+"""Collect the results of all finished runs of a table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,13 @@ from classroomkd.reproduce.status import own_records
 
 
 def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row for each finished run in the folder ``out`` of ``table``, whoever ran it.
+    """A row for each finished run of ``table`` in its folder ``out``.
 
-    Runs come as in ``order``, of their ids, and those that are not in it after them.
+    Rows follow ``order``, a list of task ids; other runs come after them. ``last``, ``best`` and
+    ``chosen`` are top-1 on the held-out images, as fractions: after the last epoch, the highest of
+    any epoch, and that of the epoch that is best on the validation images (None without any).
 
-    Top-1 are shares of the held-out images: ``last`` after the last epoch, ``best`` the highest of
-    any epoch, ``chosen`` that of the epoch that does best on the validation images, None without
-    any.
-
-    Raises UserError if runs that should differ in their seed only differ in more.
+    Raises UserError if runs that should differ only in the seed differ in more.
     """
     rows: list[dict[str, Any]] = []
     first: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
@@ -37,8 +35,8 @@ def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, 
         other, expected = first.setdefault((row, variant), (folder, values))
         if differing := difference(expected, values):
             raise UserError(
-                f"{other} has {differing} in {folder}: such runs cannot stand in one row; move one "
-                "of them away"
+                f"{other} has {differing} in {folder}: such runs cannot be averaged; move one of "
+                "them away"
             )
         rows.append(_row(table, row, variant, folder, summary, values))
     places = {"/".join(run.split("/")[1:-1]): place for place, run in enumerate(reversed(order))}
@@ -59,7 +57,7 @@ def _row(
     values: Mapping[str, Any],
 ) -> dict[str, Any]:
     mentors = [result for result in summary["results"] if result["phase"] == "mentor"]
-    # A student that is also trained alone comes before the one that mentors teach.
+    # The student alone, if any, comes before the student with mentors.
     *_, student = (result for result in summary["results"] if result["phase"] != "mentor")
     data = summary["data"]
     return {
@@ -91,7 +89,7 @@ def _row(
 
 
 def _is_cifar100(data: Mapping[str, Any]) -> bool:
-    """Whether that is the whole of CIFAR-100, by its classes and counts."""
+    """Whether the data is all of CIFAR-100, judging by classes and counts."""
     counts = (data["train_images"] + data.get("validation_images", 0), data["test_images"])
     names = {name.replace(" ", "_") for name in data["class_names"]}
     known = {"aquarium_fish", "lawn_mower", "willow_tree", "worm"}
@@ -99,7 +97,7 @@ def _is_cifar100(data: Mapping[str, Any]) -> bool:
 
 
 def write_results(table: str, out: Path, order: Sequence[str] = ()) -> dict[str, Any]:
-    """Write results.json and results.csv of the finished runs in ``out``; what the first holds."""
+    """Write results.json and results.csv for the finished runs in ``out``; returns the former."""
     rows = collect(table, out, order)
     results = {"table": table, "groups": aggregate(rows), "runs": rows}
     text = io.StringIO()

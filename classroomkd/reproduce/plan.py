@@ -1,12 +1,14 @@
-"""What has to be run for a table: students, the mentors before them, and how much work it is."""
+"""The tasks of a table: students, the mentors that they need, and the work of each."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -14,30 +16,32 @@ from pathlib import Path
 from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
-from classroomkd.models.network_names import SIZES, is_checkpoint, is_external
+from classroomkd.models.network_names import SIZES, code_digest, is_checkpoint, is_code, label
 from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
 from classroomkd.runs.identity import mentor_values, values_without
 from classroomkd.runs.recipe import (
     MentorConfig,
     Recipe,
+    code_sources,
+    is_given,
     load_recipe,
     mentor_seed,
     teaching,
-    with_absolute_path,
+    with_absolute_paths,
 )
 
-# All seeds share the mentors and the images that are held out.
+# All seeds share the mentors and the held-out images.
 _SHARED = ("mentor_seed=0", "data.split_seed=0", "alone=false")
 DECIDED = {"seed": "--seeds", "method": "--methods", "alone": "--methods", "device": "--devices"}
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One subprocess: the training of a student, or of mentors for the store.
+    """One subprocess that trains a student, or mentors for the store.
 
-    ``id`` is its run folder within the table's. ``arguments`` are those of ``classroomkd``, from
-    which ``recipe`` follows. ``epochs`` are all that it trains, ``work`` the floating-point
-    operations of that for each training image, and ``needs`` the ids of tasks to be done before.
+    ``id`` is the run folder within the table's. ``arguments`` are those of ``classroomkd``, and
+    ``recipe`` is their result. ``epochs`` is the number of epochs it trains, ``work`` their
+    floating-point operations per training image, and ``needs`` the ids of tasks to run before.
     """
 
     id: str
@@ -50,23 +54,23 @@ class Task:
 
 @dataclass(frozen=True)
 class Plan:
-    """The runs of a table, those of the first seed first, and the mentors that they need."""
+    """The runs of a table, the first seed first, and the mentors that they need."""
 
     runs: list[Task]
     mentors: list[Task]
 
     def shard(self, number: int, count: int) -> Plan:
-        """The ``number``-th, from 1, of ``count`` parts of about as much work, with its mentors.
+        """The ``number``-th, from 1, of ``count`` parts with about equal work, and its mentors.
 
-        A shard has few classrooms rather than few of each one's runs, so that few mentors are
-        needed by more than one shard. It depends on the plan alone, not on what has been done.
+        Runs of one classroom stay together where possible, so that few mentors are needed by
+        several shards. The result depends only on the plan, not on what has been run.
         """
-        together = sorted(self.runs, key=lambda run: run.id)
-        ends = list(accumulate(run.work for run in together))
-        # A run belongs where its middle lies.
+        ordered = sorted(self.runs, key=lambda run: run.id)
+        ends = list(accumulate(run.work for run in ordered))
+        # A run belongs to the shard that contains its middle.
         places = {
             run.id: int(count * (end - run.work / 2) / ends[-1])
-            for run, end in zip(together, ends, strict=True)
+            for run, end in zip(ordered, ends, strict=True)
         }
         runs = [run for run in self.runs if places[run.id] == number - 1]
         needed = {need for run in runs for need in run.needs}
@@ -83,27 +87,27 @@ def make_plan(
     method_names: Sequence[str] = (),
     overrides: Sequence[str] = (),
 ) -> Plan:
-    """Everything that ``table`` takes.
+    """All tasks of ``table``.
 
     Args:
         table: one of `TABLES`.
-        data: as recipes take it in ``data.source``; the recipes' own where not given.
-        seeds: of the students.
-        epochs: of the students; the mentors' are scaled with them.
-        classrooms: recipes, by name or file, in place of the table's rows.
-        method_names: variants of the table, or methods, in place of all its variants.
-        overrides: of every recipe.
+        data: ``data.source`` for all recipes; by default their own.
+        seeds: the seeds of the students.
+        epochs: the students' epochs; the mentors' are scaled accordingly.
+        classrooms: recipes, by name or file, instead of the table's rows.
+        method_names: variants of the table, or methods, instead of all its variants.
+        overrides: overrides of every recipe.
 
-    Raises UserError if something is not known, twice there, or for the plan to decide.
+    Raises UserError for an unknown name, a duplicate, or an override of what the plan sets.
     """
     for item in overrides:
         if (key := item.partition("=")[0]) in DECIDED:
             raise UserError(
-                f"leave out the override {item!r}: it is {DECIDED[key]} that decides it"
+                f"leave out the override {item!r}: use the option {DECIDED[key]} instead"
             )
     for option, values in (("--seeds", seeds), ("--classrooms", classrooms)):
         if len(set(values)) < len(values):
-            raise UserError(f"{option} has one value twice: {' '.join(map(str, values))}")
+            raise UserError(f"{option} has a duplicate: {' '.join(map(str, values))}")
     shared = list(_SHARED)
     if data is not None:
         shared.append(f"data.source={json.dumps(str(data))}")
@@ -118,15 +122,15 @@ def make_plan(
         common = [*shared, *_epochs(load_recipe(file), epochs), *overrides]
         recipe = load_recipe(file, common)
         if not recipe.student or not recipe.mentors:
-            raise UserError(f"{file} is no classroom: it needs a student and mentors")
+            raise UserError(f"{file} is not a classroom: it needs a student and mentors")
         variants = {variant.name: variant for variant in spec.variants(row)(recipe)}
         rows[row] = (classroom, common, variants)
         known |= variants
     chosen = _chosen(method_names, known)
-    first = []  # those of the first seed
+    first = []  # the runs of the first seed
     for row, (classroom, common, variants) in rows.items():
         for variant in chosen or variants.values():
-            if variant.name in variants or variant.name not in known:  # else another row's
+            if variant.name in variants or variant.name not in known:  # else of another row
                 variant = variants.get(variant.name, variant)
                 first.append((f"runs/{row}/{variant.name}", *_settled(classroom, common, variant)))
     mentors: dict[str, list[tuple[Task, list[MentorConfig]]]] = {}
@@ -151,14 +155,14 @@ def make_plan(
 
 
 def mentors_plan(recipe: Recipe, file: Path) -> Plan:
-    """A task for each network among the mentors of ``recipe``, which ``file`` holds."""
+    """A task for each network among the mentors of ``recipe``, which is stored in ``file``."""
     run = Task("", ("mentors", "--recipe", str(file)), recipe, 0, 0.0)
     tasks = [_mentor_task(group, [(run, wanted)]) for group, wanted in _groups(recipe).items()]
     return Plan([], sorted(tasks, key=lambda task: (-task.work, task.id)))
 
 
 def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
-    """The variants of these names, and the methods of those that are none."""
+    """The variants with these names, or else the methods."""
     for name in wanted:
         if name not in known and name not in methods.names():
             raise UserError(
@@ -169,7 +173,7 @@ def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
 
 
 def _epochs(recipe: Recipe, epochs: int | None) -> list[str]:
-    """The overrides that stretch or shrink every schedule of a recipe alike."""
+    """The overrides that scale all schedules of a recipe by the same factor."""
     if epochs is None:
         return []
     factor = epochs / recipe.training.epochs
@@ -191,9 +195,9 @@ def _epochs(recipe: Recipe, epochs: int | None) -> list[str]:
 
 
 def _settled(classroom: str, common: list[str], variant: Variant) -> tuple[tuple[str, ...], Recipe]:
-    """The arguments that make a variant of a classroom, all but the seed, and its recipe."""
+    """The arguments for a variant of a classroom, without the seed, and its recipe."""
     overrides = [*common, *variant.overrides, f"method={variant.method}"]
-    if variant.method != "classroom":  # whose options, given for all rows, other methods lack
+    if variant.method != "classroom":  # other methods do not have the options of the loss
         overrides = [item for item in overrides if not item.startswith(("loss.", "loss="))]
     recipe = load_recipe(recipes.find(classroom), overrides)
     return ("train", "--recipe", classroom, *overrides), recipe
@@ -207,11 +211,10 @@ def _work(recipe: Recipe) -> float:
 
 
 def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
-    """The mentors that a run needs trained, those together that one task trains, by its id."""
+    """The mentors that must be trained for a run, grouped by the id of the task that does so."""
     groups: dict[str, list[MentorConfig]] = {}
     for mentor in teaching(recipe):
-        given = is_external(mentor.source) and mentor.epochs is None
-        if given or is_checkpoint(mentor.source):
+        if is_given(mentor):
             continue
         values = [
             mentor.source,
@@ -220,27 +223,32 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
             recipe.mentor_training.deciding(),
             *mentor_values(recipe).values(),
         ]
+        own = [mentor.weights, mentor.mean, mentor.std]
+        if is_code(mentor.source):
+            own.append(code_digest(mentor.source))
+        values += own if any(own) else []
         digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-        name = mentor.source.replace(":", "-")
+        name = re.sub(r"[^\w.@+]+", "-", label(mentor.source)).strip("-")
         groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)
     return groups
 
 
 def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> Task:
-    """The task that trains all that any run wants of one network: its twins, and its epochs."""
-    most: Counter[tuple[str, int | None, int | None]] = Counter()
+    """The task that trains all mentors of one network that any run needs."""
+    most: Counter[str] = Counter()
     for _, mentors in wanted:
-        most |= Counter((mentor.source, mentor.epochs, mentor.at) for mentor in mentors)
-    mentors = [MentorConfig(*values) for values in most.elements()]
+        most |= Counter(json.dumps(asdict(mentor)) for mentor in mentors)
+    mentors = [MentorConfig(**json.loads(values)) for values in most.elements()]
     run = wanted[0][0]
     rest = [item for item in run.arguments[1:] if not item.startswith("mentors=")]
     recipe = replace(run.recipe, mentors=mentors, student="", method="classroom")
     size, usual = recipe.data.image_size, recipe.mentor_training.epochs
-    # Twins are trained each; epochs of one network come from one training.
+    # Several mentors of the same network are separate trainings; its epochs come from one training.
     lasts: dict[int, int] = {}
-    for (_, own, at), count in most.items():
+    for values, count in most.items():
+        mentor = MentorConfig(**json.loads(values))
         for number in range(count):
-            lasts[number] = max(lasts.get(number, 0), at or own or usual)
+            lasts[number] = max(lasts.get(number, 0), mentor.at or mentor.epochs or usual)
     epochs = sum(lasts.values())
     return Task(
         group,
@@ -253,11 +261,10 @@ def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> T
 
 @cache
 def forward_flops(network: str, image_size: int) -> float:
-    """Floating-point operations of a forward pass of one image; 0 for a checkpoint's file.
+    """Floating-point operations of a forward pass of one image; 0 for a checkpoint file.
 
-    Those of the zoo are taken to grow with the image's area from 32×32 pixels on, which saves
-    building the network: at 16×16 pixels that is up to 6 % too little, from 48×48 on up to 2 % too
-    much, for sides are rounded up when they are halved, and the classifier has the same work.
+    For networks of the zoo they are scaled by the image's area from those at 32×32 pixels, without
+    building the network. The error is below 6 % at 16×16 pixels and below 2 % from 48×48 on.
     """
     if network in SIZES:
         return SIZES[network].flops * (image_size / 32) ** 2
@@ -274,44 +281,50 @@ def forward_flops(network: str, image_size: int) -> float:
 
 
 def require_same_recipe(task: Task, folder: Path) -> None:
-    """Raise UserError if the run in ``folder`` was begun with other values than ``task`` has."""
+    """Raise UserError if the run in ``folder`` was started with other values than ``task`` has."""
     differing = difference(
         _values(load_recipe(folder / "config.yaml", of_run=True)), _values(task.recipe)
     )
     if differing:
         raise UserError(
-            f"{folder} was begun with {differing} now: take the same options and recipe, or give "
+            f"{folder} was started with {differing} now: use the same options and recipe, or give "
             "--out a new folder"
         )
+    _require_same_code(task.recipe, folder)
+
+
+def _require_same_code(recipe: Recipe, folder: Path) -> None:
+    """Raise UserError if a network of one's own has changed since the run in ``folder`` began."""
+    inputs: dict[str, str] = {}
+    with suppress(OSError, ValueError):
+        inputs = json.loads((folder / "inputs.json").read_bytes())
+    for source in code_sources(with_absolute_paths(recipe)):
+        if inputs.get(source, digest := code_digest(source)) != digest:
+            raise UserError(
+                f"{source} has changed since {folder} was begun: give --out a new folder"
+            )
 
 
 def difference(begun: dict, now: dict) -> str:
-    """Of two recipes' `_values`, the first that differs, in words; empty if none does."""
+    """The first difference between two recipes' `_values`, in words; empty if there is none."""
     for key, value in begun.items():
         if isinstance(value, dict):
             if inner := difference(value, now[key]):
                 return f"{key}.{inner}"
         elif value != now[key]:
-            return f"{key} {_text(value)}, which is {_text(now[key])}"
+            return f"{key} {json.dumps(value)}, which is {json.dumps(now[key])}"
     return ""
 
 
-def _text(value: object) -> str:
-    return json.dumps(value)
-
-
 def run_values(folder: Path) -> dict:
-    """What decides the numbers of the run in ``folder``, its seed apart."""
-    return {
-        k: v
-        for k, v in _values(load_recipe(folder / "config.yaml", of_run=True)).items()
-        if k != "seed"
-    }
+    """The values that determine the results of the run in ``folder``, except its seed."""
+    values = _values(load_recipe(folder / "config.yaml", of_run=True))
+    del values["seed"]
+    return values
 
 
 def _values(recipe: Recipe) -> dict:
-    recipe = replace(recipe, mentors=[with_absolute_path(mentor) for mentor in recipe.mentors])
-    values = values_without(recipe, "machine", "place")
+    values = values_without(with_absolute_paths(recipe), "machine", "place")
     if not recipe.student or recipe.method != "classroom":
-        del values["loss"]  # no student learns by it
+        del values["loss"]  # unused
     return values

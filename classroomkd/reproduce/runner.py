@@ -1,4 +1,4 @@
-"""Running a plan's tasks as processes, several at once, until all are done."""
+"""Run the tasks of a plan as processes, several in parallel."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from classroomkd.reproduce.status import (
 )
 from classroomkd.runs.interrupts import Interrupted, Interrupts
 
-_LOOK_EVERY = 0.5  # seconds
+_POLL_SECONDS = 0.5
 _TAIL = 15  # lines of a failed run's output
 
 
@@ -48,13 +48,13 @@ class _Running:
 
 
 class Runner:
-    """Runs what is left of a plan in the folder ``out``, a process a task.
+    """Runs the remaining tasks of a plan in the folder ``out``, one process per task.
 
     Args:
-        plan: the runs come in its order, each after the mentors that it needs.
-        out: gets the run folders, and the processes' outputs under logs/.
-        devices: as torch names them, one process at a time on each; one named twice has two.
-        console: for progress, and what went wrong.
+        plan: runs start in its order, each after the mentors that it needs.
+        out: receives the run folders, and the output of the processes under logs/.
+        devices: torch device names, with one process at a time on each entry.
+        console: for progress and failures.
 
     """
 
@@ -62,17 +62,17 @@ class Runner:
         self.out, self.devices, self.console = out, devices, console
         self.failed: list[Task] = []
         self.elsewhere: list[Task] = []
-        """Tasks that other processes are at."""
+        """Tasks that other processes are running."""
         self._plan = plan
         self._waiting = tasks_left(plan, out)
         self._running: list[_Running] = []
-        self._told_at = 0.0
+        self._estimated_at = 0.0
 
     def run(self) -> None:
-        """Run everything that can be run.
+        """Run all tasks that can be run.
 
-        Raises KeyboardInterrupt, at SIGINT and SIGTERM, once the processes have saved their states
-        and ended.
+        On SIGINT and SIGTERM, raises KeyboardInterrupt after the processes have saved their
+        training states and ended.
         """
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -81,7 +81,7 @@ class Runner:
             console=self.console,
             expand=True,
             transient=True,
-            disable=not self.console.is_terminal,  # or it leaves an empty line
+            disable=not self.console.is_terminal,  # it would print an empty line
         )
         with Interrupts() as interrupts, self._progress:
             total = self._progress.add_task("all", total=len(self._waiting), what="")
@@ -94,14 +94,14 @@ class Runner:
                     self._show(total)
                     if not self._running:
                         break
-                    time.sleep(_LOOK_EVERY)
+                    time.sleep(_POLL_SECONDS)
                 if interrupts.received is not None:
                     for running in self._running:
                         running.process.send_signal(interrupts.received)
                 for running in self._running:
                     running.process.wait()
                     self._note_time(running)
-            finally:  # at a second signal they have no more time
+            finally:  # after a second signal, kill them
                 for running in self._running:
                     running.process.kill()
                     running.process.wait()
@@ -109,7 +109,7 @@ class Runner:
             raise Interrupted(interrupts.received)
 
     def _start_all(self) -> None:
-        """Give every free device a task that can be begun, as long as there is one."""
+        """Start a task on every free device, as long as one can start."""
         for slot in range(len(self.devices)):
             if any(running.slot == slot for running in self._running):
                 continue
@@ -119,12 +119,12 @@ class Runner:
                 if missing := broken.intersection(task.needs):
                     self._waiting.remove(task)
                     self.failed.append(task)
-                    self._print(f"left out: {task.id}, for want of {', '.join(sorted(missing))}")
+                    self._print(f"skipped: {task.id}, which needs {', '.join(sorted(missing))}")
                 elif not unmet.intersection(task.needs):
                     self._waiting.remove(task)
                     if _is_locked(self.out / task.id):
                         self.elsewhere.append(task)
-                        self._print(f"another process is at {task.id}")
+                        self._print(f"another process is running {task.id}")
                         continue
                     self._start(task, slot)
                     break
@@ -135,12 +135,12 @@ class Runner:
         if (folder / "config.yaml").exists():
             arguments = ["train", "--resume", str(folder)]
         else:
-            if folder.exists():  # begun, but not as far as its first file
+            if folder.exists():  # started, but not as far as its first file
                 shutil.rmtree(folder)
             forget_seconds_waited(task, self.out)
             arguments = [*task.arguments, f"device={kind}", "--out", str(folder)]
         if kind == "cuda" and number:
-            # Hidden from the run, its number does not matter when it is taken up elsewhere.
+            # The run does not see the number, so it can be resumed on another GPU.
             visible = environment.get("CUDA_VISIBLE_DEVICES")
             number = visible.split(",")[int(number)] if visible else number
             environment["CUDA_VISIBLE_DEVICES"] = number
@@ -154,14 +154,14 @@ class Runner:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                start_new_session=True,  # so that Ctrl-C reaches it through us alone
+                start_new_session=True,  # so that Ctrl-C reaches it only through this process
             )
         shown = self._progress.add_task(escape(task.id), total=task.epochs, what="epochs")
         begun_at = time.monotonic()
         self._running.append(_Running(task, slot, process, log, log_begin, begun_at, shown))
 
     def _reap(self) -> None:
-        """Take note of the processes that have ended."""
+        """Record the processes that have ended."""
         for running in list(self._running):
             code = running.process.poll()
             if code is None:
@@ -189,8 +189,8 @@ class Runner:
         for running in self._running:
             epochs = status(running.task, self.out).epochs
             self._progress.update(running.shown, completed=epochs)
-        if time.monotonic() - self._told_at > 10:  # it reads every record
-            self._told_at = time.monotonic()
+        if time.monotonic() - self._estimated_at > 10:  # the estimate reads all records
+            self._estimated_at = time.monotonic()
             left = duration(seconds_left(self._plan, self.out, len(self.devices)))
             self._progress.update(total, what=f"runs; left: {left}")
         ended = (self._progress.tasks[0].total or 0) - len(self._waiting) - len(self._running)
@@ -201,9 +201,9 @@ class Runner:
 
 
 def check_devices(devices: Sequence[str]) -> None:
-    """Raise UserError for a device that there is not, or for devices of two kinds.
+    """Raise UserError for a missing device, or for devices of different kinds.
 
-    The numbers of a CPU and of a GPU differ, in what they round, and so do their mentors.
+    CPUs and GPUs round differently, so their results and mentors differ.
     """
     for name in devices:
         kind, colon, number = name.partition(":")
@@ -213,7 +213,7 @@ def check_devices(devices: Sequence[str]) -> None:
 
             count = torch.cuda.device_count()
         if not count or (colon and not (number.isdecimal() and int(number) < count)):
-            raise UserError(f"there is no device {name!r}: choose others of --devices")
+            raise UserError(f"there is no device {name!r}: choose another for --devices")
     if len({name.partition(":")[0] for name in devices}) > 1:
         raise UserError(
             f"--devices {' '.join(devices)} are of two kinds, which round differently: choose one"

@@ -1,4 +1,4 @@
-"""How far the tasks of a plan are, and how long the rest will take."""
+"""The progress of a plan's tasks, and the time left."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from classroomkd.reproduce.plan import Plan, Task
 
 @dataclass(frozen=True)
 class Status:
-    """How far a task is: whether it is finished, its epochs and the seconds that they took.
+    """A task's progress: whether it is finished, its epochs, and the seconds spent on it.
 
-    Those of processes that have ended count from their start to their end.
+    For processes that have ended, the seconds are their whole run time.
     """
 
     finished: bool
@@ -25,7 +25,7 @@ class Status:
 
 
 def status(task: Task, out: Path) -> Status:
-    """How far ``task`` is in the table's folder ``out``."""
+    """The progress of ``task`` in the table's folder ``out``."""
     folder = out / task.id
     lines = own_records(folder, mentors=task.id.startswith("mentors/"))
     seconds = sum(line.get("seconds") or 0.0 for line in lines)
@@ -33,20 +33,20 @@ def status(task: Task, out: Path) -> Status:
 
 
 def seconds_waited(task: Task, out: Path) -> float:
-    """How long the processes of ``task`` took that have ended here."""
+    """The total run time of the processes of ``task`` that have ended."""
     with suppress(OSError, ValueError):
         return float(_waited(task, out).read_bytes())
     return 0.0
 
 
 def add_seconds_waited(task: Task, out: Path, seconds: float) -> None:
-    """Note that another process of ``task`` has ended, after ``seconds``."""
-    with suppress(OSError):  # that it cannot be noted is no matter
+    """Add the run time of another process of ``task`` that has ended."""
+    with suppress(OSError):  # only the estimate depends on it
         atomic_write(_waited(task, out), f"{seconds_waited(task, out) + seconds:.3f}\n")
 
 
 def forget_seconds_waited(task: Task, out: Path) -> None:
-    """Begin to count anew."""
+    """Reset the run time of ``task``."""
     _waited(task, out).unlink(missing_ok=True)
 
 
@@ -55,12 +55,12 @@ def _waited(task: Task, out: Path) -> Path:
 
 
 def is_finished(task: Task, out: Path) -> bool:
-    """Whether all of ``task`` is done."""
+    """Whether ``task`` is finished."""
     return (out / task.id / "summary.json").exists()
 
 
 def from_store(task: Task, out: Path) -> bool:
-    """Whether nothing of the finished ``task`` had to be trained."""
+    """Whether the finished ``task`` took everything from the store."""
     with suppress(ValueError):
         results = json.loads((out / task.id / "summary.json").read_bytes())["results"]
         return all(result.get("reused") for result in results)
@@ -68,7 +68,7 @@ def from_store(task: Task, out: Path) -> bool:
 
 
 def own_records(run: Path, mentors: bool) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that are of the mentors, or those that are of the student."""
+    """The records in metrics.jsonl of the mentors, or of the student."""
     records = []
     with suppress(OSError):
         for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
@@ -79,9 +79,9 @@ def own_records(run: Path, mentors: bool) -> list[dict[str, Any]]:
 
 
 def tasks_left(plan: Plan, out: Path) -> list[Task]:
-    """What is still to be done: mentors that runs left over need, then those runs.
+    """The remaining tasks: first the mentors that remaining runs need, then those runs.
 
-    Of a plan without runs, all mentors.
+    For a plan without runs, all remaining mentors.
     """
     runs = [run for run in plan.runs if not is_finished(run, out)]
     needed = {need for run in runs for need in run.needs}
@@ -92,9 +92,9 @@ def tasks_left(plan: Plan, out: Path) -> list[Task]:
 
 
 def seconds_left(plan: Plan, out: Path, at_once: int) -> float | None:
-    """The time that what is left takes if ``at_once`` tasks run side by side, each as until now.
+    """Estimated seconds for the remaining tasks with ``at_once`` processes in parallel.
 
-    It follows from the seconds that the tasks took until now and the operations of the networks;
+    Extrapolated from the seconds spent so far, in proportion to the operations of the networks;
     None before the first epoch.
     """
     states = {task: status(task, out) for task in (*plan.mentors, *plan.runs)}

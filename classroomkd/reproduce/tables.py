@@ -1,10 +1,10 @@
-"""The tables: which classrooms they compare, and in which variants."""
+"""The classrooms and variants of each table."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from classroomkd import recipes
 from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe
@@ -12,7 +12,7 @@ from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Variant:
-    """What is changed in a classroom's recipe: ``overrides`` are as the command line takes them."""
+    """A change of a classroom's recipe; ``overrides`` are those of the command line."""
 
     name: str
     method: str = "classroom"
@@ -26,18 +26,18 @@ Variants = Callable[[Recipe], Sequence[Variant]]
 class Table:
     """A table's rows: packaged recipes, each with its variants.
 
-    Other classrooms, of the user's choice, get the variants of the first row.
+    Other classrooms that the user selects get the variants of the first row.
     """
 
     title: str
     rows: dict[str, Variants]
 
     def variants(self, classroom: str) -> Variants:
-        """The variants of a row, or of a classroom that is none."""
+        """The variants of a row or of another classroom."""
         return self.rows.get(classroom) or next(iter(self.rows.values()))
 
 
-# Of 240 epochs, before and after the rate's falls from 150 on.
+# Epochs out of 240, before and after the drops of the learning rate from 150 on.
 _PEERS_OF_ONE = {
     "weak": (2, 5, 10, 20, 40),
     "mixed": (2, 10, 40, 190, 230),
@@ -47,7 +47,7 @@ _TEACHERS = ("resnet50", "vgg13", "wrn_40_2")
 
 
 def mentors_override(mentors: Sequence[MentorConfig]) -> str:
-    """The override that makes ``mentors`` a recipe's."""
+    """The override that sets the mentors of a recipe."""
     values = [
         {key: value for key, value in asdict(mentor).items() if value is not None}
         for mentor in mentors
@@ -99,21 +99,18 @@ def _temperatures(recipe: Recipe) -> list[Variant]:
 
 
 def _peers_of_one(recipe: Recipe) -> list[Variant]:
-    """The teacher with five earlier epochs of its own training as peers."""
+    """The teacher with five earlier checkpoints of its own training as peers."""
     teacher = recipe.mentors[0]
     epochs = teacher.epochs or recipe.mentor_training.epochs
     variants = [Variant("alone", "alone")]
     for name, of_240 in _PEERS_OF_ONE.items():
-        peers = [
-            MentorConfig(teacher.source, teacher.epochs, max(round(epochs * at / 240), 1))
-            for at in of_240
-        ]
+        peers = [replace(teacher, at=max(round(epochs * at / 240), 1)) for at in of_240]
         variants.append(Variant(name, overrides=(mentors_override([teacher, *peers]),)))
     return variants
 
 
 def _grid(recipe: Recipe) -> list[Variant]:
-    """0 to 3 teachers, the recipe's own before others, by 0 to 5 peers."""
+    """0 to 3 teachers, the recipe's own first, with 0 to 5 peers."""
     own, *peers = recipe.mentors
     teachers = [own, *(MentorConfig(name) for name in _TEACHERS if name != own.source)][:3]
     variants = [Variant("alone", "alone")]
@@ -155,7 +152,7 @@ TABLES = {
 
 
 def variant_names(table: str) -> list[str]:
-    """The names of the variants that a table's rows have, each once."""
+    """The names of all variants of a table."""
     rows = {variants: row for row, variants in TABLES[table].rows.items()}
     names = [
         variant.name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+import shutil
 import signal
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from torch import nn
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.models import NetworkInfo, save_network
+from classroomkd.models.layout import bare
 from classroomkd.runs.interrupts import Interrupted, Interrupts
 from classroomkd.runs.jobs import best
 from classroomkd.training.trainer import READ_EVERY, Trainer
@@ -52,7 +54,7 @@ class Checkpoints:
     def keep_best(self, network: nn.Module, info: NetworkInfo, epoch: int) -> None:
         """Write the weights of an epoch that is the best so far."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_network(self.best(epoch), network, info)
+        save_network(self.best(epoch), bare(network), info)
 
     def forget_bests_but(self, epochs: Collection[int]) -> None:
         """Remove the weights of other epochs."""
@@ -66,6 +68,7 @@ class Checkpoints:
         self.forget_bests_but([])
         for path in self._files():
             path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / "code", ignore_errors=True)  # kept beside the best weights
 
     def best(self, epoch: int | str) -> Path:
         """Where the weights of an epoch are while it is the best."""
@@ -128,14 +131,14 @@ class Saver:
         """The epoch with the highest top-1 on the validation images, if there are any."""
         return best(self.records).get("chosen_epoch") if self.records else None
 
-    def restore(self, warn: Callable[[str], None]) -> None:
-        """Restore the last state, if there is one; ``warn`` is told of damaged ones.
+    def restore(self, warn: Callable[[str], None]) -> bool:
+        """Restore the last state, and say if there was one; ``warn`` is told of damaged ones.
 
         Raises UserError for one of another version.
         """
         state = self.checkpoints.load(warn)
         if state is None:
-            return
+            return False
         if missing := {*self.trainer.state_dict(), "records"} - state.keys():
             raise UserError(
                 f"the training states in {self.checkpoints.folder} are another version's, without "
@@ -143,10 +146,15 @@ class Saver:
             )
         self.trainer.load_state_dict(state)
         self.records = state["records"]
+        return True
 
     def between_steps(self) -> None:
         """Save if a save is due; if asked to stop, save and raise Interrupted."""
         stop = self.interrupts.received is not None
+        if not self.trainer.loader.seekable and self.trainer.batch:
+            if stop:  # the state that resumes is that of the last epoch
+                raise Interrupted(self.interrupts.received or signal.SIGTERM)
+            return
         due = time.monotonic() - self._saved >= self.seconds
         processes = self.trainer.processes
         if processes.together:  # they must agree; checking every few steps is enough

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+from torch import Tensor
 
 from classroomkd.data import (
     NAMED_SOURCES,
@@ -17,12 +20,14 @@ from classroomkd.data import (
     load_parts,
     split_off,
 )
+from classroomkd.data.batches import Batches, BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.runs.recipe import DataConfig
 from classroomkd.training.config import TrainingConfig
 
 Sets = Parts[ImageSet] | Parts[ImageFiles]
-ImageSets = dict[str, ImageSet | ImageFiles]  # "train", "test", and "validation" if there is one
+AnyPart = ImageSet | ImageFiles | Batches
+ImageSets = dict[str, AnyPart]  # "train", "test", and "validation" if there is one
 
 _MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
 
@@ -50,9 +55,9 @@ def read_images(data: DataConfig, seed: int, download: str | None = None) -> Set
 
 
 def split_validation(
-    train_set: ImageSet | ImageFiles,
-    test_set: ImageSet | ImageFiles,
-    validation_set: ImageSet | ImageFiles | None,
+    train_set: AnyPart,
+    test_set: AnyPart,
+    validation_set: AnyPart | None,
     share: float,
     seed: int,
 ) -> ImageSets:
@@ -64,18 +69,31 @@ def split_validation(
     if not share:
         return {"train": train_set, "test": test_set}
     if validation_set is None:
+        if isinstance(train_set, Batches):
+            raise UserError("a DataLoader's batches cannot be split: give validation, or 0")
         train_set, validation_set = split_off(train_set, share, seed)
     return {"train": train_set, "test": test_set, "validation": validation_set}
 
 
 def open_loaders(
-    backend: str, sets: list[ImageSet | ImageFiles], size: int, device: torch.device | str
-) -> Loaders:
+    backend: str, sets: Sequence[AnyPart], size: int, device: torch.device | str
+) -> Loaders | BatchLoaders:
     """Loaders of ``sets`` for networks that take images of ``size`` × ``size`` pixels.
 
     Raises UserError as `Loaders` does.
     """
-    return Loaders(backend, sets, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+    images = [part for part in sets if not isinstance(part, Batches)]
+    if len(images) < len(sets):
+        return BatchLoaders(device)
+    return Loaders(backend, images, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+
+
+def example_of(part: AnyPart, size: int) -> Tensor:
+    """Two images like those of a part, [2, …], where photographs are cropped to ``size``."""
+    if isinstance(part, Batches):
+        return part.example
+    height, width = part.images.shape[1:3] if isinstance(part, ImageSet) else (size, size)
+    return torch.zeros(2, 3, height, width)
 
 
 def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
@@ -91,3 +109,19 @@ def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None
     if training.mixup or training.cutmix:
         return Mixing(num_classes, training.mixup, training.cutmix)
     return None
+
+
+def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
+    """How many images each part has, and where they come from, in words."""
+    return ", ".join(
+        f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+        for name in ("train", "validation", "test")
+        if name in sets
+    )
+
+
+def _origin(part: str, folders: Mapping[str, str]) -> str:
+    """Where a part of the images comes from, to follow its name."""
+    if part in folders:
+        return f" ({folders[part]})"
+    return f" (split off {folders['train']})" if folders else ""

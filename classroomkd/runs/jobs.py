@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from classroomkd.models import network_names
 from classroomkd.runs.recipe import Recipe, mentor_seed
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import Evaluation
@@ -22,7 +23,8 @@ class TrainingJob:
     recipe's method).
     ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
     epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
-    ``at``.
+    ``at``. It starts from ``weights``, random ones if None, and its images are normalised by its
+    own ``mean`` and ``std``, the run's if None.
     """
 
     phase: str
@@ -31,6 +33,9 @@ class TrainingJob:
     epochs: int | None = None
     at: int | None = None
     number: int = 0
+    weights: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
     @property
     def last(self) -> int:
@@ -48,14 +53,14 @@ class TrainingJob:
     def seed(self, recipe: Recipe) -> int:
         """The seed of its first weights and batches in a run of ``recipe``."""
         seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
-        return network_seed(seed, self.number, self.architecture)
+        return network_seed(seed, self.number, network_names.label(self.architecture))
 
     def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
         """The network's entry in summary.json."""
         return {
             "phase": self.phase,
             "name": self.name,
-            "architecture": self.architecture,
+            "architecture": network_names.label(self.architecture),
             "parameters": sum(parameter.numel() for parameter in network.parameters()),
             "top1": measured.top1,
             "top5": measured.top5,

@@ -1,21 +1,33 @@
-"""The mentors of a run: networks to train first, or checkpoints made fit for this run's images."""
+"""The mentors of a run: networks to train first, or given ones made fit for this run's images."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from classroomkd import models
+from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-from classroomkd.models.network_names import is_checkpoint, split_entry
+from classroomkd.models.first_weights import load_given
+from classroomkd.models.layout import Renormalised
+from classroomkd.models.network_names import PRETRAINED, is_checkpoint, label, split_entry
+from classroomkd.runs.builder import outputs_of
 from classroomkd.runs.jobs import TrainingJob
-from classroomkd.runs.recipe import MentorConfig
+from classroomkd.runs.recipe import MentorConfig, is_given
+
+Channels = tuple[float, float, float]
+AS_THEY_COME: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+"""The mean and standard deviation by which images are not changed."""
+
+_FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weights: …, epochs: 5}"
 
 
 @dataclass
@@ -23,7 +35,9 @@ class Mentor:
     """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained.
 
     ``source`` is the recipe's word for it. If it is trained here its schedule is made for
-    ``epochs``, and it is taken from epoch ``at`` if that is not None; else both are None.
+    ``epochs``, it is taken from epoch ``at`` if that is not None, and starts from ``weights``,
+    random ones if that is None; else all three are None. ``mean`` and ``std`` are the recipe's for
+    its images.
     """
 
     name: str
@@ -33,83 +47,96 @@ class Mentor:
     at: int | None
     network: nn.Module | None
     info: NetworkInfo | None
+    weights: str | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
 
 
 def find_mentors(
-    configs: Sequence[MentorConfig], epochs: int, notify: Callable[[str], None]
+    configs: Sequence[MentorConfig],
+    epochs: int,
+    notify: Callable[[str], None],
+    modules: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> list[Mentor]:
-    """Name every mentor after its architecture and load those that are checkpoints, on the CPU.
+    """Name every mentor after its architecture and load those that teach as they are, on the CPU.
 
-    Networks of torchvision and timm bring their pretrained weights, unless they have epochs of
-    their own. The others are to be trained for ``epochs``, if they do not say otherwise themselves.
-    ``notify`` is told how other tools' files were read.
+    Those are checkpoints, networks with weights, and those of torchvision and timm, which bring
+    their pretrained ones, unless they have epochs of their own. The others are to be trained for
+    ``epochs``, if they do not say otherwise themselves. ``modules`` are networks given in Python,
+    by what the recipe calls them. ``notify`` is told how other tools' files were read.
 
-    Raises UserError for a file that cannot be loaded, or that is given epochs.
+    Raises UserError for a file that cannot be loaded.
     """
     mentors: list[Mentor] = []
     taken: Counter[str] = Counter()
     for config in configs:
-        source, network, info, architecture = config.source, None, None, config.source
+        source, weights = config.source, config.weights
+        network, info, architecture = None, None, source
         length: int | None = config.epochs or epochs
-        if is_checkpoint(source):
-            if config.epochs is not None or config.at is not None:
-                raise UserError(f"mentor {source} is trained already: give it no epochs")
+        given = config.epochs is None if source in modules else is_given(config)
+        if source in modules:
+            network = copy.deepcopy(modules[source]).cpu().eval()
+        elif is_checkpoint(source):
             network, info, architecture = models.load_network(source, notify=notify)
-            length = None
-        elif models.is_external(source) and config.epochs is None and config.at is None:
-            network, info = models.load_pretrained(source)
-            length = None
-        called = architecture if config.at is None else f"{architecture}@{config.at}"
+            weights = source
+        elif given:
+            network, info = load_given(source, weights or PRETRAINED, notify)
+        if given:
+            length = weights = None
+        else:
+            network = info = None
+        called = label(architecture) + ("" if config.at is None else f"@{config.at}")
         taken[called] += 1
         name = called if taken[called] == 1 else f"{called}-{taken[called]}"
-        mentors.append(Mentor(name, source, architecture, length, config.at, network, info))
+        mean, std = (per_channel(of) if of else None for of in (config.mean, config.std))
+        mentors.append(
+            Mentor(name, source, architecture, length, config.at, network, info, weights, mean, std)
+        )
     return mentors
-
-
-def check_trainable(name: str, image_size: int, batch_size: int) -> None:
-    """Raise UserError if the zoo has no network ``name`` or it cannot train on such batches.
-
-    Nothing is computed: the network is built and run on the meta device.
-    """
-    with torch.device("meta"):
-        network = models.create(name, 2)
-        images = torch.empty(min(batch_size, 2), 3, image_size, image_size)
-    try:
-        network(images)
-    except (RuntimeError, ValueError, AssertionError) as error:
-        raise UserError(
-            f"{name} cannot train on images of {image_size}×{image_size} pixels in batches of "
-            f"{batch_size} ({error}): choose a larger --image-size or --batch-size"
-        ) from None
 
 
 def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
     """The mentors to train, those of the same training, but for its last epoch, together."""
     counts: Counter[tuple[str, int | None]] = Counter()
-    trainings: dict[tuple[str, int | None, int], list[TrainingJob]] = {}
+    trainings: dict[TrainingJob, list[TrainingJob]] = {}
     for mentor in mentors:
         if mentor.network is None:
             kind = mentor.architecture, mentor.at
             counts[kind] += 1
-            number = counts[kind]
             job = TrainingJob(
-                "mentor", mentor.name, mentor.architecture, mentor.epochs, mentor.at, number
+                "mentor",
+                mentor.name,
+                mentor.architecture,
+                mentor.epochs,
+                mentor.at,
+                counts[kind],
+                mentor.weights,
+                mentor.mean,
+                mentor.std,
             )
-            trainings.setdefault((mentor.architecture, mentor.epochs, number), []).append(job)
+            trainings.setdefault(replace(job, name="", at=None), []).append(job)
     return list(trainings.values())
 
 
-def fit_mentor(mentor: Mentor, data: NetworkInfo, notify: Callable[[str], None]) -> None:
-    """Make a loaded mentor take images normalised as ``data`` says; UserError if it cannot."""
+def fit_mentor(
+    mentor: Mentor, data: NetworkInfo, example: Tensor, notify: Callable[[str], None]
+) -> None:
+    """Make a loaded mentor take images normalised as ``data`` says; UserError if it cannot.
+
+    ``example`` is a batch of images like the data's.
+    """
     what, info = f"mentor {mentor.source}", mentor.info
     assert mentor.network is not None
     if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
         notify(f"{what}: its classes are taken to be the data's, in their order")
-        mentor.info = info = replace(info, classes=data.classes)
-    mentor.network = fit_to_data(mentor.network, info, data, what)
-    if info is None:
+        info = replace(info, classes=data.classes)
+    if mentor.mean and mentor.std:
+        info = replace(info or data, mean=mentor.mean, std=mentor.std)
+    mentor.info = info
+    mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
+    if info is None and (data.mean, data.std) != AS_THEY_COME:
         notify(f"{what} does not say how to normalise; it gets what this data has")
-    elif (own := info.image_size) != data.image_size:
+    elif info and (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
 
 
@@ -120,29 +147,36 @@ def sha256_of(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_digest(weights: str) -> str:
+    """The SHA-256 of first weights in a file; the word for a library's."""
+    return weights if weights == PRETRAINED else sha256_of(weights)
+
+
 @torch.no_grad()
 def fit_to_data(
-    network: nn.Module, own: NetworkInfo | None, data: NetworkInfo, what: str
+    network: nn.Module,
+    own: NetworkInfo | None,
+    data: NetworkInfo,
+    what: str,
+    example: Tensor | None = None,
+    otherwise: str = "",
 ) -> nn.Module:
     """The loaded ``network``, on the CPU, made to take images normalised as ``data`` says.
 
     ``own`` is what its file says of it; of a foreign file only the number of classes is known.
+    ``example`` is a batch of images, where they are not [B, 3, H, W] of the data's size, and
+    ``otherwise`` what else to do where it has other classes.
 
     Raises UserError, calling the network ``what``, if it has other classes than the data or
     cannot take its images.
     """
-    size = data.image_size
-    try:
-        outputs = network(torch.zeros(1, 3, size, size)).shape[1]
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{what} cannot take images of {size}×{size} pixels ({error}): "
-            "choose another --image-size"
-        ) from None
+    if example is None:
+        example = torch.zeros(1, 3, data.image_size, data.image_size)
+    outputs = outputs_of(network, example, what)
     if outputs != len(data.classes):
         raise UserError(
             f"{what} tells {outputs} classes apart, the data has {len(data.classes)}: "
-            "give a network that was trained on these classes"
+            f"give a network that was trained on these classes{otherwise}"
         )
     if own is None:
         return network
@@ -152,29 +186,17 @@ def fit_to_data(
                 f"{what} was trained on other classes: class {index} is {theirs!r} there and "
                 f"{ours!r} in the data: give a network that was trained on these classes"
             )
-    if (own.mean, own.std) == (data.mean, data.std):
-        return network
-    return Renormalised(network, data, own).eval()
+    return renormalised(network, data, own.mean, own.std)
 
 
-class Renormalised(nn.Module):
-    """Takes images normalised as ``data`` says to a network that wants them as ``own`` says.
+def renormalised(
+    network: nn.Module, data: NetworkInfo, mean: Channels | None, std: Channels | None
+) -> nn.Module:
+    """A network that wants its images normalised by ``mean`` and ``std``, for the data's images.
 
-    Maps images [B, 3, H, W] to logits [B, C].
+    Where these are the data's, or None, the network itself.
     """
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, network: nn.Module, data: NetworkInfo, own: NetworkInfo) -> None:
-        super().__init__()
-        self.network = network
-        mean, std, own_mean, own_std = (
-            torch.tensor(values, dtype=torch.float64).reshape(3, 1, 1)
-            for values in (data.mean, data.std, own.mean, own.std)
-        )
-        self.register_buffer("scale", (std / own_std).float())
-        self.register_buffer("shift", ((mean - own_mean) / own_std).float())
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network(torch.addcmul(self.shift, images, self.scale))
+    if mean is None or std is None or (mean, std) == (data.mean, data.std):
+        return network
+    own = replace(data, mean=mean, std=std)
+    return Renormalised(network, data, own).train(network.training)

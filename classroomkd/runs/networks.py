@@ -11,18 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classroomkd import models
-from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders
+from classroomkd.data import Loader, Loaders
+from classroomkd.data.batches import Batches, BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
-from classroomkd.models.layout import to_channels_last
+from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
+from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.images import training_augmentation, training_mixing
+from classroomkd.runs.images import (
+    AnyPart,
+    example_of,
+    training_augmentation,
+    training_mixing,
+)
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
+from classroomkd.runs.mentor_setup import renormalised
 from classroomkd.runs.progress import TrainingProgress
 from classroomkd.runs.recipe import Recipe, TrainingConfig
 from classroomkd.runs.run_folder import RunFolder
@@ -34,6 +41,8 @@ from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.trainer import Trainer
 
 Trained = tuple[nn.Module, dict[str, Any]]
+
+_SILENT = 0.001  # of an epoch's rows
 
 
 @dataclass(kw_only=True)
@@ -47,9 +56,10 @@ class NetworkTrainer:
 
     recipe: Recipe
     info: NetworkInfo
-    train_set: ImageSet | ImageFiles
+    builder: Builder
+    train_set: AnyPart
     held_out: Mapping[str, Loader]
-    loaders: Loaders
+    loaders: Loaders | BatchLoaders
     dtype: torch.dtype
     run: RunFolder
     stored: StoredMentors
@@ -117,12 +127,15 @@ class NetworkTrainer:
         """Train up to the last of ``jobs``, keeping the others on the way."""
         job, seed = jobs[-1], jobs[-1].seed(self.recipe)
         torch.manual_seed(seed)
-        network = models.create(job.architecture, len(self.info.classes))
-        to_channels_last(network, self.device)
+        network, beginning = self.builder.create(
+            job.architecture, len(self.info.classes), job.weights, self.notify
+        )
+        network = self._placed(job, network)
         with self._training_loader(job.training(self.recipe), seed) as loader:
             trainer = self._trainer(job, network, loader, method, mentors)
             saver = self._saver(job, trainer)
-            self._resume(job, saver)
+            if not self._resume(job, saver):
+                self.notify(f"{trainer.name} {beginning}")
             measured = self._train_epochs(jobs, saver, lessons)
         if saver.keeps_best and (epoch := saver.best_epoch()):
             self.run.keep_best(job.phase, job.name, saver.checkpoints.best(epoch))
@@ -148,12 +161,12 @@ class NetworkTrainer:
             loader,
             training,
             name=called,
-            peak=peak_learning_rate(training, job.architecture),
+            peak=peak_learning_rate(training, network),
             method=method,
             mentors=mentors,
-            image_size=self.info.image_size,
+            example=example_of(self.train_set, self.info.image_size),
             dtype=self.dtype,
-            cuda_graph=self.recipe.cuda_graph,
+            cuda_graph=self.recipe.cuda_graph and loader.one_shape,
             compile=self.recipe.compile,
             processes=self.processes,
         )
@@ -162,22 +175,33 @@ class NetworkTrainer:
         return Saver(
             self.run.checkpoints(job.phase, job.name, keep=self.recipe.checkpoint_keep),
             trainer,
-            replace(self.info, architecture=job.architecture),
+            self._info(job),
             self.interrupts,
             epochs=self.recipe.checkpoint_epochs,
             minutes=self.recipe.checkpoint_minutes,
             keeps_best=job.phase != "mentor",
         )
 
-    def _resume(self, job: TrainingJob, saver: Saver) -> None:
-        """Restore the last training state of an earlier process, if any, and its records."""
+    def _info(self, job: TrainingJob) -> NetworkInfo:
+        mean, std = job.mean or self.info.mean, job.std or self.info.std
+        code = self.builder.code(job.architecture)
+        return replace(self.info, architecture=job.architecture, code=code, mean=mean, std=std)
+
+    def _placed(self, job: TrainingJob, network: nn.Module) -> nn.Module:
+        """A network of the run on its device, taking images as the run's loaders normalise them."""
+        fitted = renormalised(network, self.info, job.mean, job.std)
+        return to_channels_last(fitted, self.device)
+
+    def _resume(self, job: TrainingJob, saver: Saver) -> bool:
+        """Restore the last training state of an earlier process, and its records, if any."""
         trainer, steps = saver.trainer, len(saver.trainer.loader)
-        saver.restore(self.notify)
+        found = saver.restore(self.notify)
         if (trainer.epoch, trainer.batch) != (1, 0) and trainer.epoch <= job.last:
             within = f", batch {trainer.batch + 1} of {steps}" if trainer.batch else ""
             self.notify(f"{trainer.name}: resuming from epoch {trainer.epoch}{within}")
         self.run.adopt_records(saver.records)
         self.progress.skip((trainer.epoch - 1) * steps + trainer.batch)
+        return found
 
     def _train_epochs(
         self, jobs: Sequence[TrainingJob], saver: Saver, lessons: Lessons | None
@@ -191,6 +215,7 @@ class NetworkTrainer:
             self.progress.begin(trainer.name, trainer.epoch, job.last)
             record, measured = self._train_epoch(trainer, saver, lessons)
             record |= self._chance(job, trainer, [*saver.records, record])
+            self._tell_silent(record, saver.records)
             saver.records.append(
                 {"phase": job.phase, "name": job.name} | record | {"epochs": job.last}
             )
@@ -211,6 +236,8 @@ class NetworkTrainer:
 
         It is ``chance_top1``, the share of the most frequent class.
         """
+        if isinstance(self.train_set, Batches):  # whose classes' shares are not known
+            return {}
         chance, steps = most_frequent(self.train_set.targets), len(trainer.loader)
         images = min(steps * trainer.training.batch_size, len(self.train_set))
         if not is_at_chance(records, chance=chance, steps=steps, images=images):
@@ -225,6 +252,18 @@ class NetworkTrainer:
             )
         return {"chance_top1": chance}
 
+    def _tell_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+        """Name mentors that taught next to nothing in this epoch, each once."""
+        for name, of in record.get("mentors", {}).items():
+            if of["active_share"] < _SILENT and not any(
+                before["mentors"][name]["active_share"] < _SILENT for before in earlier
+            ):
+                self.notify(
+                    f"epoch {record['epoch']}: mentor {name} taught {of['active_share']:.2%} of "
+                    "the images: the student is ahead of it nearly everywhere, or it has a fault, "
+                    "for which classroomkd check looks"
+                )
+
     def _finish(self, job: TrainingJob, saver: Saver, measured: Evaluation) -> dict[str, Any]:
         """Write what a job's network has become, into the store too, and return its result."""
         network, info = saver.trainer.network, saver.info
@@ -232,33 +271,34 @@ class NetworkTrainer:
         records = [record | own for record in saver.records]
         result = job.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        self.stored.add(job, network, info, done)  # before this run counts it as done
-        self.run.finish_network(job.phase, job.name, network, info, done)
+        self.stored.add(job, bare(network), info, done)  # before this run counts it as done
+        self.run.finish_network(job.phase, job.name, bare(network), info, done)
         return result
 
     def _finished(self, job: TrainingJob) -> Trained | None:
         """The network as an earlier process of this run trained it; None if none did."""
         done = network = None
         if self.processes.is_main and (done := self.run.finished(job.phase, job.name)):
-            network, _, _ = models.load_network(self.run.network_path(job.phase, job.name))
+            path = self.run.network_path(job.phase, job.name)
+            network = self.builder.load(path, job.architecture)
         done, network = self.processes.from_main((done, network))
         if done is None:
             return None
         self.run.adopt_records(done["records"])
-        return to_channels_last(network, self.device), done["result"]
+        return self._placed(job, network), done["result"]
 
     def _from_store(self, job: TrainingJob) -> Trained | None:
         """The mentor from the store, measured on this run's images; None if it is not there."""
         found = self.stored.find(job)
         if found is None:
             return None
-        network, info, kept = found
-        to_channels_last(network, self.device)
+        own, _, kept = found
+        network = self._placed(job, own)
         measured = job.result(network, self.evaluate(network, "test"))
         kept["result"] = kept["result"] | measured | {"reused": True}
         kept["records"] = [record | {"name": job.name} for record in kept["records"]]
         self.run.adopt_records(kept["records"])
-        self.run.finish_network(job.phase, job.name, network, info, kept)
+        self.run.finish_network(job.phase, job.name, own, self._info(job), kept)
         self.notify(f"{label(job.phase, job.name)}: taken from {self.stored.store.folder}")
         return network, kept["result"]
 
@@ -295,7 +335,7 @@ class NetworkTrainer:
     def _training_loader(self, training: TrainingConfig, seed: int) -> Loader:
         batch_size = training.batch_size
         return self.loaders.open(
-            self.train_set,
+            self.train_set,  # type: ignore[arg-type]  # the loaders are of its kind
             self.processes.share(batch_size),
             **self.processes.place,
             mean=self.info.mean,

@@ -9,14 +9,14 @@ What a file leaves out has the defaults below. They are the published CIFAR reci
 ``loss.mentor_weight``, which is "auto", so that teaching does no harm where classes are few: the
 packaged recipes say null, the paper's 1. Mentors are trained for as many epochs as the student if
 the file does not say otherwise. A mentor is a
-name, or a checkpoint's path; ``resnet20@60`` is the network of epoch 60 of resnet20's training, and
+name, or a checkpoint's path; ``nets.py:small=weights.pth`` is one's own network with its weights,
+``resnet20@60`` is the network of epoch 60 of resnet20's training, and
 ``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``. The meaning
 of a key is the docstring below its field, which ``classroomkd config`` prints (see ``keys``).
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -31,12 +31,18 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from classroomkd.data import NAMED_SOURCES
 from classroomkd.errors import UserError
-from classroomkd.limits import ALPHAS, Backend, is_alpha
+from classroomkd.limits import Backend
 from classroomkd.loss.methods import method_names
-from classroomkd.loss.options import LossOptions
-from classroomkd.models.network_names import is_checkpoint
+from classroomkd.models.network_names import (
+    PRETRAINED,
+    absolute,
+    is_checkpoint,
+    is_code,
+    is_external,
+)
 from classroomkd.runs import recipe_layers as layers
 from classroomkd.runs.identity import marked
+from classroomkd.runs.recipe_checks import check
 from classroomkd.training.config import TrainingConfig
 
 _MENTOR_EPOCHS = "mentor_training.epochs"
@@ -104,14 +110,24 @@ class LossConfig:
 
 @dataclass
 class MentorConfig:
-    """A mentor: a name or a checkpoint, and how long it is trained if not as usual."""
+    """A mentor: a name or a checkpoint, its weights, and how it is trained if not as usual."""
 
     source: str = MISSING
-    """A network of the zoo, tv:NAME, timm:NAME, a checkpoint or a run folder."""
+    """A network of the zoo, tv:NAME, timm:NAME, FILE.py:NAME, package.module:NAME, a checkpoint or
+    a run folder."""
     epochs: int | None = None
     """The epochs that its schedule is made for; ``mentor_training.epochs`` if not given."""
     at: int | None = None
     """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
+    weights: str | None = None
+    """The file of the network's weights, or "pretrained" for its library's. With epochs it is
+    trained from these, under a new classifier where theirs is for other classes; else it teaches as
+    it is."""
+    mean: list[float] | None = None
+    """Of each RGB channel, of values scaled to 0..1: what the mentor wants its images normalised
+    by. If not given, what its file says, or else as the student's."""
+    std: list[float] | None = None
+    """The standard deviations, likewise; given with ``mean``."""
 
 
 @dataclass
@@ -122,7 +138,12 @@ class Recipe:
     """
 
     student: str = ""
-    """A network of the zoo, or tv:NAME or timm:NAME with weights to be trained; ``--student``."""
+    """A network of the zoo, tv:NAME, timm:NAME, FILE.py:NAME or package.module:NAME; ``--student``.
+    A file may give {source, weights, mean, std, epochs} instead, for this key, ``init``,
+    ``data.mean``, ``data.std`` and ``training.epochs``."""
+    init: str | None = None
+    """The student's first weights: a checkpoint of this network, or "pretrained" for its library's,
+    under a new classifier where theirs is for other classes. Random if not given; ``--init``."""
     mentors: list[MentorConfig] = field(default_factory=list, metadata=marked("teaching"))
     """By name; the first is the teacher of methods that have one; ``--mentors``."""
     method: str = field(default="classroom", metadata=marked("teaching"))
@@ -156,6 +177,8 @@ class Recipe:
     """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
     store: bool = field(default=True, metadata=marked("machine"))
     """Whether mentors are taken from the store in the cache, and kept there once trained."""
+    strict: bool = field(default=False, metadata=marked("machine"))
+    """Whether a run stops before it trains if a given mentor shows a fault (classroomkd check)."""
     tensorboard: bool = field(default=False, metadata=marked("machine"))
     """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
     threads: int | None = field(default=None, metadata=marked("machine", mentors=True))
@@ -219,9 +242,11 @@ def load_recipe(
             from classroomkd.runs.recipe_keys import unused_loss
 
             raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+        known = method_names.entry(recipe.method).options
+        texts = {key for key, default in known.items() if isinstance(default, str)}
         # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
         recipe.method_options = {
-            key: layers.value_of(value) if isinstance(value, str) else value
+            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
             for key, value in recipe.method_options.items()
         }
     except UserError:
@@ -232,7 +257,7 @@ def load_recipe(
         raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{where}{layers.reason(error)}") from None
-    _check(recipe, where)
+    check(recipe, where)
     data = recipe.data
     if data.padding is None:
         data.padding = data.image_size // 8
@@ -268,11 +293,36 @@ def teaching(recipe: Recipe) -> list[MentorConfig]:
     return recipe.mentors[:1] if method_names.entry(recipe.method).single_mentor else recipe.mentors
 
 
-def with_absolute_path(mentor: MentorConfig) -> MentorConfig:
-    """The same mentor, with a path that holds in any working folder."""
-    if is_checkpoint(mentor.source):
-        return replace(mentor, source=str(Path(mentor.source).expanduser().absolute()))
-    return mentor
+def is_given(mentor: MentorConfig) -> bool:
+    """Whether the mentor teaches as it is, and is not trained in the run."""
+    has_weights = mentor.weights is not None or is_external(mentor.source)
+    return (
+        mentor.epochs is None
+        and mentor.at is None
+        and (has_weights or is_checkpoint(mentor.source))
+    )
+
+
+def code_sources(recipe: Recipe) -> list[str]:
+    """The networks of one's own code in a run, each once."""
+    sources = (recipe.student, *(mentor.source for mentor in teaching(recipe)))
+    return list(dict.fromkeys(filter(is_code, sources)))
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The same recipe, with paths of networks and weights that hold in any working folder."""
+    mentors = [
+        replace(mentor, source=absolute(mentor.source), weights=_absolute_weights(mentor.weights))
+        for mentor in recipe.mentors
+    ]
+    init = _absolute_weights(recipe.init)
+    return replace(recipe, student=absolute(recipe.student), init=init, mentors=mentors)
+
+
+def _absolute_weights(weights: str | None) -> str | None:
+    if weights in (None, PRETRAINED):
+        return weights
+    return str(Path(weights).expanduser().absolute())
 
 
 @cache  # merging takes long, and a plan of many runs has few files
@@ -291,80 +341,3 @@ def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictCon
 
 def _merged(base: DictConfig, values: Any) -> DictConfig:
     return cast(DictConfig, OmegaConf.merge(base, values))
-
-
-def _check(recipe: Recipe, where: str) -> None:
-    """Raise UserError for a value out of its range."""
-    data, threads = recipe.data, recipe.threads
-    problems = [
-        ("mentors", len(recipe.mentors), len(recipe.mentors) <= 16, "at most 16"),
-        ("seed", recipe.seed, recipe.seed >= 0, "a whole number of at least 0"),
-        ("data.image_size", data.image_size, 1 <= data.image_size <= 1024, "1 to 1024 pixels"),
-        ("data.test_share", data.test_share, 0 < data.test_share < 1, "between 0 and 1"),
-        ("data.validation", data.validation, 0 <= data.validation < 1, "from 0 to below 1"),
-        ("data.padding", data.padding, 0 <= (data.padding or 0) <= 1024, "0 to 1024 pixels"),
-        ("data.cutout", data.cutout, 0 <= data.cutout <= 1024, "0 to 1024 pixels"),
-        ("data.cutout", data.cutout, data.crop == "pad" or data.cutout == 0, "0 with crop: resize"),
-        ("data.mean", data.mean, data.mean is None or len(data.mean) == 3, "three numbers"),
-        (
-            "data.std",
-            data.std,
-            data.std is None or (len(data.std) == 3 and min(data.std) > 0),
-            "three positive numbers",
-        ),
-        ("data.std", data.std, (data.mean is None) == (data.std is None), "given with data.mean"),
-        ("mentor_seed", recipe.mentor_seed, (recipe.mentor_seed or 0) >= 0, "at least 0"),
-        ("data.split_seed", data.split_seed, (data.split_seed or 0) >= 0, "at least 0"),
-        ("checkpoint_keep", recipe.checkpoint_keep, recipe.checkpoint_keep >= 1, "at least 1"),
-        ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
-        ("checkpoint_minutes", recipe.checkpoint_minutes, recipe.checkpoint_minutes > 0, "above 0"),
-        ("threads", threads, threads is None or 1 <= threads <= 1024, "1 to 1024"),
-    ]
-    for index, mentor in enumerate(recipe.mentors):
-        epochs = mentor.epochs or recipe.mentor_training.epochs
-        fine = mentor.epochs is None or mentor.epochs >= 1
-        problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
-        fine = mentor.at is None or 1 <= mentor.at <= epochs
-        problems.append((f"mentors.{index}.at", mentor.at, fine, f"an epoch from 1 to {epochs}"))
-    for name in ("training", "mentor_training"):
-        how = getattr(recipe, name)
-        rate, alphas = how.learning_rate, (("mixup", how.mixup), ("cutmix", how.cutmix))
-        clip = how.clip_norm
-        in_order = all(0 < m < 1 for m in how.milestones) and how.milestones == sorted(
-            how.milestones
-        )
-        is_warm = 0 <= how.warmup_epochs <= how.epochs
-        fits = how.momentum > 0 or not how.nesterov
-        problems += [
-            (f"{name}.epochs", how.epochs, how.epochs >= 1, "at least 1"),
-            (f"{name}.batch_size", how.batch_size, how.batch_size >= 1, "at least 1"),
-            (
-                f"{name}.learning_rate",
-                rate,
-                rate is None or 0 < rate < math.inf,
-                "a number above 0",
-            ),
-            (f"{name}.milestones", how.milestones, in_order, "shares between 0 and 1 in order"),
-            (f"{name}.warmup_epochs", how.warmup_epochs, is_warm, "from 0 to the epochs"),
-            (f"{name}.momentum", how.momentum, 0 <= how.momentum < 1, "from 0 to below 1"),
-            (f"{name}.nesterov", how.nesterov, fits, "false without momentum"),
-            (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
-            (f"{name}.clip_norm", clip, clip is None or 0 < clip < math.inf, "a number above 0"),
-            *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
-        ]
-    for key, value, fine, wanted in problems:
-        if not fine:
-            raise UserError(f"{where}{key} must be {wanted}, not {value}")
-    try:
-        LossOptions(**{k: v for k, v in vars(recipe.loss).items() if k != "standardise"})
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{where}loss: {error}") from None
-    if recipe.method == "classroom" and recipe.method_options:
-        names = ", ".join(recipe.method_options)
-        raise UserError(
-            f"{where}method_options: the classroom's options are under loss, not {names}"
-        )
-    try:
-        method_names.check(recipe.method, recipe.method_options)
-    except UserError as error:
-        raise UserError(f"{where}{error}") from None

@@ -92,7 +92,7 @@ def as_text(value: Any) -> str:
     """A value as the command line takes it after ``=``."""
     if isinstance(value, MentorConfig):
         parts = {key: part for key, part in vars(value).items() if part is not None}
-        if "epochs" not in parts:
+        if parts.keys() <= {"source", "at"}:
             return value.source if value.at is None else f"{value.source}@{value.at}"
         return "{" + ",".join(f"{key}: {as_text(part)}" for key, part in parts.items()) + "}"
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What recipes' files and overrides hold: YAML, in which a mentor may be its name alone."""
+"""What recipes' files and overrides hold: YAML, in which a network may be its name alone."""
 
 from __future__ import annotations
 
@@ -13,9 +13,18 @@ from omegaconf.errors import GrammarParseError
 
 from classroomkd import recipes
 from classroomkd.errors import UserError
+from classroomkd.models.network_names import split_weights
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # which takes an eighth of the time
 
+# What a student's mapping may hold, and the keys that it stands for.
+_STUDENT = {
+    "source": "student",
+    "weights": "init",
+    "mean": "data.mean",
+    "std": "data.std",
+    "epochs": "training.epochs",
+}
 _NUMBER_OR_TEXT = ("task_weight", "mentor_weight")  # of loss
 
 
@@ -60,8 +69,15 @@ def yaml_mapping(file: Path, content: bytes) -> dict[str, Any]:
 
 
 def layer(values: Mapping[str, Any]) -> Any:
-    """Some of a recipe's values, where a mentor may be its name alone."""
+    """Some of a recipe's values, where a mentor may be its name alone, and a student a mapping."""
     values = dict(values)
+    given = _student(values.get("student"))
+    for key, value in given.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            values[section] = {**(values.get(section) or {}), name: value}
+        else:
+            values[key] = value
     if isinstance(values.get("mentors"), list):
         values["mentors"] = [
             mentor(one) if isinstance(one, str) else one for one in values["mentors"]
@@ -73,8 +89,25 @@ def layer(values: Mapping[str, Any]) -> Any:
     return OmegaConf.create(values)
 
 
+def _student(value: Any) -> dict[str, Any]:
+    """The dotted keys that a student's mapping, or ``NAME=WEIGHTS``, stands for."""
+    if isinstance(value, str):
+        name, weights = split_weights(value)
+        return {} if weights is None else {"student": name, "init": weights}
+    if not isinstance(value, Mapping):
+        return {}
+    if unknown := [key for key in value if key not in _STUDENT]:
+        raise UserError(f"student has {', '.join(_STUDENT)}, not {unknown[0]}")
+    if "source" not in value:
+        raise UserError("student: give its source, the name of a network")
+    return {_STUDENT[key]: of for key, of in value.items()}
+
+
 def mentor(text: str) -> dict[str, Any]:
-    """A mentor as people write it: a name, a path, or ``resnet20@60``."""
+    """A mentor as people write it: a name, a path, ``NAME=WEIGHTS``, or ``resnet20@60``."""
+    source, weights = split_weights(text)
+    if weights is not None:
+        return {"source": source, "weights": weights}
     name, _, epoch = text.rpartition("@")
     if name and epoch.isdecimal() and not Path(text).exists():
         return {"source": name, "at": int(epoch)}
@@ -85,6 +118,10 @@ def override(recipe: Any, key: str, value: Any) -> None:
     """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
     if key in ("mentors", "loss"):
         value = layer({key: value})[key]
+    elif key == "student" and (given := _student(value)):
+        for dotted, one_value in given.items():
+            OmegaConf.update(recipe, dotted, one_value)
+        return
     elif key in [f"loss.{name}" for name in _NUMBER_OR_TEXT]:
         name = key.removeprefix("loss.")
         value = layer({"loss": {name: value}}).loss[name]
@@ -92,7 +129,7 @@ def override(recipe: Any, key: str, value: Any) -> None:
     if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")
     if one and one[3] in (None, "source") and isinstance(value, str):
-        others = {} if one[3] else {"epochs": None, "at": None}
+        others = {} if one[3] else dict.fromkeys(("epochs", "at", "weights", "mean", "std"))
         key, value = one[1], others | mentor(value)
     OmegaConf.update(recipe, key, value)
 

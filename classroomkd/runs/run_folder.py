@@ -163,15 +163,14 @@ class RunFolder:
 
 
 @contextmanager
-def errors_name_run(out: Path) -> Iterator[None]:
-    """Let interruptions and failed writes say where the run is."""
+def errors_name_run(out: Path, resuming: str) -> Iterator[None]:
+    """Let interruptions and failed writes say where the run is, and what resumes it."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         if (out / "inputs.json").exists():
             interrupt.args = (
-                f"records and checkpoints until now are in {out}: classroomkd train --resume "
-                f"{out} goes on",
+                f"records and checkpoints until now are in {out}: {resuming} goes on",
             )
         raise
     except OSError as error:  # a write to a full disk does not say where

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from classroomkd.models import NetworkInfo
+from classroomkd.models import NetworkInfo, network_names
 from classroomkd.report import label
+from classroomkd.runs.builder import Builder
 from classroomkd.runs.identity import mentor_values
 from classroomkd.runs.images import training_augmentation
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import versions
+from classroomkd.runs.mentor_setup import weights_digest
 from classroomkd.runs.recipe import Recipe
 from classroomkd.runs.store import MentorStore
 from classroomkd.training.distributed import Processes
@@ -33,6 +35,7 @@ class StoredMentors:
     store: MentorStore
     recipe: Recipe
     info: NetworkInfo
+    builder: Builder
     digests: Mapping[str, str]
     backend: str
     dtype: torch.dtype
@@ -68,12 +71,14 @@ class StoredMentors:
 
     def _store_key(self, job: TrainingJob) -> dict[str, Any] | None:
         """All that determines a mentor's training, or None where the store is not used."""
-        if job.phase != "mentor" or not self.recipe.store:
+        given = job.architecture in self.builder.modules
+        if job.phase != "mentor" or given or not self.recipe.store:
             return None
         data, device = self.recipe.data, self.processes.device
         return {
             **mentor_values(self.recipe),
-            "architecture": job.architecture,
+            "architecture": network_names.label(job.architecture),
+            **_beginning(job, self.builder.code(job.architecture)),
             "training": job.training(self.recipe).deciding(),
             "epoch": job.last,
             "images": dict(self.digests),
@@ -82,8 +87,8 @@ class StoredMentors:
             "augmentation": repr(training_augmentation(data)),
             # Each loader resizes photographs in its own way.
             "loader": self.backend if data.crop == "resize" else None,
-            "mean": self.info.mean,
-            "std": self.info.std,
+            "mean": job.mean or self.info.mean,
+            "std": job.std or self.info.std,
             "seed": job.seed(self.recipe),
             "precision": str(self.dtype),
             "processes": self.processes.world_size,
@@ -91,3 +96,11 @@ class StoredMentors:
             "threads": self.recipe.threads if device.type == "cpu" else None,
             "versions": versions(),
         }
+
+
+def _beginning(job: TrainingJob, code: str | None) -> dict[str, str]:
+    """What its training begins with, where that is not a name's network with random weights."""
+    beginning = {} if code is None else {"code": code}
+    if job.weights is not None:
+        beginning["first_weights"] = weights_digest(job.weights)
+    return beginning

@@ -14,17 +14,30 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageFiles, ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data import ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data.batches import BatchLoaders
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
-from classroomkd.models.layout import to_channels_last
-from classroomkd.models.network_names import is_checkpoint
-from classroomkd.models.stages import feature_shapes
+from classroomkd.models.layout import bare, to_channels_last
+from classroomkd.models.network_names import (
+    PRETRAINED,
+    is_checkpoint,
+    label,
+)
 from classroomkd.report import write_report
-from classroomkd.runs.images import ImageSets, open_loaders, split_validation
+from classroomkd.runs.builder import Builder
+from classroomkd.runs.given_mentors import check_given
+from classroomkd.runs.images import (
+    AnyPart,
+    ImageSets,
+    counts,
+    example_of,
+    open_loaders,
+    split_validation,
+)
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import (
@@ -36,15 +49,22 @@ from classroomkd.runs.machine import (
 )
 from classroomkd.runs.mentor_setup import (
     Mentor,
-    check_trainable,
     find_mentors,
     fit_mentor,
     mentor_trainings,
-    sha256_of,
+    weights_digest,
 )
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_path
+from classroomkd.runs.recipe import (
+    Recipe,
+    code_sources,
+    split_seed,
+    teaching,
+    to_dict,
+    with_absolute_paths,
+)
+from classroomkd.runs.run_checks import RunChecks
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
 from classroomkd.runs.stored_mentors import StoredMentors
@@ -60,13 +80,19 @@ class TrainingRun:
     checkpoints, the device, the sizes of images and batches.
     """
 
-    def __init__(self, recipe: Recipe, console: Console) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        console: Console,
+        modules: Mapping[str, nn.Module] = MappingProxyType({}),
+    ) -> None:
+        self.builder = Builder(modules)
+        self.students: dict[str, nn.Module] = {}  # trained, by phase
         self.device = local_device(find_device(recipe.device))
         self.processes = Processes(self.device)
         threads = recipe.threads or torch.get_num_threads()
         recipe = replace(
-            recipe,
-            mentors=[with_absolute_path(mentor) for mentor in recipe.mentors],
+            with_absolute_paths(recipe),
             device=self.device.type if self.processes.together else str(self.device),
             threads=threads,
         )
@@ -76,51 +102,19 @@ class TrainingRun:
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
         epochs = recipe.mentor_training.epochs
-        self.mentors = find_mentors(teaching(recipe), epochs, self._print)
-        untrained = [mentor.architecture for mentor in self.mentors if mentor.network is None]
-        for name, training in (
-            *([(recipe.student, recipe.training)] if recipe.student else []),
-            *((name, recipe.mentor_training) for name in dict.fromkeys(untrained)),
-        ):
-            share = self.processes.share(training.batch_size)
-            check_trainable(name, recipe.data.image_size, share)
-        if recipe.student:
-            self._check_labels()
-            if self._method().uses_features:
-                self._check_features()
-
-    def _check_labels(self) -> None:
-        """Raise UserError if the training mixes images for a method that takes no mixed labels."""
-        recipe = self.recipe
-        for name in ("mixup", "cutmix"):
-            if (alpha := getattr(recipe.training, name)) and not self._method().soft_labels:
-                raise UserError(
-                    f"method {recipe.method} needs one class an image, which training.{name}="
-                    f"{alpha} does not leave: set it to 0 or take another method"
-                )
-
-    def _check_features(self) -> None:
-        """Raise UserError if the method cannot have the features that it asks for."""
-        recipe, method = self.recipe, self._method()
-        if recipe.compile:
-            raise UserError(
-                f"method {recipe.method} reads features, which torch.compile hides: leave out "
-                "compile=true"
-            )
-        student, *mentors = (
-            feature_shapes(name, recipe.data.image_size)
-            for name in (recipe.student, *(mentor.architecture for mentor in self.mentors))
-        )
-        method.prepare(student, mentors)
+        self.mentors = find_mentors(teaching(recipe), epochs, self._print, modules)
+        method = self._method() if recipe.student else None
+        self._checks = RunChecks(recipe, self.mentors, self.builder, self.processes)
+        self._checks.before_data(method)
 
     def run(
         self,
-        train_set: ImageSet | ImageFiles,
-        test_set: ImageSet | ImageFiles,
+        train_set: AnyPart,
+        test_set: AnyPart,
         out: Path,
         resume: bool = False,
         *,
-        validation_set: ImageSet | ImageFiles | None = None,
+        validation_set: AnyPart | None = None,
         folders: Mapping[str, str] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
@@ -138,11 +132,19 @@ class TrainingRun:
         """
         self._tell_unused_mentors()
         info = self._network_info(train_set)
+        example = example_of(train_set, info.image_size)
+        self._checks.with_data(info, example)
         for mentor in self.mentors:
             if mentor.network is not None:
-                fit_mentor(mentor, info, self._print)
-        with errors_name_run(out):
+                fit_mentor(mentor, info, example, self._print)
+        resuming = (
+            f"distill(…, out={str(out)!r}, resume=True)"
+            if self.builder.modules or not self.recipe.data.source
+            else f"classroomkd train --resume {out}"
+        )
+        with errors_name_run(out, resuming):
             sets = self._sets(train_set, test_set, validation_set, folders)
+            self._check_mentors(sets, info)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
                 results = self._train_all(trainer)
@@ -162,7 +164,16 @@ class TrainingRun:
             )
             self._print(f"method {self.recipe.method} uses {used} are not loaded")
 
-    def _network_info(self, train_set: ImageSet | ImageFiles) -> NetworkInfo:
+    def _check_mentors(self, sets: ImageSets, info: NetworkInfo) -> None:
+        """Print a line per given mentor; UserError for a fault if the recipe is strict."""
+        part = sets.get("validation", sets["test"])
+        checks = check_given(self.mentors, part, info, self.device)
+        for check in checks:
+            self._print(f"mentor {check}")
+        if self.recipe.strict and any(check.findings for check in checks):
+            raise UserError("a mentor has the faults printed above, and strict=true stops there")
+
+    def _network_info(self, train_set: AnyPart) -> NetworkInfo:
         """What the student's file will say of it: classes, image size, normalisation."""
         data = self.recipe.data
         if data.mean and data.std:
@@ -174,9 +185,9 @@ class TrainingRun:
 
     def _sets(
         self,
-        train_set: ImageSet | ImageFiles,
-        test_set: ImageSet | ImageFiles,
-        validation_set: ImageSet | ImageFiles | None,
+        train_set: AnyPart,
+        test_set: AnyPart,
+        validation_set: AnyPart | None,
         folders: Mapping[str, str],
     ) -> ImageSets:
         """The images by part; UserError if one has too few for the processes."""
@@ -218,6 +229,7 @@ class TrainingRun:
             store=MentorStore(),
             recipe=recipe,
             info=info,
+            builder=self.builder,
             digests=digests,
             backend=loaders.backend,
             dtype=self.dtype,
@@ -228,6 +240,7 @@ class TrainingRun:
         return NetworkTrainer(
             recipe=recipe,
             info=info,
+            builder=self.builder,
             train_set=sets["train"],
             held_out=held_out,
             loaders=loaders,
@@ -241,7 +254,7 @@ class TrainingRun:
         )
 
     def _open_held_out(
-        self, opened: ExitStack, loaders: Loaders, info: NetworkInfo, sets: ImageSets
+        self, opened: ExitStack, loaders: Loaders | BatchLoaders, info: NetworkInfo, sets: ImageSets
     ) -> dict[str, Loader]:
         """The loaders of the parts that networks are measured on, "test" last."""
         return {
@@ -270,16 +283,15 @@ class TrainingRun:
         return run
 
     def _tell_start(
-        self, out: Path, sets: ImageSets, folders: Mapping[str, str], loaders: Loaders
+        self,
+        out: Path,
+        sets: ImageSets,
+        folders: Mapping[str, str],
+        loaders: Loaders | BatchLoaders,
     ) -> None:
         """Print what the run trains on, and where it writes."""
-        counts = ", ".join(
-            f"{len(sets[name]):,} {name}{_origin(name, folders)}"
-            for name in ("train", "validation", "test")
-            if name in sets
-        )
         self._print(
-            f"images: {counts}, of {len(sets['train'].classes)} classes; "
+            f"images: {counts(sets, folders)}, of {len(sets['train'].classes)} classes; "
             f"{device_name(self.device)}; run in {out}"
         )
         self._print(f"loader: {loaders.backend} ({loaders.reason})")
@@ -287,9 +299,10 @@ class TrainingRun:
     def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json."""
         recipe, classes = self.recipe, sets["train"].classes
+        source = recipe.data.source
         return {
             "data": {
-                "name": Path(recipe.data.source).resolve().name,
+                "name": Path(source).resolve().name if source else "data given in Python",
                 "classes": len(classes),
                 "class_names": classes,
                 **{f"{name}_images": len(images) for name, images in sets.items()},
@@ -336,11 +349,13 @@ class TrainingRun:
                 dtype=self.dtype,
                 compile=self.recipe.compile,
                 features=method.uses_features,
+                layers=method.teacher_layers,
             )
             if isinstance(method, Classroom):
                 lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
         # Number 0 alone too: the same first weights, the same batches.
-        ((_, result),) = trainer.train([job], method, bank, lessons)
+        ((network, result),) = trainer.train([job], method, bank, lessons)
+        self.students[job.phase] = bare(network)
         return result
 
     def _student_jobs(self) -> list[TrainingJob]:
@@ -350,8 +365,10 @@ class TrainingRun:
             "alone": recipe.alone or recipe.method == "alone",
             "student": recipe.method != "alone",
         }
+        name = label(recipe.student)
+        epochs, weights = recipe.training.epochs, recipe.init
         return [
-            TrainingJob(phase, recipe.student, recipe.student, recipe.training.epochs)
+            TrainingJob(phase, name, recipe.student, epochs, weights=weights)
             for phase in wanted
             if recipe.student and wanted[phase]
         ]
@@ -369,11 +386,12 @@ class TrainingRun:
 
     def _inputs(self, digests: Mapping[str, str]) -> dict[str, str]:
         """The digests of all that the run reads."""
-        files = {
-            mentor.source: sha256_of(mentor.source)
-            for mentor in self.mentors
-            if is_checkpoint(mentor.source)
-        }
+        given = [self.recipe.init, *(mentor.weights for mentor in teaching(self.recipe))]
+        given += [mentor.source for mentor in self.mentors if is_checkpoint(mentor.source)]
+        files = {name: weights_digest(name) for name in given if name not in (None, PRETRAINED)}
+        codes = {name: self.builder.code(name) for name in code_sources(self.recipe)}
+        files |= {name: code for name, code in codes.items() if code is not None}
+        files |= self.builder.digests()
         images = {f"the {name} images": digest for name, digest in digests.items()}
         return images | files
 
@@ -388,10 +406,3 @@ class TrainingRun:
 
     def _print(self, line: str) -> None:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """Where a part of the images comes from, to follow its name."""
-    if part in folders:
-        return f" ({folders[part]})"
-    return f" (split off {folders['train']})" if folders else ""

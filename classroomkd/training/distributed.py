@@ -1,4 +1,4 @@
-"""Several processes that train one network together, started by torchrun."""
+"""Train one network in several processes, started by torchrun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from classroomkd.errors import UserError
 
-# Each process keeps its own batch norm statistics; newer torch has another name for the option.
+# Each process keeps its own batch norm statistics; newer versions of torch renamed the option.
 _OWN_BUFFERS: dict[str, Any] = {
     next(
         name
@@ -27,10 +27,10 @@ _OWN_BUFFERS: dict[str, Any] = {
 
 
 class Processes:
-    """The processes of a run, of which this is one; without torchrun, the only one.
+    """The processes of a run, including this one; without torchrun, only this one.
 
-    The constructor reads the environment that torchrun sets and joins the others: over NCCL if
-    ``device`` is a GPU, else over gloo. All processes need the same files at the same paths.
+    The constructor reads the environment set by torchrun and joins the process group: NCCL if
+    ``device`` is a GPU, else gloo. All processes need the same files at the same paths.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -43,12 +43,12 @@ class Processes:
 
     @property
     def together(self) -> bool:
-        """Whether there is more than one."""
+        """Whether there are several processes."""
         return self.world_size > 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this process writes and prints."""
         return self.rank == 0
 
     @property
@@ -57,27 +57,27 @@ class Processes:
         return {"rank": self.rank, "world_size": self.world_size}
 
     def share(self, batch_size: int) -> int:
-        """The part of a batch of this process; raises UserError if it cannot be divided evenly."""
+        """Images of a batch per process; raises UserError if it cannot be divided evenly."""
         part, rest = divmod(batch_size, self.world_size)
         if rest:
             raise UserError(
-                f"a batch of {batch_size} cannot be shared out evenly among {self.world_size} "
+                f"a batch of {batch_size} cannot be divided evenly among {self.world_size} "
                 "processes: choose another batch size"
             )
         return part
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """The network with its gradients averaged over the processes."""
+        """The network with gradients averaged over the processes."""
         if not self.together:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(network, device_ids=ids, **_OWN_BUFFERS)
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Average the gradients of parameters that are in no network that `wrap` returned."""
+        """Average the gradients of parameters outside the network that `wrap` returned."""
         if self.together:
             for parameter in parameters:
-                assert parameter.grad is not None  # all of them took part in the loss
+                assert parameter.grad is not None  # the loss depends on all of them
                 dist.all_reduce(parameter.grad, dist.ReduceOp.SUM)
                 parameter.grad.div_(self.world_size)
 
@@ -88,7 +88,7 @@ class Processes:
         return values
 
     def from_main(self, value: Any) -> Any:
-        """The main process's ``value``; that of the others is ignored. The host waits."""
+        """The ``value`` of the main process. The host waits."""
         if not self.together:
             return value
         box = [value if self.is_main else None]
@@ -101,13 +101,13 @@ class Processes:
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def align(self, network: nn.Module) -> None:
-        """Give every process the main one's buffers, since batch norm updates them in each."""
+        """Copy the main process's buffers to all, because each updates its own in batch norms."""
         if self.together:
             for buffer in network.buffers():
                 dist.broadcast(buffer, 0)
 
     def wait(self) -> None:
-        """Wait for all others."""
+        """Wait for all processes."""
         if self.together:
             dist.barrier()
 
@@ -115,8 +115,8 @@ class Processes:
 def _leave() -> None:
     """Leave the group when the process ends.
 
-    Gloo's threads free the last exchange's tensors a moment after it is done. They need Python's
-    lock for that, and a thread that asks for it while Python is finalizing aborts the process.
+    Gloo's threads free the last tensors shortly after an exchange. They need the GIL for that, and
+    a thread that requests it while Python finalizes aborts the process.
     """
     time.sleep(0.1)
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Measuring a network on held-out images."""
+"""Measure a network on held-out images."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.data import CentreCrop, ImageFiles, ImageSet, Loader, Loaders
+from classroomkd.data.batches import Batches, BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.training.distributed import Processes
 
-_BATCH_SIZE = 256  # affects speed and memory only
+_BATCH_SIZE = 256  # affects only speed and memory
 _BINS = 15
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Accuracies are fractions 0..1; ``top5`` counts the best min(5, C) classes.
+    """The measures of a network. Accuracies are fractions 0..1.
 
-    ``loss`` is the mean cross-entropy in nats over the ``images`` seen; ``per_class`` the top-1 of
-    each class's images (None for a class without images); ``calibration_error`` the expected
-    calibration error over 15 bins of equal width: the mean over the images of the difference
-    between mean probability and accuracy in the bin of a prediction's probability. (Guo et al., "On
-    calibration of modern neural networks", section 2.)
+    ``top5`` counts the best min(5, C) classes. ``loss`` is the mean cross-entropy in nats over
+    ``images`` images. ``per_class`` is the top-1 per class (None for a class without images).
+    ``calibration_error`` is the expected calibration error with 15 bins of equal width (Guo et al.,
+    "On calibration of modern neural networks", section 2).
     """
 
     top1: float
@@ -41,14 +41,17 @@ class Evaluation:
 
 
 def evaluation_loader(
-    loaders: Loaders, image_set: ImageSet | ImageFiles, info: NetworkInfo, **share: int
+    loaders: Loaders | BatchLoaders,
+    image_set: ImageSet | ImageFiles | Batches,
+    info: NetworkInfo,
+    **share: int,
 ) -> Loader:
-    """Every image (the centre of a photograph) once, in order, normalised as ``info`` says.
+    """Every image (the centre of a photograph) once, in order, normalised according to ``info``.
 
     ``share`` is the ``rank`` and ``world_size`` of this process, if there are several.
     """
     return loaders.open(
-        image_set,
+        image_set,  # type: ignore[arg-type]  # the loaders are of its kind
         _BATCH_SIZE,
         mean=info.mean,
         std=info.std,
@@ -66,9 +69,9 @@ def evaluate(
     processes: Processes | None = None,
     watch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Evaluation:
-    """Run ``network``, in eval mode, once over ``loader``; the host waits once, at the end.
+    """Run ``network`` in eval mode once over ``loader``; the host waits only at the end.
 
-    Several processes, each with its share of the images, all get the result for all the images.
+    With several processes, each passes its share of the images and gets the result for all images.
     ``watch`` is called with the logits [B, C], float32, and targets [B] of every batch.
     """
     network.eval()
@@ -104,10 +107,10 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
 
 
 class Lessons:
-    """Class by class, the share of held-out images on which each mentor would teach the student.
+    """Per class, the share of held-out images on which each mentor would teach the student.
 
-    ``method`` decides this as it does in training. The mentors run once over the images, and only
-    their confidence and correctness on each are kept: an epoch then costs no more than the
+    ``method`` applies its knowledge filter as in training. The mentors run once over the images,
+    and only their confidence and correctness are kept. After that an epoch costs no more than the
     student's evaluation, whose logits are passed to `watch`.
     """
 
@@ -120,20 +123,20 @@ class Lessons:
     ) -> None:
         self._method, self._mentors, self._loader = method, mentors, loader
         self._processes = processes
-        self._standings: list[tuple[Tensor, Tensor]] = []  # of each mentor, [N] both
-        self._own: list[tuple[Tensor, Tensor]] = []  # of the student, batch by batch
+        self._standings: list[tuple[Tensor, Tensor]] = []  # of each mentor, both [N]
+        self._own: list[tuple[Tensor, Tensor]] = []  # of the student, per batch
         self._targets: list[Tensor] = []
 
     def watch(self, logits: Tensor, targets: Tensor) -> None:
-        """Take the student's logits [B, C] for the next images of an evaluation."""
+        """Add the student's logits [B, C] and targets [B] for the next images of an evaluation."""
         self._own.append(self._method.standing(logits, targets))
         self._targets.append(targets)
 
     @torch.no_grad()
     def shares(self) -> dict[str, list[float | None]]:
-        """For each mentor, the share of each class, rounded to 4 digits; None without an image.
+        """The share per class of each mentor, rounded to 4 digits; None for a class without images.
 
-        They are those of the evaluation since the last call. The first call runs the mentors over
+        The shares refer to the evaluation since the last call. The first call runs the mentors over
         the images, in eval mode.
         """
         if not self._standings:
@@ -167,13 +170,13 @@ def _joined(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 
 def require_finite(measured: Evaluation, what: str) -> None:
-    """Raise UserError, calling the network ``what``, if its loss is not finite."""
+    """Raise UserError, naming the network ``what``, if its loss is not finite."""
     if not math.isfinite(measured.loss):
         raise UserError(
-            f"{what}: its loss on the images is {measured.loss}: take another checkpoint"
+            f"{what}: its loss on the images is {measured.loss}: use another checkpoint"
         )
 
 
-def evaluation_crop(image_set: ImageSet | ImageFiles, size: int) -> CentreCrop | None:
-    """The crop of images that a network is measured on; None for images of one size."""
+def evaluation_crop(image_set: ImageSet | ImageFiles | Batches, size: int) -> CentreCrop | None:
+    """The crop of photographs for evaluation; None for images of one size."""
     return CentreCrop(size) if isinstance(image_set, ImageFiles) else None

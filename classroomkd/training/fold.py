@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions that they follow: fewer kernels, the same function."""
+"""Fold batch norms into the convolutions that they follow: fewer kernels, the same function."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections import Counter
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# By name, because timm may not be installed. Its convolution pads by the size of its input, its
-# norm includes an activation.
+# By name, because timm may not be installed. Its convolution pads depending on the input size, and
+# its norm includes an activation.
 _CONVOLUTIONS = ("torch.nn.modules.conv.Conv2d", "timm.layers.conv2d_same.Conv2dSame")
 _NORMS = ("torch.nn.modules.batchnorm.BatchNorm2d", "timm.layers.norm_act.BatchNormAct2d")
 
 
 def fold_batch_norms(network: nn.Module) -> nn.Module:
-    """A copy of ``network`` in eval mode without the batch norms that `foldable` names.
+    """A copy of ``network`` in eval mode without the batch norms that `foldable` returns.
 
     Their scales and shifts are merged, in float64, into the convolutions, whose weights keep their
-    dtype. An identity, or the norm's activation, takes the place of each, so that every other name
-    and the code stay as they were. ``network`` itself is not changed.
+    dtype. Each norm is replaced by an identity or its activation, so that all other names and the
+    code stay the same. ``network`` itself is not changed.
     """
     folded = copy.deepcopy(network).eval()
     for norm_name, conv_name in foldable(folded).items():
@@ -36,21 +36,21 @@ def fold_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def foldable(network: nn.Module) -> dict[str, str]:
-    """The batch norms of ``network`` that can be folded, each with the convolution to fold it into.
+    """The batch norms of ``network`` that can be folded, each with its convolution.
 
-    Those are the `BatchNorm2d` (and timm's `BatchNormAct2d`) with running statistics whose input is
-    the output of a `Conv2d` (or timm's `Conv2dSame`) that is used nowhere else; both are called
-    once and their tensors are not used elsewhere in the forward pass. The order is read from
-    `torch.fx`'s trace in eval mode; in a network that cannot be traced nothing is foldable.
+    A `BatchNorm2d` (or timm's `BatchNormAct2d`) with running statistics can be folded if its input
+    is the output of a `Conv2d` (or timm's `Conv2dSame`) that nothing else uses, both are called
+    once, and their tensors are not used elsewhere in the forward pass. The order comes from a
+    `torch.fx` trace in eval mode; in a network that cannot be traced, nothing is foldable.
     """
     tracer = _Tracer()
-    tracer.proxy_buffer_attributes = True  # so that reading a norm's statistics is in the graph
+    tracer.proxy_buffer_attributes = True  # traces reads of a norm's statistics
     try:
         graph = tracer.trace(copy.deepcopy(network).eval())
-    except Exception:  # whatever a forward pass raises when it is given a proxy
+    except Exception:  # a forward pass may raise anything when given a proxy
         return {}
-    # torch.fx.experimental.optimization.fuse finds such pairs too, but would also fold into a
-    # convolution that is called twice, and replaces the network's class by a generated module.
+    # torch.fx.experimental.optimization.fuse also folds into a convolution that is called twice,
+    # and replaces the network's class by a generated module.
     uses = Counter(
         node.target if node.op == "call_module" else node.target.rpartition(".")[0]
         for node in graph.nodes

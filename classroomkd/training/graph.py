@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph."""
+"""A training step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-_WARM_UP = 3  # steps in which libraries choose their algorithms and the optimizer makes its buffers
+_WARM_UP = 3  # steps for libraries to select algorithms and the optimizer to allocate its buffers
 
 
 class CapturedStep:
     """Calls ``step(images, targets)`` a few times, captures it, and replays it from then on.
 
-    The step must not wait for the GPU, and must leave its results in tensors that outlive it. All
-    batches must have one shape.
+    The step must not wait for the GPU, and must store its results in persistent tensors. All
+    batches must have the same shape.
     """
 
     def __init__(self, step: Callable[[Tensor, Tensor], None]) -> None:
@@ -37,16 +37,16 @@ class CapturedStep:
         self._graph.replay()
 
     def _warm_up(self, images: Tensor, targets: Tensor) -> None:
-        # On a side stream, as capture requires of what autograd has run before.
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-        aside.wait_stream(here)
-        with torch.cuda.stream(aside):
+        # Capturing autograd requires a warm-up on a side stream.
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
             self._step(images, targets)
-        here.wait_stream(aside)
+        current.wait_stream(side)
 
     def _capture(self, images: Tensor, targets: Tensor) -> None:
         self._inputs = images.clone(), targets.clone()
         self._graph = torch.cuda.CUDAGraph()
-        # This records, and runs nothing. A loader's threads may use CUDA meanwhile.
+        # This records without running. A loader's threads may use CUDA meanwhile.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._step(*self._inputs)

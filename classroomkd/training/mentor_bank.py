@@ -1,4 +1,4 @@
-"""The frozen mentors of a classroom as one callable, made fast for inference."""
+"""The frozen mentors of a student as one callable, optimized for inference."""
 
 from __future__ import annotations
 
@@ -18,22 +18,23 @@ from classroomkd.training.fold import fold_batch_norms
 class MentorBank:
     """Maps a batch of images to the outputs of every mentor.
 
-    The bank holds copies of the mentors: in eval mode, frozen, without the batch norms that can be
-    folded, channels last, in ``dtype``. On a GPU each runs on a stream of its own between the work
-    before and the work after the call. A CUDA graph can capture that; the time is then that of the
-    slowest mentor as long as small ones leave multiprocessors idle.
+    The bank holds copies of the mentors: in eval mode, frozen, with batch norms folded, channels
+    last, in ``dtype``. On a GPU each mentor runs on its own stream, after the work before the call
+    and before the work after it. A CUDA graph can capture this; as long as multiprocessors are
+    idle, the call takes as long as the slowest mentor.
 
     Args:
-        mentors: unique name to network, which maps images [B, 3, H, W] to logits [B, C].
+        mentors: unique name → network, which maps images [B, 3, H, W] to logits [B, C].
         num_classes: C.
         device: where the mentors run.
-        dtype: torch.float32 or torch.bfloat16, of weights, activations and logits. Batch norms
-            that are not folded keep float32 statistics: rounded, they would bias every image.
+        dtype: torch.float32 or torch.bfloat16, for weights, activations and logits. Batch norms
+            that are not folded keep float32 statistics, because rounding would bias every image.
         compile: pass each mentor through ``torch.compile``.
-        features: whether to return the outputs of the stages too; not with ``compile``.
+        features: return the outputs of ``layers`` too, by default of the stages.
+        layers: module paths, the same in each mentor.
 
     Attributes:
-        names: of the mentors, in the order of the logits.
+        names: names of the mentors, in the order of the logits.
 
     """
 
@@ -46,6 +47,7 @@ class MentorBank:
         dtype: torch.dtype = torch.float32,
         compile: bool = False,
         features: bool = False,
+        layers: Sequence[str] = (),
     ) -> None:
         if dtype not in (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype must be torch.float32 or torch.bfloat16, got {dtype}")
@@ -54,7 +56,7 @@ class MentorBank:
         self._device = torch.device(device)
         self._dtype = dtype
         networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
-        self._stages = [StageOutputs(network) for network in networks] if features else None
+        self._stages = [StageOutputs(network, layers) for network in networks] if features else None
         self._networks: Sequence[Callable[[Tensor], Tensor]] = (
             [torch.compile(n) for n in networks] if compile else networks
         )
@@ -71,20 +73,23 @@ class MentorBank:
     def __call__(self, images: Tensor) -> list[Outputs]:
         """The mentors' logits [B, C], in the order of ``names``, for images [B, 3, H, W].
 
-        Images of another dtype are converted, once for all mentors; logits and features are fresh
-        tensors of the bank's dtype, made in inference mode. Never waits for the GPU.
+        Images of another dtype are converted once for all mentors. Logits and features are new
+        tensors of the bank's dtype, made in inference mode. The call never waits for the GPU.
 
         Raises UserError if a mentor's logits are not [B, num_classes].
         """
-        # A mentor computes in the bank's dtype, independently of the student's autocast.
+        # Mentors compute in the bank's dtype, independently of the student's autocast.
         with torch.autocast(self._device.type, enabled=False):
-            images = images.to(self._dtype, memory_format=torch.channels_last)
+            if images.is_floating_point():  # of one's own batches they may be anything
+                images = images.to(self._dtype)
+            if images.dim() == 4:
+                images = images.contiguous(memory_format=torch.channels_last)
             logits = self._side_by_side(images) if self._streams else self._in_turn(images)
         for name, rows in zip(self.names, logits, strict=True):
             if rows.shape != (len(images), self._num_classes):
                 raise UserError(
-                    f"mentor {name} gives logits of shape {list(rows.shape)} for {len(images)} "
-                    f"images of {self._num_classes} classes: give a network for these classes"
+                    f"mentor {name} returns logits of shape {list(rows.shape)} for {len(images)} "
+                    f"images of {self._num_classes} classes: use a network for these classes"
                 )
         features = [stages.take() for stages in self._stages] if self._stages else [()] * len(self)
         return list(map(Outputs, logits, features))
@@ -93,9 +98,9 @@ class MentorBank:
         return [network(images) for network in self._networks]
 
     def _side_by_side(self, images: Tensor) -> list[Tensor]:
-        # Memory is safe without Tensor.record_stream: the current stream continues once all others
-        # are done with the images, and the memory of logits, once freed, is reused only by their
-        # own stream, which first waits for the current one and so for the loss.
+        # Memory is safe without Tensor.record_stream: the current stream waits until all others are
+        # done with the images. Freed memory of logits is reused only by their own stream, which
+        # first waits for the current one, and so for the loss.
         current = torch.cuda.current_stream(self._device)
         logits = []
         for network, stream in zip(self._networks, self._streams, strict=True):

@@ -14,23 +14,29 @@ from __future__ import annotations
 
 import math
 
-from classroomkd.models.zoo import has_depthwise_convolutions
+from torch import nn
+
+from classroomkd.models.zoo import depthwise, has_depthwise_convolutions
 from classroomkd.training.config import TrainingConfig
 
 PEAK = 0.05
 _PEAK_OF_DEPTHWISE = 0.01  # networks with depthwise convolutions diverge at more
 
 
-def peak_learning_rate(training: TrainingConfig, architecture: str) -> float:
-    """The schedule's peak: as given, or the usual one for the architecture."""
+def peak_learning_rate(training: TrainingConfig, network: nn.Module | str) -> float:
+    """The schedule's peak: as given, or the usual one for a network, or for one of this name."""
     if training.learning_rate is not None:
         return training.learning_rate
-    return _PEAK_OF_DEPTHWISE if has_depthwise_convolutions(architecture) else PEAK
+    if isinstance(network, str):
+        has_any = has_depthwise_convolutions(network)
+    else:
+        has_any = depthwise(network)
+    return _PEAK_OF_DEPTHWISE if has_any else PEAK
 
 
 def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:
     """The rate after ``epochs_done`` epochs, 0 ≤ epochs_done < ``training.epochs``."""
-    # The epoch of this step, despite rounding.
+    # The epoch of this step, robust to rounding.
     progress = math.floor(epochs_done + 1e-9) / training.epochs
     if training.schedule == "cosine":
         rate = peak * 0.5 * (1 + math.cos(math.pi * epochs_done / training.epochs))

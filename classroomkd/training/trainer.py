@@ -1,4 +1,4 @@
-"""The one training loop: a network, with mentors or without."""
+"""The training loop of a network, with or without mentors."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from classroomkd.training.graph import CapturedStep
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate
 
-READ_EVERY = 50  # steps between two checks of the sums on the device
+READ_EVERY = 50  # steps between checks of the sums on the device
 
 
 class Trainer:
-    """Trains ``network`` by SGD, as ``method`` says.
+    """Trains ``network`` with ``method`` by SGD.
 
     A step does not wait for the device: losses and hits are summed there and checked every 50
     steps, and the learning rate is a tensor. On a GPU the step, mentors and optimizer included, is
@@ -33,17 +33,18 @@ class Trainer:
     Args:
         network: maps images [B, 3, H, W] to logits [B, C]; trained in place, on its device.
         loader: training batches on the network's device.
-        training: epochs, schedule and the optimizer's numbers.
-        name: what error messages call the network.
+        training: epochs, schedule and optimizer settings.
+        name: the network's name in error messages.
         peak: the schedule's highest learning rate.
-        method: what the network learns from images, targets and mentors.
-        mentors: on the same device; none for a method that needs none.
-        image_size: of the loader's images, in pixels, for methods that use features.
+        method: the distillation method.
+        mentors: on the same device; None for a method without mentors.
+        image_size: height and width of the images, for methods that use features.
+        example: a batch of images like the loader's, if they are not [B, 3, H, W] of that size.
         dtype: torch.bfloat16 for a forward pass under autocast.
-        cuda_graph: on a GPU, False to launch every kernel of every step.
-        compile: whether the network goes through ``torch.compile``.
-        processes: those that train the network together, each on its share of every batch; the
-            gradient is then that of the mean over the valid rows of all processes.
+        cuda_graph: False to launch every kernel of every step on a GPU.
+        compile: pass the network through ``torch.compile``.
+        processes: processes that train the network together, each on its share of every batch; the
+            gradient is that of the mean over the valid rows of all processes.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer:
         method: Method,
         mentors: MentorBank | None = None,
         image_size: int = 32,
+        example: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         cuda_graph: bool = True,
         compile: bool = False,
@@ -71,13 +73,16 @@ class Trainer:
         self.dtype = dtype
         self.device = next(network.parameters()).device
         self.method = method
-        self._stages = StageOutputs(network) if method.uses_features else None
+        self._stages = (
+            StageOutputs(network, method.student_layers) if method.uses_features else None
+        )
         if self._stages:
-            self._show_features(self._stages, image_size)
+            images = torch.zeros(1, 3, image_size, image_size) if example is None else example
+            self._show_features(self._stages, images.to(self.device))
         method.to(self.device)
         self.processes = processes or Processes(self.device)
         together = self.processes.together
-        self.epoch, self.batch = 1, 0  # the next step's place
+        self.epoch, self.batch = 1, 0  # of the next step
         self.learning_rate = torch.tensor(peak, device=self.device)
         self._parameters = [*network.parameters(), *method.parameters()]
         self.optimizer = torch.optim.SGD(
@@ -87,8 +92,8 @@ class Trainer:
             nesterov=training.nesterov,
             fused=True,
         )
-        # Images, those of batches whose loss was not finite, loss and hits; where the method
-        # reports on them, then task loss and confidence; then four numbers a mentor.
+        # Images, images of batches whose loss was not finite, loss and hits. If the method reports
+        # on mentors: task loss, confidence, and four numbers per mentor.
         size = 4 + (2 + 4 * len(mentors or ()) if method.reports else 0)
         self.sums = torch.zeros(size, dtype=torch.float64, device=self.device)
         self._read = torch.zeros_like(self.sums, device="cpu", pin_memory=self._on_gpu)
@@ -99,9 +104,8 @@ class Trainer:
         self._step_on = CapturedStep(self._step) if captured else self._step
 
     @torch.no_grad()
-    def _show_features(self, stages: StageOutputs, image_size: int) -> None:
-        """Give the method the shapes of the features, for parameters that it may need."""
-        images = torch.zeros(1, 3, image_size, image_size, device=self.device)
+    def _show_features(self, stages: StageOutputs, images: Tensor) -> None:
+        """Pass the shapes of the features to the method, which may create parameters."""
         self.network.eval()(images)
         mentors = self.mentors(images) if self.mentors else []
         self.method.prepare(shapes_of(stages.take()), [shapes_of(m.features) for m in mentors])
@@ -111,16 +115,16 @@ class Trainer:
         return self.device.type == "cuda"
 
     def train_epoch(self, on_step: Callable[[], None] | None = None) -> dict[str, Any]:
-        """Train from the trainer's position to the end of the epoch, and return its record.
+        """Train from the current position to the end of the epoch, and return its record.
 
         ``train_loss`` and ``train_top1`` are means over the epoch's images at the time of their
-        step (for a mixed image, top-1 is the share of the predicted class in it), and
-        ``images_per_second`` counts training alone. In a classroom there are also ``task_loss``,
-        ``student_confidence`` and, for each mentor, the means over the epoch of what the loss
-        reports; ``kl`` is the mean over the rows that the mentor taught, 0 if there were none.
-        ``on_step`` is called between steps, when the trainer's state can be saved.
+        step; for a mixed image, top-1 is the share of the predicted class in it.
+        ``images_per_second`` excludes evaluation. The method "classroom" adds ``task_loss``,
+        ``student_confidence`` and, for each mentor, the means of the loss's report over the epoch;
+        ``kl`` is the mean over the rows that the mentor taught, 0 if there were none. ``on_step``
+        is called after each step, when the trainer's state can be saved.
 
-        Raises UserError, naming the batch and what went wrong in it, if the loss is not finite.
+        Raises UserError, naming the batch and the cause, if the loss is not finite.
         """
         epoch, steps = self.epoch, len(self.loader)
         first_rate = learning_rate(self.training, self.peak, epoch - 1)
@@ -130,7 +134,7 @@ class Trainer:
         for images, targets, _ in self.loader:
             epochs_done = epoch - 1 + self.batch / steps
             rate = learning_rate(self.training, self.peak, epochs_done)
-            if rate != last_rate:  # most schedules change from epoch to epoch: no launch a step
+            if rate != last_rate:  # saves a launch per step
                 self.learning_rate.fill_(rate)
                 last_rate = rate
             self._step_on(images, targets)
@@ -140,7 +144,7 @@ class Trainer:
                 self._check_sums()
             if on_step:
                 on_step()
-        sums = self._everyones_sums().tolist()  # the only wait for the device in an epoch
+        sums = self._total_sums().tolist()  # the only wait for the device in an epoch
         self._require_finite(sums)
         record = {
             "epoch": epoch,
@@ -159,9 +163,9 @@ class Trainer:
         return record
 
     def _step(self, images: Tensor, targets: Tensor) -> None:
-        """One optimizer step, which adds its statistics to ``sums``."""
+        """Take one optimizer step and add its statistics to ``sums``."""
         mixed = self.dtype != torch.float32
-        # What a graph replays must not rely on casts that were made before it was captured.
+        # A captured step must not rely on cached casts from before the capture.
         with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
             logits = self._forward(images)
         student = Outputs(logits, self._stages.take() if self._stages else ())
@@ -169,7 +173,7 @@ class Trainer:
         scale = self._scale(targets) if self.processes.together else None
         loss, report = self.method.backward(student, mentors, targets, scale)
         self.processes.average_gradients(self.method.parameters())
-        if self.training.clip_norm is not None:  # every process has the same gradient by now
+        if self.training.clip_norm is not None:  # all processes have the same gradient here
             nn.utils.clip_grad_norm_(self._parameters, self.training.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -181,32 +185,32 @@ class Trainer:
                 report.active_share,
                 report.rank_weight,
                 report.temperature,
-                report.kl * report.active_share,  # over all rows, so that batches can be added
+                report.kl * report.active_share,  # mean over all rows, so that batches add up
             ]
         self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
 
     def _scale(self, targets: Tensor) -> Tensor:
-        """The factor from a mean over this process's valid rows to one over all processes'.
+        """The factor from a mean over this process's valid rows to one over those of all.
 
-        The gradients of R processes are averaged: n · R / N, of n valid rows here and N in all.
+        Gradients of R processes are averaged: n · R / N for n valid rows here and N in all.
         """
         n = valid_rows(targets).sum().float()
         return n * self.processes.world_size / self.processes.sum(n.clone()).clamp(min=1)
 
-    def _everyones_sums(self) -> Tensor:
+    def _total_sums(self) -> Tensor:
         return self.processes.sum(self.sums.clone())
 
     def _check_sums(self) -> None:
-        """Check the sums fetched last, and fetch new ones without waiting for them."""
+        """Check the sums fetched before, and fetch new ones without waiting for them."""
         if self._fetched is None or self._fetched.query():
             self._require_finite(self._read.tolist())
-            self._read.copy_(self._everyones_sums(), non_blocking=True)
+            self._read.copy_(self._total_sums(), non_blocking=True)
             if self._on_gpu:
                 self._fetched = torch.cuda.current_stream(self.device).record_event()
 
     def require_finite(self) -> None:
         """Wait for the device and raise UserError if a loss of this epoch was not finite."""
-        self._require_finite(self._everyones_sums().tolist())
+        self._require_finite(self._total_sums().tolist())
 
     def _require_finite(self, sums: list[float]) -> None:
         images, nonfinite = sums[:2]
@@ -238,23 +242,22 @@ class Trainer:
         }
 
     def _culprit(self, batch: int) -> str:
-        # Mentors are frozen and a batch can be drawn again, so their logits are checked only once
-        # a loss is not finite, which costs other steps nothing. A logit of −inf only rules a class
-        # out.
+        # Mentors are frozen and a batch can be drawn again, so their logits are checked only after
+        # a loss was not finite, at no cost for other steps. A logit of −inf excludes a class.
         self.loader.set_epoch(self.epoch, batch)
         images, *_ = next(iter(self.loader))
         if self.mentors:
             for name, mentor in zip(self.mentors.names, self.mentors(images), strict=True):
                 if (mentor.logits.isnan() | mentor.logits.isposinf()).any():
-                    return f"the logits of mentor {name} are not; leave it out or replace it"
+                    return f"neither are the logits of mentor {name}; remove or replace it"
         return "the training diverged; try a lower learning rate"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the next steps depend on. All processes call it after the same step."""
+        """Everything that later steps depend on. All processes must call it after the same step."""
         return {
             "epoch": self.epoch,
             "batch": self.batch,
-            "sums": self._everyones_sums(),
+            "sums": self._total_sums(),
             "model": self.network.state_dict(),
             "method": self.method.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -263,9 +266,9 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a ``state_dict`` as if never interrupted; called before the first step."""
+        """Resume from a ``state_dict``; must be called before the first step."""
         self.epoch, self.batch = state["epoch"], state["batch"]
-        if self.processes.is_main:  # for everyone
+        if self.processes.is_main:  # the saved sums are those of all processes
             self.sums.copy_(state["sums"])
         self.network.load_state_dict(state["model"])
         self.method.load_state_dict(state["method"])
@@ -278,7 +281,7 @@ class Trainer:
 
 
 def _hits(logits: Tensor, targets: Tensor) -> Tensor:
-    """How correct each prediction is, [B]: 0 or 1, or the probability of the predicted class."""
+    """The correctness of each prediction, [B]: 0 or 1, or the predicted class's probability."""
     predicted = logits.argmax(1)
     if targets.dim() == 2:
         return targets.gather(1, predicted[:, None])[:, 0]
@@ -288,7 +291,7 @@ def _hits(logits: Tensor, targets: Tensor) -> Tensor:
 def _parameter_groups(
     parameters: Sequence[nn.Parameter], training: TrainingConfig
 ) -> list[dict[str, Any]]:
-    """All parameters; those without weight decay (vectors: norms and biases) in a second group."""
+    """All parameters, with those without weight decay (norms and biases) in a second group."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in parameters:

@@ -19,6 +19,7 @@ from classroomkd.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
+MODEL = json.loads((ROOT / "benchmarks/results/modelled/model.json").read_text(encoding="utf-8"))
 COMPILED = json.loads((ROOT / "benchmarks/results/compiled.json").read_text())
 H100 = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -28,7 +29,7 @@ H100 = {
 
 
 def test_the_page_is_what_the_command_gives():
-    assert document.document(document.read(document.RESULTS), COMPILED) == PAGE, (
+    assert document.document(document.read(document.RESULTS), COMPILED, MODEL) == PAGE, (
         "run: python benchmarks/document.py"
     )
 
@@ -64,7 +65,7 @@ def test_figures_are_what_the_command_gives():
 
 
 def test_without_a_gpu_the_page_says_so():
-    assert "**Nothing has been measured on a GPU yet.**" in document.document({}, COMPILED)
+    assert "**Nothing has been measured on a GPU yet.**" in document.document({}, COMPILED, MODEL)
 
 
 # ---------------------------------------------------------------- a GPU
@@ -152,22 +153,22 @@ def test_compiled_kernels_that_failed_or_spill_are_listed():
         call | {"n_mentors": 6, "kernels": {"classroom": kernel | {"spilled_bytes": 24}}},
         call | {"target": "cuda:80", "error": "PassManager::run failed\nat line 7"},
     ]
-    text = document.document({}, compiled).partition("## Compiled kernels")[2]
+    text = document.document({}, compiled, MODEL).partition("## Compiled kernels")[2]
     assert "3 kernels of 3 calls" in text
     assert "one of 4 calls, of which these are the 3 quickest to compile. 1 failed" in text
     assert "| cuda:90 | 99 | 40 |" in text
     assert "| cuda:80 | 10 | 2 | float32 | PassManager::run failed |" in text
-    assert "2 spill none to memory; these do:" in text
+    assert "2 kernels spill no registers; these do:" in text
     assert "| cuda:90 | classroom | 10 | 6 | float32 | 24 |" in text
     compiled |= {"done": 4, "failed": 0, "compiled": compiled["compiled"][:1]}
-    text = document.document({}, compiled)
+    text = document.document({}, compiled, MODEL)
     assert "occurs in one of 4 calls. None failed" in text
-    assert "None spills any to memory." in text
+    assert "No kernel spills registers." in text
 
 
 def test_a_gpus_records_fill_their_places(gpu_records):
     cpu = document.read(document.RESULTS)["cpu"]
-    text = document.document({"h100": gpu_records, "cpu": cpu}, COMPILED)
+    text = document.document({"h100": gpu_records, "cpu": cpu}, COMPILED, MODEL)
     assert "Nothing has been measured on a GPU" not in text
     for name in ("roofline", "loss", "loaders", "step"):
         assert result_tables.markdown(gpu_records[name]).strip() in text
@@ -182,6 +183,18 @@ def test_a_gpus_records_fill_their_places(gpu_records):
         assert len({line.count(" | ") for line in table.splitlines() if "|  |" not in line}) == 1
 
 
+def test_what_is_modelled_stands_beside_what_was_measured(gpu_records):
+    without = document.document({}, COMPILED, MODEL).partition("## Modelled, not measured\n")[2]
+    text = document.document({"h100": gpu_records}, COMPILED, MODEL)
+    text = text.partition("## Modelled, not measured\n")[2].partition("\n## ")[0]
+    row = next(r for r in MODEL["rows"] if r["classes"] == 100 and r["mentors"] == 6)
+    case = rf"\| {row['rows']} \| 100 \| 6 \| {row['dtype']} \| [\d.]+ \| "
+    assert re.search(case + r"4 \| – ", text)
+    assert re.search(case + r"– \| – ", without)
+    other = {**gpu_records["loss"], "environment": H100 | {"device": "NVIDIA A100"}}
+    assert document.document({"a": {"loss": other}}, COMPILED, MODEL).endswith(without)
+
+
 def test_the_summary_after_a_gpu_run(gpu_records, tmp_path, monkeypatch, capsys):
     for name in ("loss", "loaders", "step"):
         (tmp_path / f"{name}.json").write_text(json.dumps(gpu_records[name]))
@@ -193,7 +206,7 @@ def test_the_summary_after_a_gpu_run(gpu_records, tmp_path, monkeypatch, capsys)
         in lines
     )
     (cifar,) = (line for line in lines if line.endswith("[CIFAR]"))
-    assert "16.0× eager, 2.5× the best torch.compile" in cifar
+    assert "16.0× eager, 2.5× best torch.compile" in cifar
     assert any("compile max-autotune: failed: RuntimeError" in line for line in lines)
     assert "loaders  resident, 32 pixels, batch 512: 64.0 million images/s" in lines
     assert any("800 images/s, 16.0× the loop, 12 % outside the networks" in line for line in lines)
@@ -240,6 +253,8 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     assert document.read(results)[folder.name]["step"] == gpu_records["step"]
 
     (results / "compiled.json").write_text(json.dumps(COMPILED))
+    (results / "modelled").mkdir()
+    (results / "modelled/model.json").write_text(json.dumps(MODEL))
     monkeypatch.setattr(document, "RESULTS", results)
     monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
     monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
@@ -249,7 +264,7 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert document.main([str(out)]) == 1  # the page is whole without matplotlib
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
-    assert text == document.document(document.read(results), COMPILED)
+    assert text == document.document(document.read(results), COMPILED, MODEL)
 
     loaders = json.loads((ROOT / "benchmarks/results/cpu/loaders.json").read_text())
     (out / "loaders.json").write_text(json.dumps(loaders))

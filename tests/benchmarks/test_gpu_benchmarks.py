@@ -1,6 +1,5 @@
 """The benchmarks' lines for a GPU run, in a stand-in for one, and measure the headline sizes."""
 
-import itertools
 import json
 import sys
 from argparse import Namespace
@@ -9,6 +8,7 @@ from concurrent.futures import Future
 import pytest
 import torch
 
+import loader_processes
 import loader_rows
 import loaders
 import loss
@@ -122,36 +122,6 @@ def test_out_of_time_every_row_says_so(cuda, monkeypatch, tmp_path):
     assert {kind[1:] for kind in kinds} == {tuple(loss.size(c).values()) for c in loss.grid(False)}
 
 
-def test_what_comes_first_in_the_loss():
-    """The headline sizes, for every number of mentors; tuning comes last."""
-    phases = loss.phases(small=False)
-    first = [
-        (loss.size(case), title, names) for phase in phases[:2] for case, title, names in phase
-    ]
-    grid = [(size, names) for size, title, names in first if not title]
-    assert all(summary.is_headline(size) for size, _ in grid)
-    for rows in (64, 128, 512):
-        found = [names for size, names in grid if (size["rows"], size["classes"]) == (rows, 100)]
-        assert found == [(loss.THIS, loss.REPORTED)] * 2
-    for classes, dtype in itertools.product((1000, 4096, 32_768, 128_256), ("float32", "bfloat16")):
-        mentors = {
-            size["mentors"]
-            for size, _ in grid
-            if (size["classes"], size["dtype"]) == (classes, dtype)
-        }
-        assert mentors == {1, 2, 6, 12}
-    assert [names for size, names in grid if size["rows"] == 8192 and len(names) == 2]
-    assert {name for _, _, names in phases[-1] for name in names} == {"compile max-autotune"}
-    todo = [
-        (case, title, name) for phase in phases for case, title, names in phase for name in names
-    ]
-    assert len(todo) == len(set(todo))
-    measured = {case for case, title, name in todo if not title and name == loss.THIS}
-    assert measured == set(loss.grid(small=False))
-    for title in loss.NAMED:
-        assert {name for _, t, name in todo if t == title} == {*loss.IMPLEMENTATIONS}
-
-
 @pytest.fixture
 def setting(tmp_path, monkeypatch):
     """32 images of 8×8 for a GPU."""
@@ -170,7 +140,8 @@ def gather(images, targets, order, table, **options):
 
 
 def test_the_loaders(cuda, setting, monkeypatch):
-    monkeypatch.setattr(loaders, "Process", HereProcess)
+    for module in (loaders, loader_processes):
+        monkeypatch.setattr(module, "Process", HereProcess)
     monkeypatch.setattr(loaders, "KERNEL_SIZES", (8,))
     monkeypatch.setattr(loaders, "pack_beton", lambda setting: None)
     monkeypatch.setattr(loader_rows, "SHORTEST", 0.0)
@@ -194,15 +165,19 @@ def test_the_loaders(cuda, setting, monkeypatch):
         assert cuda.calls[name], name
 
 
+@pytest.mark.slow
 def test_the_step(cuda, setting, monkeypatch):
-    monkeypatch.setattr(step, "Process", HereProcess)
-    monkeypatch.setattr(step, "CLASSROOMS", step.SMALL_CLASSROOMS)
+    monkeypatch.setattr(loader_processes, "Process", HereProcess)
+    monkeypatch.setattr(step, "CLASSROOMS", {"resnet8": ("resnet8",)})
     monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
+    # The kernels, interpreted, would take minutes: test_the_loss has them.
+    monkeypatch.setattr("classroomkd.loss.fused._use_kernels", lambda device_type: False)
     monkeypatch.setattr(step_rows, "WARM_UP", 4)  # the fourth captures
     resident = {"data": DataConfig(loader="resident")}
     trainers = {name: options | resident for name, options in step.TRAINERS.items()}
     monkeypatch.setattr(step_rows, "TRAINERS", trainers)
-    names = [name for name in step.implementations() if name != step.LOOP]
+    left_out = {step.LOOP, "trainer, resident loader"}  # all have that loader here
+    names = [name for name in step.implementations() if name not in left_out]
     monkeypatch.setattr(step, "implementations", lambda: names)
     arguments = Namespace(
         **{

@@ -278,13 +278,13 @@ def test_files_that_are_wrong(source, tmp_path, capsys):
     out = tmp_path / "out.beton"
     out.write_text("no beton, but long enough to be looked at")
     for command in ("info", "verify"):
-        assert error(capsys, command, out).startswith(f"{out} is no .beton file")
+        assert error(capsys, command, out).startswith(f"{out} is not a .beton file")
     assert error(capsys, "verify", tmp_path) == f"{tmp_path} is a folder: give a .beton file"
     run("pack", source, out, "--overwrite")
     capsys.readouterr()
     out.write_bytes(out.read_bytes()[:-100])
     for command in ("info", "verify"):
-        assert "cut off" in error(capsys, command, out)
+        assert "truncated" in error(capsys, command, out)
 
 
 # ---------------------------------------------------------------- refusals and interruptions

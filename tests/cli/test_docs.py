@@ -21,7 +21,10 @@ from image_folders import make_cifar
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-LESS = {"train": ["--epochs", "1", "mentor_training.epochs=1"], "reproduce": ["--plan"]}
+LESS = {
+    "train": ["--epochs", "1", "--image-size", "32", "mentor_training.epochs=1", "alone=false"],
+    "reproduce": ["--plan"],
+}
 
 
 def blocks(language: str) -> list:
@@ -67,10 +70,16 @@ def folder(tmp_path) -> Path:
                     pixels = rng.integers(0, 256, (240, 260, 3), dtype=np.uint8)
                     Image.fromarray(pixels).save(folder / name / part / label / f"{i}.jpg")
     make_cifar(folder / "cifar", "cifar100")
+    page = (ROOT / "docs/networks.md").read_text(encoding="utf-8")
+    nets = re.search(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (folder / "nets.py").write_text(nets[1])  # the file that the page shows
     return folder
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+README = pytest.param(ROOT / "README.md", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_commands_run(page, folder, monkeypatch, capsys):
     def no_network(url: str, *_: object) -> None:
         raise OSError("no network")

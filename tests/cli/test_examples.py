@@ -20,15 +20,28 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 NEEDS = {
     "lightning_module": ("lightning", "examples"),
     "hugging_face": ("transformers", "examples"),
+    "timm_task": ("timm", "examples"),
 }
+PLUGS = set(NEEDS)
+EPOCHS = {"hugging_face": "--num_train_epochs"}  # the option, as its library calls it
 # Epochs, not more than by default, and what the held-out accuracy of every network must then be
 # above; chance is 0.1, 0.1 and 0.25.
-LESS = {"plain": (3, 0.4), "lightning_module": (8, 0.6), "hugging_face": (3, 0.5)}
+LESS = {
+    "plain": (3, 0.4),
+    "lightning_module": (8, 0.6),
+    "hugging_face": (3, 0.5),
+    "timm_task": (1, 0.25),
+}
 
 
 def docstring_commands(example: Path) -> list[list[str]]:
     docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
     return [line.split() for line in re.findall(r"^    (.+)$", docstring, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("name", sorted(PLUGS))
+def test_plugs_are_short(name):
+    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
@@ -42,7 +55,7 @@ def test_example_learns(example):
 
     assert command == ["python", f"examples/{example.name}"]
     done = subprocess.run(
-        [sys.executable, *command[1:], "--epochs", str(epochs)],
+        [sys.executable, *command[1:], EPOCHS.get(example.stem, "--epochs"), str(epochs)],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -70,7 +83,7 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path, monkeypatch):
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        settings = example["TrainingArguments"](
+        settings = example["hf"].TrainingArguments(
             str(tmp_path),
             max_steps=1,
             per_device_train_batch_size=32 // accumulated,

@@ -16,6 +16,11 @@ def test_python_blocks_run(code):
     exec(compile(code, "README.md", "exec"), {})
 
 
+def test_distilling_takes_ten_lines():
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "distill(" in c)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+
+
 def test_the_two_commands_are_there_once():
     """.ci/run takes them from here."""
     for last in ("quickstart", "pytest"):

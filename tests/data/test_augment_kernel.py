@@ -16,11 +16,12 @@ from classroomkd.data.augmentation import AUGMENT, CUTOUT, normalisation_table, 
 from slow_augmentation import SEEDS, slow_augment, slow_cutout
 
 pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
-from classroomkd.kernels import augment
-from classroomkd.kernels.ahead_of_time import compile_augmentation
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from classroomkd.kernels import augment
+from classroomkd.kernels.ahead_of_time import compile_augmentation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MEAN, STD = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)  # black is a value of its own

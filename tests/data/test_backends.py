@@ -56,7 +56,7 @@ def test_auto_without_ffcv(without_ffcv, monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 10**9))
         loaders = Loaders("auto", [image_set], "cuda")
         assert loaders.backend == backend
-    assert "0.0 GB of images beside 0.0 GB free on the GPU" in loaders.reason
+    assert "0.0 GB of images and 0.0 GB free on the GPU" in loaders.reason
     with pytest.raises(UserError, match="FFCV cannot be imported"):
         Loaders("ffcv", [image_set], "cpu")
 
@@ -65,7 +65,7 @@ def test_a_back_end_by_name():
     image_set = random_set()
     for name, kind in (("resident", ResidentLoader), ("torch", TorchLoader)):
         loaders = Loaders(name, [image_set], "cpu")
-        assert (loaders.backend, loaders.reason) == (name, "asked for")
+        assert (loaders.backend, loaders.reason) == (name, "requested")
         with loaders.open(image_set, 4, **OPTIONS) as loader:
             assert type(loader) is kind
     with pytest.raises(UserError, match="no loader 'dali': choose one of auto, ffcv, resident"):
@@ -142,7 +142,7 @@ def test_sets_are_known_by_themselves(name):
     """Another may have the address, and so the ``id``, of one that is gone."""
     loaders = Loaders(name, [random_set(seed=seed) for seed in range(3)], "cpu")
     for _ in range(3):
-        with pytest.raises(UserError, match="none of those that the loaders were made for"):
+        with pytest.raises(UserError, match="not one of those given to the constructor"):
             loaders.open(random_set(seed=9), 4, **OPTIONS)
 
 

@@ -151,8 +151,8 @@ def test_missing_folder_and_file(tmp_path):
 
 def test_folders_without_classes_or_images(tmp_path):
     message = (
-        f"no class folders in {tmp_path}: put the images of each class in a folder of its own, in "
-        f"{tmp_path.name}/cat/ and {tmp_path.name}/dog/ for two"
+        f"no class folders in {tmp_path}: put the images of each class in a separate "
+        f"folder, such as {tmp_path.name}/cat/ and {tmp_path.name}/dog/"
     )
     assert error_of(tmp_path) == message
     write(tmp_path / "0.jpeg", pixels(0))
@@ -253,7 +253,7 @@ def test_a_link_to_itself_is_an_ignored_file(tmp_path, capfd):
     assert "files ignored (not PNG, JPEG or WebP): 2 " in capfd.readouterr().err
     image = tmp_path / "val" / "dog" / "self.png"
     image.symlink_to("self.png")
-    assert error_of(tmp_path).startswith(f"{image} is no file, or a link")
+    assert error_of(tmp_path).startswith(f"{image} is not a file, or a broken link")
 
 
 def test_a_set_without_sub_folders_has_the_digest_that_it_had(tmp_path):
@@ -317,10 +317,10 @@ def test_images_and_folders_that_are_not_used_are_counted(tmp_path, capfd):
     load(tmp_path)
     folders, images = capfd.readouterr().err.splitlines()
     assert folders.endswith(
-        f"ignored (not training, validation or test): 1 ({tmp_path / 'extra'} for one)"
+        f"ignored (not training, validation or test): 1 (such as {tmp_path / 'extra'})"
     )
     assert images.endswith(
-        f"ignored (in no class folder): 1 ({tmp_path / 'train' / 'loose.png'} for one)"
+        f"ignored (in no class folder): 1 (such as {tmp_path / 'train' / 'loose.png'})"
     )
 
 
@@ -385,7 +385,7 @@ def test_broken_link_is_named(tmp_path):
     make_tree(tmp_path)
     link = tmp_path / "train" / "dog" / "9.png"
     link.symlink_to(tmp_path / "gone.png")
-    assert error_of(tmp_path).startswith(f"{link} is no file, or a link")
+    assert error_of(tmp_path).startswith(f"{link} is not a file, or a broken link")
     write(tmp_path / "gone.png", pixels(9))
     np.testing.assert_array_equal(load(tmp_path)[0].images[-1], pixels(9))
 
@@ -603,7 +603,7 @@ def test_truncated_and_missing_cifar_files(tmp_path):
     (folder / "data_batch_3").write_bytes(batch[: len(batch) // 2])
     assert error_of(folder).startswith(f"{folder / 'data_batch_3'} is damaged")
     (folder / "data_batch_3").unlink()
-    assert "not a whole CIFAR-10 folder: data_batch_3 is missing" in error_of(folder)
+    assert "not a complete CIFAR-10 folder: data_batch_3 is missing" in error_of(folder)
     (folder / "data_batch_3").write_bytes(batch)
     python2(folder / "batches.meta", {"label_names": "abc"})
     assert f"{folder / 'batches.meta'} is damaged" in error_of(folder)
@@ -725,21 +725,21 @@ def test_arrays_that_are_no_images():
         (images[0], "the images must be [N, H, W, 3], got [4, 5, 3]"),
         (images.transpose(0, 3, 1, 2), "the images must be [N, H, W, 3], got [2, 3, 4, 5]"),
         (images[:, :0], "the images must be [N, H, W, 3], got [2, 0, 5, 3]"),
-        (images[:1], "there must be one target an image, [1], got [2]"),
+        (images[:1], "the targets must be [1], one per image, got [2]"),
     ):
         assert refusal(ImageSet, bad, targets, classes) == message
     for bad, message in (
         ([0.0, 1.0], "the targets must be whole numbers, got float64"),
         ([True, False], "the targets must be whole numbers, got bool"),
-        ([[0], [1]], "there must be one target an image, [2], got [2, 1]"),
-        ([0, 2], "target 1 is 2, which is none of the 2 classes"),
-        ([-1, 0], "target 0 is -1, which is none of the 2 classes"),
+        ([[0], [1]], "the targets must be [2], one per image, got [2, 1]"),
+        ([0, 2], "target 1 is 2, but there are 2 classes"),
+        ([-1, 0], "target 0 is -1, but there are 2 classes"),
     ):
         assert refusal(ImageSet, images, bad, classes) == message
         assert refusal(ImageFiles, ["a.png", "b.png"], bad, classes) == message
     assert refusal(ImageSet, images, targets, [0, 1]) == "the classes must be names, got 0"
     message = refusal(ImageSet, images, targets, ["a", "b", "a"])
-    assert message == "the class 'a' is there more than once"
+    assert message == "the class 'a' occurs more than once"
 
 
 class Samples(list):
@@ -776,14 +776,14 @@ def test_map_style_data_sets(shape):
     samples.classes = ("x", "y", "z")
     assert from_dataset(samples).classes == ["x", "y", "z"]
     assert from_dataset(samples, ["p", "q", "r"]).classes == ["p", "q", "r"]
-    assert "which is none of the 2 classes" in refusal(from_dataset, samples, ["p", "q"])
+    assert "but there are 2 classes" in refusal(from_dataset, samples, ["p", "q"])
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
         ((np.zeros((8, 9, 3), np.uint8), 0), "image 2 of the data set is [8, 9, 3], but image 0"),
-        ((torch.zeros(3, 8, 8), 0), "its image is float32, not uint8 (leave out ToTensor"),
+        ((torch.zeros(3, 8, 8), 0), "its image is float32, not uint8 (remove transforms"),
         ((np.zeros((8, 8), np.uint8), 0), "its image is [8, 8], neither"),
         ((np.zeros((8, 8, 4), np.uint8), 0), "its image is [8, 8, 4], neither"),
         ((pixels(0), 0.5), "'float' object cannot be interpreted as an integer"),
@@ -796,7 +796,7 @@ def test_sample_that_is_off_is_named(bad, message):
     samples = Samples([(pixels(0), 0), (pixels(1), 1), bad])
     error = refusal(from_dataset, samples)
     assert message in error
-    assert error.startswith(("sample 2 of the data set cannot be taken: ", "image 2 of"))
+    assert error.startswith(("sample 2 of the data set cannot be used: ", "image 2 of"))
     assert refusal(from_dataset, Samples()) == "the data set is empty"
 
 

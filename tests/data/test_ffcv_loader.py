@@ -335,7 +335,7 @@ def test_the_file_must_be_one(tmp_path):
     from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
     (tmp_path / "notes.beton").write_text("bread, milk")
-    with pytest.raises(UserError, match=r"notes\.beton is no \.beton file"):
+    with pytest.raises(UserError, match=r"notes\.beton is not a \.beton file"):
         FFCVLoader(tmp_path / "notes.beton", 4, **OPTIONS)
 
 

@@ -64,10 +64,19 @@ def slow_batch(image_set, indices, augmentation, seed, epoch, dtype):
     return torch.stack(batch)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+PLAIN, FLIPPED, CUT = (
+    (None, False),
+    (Augmentation(0, True), True),
+    (Augmentation(2, True, 3), False),
+)
+
+
 @pytest.mark.parametrize(
-    ("augmentation", "drop_last"),
-    [(None, False), (Augmentation(0, True), True), (Augmentation(2, True, 3), False)],
+    ("dtype", "augmentation", "drop_last"),
+    [
+        *((torch.float32, *CUT), (torch.float32, *PLAIN)),
+        *((torch.bfloat16, *FLIPPED), (torch.float16, *CUT)),
+    ],
 )
 @pytest.mark.parametrize("kind", [*ALL, KERNEL])
 def test_loader_matches_the_slow_one(make, kind, dtype, augmentation, drop_last):
@@ -154,7 +163,7 @@ def test_every_loader_gives_the_same_bits(make, kind):
 
 
 @pytest.mark.parametrize("kind", ONE_EACH)
-@pytest.mark.parametrize(("count", "drop_last"), [(64, True), (50, False), (50, True), (33, False)])
+@pytest.mark.parametrize(("count", "drop_last"), [(50, True), (33, False)])
 def test_shares_make_up_the_whole_batch(make, kind, count, drop_last):
     """Processes side by side see what one with the batches of all would see."""
     image_set = random_set(count)
@@ -234,7 +243,7 @@ def test_what_an_iteration_gives_is_fixed_when_it_begins(make, kind):
 @pytest.mark.parametrize("kind", [*ALL, KERNEL])
 def test_a_second_iteration_of_one_loader(make, kind):
     """It changes nothing of the first, or ends it; it is whole itself."""
-    loader = make(kind, random_set(64), 8, seed=1)
+    loader = make(kind, random_set(24), 8, seed=1)
     whole = list(loader)
     first = iter(loader)
     got = [next(first)]
@@ -242,14 +251,14 @@ def test_a_second_iteration_of_one_loader(make, kind):
     second = iter(loader)
     also = [next(second)]
     if isinstance(loader, TorchLoader):
-        with pytest.raises(RuntimeError, match="another epoch: it gives one at a time"):
+        with pytest.raises(RuntimeError, match="another epoch: iterate one at a time"):
             next(first)
     else:
         got += first
         for one, other in zip(got, whole, strict=True):
             assert all(map(torch.equal, one, other))
     also += second
-    assert torch.cat([batch[2] for batch in also]).tolist() == sample_order(1, 3, 64).tolist()
+    assert torch.cat([batch[2] for batch in also]).tolist() == sample_order(1, 3, 24).tolist()
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -299,7 +308,7 @@ def test_closed_loader(make, kind):
     assert not left_over(before)
 
 
-@pytest.mark.parametrize("kind", [*ALL, KERNEL])
+@pytest.mark.parametrize("kind", ONE_EACH)
 @pytest.mark.parametrize("taken", [0, 2, 6])
 def test_closed_in_an_epoch_whose_iterator_is_held(make, kind, taken):
     before = running()
@@ -403,7 +412,7 @@ def test_border_is_black_before_normalisation(make):
 
 
 def test_channel_statistics_of_nothing():
-    with pytest.raises(UserError, match="no images to take the mean"):
+    with pytest.raises(UserError, match="no images to compute the mean"):
         channel_statistics(random_set(0))
 
 
@@ -516,8 +525,8 @@ def test_a_sample_that_is_no_image_is_named(make, workers):
         (np.zeros((4, 4, 3), np.float32), 0, r"sample 1 of the data set .*float32.*not uint8"),
         (np.zeros((4, 4), np.uint8), 0, r"sample 1 of the data set .*\[4, 4\]"),
         (np.zeros((5, 4, 3), np.uint8), 0, r"\[5, 4, 3\].*\[4, 4, 3\].*one size"),
-        (good[0], 0.7, r"sample 1 of the data set cannot be taken: 'float'"),
-        (good[0], torch.tensor(1.0), r"sample 1 of the data set cannot be taken: only integer"),
+        (good[0], 0.7, r"sample 1 of the data set cannot be used: 'float'"),
+        (good[0], torch.tensor(1.0), r"sample 1 of the data set cannot be used: only integer"),
     ]:
         options = {"mean": MEAN, "std": STD, "augmentation": None, "workers": workers}
         with (

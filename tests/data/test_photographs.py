@@ -254,7 +254,7 @@ def test_larger_images_have_larger_photographs(photos, monkeypatch):
 
 def test_which_loader_photographs_get(photos, monkeypatch):
     files = list_source(photos)[1]
-    with pytest.raises(UserError, match="photographs differ: take the loader ffcv or torch"):
+    with pytest.raises(UserError, match="photographs differ: use the loader ffcv or torch"):
         Loaders("resident", [files], "cpu")
 
     def fail(*_):
@@ -297,7 +297,7 @@ def test_train_then_evaluate_agree(photos, tmp_path, capsys, monkeypatch, backen
         == 0
     )
     assert crops == {(True, RandomResizedCrop(32)), (False, CentreCrop(32))}
-    assert f"loader: {backend} (asked for)" in capsys.readouterr().out
+    assert f"loader: {backend} (requested)" in capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
     assert summary["data"]["train_images"] == 27
     assert summary["data"]["validation_images"] == 3

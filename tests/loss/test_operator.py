@@ -95,25 +95,36 @@ def test_compile(device, net, compiled, ranking, with_report, backend):
     assert graphs.frame_count == 1
 
 
+# Every value of every option that the traced definition branches on; without a weight here, each
+# mentor has its own.
 ON_A_CPU = {
-    "defaults": {},
-    "report": {"return_report": True},
+    "defaults": {"mentor_weight": "auto"},
     "released": {"ranking": "batch", "rank_decimals": 2, "return_report": True},
-    "dtkd": {"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+    "dtkd": {
+        **{"mentoring": "dtkd", "knowledge_filter": "correct", "reduction": "sum"},
+        "mentor_weight": 0.3,
+    },
     "rows": {"reduction": "none", "label_smoothing": 0.1, "task_weight": 0.5},
-    "probabilities": {"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
-    "automatic": {"mentor_weight": "auto"},
-    "weighted": {"mentor_weight": 0.3},
+    "probabilities": {
+        **{"knowledge_filter": "correct_and_better", "mentoring": "fixed"},
+        "return_report": True,
+    },
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ON_A_CPU)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [
+        *(("released", True), ("dtkd", True), ("probabilities", True)),
+        *(("defaults", False), ("rows", False)),
+    ],
+)
 def test_compile_on_a_cpu(name, dynamic):
     """One graph, forward and backward, whatever the options."""
     assert_compiles_on_a_cpu(ON_A_CPU[name], "aot_eager", dynamic, soft=name == "probabilities")
 
 
+@pytest.mark.slow
 def test_compile_on_a_cpu_with_inductor():
     assert_compiles_on_a_cpu(ON_A_CPU["released"], "inductor", None, soft=False)
 
@@ -198,7 +209,7 @@ def test_compile_loss_and_grad(device, net, compiled, backend):
         )
 
     fast, _ = compiled(step, backend)
-    for n_rows in (6, 4, 1, 0):
+    for n_rows in (6, 1, 0):
         batch = lesson(n_rows, device)
         torch.testing.assert_close(fast(*batch), step(*batch))
 
@@ -232,7 +243,7 @@ def test_autocast(device, net, ranking):
     loss.backward()
     assert all(grad.dtype == torch.float32 for grad in gradients(net))
     z = logits.detach().requires_grad_()
-    expected = fused_classroom_loss(z, half, targets, **OPTIONS[ranking])
+    expected, _ = fused_classroom_loss(z, half, targets, return_report=True, **OPTIONS[ranking])
     expected.backward()
     assert torch.equal(loss, expected)
     torch.testing.assert_close(net.bias.grad, z.grad.float().sum(0), rtol=1e-2, atol=1e-3)
@@ -302,9 +313,11 @@ def everything(student, mentors, targets):
     return results
 
 
-def test_no_value_is_read_back(device, monkeypatch):
+def test_no_value_is_read_back(device, monkeypatch, request):
     from classroomkd.kernels import launch
 
+    if request.node.callspec.params["device"] == "ptx":
+        pytest.skip("what executes PTX reads the tensors")
     if fused.implementation(device.type) is not launch:
         pytest.skip("the CPU's pass waits for nothing")
 
@@ -511,5 +524,6 @@ def in_two_processes(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
     multiprocessing.spawn(in_two_processes, (str(tmp_path),), nprocs=2)

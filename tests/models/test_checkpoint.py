@@ -208,7 +208,7 @@ def test_garbage(tmp_path: Path, content: bytes, suffix: str) -> None:
     path = tmp_path / f"garbage{suffix}"
     path.write_bytes(content)
     assert_refused(
-        path, str(path), "is not a", "damaged" if content else "is empty: fetch it again"
+        path, str(path), "is not a", "damaged" if content else "empty: download it again"
     )
 
 
@@ -366,7 +366,7 @@ def test_of_several_the_plain_one_is_taken_and_told(tmp_path: Path, network: nn.
     torch.save({"model_ema": prefixed(average, "module."), "model": plain}, path)
     told: list[str] = []
     assert_same_state(load_network(path, notify=told.append)[0], plain)
-    assert told == [f"{path}: model taken, not model_ema (choose by {path}:model_ema)"]
+    assert told == [f"{path}: used model, not model_ema (to select it: {path}:model_ema)"]
     assert_same_state(load_network(f"{path}:model")[0], plain)
     for entry in ("model_ema", "model_ema.module"):
         assert_same_state(load_network(f"{path}:{entry}", notify=told.append)[0], average)
@@ -426,7 +426,7 @@ def test_plain_weights_come_before_those_that_are_recognised_sooner(tmp_path: Pa
         model, _, architecture = load_network(path, notify=told.append)
         assert architecture == "tv:resnet18"
         assert_same_state(model, student.state_dict())
-        assert f"model taken, not {other} (choose by {path}:{other})" in told[0]
+        assert f"used model, not {other} (to select it: {path}:{other})" in told[0]
 
 
 def test_other_libraries_are_not_asked_for_a_network_of_the_zoo(
@@ -510,7 +510,7 @@ def test_student_and_teacher_in_one_state_dict(tmp_path: Path, network: nn.Modul
     torch.save({"state_dict": state}, path)
     told: list[str] = []
     assert_same_state(load_network(path, notify=told.append)[0], network.state_dict())
-    assert "state_dict.student taken, not state_dict.teacher" in told[0]
+    assert "used state_dict.student, not state_dict.teacher" in told[0]
     assert "left out: teacher." in told[0]
     model, _, architecture = load_network(f"{path}:teacher", notify=told.append)
     assert architecture == "resnet14"
@@ -573,7 +573,7 @@ def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path, network: nn.Module
         "pointer.safetensors": "is a Git LFS pointer",
         "page.pth": "is a web page",
         "zip.pth": "is a zip archive, not a checkpoint",
-        "cut.pth": "it is truncated or damaged: fetch it again",
+        "cut.pth": "is truncated or damaged: download it again",
         "missing.ckpt": "there is no checkpoint",
     }.items():
         assert_refused(tmp_path / name, str(tmp_path / name), part)
@@ -601,7 +601,7 @@ def test_another_network(tmp_path: Path, network: nn.Module) -> None:
         "missing: layer2.0.bn2.weight [32], layer2.0.bn2.bias [32], "
         "layer2.0.bn2.running_mean [32] and 1 more;",
         "unexpected: extra [4];",
-        "of another shape: conv1.weight [16, 1, 3, 3] instead of [16, 3, 3, 3]",
+        "with another shape: conv1.weight [16, 1, 3, 3] instead of [16, 3, 3, 3]",
     )
     torch.save({"weight": torch.zeros(2, 3), "fc.bias": torch.zeros(())}, path)
     assert_refused(path, str(path), "fits no network of the zoo", "unexpected: weight [2, 3]")
@@ -670,5 +670,6 @@ def test_metadata_is_readable_json(tmp_path: Path, network: nn.Module) -> None:
     save_network(tmp_path / "a.safetensors", network, INFO)
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
         content = json.loads(file.metadata()["classroomkd"])
-    assert content == json.loads(json.dumps(asdict(INFO)))
+    known = {name: value for name, value in asdict(INFO).items() if value is not None}
+    assert content == json.loads(json.dumps(known))
     assert re.fullmatch(r"\w+", content["architecture"])

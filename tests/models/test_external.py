@@ -184,7 +184,7 @@ def test_weights_for_other_classes_are_refused(checkpoints: Path) -> None:
     file = checkpoints / weights.url.rpartition("/")[2]
     torch.save(source_network("squeezenet1_1").state_dict(), file)
     message = refusal(create, "tv:squeezenet1_1", 100, pretrained=True)
-    assert "1000 classes apart, but 100 are needed" in message
+    assert "has 1000 classes, but 100 are needed" in message
     assert "resnet20 has no pretrained weights" in refusal(create, "resnet20", pretrained=True)
 
 
@@ -229,7 +229,7 @@ def test_a_failed_download_says_what_to_put_where(
 ) -> None:
     assert refusal(load_pretrained, name) == (
         f"cannot download the weights of {name} (no network for {url}): "
-        f"fetch {url} by hand and put it at {checkpoints / file}"
+        f"download {url} yourself and put it at {checkpoints / file}"
     )
     (checkpoints / file).write_bytes(b"not weights")
     message = refusal(load_pretrained, name)
@@ -271,7 +271,7 @@ def test_weights_cannot_run_code(checkpoints: Path, tmp_path: Path) -> None:
 @with_timm
 def test_weights_that_do_not_exist(checkpoints: Path) -> None:
     assert refusal(load_pretrained, "timm:resnet200") == (
-        "timm's hub has no weights for timm:resnet200: take another network or train this one"
+        "timm's hub has no weights for timm:resnet200: use another network or train this one"
     )
 
 
@@ -300,7 +300,7 @@ def test_saved_networks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for architecture, parts in {
         "tv:squeezenet1_0": ["claims to be tv:squeezenet1_0 with 3 classes but differs"],
         "tv:squeezenet": [str(path), "no network is called 'tv:squeezenet'"],
-        "xy:squeezenet1_1": [str(path), "unknown network"],
+        "squeezenet1_1": [str(path), "unknown network"],
     }.items():
         save_network(path, network, NetworkInfo(architecture, ["a", "b", "c"], *IMAGENET, 224))
         message = refusal(load_network, path)

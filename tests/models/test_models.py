@@ -38,6 +38,7 @@ def test_names_are_the_reference_zoos_and_the_public_ones() -> None:
     assert sorted(names()) == sorted({*SHAPES, *PUBLIC})
 
 
+@pytest.mark.slow
 def test_sizes_are_those_of_the_networks() -> None:
     """So that listing them takes no torch."""
     sizes = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from classroomkd.errors import UserError
 from classroomkd.models import create, names
 from classroomkd.models.stages import StageOutputs, stages
 from classroomkd.training.fold import fold_batch_norms
+from classroomkd.training.mentor_bank import MentorBank
 from zoo_weights import fill, probe
 
 # Channels and side of the features of each stage, for images of 32×32: He et al. (2015), section
@@ -106,16 +109,94 @@ def test_the_last_call_counts_once() -> None:
     network(torch.zeros(3, 3, 8, 8))
     shapes = [tuple(features.shape) for features in outputs.take()]
     assert shapes == [(3, 16, 8, 8), (3, 32, 4, 4), (3, 64, 2, 2)]
-    with pytest.raises(RuntimeError, match="not called since"):
+    with pytest.raises(UserError, match=r"^layer layer1 was not called in the forward pass"):
         outputs.take()
 
 
 def test_a_network_within_another_module() -> None:
     network = create("vgg8", 10)
-    assert stages(nn.Sequential(nn.Identity(), network)) == stages(network)
-    assert stages(network)[0] is network.block1
+    wrapped = nn.Sequential(nn.Identity(), network)
+    assert stages(network)[0] == "block1"
+    for theirs, own in zip(stages(wrapped), stages(network), strict=True):
+        assert wrapped.get_submodule(theirs) is network.get_submodule(own)
 
 
 def test_another_network_is_refused() -> None:
-    with pytest.raises(UserError, match=r"^the stages of a Sequential are not known.*zoo only$"):
+    with pytest.raises(UserError, match=r"^the stages of a Sequential are not known: name its"):
         StageOutputs(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+
+
+def tokens() -> nn.Module:
+    """A network whose layers give a map, tokens, a vector, a tuple, and are not all called."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches = nn.Conv2d(3, 6, 4, stride=4)
+            self.mixed = nn.Linear(6, 6)
+            self.pair = nn.LSTM(6, 5, batch_first=True)
+            self.head = nn.Linear(5, 2)
+            self.idle = nn.Linear(2, 2)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            mixed = self.mixed(self.patches(images).flatten(2).transpose(1, 2)).relu()
+            return self.head(self.pair(mixed)[0].mean(1))
+
+    torch.manual_seed(0)
+    return Tokens()
+
+
+def test_layers_of_any_network_by_their_paths() -> None:
+    network, images = tokens().eval(), torch.randn(2, 3, 8, 8)
+
+    def features_of(layer: str) -> None:
+        taken = StageOutputs(network, [layer])
+        network(images)
+        taken.take()
+
+    outputs = StageOutputs(network, ["patches", "mixed", "head"])
+    logits = network(images)
+    maps, mixed, head = outputs.take()
+    expected = network.patches(images)
+    torch.testing.assert_close(maps, expected)
+    torch.testing.assert_close(
+        mixed[..., 0], network.mixed(expected.flatten(2).transpose(1, 2)).transpose(1, 2)
+    )
+    assert torch.equal(head[:, :, 0, 0], logits)
+    for layer, message in (
+        ("mixd", "a Tokens has no layer 'mixd'; the nearest are mixed"),
+        ("", "a Tokens has no layer ''"),
+        ("pair", "layer pair gives tuple, and features are"),
+        ("idle", "layer idle was not called in the forward pass: name another"),
+    ):
+        with pytest.raises(UserError) as caught:
+            features_of(layer)
+        assert message in str(caught.value)
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_networks_give_the_same_features_and_gradients() -> None:
+    """The student's with their graph, a mentor's in inference mode."""
+
+    def network() -> nn.Module:
+        torch.manual_seed(0)
+        body = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Conv2d(4, 5, 3), nn.Tanh()]
+        return nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3))
+
+    images, found = torch.randn(4, 3, 8, 8), []
+    for compile in (False, True):
+        student, layers = network(), ["2", "4"]
+        outputs = StageOutputs(student, layers)
+        for _ in range(2):  # the second call finds compiled code
+            logits = (torch.compile(student) if compile else student)(images)
+            features = outputs.take()
+        (logits.sum() + sum(f.square().sum() for f in features)).backward()
+        found.append([*features, *(parameter.grad for parameter in student.parameters())])
+        bank = MentorBank(
+            {"m": network()}, 3, device="cpu", compile=compile, features=True, layers=layers
+        )
+        bank(images)
+        (mentor,) = bank(images)
+        found[-1] += [mentor.logits.clone(), *(feature.clone() for feature in mentor.features)]
+    for eager, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

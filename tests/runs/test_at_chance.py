@@ -109,16 +109,14 @@ def test_a_dead_student_is_told_once_and_on_the_page(tmp_path, monkeypatch):
     assert f'<p class="warning">{told}</p>' in page
 
 
-@pytest.mark.parametrize(
-    ("seed", "phase"), [(0, "alone"), (1, "alone"), (2, "alone"), (0, "student")]
-)
-def test_a_healthy_network_of_a_small_set_is_not_told(tmp_path, seed, phase):
+@pytest.mark.parametrize("phase", ["alone", "student"])
+def test_a_healthy_network_of_a_small_set_is_not_told(tmp_path, phase):
     """Of 5 digits with 40 pictures each, when its 200 steps are over."""
     train, _ = digits()
     chosen = np.concatenate([np.flatnonzero(train.targets == c)[:40] for c in range(5)])
     few = ImageSet(train.images[chosen], train.targets[chosen], train.classes[:5])
     method = {"alone": "alone", "student": "classroom"}[phase]
-    small = recipe("data.image_size=16", "mentors=[resnet8]", f"method={method}", f"seed={seed}")
+    small = recipe("data.image_size=16", "mentors=[resnet8]", f"method={method}")
     small = replace(small, alone=False, training=replace(small.training, epochs=8))
     small.mentor_training.epochs = 4
     assert "at chance" not in run(small, few, tmp_path / "run")

@@ -220,7 +220,7 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
     assert all(key.meaning and key.kind for key in listed)
     of_all = [key for key in listed if key.value is not None]
     assert {key.name for key in listed} - {key.name for key in of_all} == {
-        f"mentors.N.{name}" for name in ("source", "epochs", "at")
+        f"mentors.N.{name}" for name in ("source", "epochs", "at", "weights", "mean", "std")
     }
     again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
     assert again.method_options == method_names.entry(method).options or method == "classroom"

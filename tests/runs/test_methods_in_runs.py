@@ -120,17 +120,15 @@ def test_a_hint_learns_too_and_is_in_the_state(tmp_path, monkeypatch, states_kep
     ("overrides", "message"),
     [
         (["method=fitnet", "method_options.stage=9"], "stage"),
-        (["method=at", "mentors=[{source: 'tv:resnet18', epochs: 1}]"], "zoo only"),
+        (
+            ["method=at", "mentors=[{source: 'tv:resnet18', epochs: 1}]"],
+            "name its layers, as student_layers",
+        ),
     ],
 )
 def test_features_that_there_are_not_are_missed_before_anything_is_trained(overrides, message):
     with pytest.raises(UserError, match=message):
         TrainingRun(recipe(*overrides), Console(file=io.StringIO()))
-
-
-def test_features_and_compile_do_not_go_together():
-    with pytest.raises(UserError, match=r"method at reads features, .* leave out compile=true"):
-        TrainingRun(recipe("method=at", "compile=true"), Console(file=io.StringIO()))
 
 
 # ---------------------------------------------------------------- mixed images
@@ -290,6 +288,7 @@ def _train_mentors(folder: Path) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_two_processes_train_a_mentor_once(tmp_path, store):
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         both = [pool.submit(_train_mentors, tmp_path) for _ in range(2)]

@@ -26,20 +26,6 @@ from classroomkd.training.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
 
-MENTORS = {
-    "resnet34-resnet18": [
-        *("tv:resnet34", "tv:googlenet", "tv:mobilenet_v2", "tv:regnet_x_400mf"),
-        "timm:tf_mobilenetv3_large_minimal_100",
-    ],
-    "resnet50-mobilenet_v1": [
-        *("tv:resnet50", "tv:googlenet", "tv:mobilenet_v2", "tv:regnet_x_400mf"),
-        "tv:densenet169",
-    ],
-    "efficientnet_b3-mobilenet_v2": [
-        *("tv:efficientnet_b3", "tv:squeezenet1_1", "tv:mobilenet_v2", "tv:regnet_y_32gf"),
-        "tv:regnet_y_1_6gf",
-    ],
-}
 NAMES = [name for name in recipes.names() if name.startswith("imagenet/")]
 
 
@@ -51,14 +37,13 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def test_all_are_here():
-    assert sorted(NAMES) == sorted(f"imagenet/{name}" for name in MENTORS)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_the_recipe(name):
     recipe = load_recipe(recipes.find(name))
-    assert [mentor.source for mentor in recipe.mentors] == MENTORS[name.split("/")[1]]
+    teacher, student = name.removeprefix("imagenet/").split("-")
+    assert recipe.mentors[0].source == f"tv:{teacher}"
+    assert recipe.student.split(":")[1].replace("_", "").startswith(student.replace("_", ""))
+    assert len({mentor.source for mentor in recipe.mentors}) == 5
     assert all(mentor.epochs is None for mentor in recipe.mentors)  # pretrained
     data, training = recipe.data, recipe.training
     assert (data.image_size, data.crop, data.flip, data.validation) == (224, "resize", True, 0)
@@ -73,11 +58,13 @@ def test_the_recipe(name):
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
-@pytest.mark.parametrize("name", NAMES)
+# The third differs in its mentors alone, one of which has 145 million parameters.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["imagenet/resnet34-resnet18", "imagenet/resnet50-mobilenet_v1"])
 def test_two_steps_of_its_training(name):
     recipe = load_recipe(recipes.find(name))
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (4, 224, 224, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
     image_set = ImageSet(images, np.arange(4), [*"abcd"])
     torch.manual_seed(0)
     student = create(recipe.student, 4)
@@ -95,7 +82,7 @@ def test_two_steps_of_its_training(name):
             peak=recipe.training.learning_rate,
             method=create_method(recipe.method),
             mentors=bank,
-            image_size=224,
+            image_size=64,
         )
         record = trainer.train_epoch()
     assert (trainer.epoch, len(loader)) == (2, 2)
@@ -122,14 +109,16 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_one_trains_through_the_command_line(photos, tmp_path, capsys):
     out, name = tmp_path / "run", "imagenet/resnet34-resnet18"
-    sources = MENTORS["resnet34-resnet18"]
+    sources = ["tv:mobilenet_v2", "timm:tf_mobilenetv3_large_minimal_100"]
     mentors = ",".join(f"{{source: '{source}', epochs: 1}}" for source in sources)
     # Two steps at its learning rate would leave weights that only make numbers overflow.
     rates = ["training.learning_rate=1e-3", "mentor_training.learning_rate=1e-3"]
     overrides = [f"mentors=[{mentors}]", "mentor_training.batch_size=4", "store=false", *rates]
     options = ["--recipe", name, "--data", str(photos), "--batch-size", "4", "--epochs", "1"]
+    options += ["--image-size", "64"]
     assert cli.main(["train", *overrides, *options, "--out", str(out)]) == 0, capsys.readouterr()
     summary = json.loads((out / "summary.json").read_text())
     assert summary["data"]["train_images"] == 8
@@ -138,7 +127,7 @@ def test_one_trains_through_the_command_line(photos, tmp_path, capsys):
     assert all(np.isfinite(result["loss"]) for result in summary["results"])
     network, info, architecture = load_network(out)
     assert (architecture, info.classes) == ("tv:resnet18", ["n01440764", "n01443537"])
-    assert network(torch.zeros(1, 3, 224, 224)).shape == (1, 2)
+    assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 2)
     saved = yaml.safe_load((out / "config.yaml").read_text())
     assert (saved["training"]["nesterov"], saved["data"]["crop"]) == (True, "resize")
     assert cli.main(["evaluate", str(out), "--data", str(photos)]) == 0

@@ -1,6 +1,7 @@
 """Mentors are trained once, and only by what decides their training told apart."""
 
 import json
+import shutil
 
 import pytest
 
@@ -37,6 +38,17 @@ def test_a_mentor_is_trained_once(tmp_path, store, trained):
     assert kept["done"]["result"]["top1"] == first["results"][0]["top1"]
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    """A cache whose store holds a mentor, and soon those that are told apart from it."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLASSROOMKD_CACHE", str(folder))
+        stored_run(folder / "first", NO_STUDENT)
+    shutil.rmtree(folder / "first")
+    return folder
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -54,17 +66,20 @@ def test_a_mentor_is_trained_once(tmp_path, store, trained):
         "test images",
     ],
 )
-def test_whatever_decides_its_training_tells_it_apart(tmp_path, store, trained, override):
-    stored_run(tmp_path / "first", NO_STUDENT)
-    assert trained == ["resnet8 (mentor)"]
+def test_whatever_decides_its_training_tells_it_apart(
+    tmp_path, kept, trained, monkeypatch, override
+):
+    monkeypatch.setenv("CLASSROOMKD_CACHE", str(kept))
+    before = len(list(kept.rglob("*.safetensors")))
+    assert before
     if override == "train images":
         stored_run(tmp_path / "second", NO_STUDENT, train_seed=5)
     elif override == "test images":
         stored_run(tmp_path / "second", NO_STUDENT, test_seed=5)
     else:
         stored_run(tmp_path / "second", override, NO_STUDENT)
-    assert trained == ["resnet8 (mentor)"] * 2
-    assert len(list(store.glob("*.safetensors"))) == 2
+    assert trained == ["resnet8 (mentor)"]
+    assert len(list(kept.rglob("*.safetensors"))) == before + 1
 
 
 def test_twins_are_two_networks(tmp_path, store, trained):

@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from image_folders import write_classes
 from patience import LAST_RESORT
 
 TESTS = Path(__file__).parents[1]
 
-# One epoch of a network without batch norm, some of whose rows do not count; argv: where to save,
-# batch size of each process, kind of loss.
+KINDS = ("alone", "sample", "batch", "scaled", "clipped")
+
+# One epoch of a network without batch norm, some of whose rows do not count, with each kind of
+# loss; argv: where to save, batch size of each process.
 SCRIPT = f"""
     import sys
     sys.path.insert(0, {str(TESTS)!r})
@@ -33,7 +36,7 @@ SCRIPT = f"""
     from classroomkd.training.trainer import Trainer
 
     torch.set_num_threads(1)
-    path, batch_size, kind = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    path, batch_size = sys.argv[1], int(sys.argv[2])
 
     def network(seed):
         torch.manual_seed(seed)
@@ -46,18 +49,6 @@ SCRIPT = f"""
                 # More rows of the first share than of the second do not count.
                 yield images, torch.where(indices % 5 < 2, -100, targets), indices
 
-    processes = Processes(torch.device("cpu"))
-    loader = Loader(
-        colours(96),
-        batch_size,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        augmentation=Augmentation(1, True),
-        shuffle=True,
-        drop_last=True,
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
     class Scaled(Method):
         # Cross entropy of logits at a temperature that is learnt with the network.
 
@@ -68,20 +59,33 @@ SCRIPT = f"""
         def forward(self, student, mentors, targets):
             return nn.functional.cross_entropy(student.logits / self.temperature, targets)
 
-    mentors, method = None, Scaled() if kind in ("scaled", "clipped") else create("alone")
-    clip_norm = 0.2 if kind == "clipped" else None
-    if kind in ("sample", "batch"):
-        mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
-        group = dist.group.WORLD if processes.together else None
-        method = create("classroom", ranking=kind, process_group=group)
-    trainer = Trainer(
-        network(0), loader, TrainingConfig(epochs=1, clip_norm=clip_norm), name="toy", peak=0.1,
-        mentors=mentors, method=method, processes=processes,
-    )
-    record = trainer.train_epoch()
-    network_weights = trainer.network.state_dict()
+    processes, outcomes = Processes(torch.device("cpu")), {{}}
+    for kind in {KINDS}:
+        loader = Loader(
+            colours(96),
+            batch_size,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            augmentation=Augmentation(1, True),
+            shuffle=True,
+            drop_last=True,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+        mentors, method = None, Scaled() if kind in ("scaled", "clipped") else create("alone")
+        clip_norm = 0.2 if kind == "clipped" else None
+        if kind in ("sample", "batch"):
+            mentors = MentorBank({{"a": network(1), "b": network(2)}}, 3, device="cpu")
+            group = dist.group.WORLD if processes.together else None
+            method = create("classroom", ranking=kind, process_group=group)
+        trainer = Trainer(
+            network(0), loader, TrainingConfig(epochs=1, clip_norm=clip_norm), name="toy",
+            peak=0.1, mentors=mentors, method=method, processes=processes,
+        )
+        trainer.train_epoch()
+        outcomes[kind] = trainer.network.state_dict() | method.state_dict()
     if processes.is_main:
-        torch.save({{"weights": network_weights | method.state_dict(), "record": record}}, path)
+        torch.save(outcomes, path)
 """
 
 
@@ -122,34 +126,46 @@ def launch(script, processes, *arguments, cwd=None):
     return [output for output, _ in outcomes]
 
 
-@pytest.mark.parametrize("kind", ["alone", "sample", "batch", "scaled", "clipped"])
-def test_two_processes_train_as_one(tmp_path, kind):
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """What one process trains, and what two do with half the batch each: by kind, by name."""
+    folder = tmp_path_factory.mktemp("trained")
     script = ["-c", textwrap.dedent(SCRIPT)]
-    launch(script, 1, tmp_path / "one.pt", 16, kind)
-    launch(script, 2, tmp_path / "two.pt", 8, kind)
-    one, two = (torch.load(tmp_path / f"{name}.pt") for name in ("one", "two"))
-    for name, weights in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weights, rtol=1e-5, atol=1e-6)
+    launch(script, 1, folder / "one.pt", 16)
+    launch(script, 2, folder / "two.pt", 8)
+    return [torch.load(folder / f"{name}.pt") for name in ("one", "two")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_as_one(weights, kind):
+    one, two = (each[kind] for each in weights)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
     start = torch.nn.Conv2d(3, 8, 3, stride=2)
     torch.manual_seed(0)
     start.reset_parameters()
-    assert (one["weights"]["0.weight"] - start.weight).abs().max() > 0.01  # it did learn
-    assert kind != "scaled" or abs(one["weights"]["temperature"] - 2) > 0.01
+    assert (one["0.weight"] - start.weight).abs().max() > 0.01  # it did learn
+    assert kind != "scaled" or abs(one["temperature"] - 2) > 0.01
 
 
+@pytest.mark.slow
 def test_a_whole_run_in_two_processes(tmp_path):
     """From the command line: one folder, written once, with what all images give."""
-    options = ["--epochs", "1", "--out", "run", "--loader", "resident"]
-    (main, other) = launch(["-m", "classroomkd"], 2, "quickstart", *options, cwd=tmp_path)
+    write_classes(tmp_path / "data" / "train", 12)
+    write_classes(tmp_path / "data" / "val", 5, seed=1)
+    options = ["--data", "data", "--student", "resnet8", "--mentors", "resnet8", "--out", "run"]
+    options += ["--epochs", "1", "--batch-size", "8", "--image-size", "8", "store=false"]
+    (main, other) = launch(["-m", "classroomkd"], 2, "train", *options, cwd=tmp_path)
     assert "report: run/report.html" in main
     assert other == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 3
     for result in summary["results"]:
-        hits = 599 * result["top1"]
+        hits = 15 * result["top1"]
         assert hits == pytest.approx(round(hits), abs=1e-6)
-    assert summary["data"]["test_images"] == 599
+    assert summary["data"]["test_images"] == 15
 
 
 STORE = f"""
@@ -164,6 +180,7 @@ STORE = f"""
 """
 
 
+@pytest.mark.slow
 def test_the_main_processs_store_serves_all(tmp_path):
     """Each machine may have a cache of its own: a mentor is in one of them, and taken by all."""
     main, _ = launch(["-c", textwrap.dedent(STORE)], 2, tmp_path)

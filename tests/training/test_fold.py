@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from classroomkd.models import NetworkInfo, create, names
-from classroomkd.runs.mentor_setup import Renormalised
+from classroomkd.models.layout import Renormalised
 from classroomkd.torchvision import import_torchvision
 from classroomkd.training.fold import fold_batch_norms, foldable
 from zoo_weights import fill, probe

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from classroomkd import fused_classroom_loss
 from classroomkd.errors import UserError
 from classroomkd.loss.fused import fused_classroom_loss_and_grad
-from classroomkd.models import NetworkInfo, create, names
-from classroomkd.runs.mentor_setup import Renormalised
+from classroomkd.models import NetworkInfo, create
+from classroomkd.models.layout import Renormalised
 from classroomkd.training.mentor_bank import MentorBank
 from zoo_weights import fill
 
@@ -74,7 +74,14 @@ def test_rows_do_not_depend_on_their_neighbours_nor_logits_on_the_students_autoc
         assert all(map(torch.equal, logits_of(bank, images()), whole))
 
 
-@pytest.mark.parametrize("name", names())
+# The smallest network of each family and the deepest.
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("resnet8", "resnet8x4", "resnet34", "resnet110", "wrn_16_1", "vgg8"),
+        *("mobilenetv2", "shufflenetv1", "shufflenetv2"),
+    ],
+)
 def test_bfloat16_is_close_to_float32(name: str) -> None:
     """Each number is the worst of the zoo, rounded up: half of it is the rounding of the logits."""
     mentor = fill(create(name))
@@ -113,7 +120,7 @@ def test_bfloat16_of_other_mentors_and_norms() -> None:
 def test_wrong_class_count_is_named() -> None:
     mentors = {"good": fill(create("resnet8", 7)), "bad": fill(create("resnet8", CLASSES))}
     bank = MentorBank(mentors, 7, device="cpu")
-    with pytest.raises(UserError, match=r"^mentor bad gives logits of shape \[4, 10\].* 7 classes"):
+    with pytest.raises(UserError, match=r"mentor bad returns logits of shape \[4, 10\].* 7 cl"):
         bank(images())
 
 

@@ -31,9 +31,10 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.loss.methods import create as create_method
 from classroomkd.models import NetworkInfo, create, load_network, save_network
+from classroomkd.models.layout import Renormalised
 from classroomkd.runs import networks as networks_module
 from classroomkd.runs.checkpoints import Checkpoints
-from classroomkd.runs.mentor_setup import Renormalised, fit_to_data
+from classroomkd.runs.mentor_setup import fit_to_data
 from classroomkd.runs.paths import choose_folder, recorded_split
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.run_folder import RunFolder

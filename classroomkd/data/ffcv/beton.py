@@ -1,6 +1,6 @@
 """Pack images into ``.beton`` files, and compare such files with their source.
 
-`classroomkd.data.ffcv.beton_file` describes the content of such a file and of its side file.
+`classroomkd.data.ffcv.beton_file` describes these files and their side files.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ from classroomkd.files import atomic_file, atomic_write, sync
 
 __all__ = ["JPEG", "RAW", "Beton", "check_free", "open_beton", "pack", "side_file", "verify"]
 
-QUALITY, MAX_SIDE = 90, 500  # of photographs: of the JPEGs, and in pixels
-JPEG_ERROR = 8.0  # mean difference allowed between two encoders' results, in levels of 0..255
+QUALITY, MAX_SIDE = 90, 500  # JPEG quality and longer side in pixels, of photographs
+JPEG_ERROR = 8.0  # mean difference allowed between two encoders, in levels of 0..255
 
-_SMALLEST_PAGE, _LARGEST_PAGE = 1 << 21, 1 << 27  # bytes; the first is FFCV's own bound
+_SMALLEST_PAGE, _LARGEST_PAGE = 1 << 21, 1 << 27  # bytes; the first is FFCV's limit
 _LONGEST_SIDE = 65535  # the format has 16 bits for it
-_PROBED = 32  # images encoded to estimate the space that all need
+_PROBED = 32  # images encoded to estimate the size of the file
 
 
 def pack(
@@ -56,13 +56,13 @@ def pack(
 ) -> Beton:
     """Write ``images`` to the ``.beton`` file ``path`` and its side file, and open it.
 
-    Images whose longer side is above ``max_side`` pixels are shrunk to it. Each is stored as its
-    pixels, or with ``jpeg`` as a JPEG of that ``quality`` (1..100). The same images give the same
-    bytes (as JPEG, with the same release of OpenCV). After an error or an interruption, ``path`` is
-    either unchanged or complete.
+    Images whose longer side is above ``max_side`` pixels are shrunk to it. They are stored as
+    pixels, or with ``jpeg`` as JPEGs of ``quality`` 1..100. The same images give the same bytes
+    (for JPEGs, with the same OpenCV release). After an error or an interruption, ``path`` is either
+    unchanged or complete.
 
-    Raises UserError if ``path`` exists and ``overwrite`` is not set, there is no image or not
-    enough space, or an image, which is named, cannot be read or stored; OSError, naming ``path``,
+    Raises UserError if ``path`` exists and ``overwrite`` is not set, if there is no image or not
+    enough space, or, naming the image, if one cannot be read or stored; OSError, naming ``path``,
     if the file cannot be written.
     """
     path = Path(path).expanduser()
@@ -104,7 +104,7 @@ def pack(
 
 
 def _record_of(path: Path) -> dict[str, Any]:
-    """The record of the file at ``path``, empty if there is none."""
+    """The record of the file at ``path``, or an empty one."""
     try:
         return read_record(path, path.stat().st_ino) or {}
     except (FileNotFoundError, UserError):
@@ -118,9 +118,9 @@ def _write_side(path: Path, content: dict[str, Any]) -> None:
 def check_free(
     path: Path, overwrite: bool, remedy: str = "give another name, or overwrite=True to replace it"
 ) -> None:
-    """Raise UserError unless ``path`` can name a new file, or with ``overwrite`` replace one.
+    """Raise UserError unless ``path`` can be created, or with ``overwrite`` replaced.
 
-    ``remedy`` is the message's advice if the file exists.
+    ``remedy`` is the advice in the message if the file exists.
     """
     if path.is_dir() or not path.name:
         raise UserError(f"{path} is a folder: give the name of a file to write")
@@ -139,24 +139,24 @@ def verify(
 ) -> Beton:
     """Compare a ``.beton`` file with the images it was packed from, and with its side file.
 
-    Raw images must equal the source's (shrunk to ``max_side`` as in packing) in every pixel. A JPEG
-    must have the same bytes as the source's image compressed at ``quality``, or the same size and
-    pixels whose mean difference from it is at most `JPEG_ERROR` levels, since releases of OpenCV
-    compress slightly differently. Without ``source`` only the SHA-256 is compared.
+    Raw images must equal the source (shrunk to ``max_side`` as in packing) in every pixel. JPEGs
+    must have the bytes of the source compressed at ``quality``, or its size and a mean difference
+    of at most `JPEG_ERROR` levels, because OpenCV releases compress slightly differently. Without
+    ``source`` only the SHA-256 is compared.
 
     Raises UserError, naming the first index that differs, or if there is nothing to compare with.
     """
     beton = open_beton(path)
     if source is None and beton.sha256 is None:
         raise UserError(
-            f"{beton.path} has no {side_file(beton.path).name} beside it to be compared with: give "
+            f"{beton.path} has no {side_file(beton.path).name} next to it to compare with: give "
             "the data set that it was packed from"
         )
     if source is not None:
         _compare(beton, source, quality, max_side)
     if beton.sha256 is not None and beton.digest() != beton.sha256:
         raise UserError(
-            f"{beton.path} has other targets or pixels than were packed, by the SHA-256 in "
+            f"the targets or pixels of {beton.path} do not match the SHA-256 in "
             f"{side_file(beton.path).name}: pack it again"
         )
     return beton
@@ -203,8 +203,7 @@ def _compare(
                 raise UserError(f"{what}, first at row {row}, column {column}")
             if difference.mean() > JPEG_ERROR:
                 raise UserError(
-                    f"{what} by {difference.mean():.1f} levels in the mean, more than "
-                    f"{JPEG_ERROR:g}"
+                    f"{what} by {difference.mean():.1f} levels on average, more than {JPEG_ERROR:g}"
                 )
 
 
@@ -213,7 +212,7 @@ def _name(images: ImageSet | ImageFiles, index: int) -> str:
 
 
 class _InOrder:
-    """An iterator in the form that FFCV's writer reads, which asks for samples 0, 1, 2, …"""
+    """Wraps an iterator for FFCV's writer, which reads samples 0, 1, 2, … by index."""
 
     def __init__(self, samples: Iterator, count: int) -> None:
         self._samples, self._count = samples, count
@@ -228,7 +227,7 @@ class _InOrder:
 def _read_ahead(
     images: ImageSet | ImageFiles, max_side: int | None, most: int = _LARGEST_PAGE
 ) -> Generator[tuple[np.ndarray, int], None, None]:
-    """All samples in order, as they are to be stored; files are decoded ahead, by threads."""
+    """All samples in order, ready to be stored; threads decode files ahead."""
     if isinstance(images, ImageSet):
         for i in range(len(images)):
             yield _to_store(images, i, max_side, most)
@@ -250,7 +249,7 @@ def _read_ahead(
 def _to_store(
     images: ImageSet | ImageFiles, index: int, max_side: int | None, most: int
 ) -> tuple[np.ndarray, int]:
-    """A sample, shrunk by FFCV as its own field would; UserError if the format cannot hold it."""
+    """A sample, shrunk by FFCV's own function; UserError if the format cannot store it."""
     from ffcv.fields.rgb_image import resizer
 
     image, target = images[index]
@@ -258,22 +257,22 @@ def _to_store(
     longer, shorter = max(height, width), min(height, width)
     if max_side is not None and shorter * max_side < longer:
         raise UserError(
-            f"{_name(images, index)} is {height}×{width} pixels: shrunk to {max_side} nothing is "
-            "left of its shorter side; remove it"
+            f"{_name(images, index)} is {height}×{width} pixels: shrunk to {max_side}, its shorter "
+            "side vanishes; remove it"
         )
     image = resizer(image, max_side)
     if max(image.shape) > _LONGEST_SIDE or image.nbytes > most:
         raise UserError(
-            f"{_name(images, index)} is {height}×{width} pixels, which is too large to be packed: "
-            "give a --max-side, or a smaller one"
+            f"{_name(images, index)} is {height}×{width} pixels, which is too large to pack: give "
+            "a --max-side, or a smaller one"
         )
     return image, target
 
 
 def _page_size(images: ImageSet | ImageFiles, max_side: int | None) -> int:
-    """The size in bytes, a power of two, of the file's pages, whose ends no image may cross.
+    """The size in bytes, a power of two, of the file's pages; no image crosses a page.
 
-    Room for eight of the largest images, if their size is known, so that little of it is unused.
+    A page holds eight of the largest images, if their size is known, so little space is wasted.
     """
     if isinstance(images, ImageSet):
         largest = images.images[0].nbytes
@@ -285,7 +284,7 @@ def _page_size(images: ImageSet | ImageFiles, max_side: int | None) -> int:
 def _check_space(
     images: ImageSet | ImageFiles, path: Path, field: Any, page_size: int, max_side: int | None
 ) -> None:
-    """Raise UserError if the file would not fit, estimated from a few evenly spaced images."""
+    """Raise UserError if the file would not fit, as estimated from a few evenly spaced images."""
     sizes = []
 
     def measure(size: int) -> tuple[int, np.ndarray]:

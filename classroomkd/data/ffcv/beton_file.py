@@ -1,13 +1,13 @@
-"""``.beton`` files, the format of FFCV, opened with every table checked.
+"""Open ``.beton`` files, the format of FFCV, and check all of their tables.
 
-A file has the fields ``image`` (RGB, each raw or as JPEG) and ``label`` (integer), as FFCV itself
-writes them, so any user of FFCV can read it. What the format has no place for is in a side file,
-``NAME.beton.json``: the class names, and a SHA-256 of the samples in the order of their indices:
-all targets (int64), modes (uint8, 0 JPEG and 1 raw), heights and widths (uint16), then each image's
-stored bytes, all little-endian. It depends on the samples alone.
+A file has the fields ``image`` (RGB, raw or JPEG) and ``label`` (integer), as FFCV itself writes
+them, so any FFCV program can read it. A side file, ``NAME.beton.json``, adds the class names and a
+SHA-256 of the samples in the order of their indices: all targets (int64), modes (uint8, 0 JPEG and
+1 raw), heights and widths (uint16), then each image's stored bytes, all little-endian. It depends
+only on the samples.
 
-Two files cannot be replaced in one step. So before a ``.beton`` file is replaced, the new record is
-added to its side file, as ``next`` with the new file's inode, which tells the record that applies.
+Two files cannot be replaced atomically. So before a ``.beton`` file is replaced, the new record is
+added to its side file as ``next``, with the new file's inode to tell which record applies.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.data.image_sets import samples_digest
 from classroomkd.errors import UserError
 
-JPEG, RAW = 0, 1  # FFCV's numbers for how an image is stored
+JPEG, RAW = 0, 1  # FFCV's storage modes
 
 _Read = TypeVar("_Read")
 
-_FIELDS = [("image", 2), ("label", 1)]  # names, and FFCV's numbers for their types
-_MOST_CLASSES = 1 << 20  # of a file without a side file; a damaged target is likely above it
+_FIELDS = [("image", 2), ("label", 1)]  # names and FFCV's type ids
+_MOST_CLASSES = 1 << 20  # without a side file; a damaged target is likely above it
 
 
 @dataclass(frozen=True, eq=False)
 class Beton:
-    """An open ``.beton`` file of N images; every offset in it has been checked.
+    """An open ``.beton`` file of N images with checked offsets.
 
     Attributes:
         path: of the file.
@@ -46,8 +46,8 @@ class Beton:
         heights: in pixels, int64 [N].
         widths: in pixels, int64 [N].
         modes: `JPEG` or `RAW`, uint8 [N].
-        starts: where each image's bytes begin in the file, int64 [N].
-        sizes: how many bytes each image has, int64 [N]; 3 · height · width for raw ones.
+        starts: the offset of each image in the file, int64 [N].
+        sizes: the bytes of each image, int64 [N]; 3 · height · width for raw ones.
         sha256: of the samples, from the side file; None without one.
         data: the whole file, uint8, memory-mapped for reading.
     """
@@ -73,7 +73,7 @@ class Beton:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         """The image, uint8 [H, W, 3], and the class index of a sample.
 
-        Raises UserError if a JPEG cannot be decoded, or has another size than its entry.
+        Raises UserError if a JPEG cannot be decoded or its size differs from its entry.
         """
         shape = (int(self.heights[index]), int(self.widths[index]), 3)
         if self.modes[index] == RAW:
@@ -84,7 +84,7 @@ class Beton:
         return image, int(self.targets[index])
 
     def check_jpeg(self, index: int) -> None:
-        """Raise UserError unless the header of an image's JPEG gives the size in its entry."""
+        """Raise UserError if the size in a JPEG's header differs from its entry."""
         self._require_shape(index, self._read(index, jpeg_shape))
 
     def _read(self, index: int, read: Callable[[np.ndarray], _Read]) -> _Read:
@@ -115,16 +115,15 @@ class Beton:
 
 
 def side_file(path: Path) -> Path:
-    """Where the class names and the SHA-256 of the ``.beton`` file at ``path`` are."""
+    """The path of the side file, with class names and SHA-256, of the ``.beton`` file ``path``."""
     return path.with_name(f"{path.name}.json")
 
 
 def open_beton(path: Path | str) -> Beton:
     """Open a ``.beton`` file of images and labels, and check all of its tables.
 
-    Raises UserError, naming the file and, of a faulty image, its index, if the file is missing,
-    truncated, of another format, with other fields, or inconsistent, or if the side file belongs to
-    another file.
+    Raises UserError, naming the file and the index of a faulty image, if the file is missing,
+    truncated, inconsistent, or of another format, or if the side file belongs to another file.
     """
     path = Path(path).expanduser()
     import_ffcv()
@@ -138,13 +137,13 @@ def open_beton(path: Path | str) -> Beton:
             record = read_record(path, opened.st_ino)
             if os.path.samestat(opened, path.stat()):
                 return _open_recorded(path, file, record)
-        # It was replaced meanwhile, and the record may be its successor's: try again.
+        # The file was replaced meanwhile, and the record may be that of the new file: try again.
 
 
 def read_record(path: Path, inode: int) -> dict[str, Any] | None:
-    """The record in the side file of ``path`` of the file with that inode; None if it has none.
+    """The record of the file ``path`` with that inode, from its side file, or None.
 
-    Raises UserError if it is damaged.
+    Raises UserError if the side file is damaged.
     """
     side = side_file(path)
     try:
@@ -173,8 +172,8 @@ def _open_recorded(path: Path, file: BinaryIO, record: dict[str, Any] | None) ->
     size, name = os.fstat(file.fileno()).st_size, side_file(path).name
     if record["bytes"] != size:
         raise UserError(
-            f"{path} has {size:,} bytes, but {name} says {record['bytes']:,}: it was cut off or is "
-            "another file; pack it again"
+            f"{path} has {size:,} bytes, but {name} says {record['bytes']:,}: it was truncated or "
+            "is another file; pack it again"
         )
     beton = _open(path, file, record["classes"], record["sha256"])
     if record["images"] != len(beton):
@@ -200,11 +199,11 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
 
     size = os.fstat(file.fileno()).st_size
     if size < HeaderType.itemsize:
-        raise UserError(f"{path} is no .beton file: it has only {size} bytes")
+        raise UserError(f"{path} is not a .beton file: it has only {size} bytes")
     data = np.asarray(np.memmap(file, np.uint8, mode="r"))
 
     def table(dtype: np.dtype, start: int, count: int) -> np.ndarray:
-        """``count`` entries from the byte ``start`` on, or fewer if the file ends before."""
+        """``count`` entries from the byte ``start`` on, or fewer at the end of the file."""
         part = data[start : start + count * dtype.itemsize]
         return part[: len(part) // dtype.itemsize * dtype.itemsize].view(dtype)
 
@@ -213,7 +212,7 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
         int(header[name]) for name in ("num_samples", "alloc_table_ptr", "page_size")
     )
     if header["version"] != CURRENT_VERSION:
-        raise UserError(f"{path} is no .beton file, or not of FFCV's format {CURRENT_VERSION}")
+        raise UserError(f"{path} is not a .beton file of FFCV's format {CURRENT_VERSION}")
     if end == 0:
         raise UserError(f"{path} was never finished: pack it again")
     described = table(FieldDescType, HeaderType.itemsize, int(header["num_fields"]))
@@ -224,32 +223,32 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
     if fields != _FIELDS:
         names = ", ".join(name for name, _ in fields) or "none"
         raise UserError(
-            f"{path} has other fields ({names}) than image, of RGB images, and label, of integers"
+            f"{path} has the fields {names}, instead of image (RGB images) and label (integers)"
         )
     expected = end + count * ALLOC_TABLE_TYPE.itemsize
     if size != expected:
-        what = "was cut off" if size < expected else "is damaged"
+        what = "was truncated" if size < expected else "is damaged"
         raise UserError(
             f"{path} {what}: it has {size:,} bytes instead of {expected:,}; pack it again"
         )
     corrupt = f"{path} is corrupt: {{}}; pack it again"
     tables = HeaderType.itemsize + described.nbytes
-    begin = tables + 24 * count  # a line of the table of samples has 24 bytes
+    begin = tables + 24 * count  # an entry of the sample table has 24 bytes
     if count == 0 or begin > end or page_size == 0 or end % page_size:
-        raise UserError(corrupt.format("its header contradicts itself"))
+        raise UserError(corrupt.format("its header is inconsistent"))
     samples = table(get_metadata_type(get_handlers(described)), tables, count)
     image, targets = (samples[name] for name in samples.dtype.names or ())
     places = table(ALLOC_TABLE_TYPE, end, count)
     places = places[np.argsort(places["sample_id"], kind="stable")]
     if not np.array_equal(places["sample_id"], np.arange(count)):
-        raise UserError(corrupt.format("its allocation table does not have each image once"))
+        raise UserError(corrupt.format("its allocation table does not list each image once"))
 
     def check(wrong: np.ndarray, what: str) -> None:
         if wrong.any():
             raise UserError(corrupt.format(f"image {np.flatnonzero(wrong)[0]} {what}"))
 
     starts, sizes = places["ptr"], places["size"]
-    check(starts != image["data_ptr"], "is at two places")
+    check(starts != image["data_ptr"], "has two positions")
     check((starts < begin) | (starts > end) | (sizes > end), "lies outside the file")
     starts, sizes = starts.astype(np.int64), sizes.astype(np.int64)
     check(starts + sizes > end, "lies outside the file")
@@ -260,8 +259,8 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
     heights, widths = (image[name].astype(np.int64) for name in ("height", "width"))
     modes = image["mode"].copy()
     check((heights == 0) | (widths == 0) | (sizes == 0), "has no pixels")
-    check((modes != JPEG) & (modes != RAW), "is stored in no known way")
-    check((modes == RAW) & (sizes != 3 * heights * widths), "has another size than its pixels")
+    check((modes != JPEG) & (modes != RAW), "has an unknown mode")
+    check((modes == RAW) & (sizes != 3 * heights * widths), "has the wrong number of bytes")
     targets = targets.astype(np.int64)
     most = _MOST_CLASSES if classes is None else len(classes)
     check((targets < 0) | (targets >= most), f"has a target outside its {most:,} classes")
@@ -278,7 +277,7 @@ def decode_jpeg(data: np.ndarray) -> np.ndarray:
 
 
 def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
-    """Height, width and 3, from the header alone: nothing is decoded."""
+    """Height, width and 3, from the header alone."""
     from PIL import Image
 
     with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
@@ -287,7 +286,7 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, if that is a terminal; yields the function that advances it."""
+    """A progress bar on stderr, if that is a terminal; yields the function that advances it."""
     from rich.console import Console
     from rich.progress import Progress
 

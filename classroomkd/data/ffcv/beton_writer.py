@@ -17,11 +17,11 @@ from ffcv.writer import DatasetWriter  # noqa: E402
 
 
 class InProcessWriter(DatasetWriter):
-    """Calls FFCV's own worker in this process instead of starting processes for it.
+    """Calls FFCV's worker in this process instead of starting worker processes.
 
-    There, a worker that raises leaves its parent waiting forever, and several workers fill the file
-    in an order that changes from run to run. ``advance`` is called with the number of samples
-    written since the last call.
+    In a worker process, an exception leaves the parent waiting forever, and several workers fill
+    the file in a random order. ``advance`` is called with the number of samples written since the
+    last call.
     """
 
     metadata_sm: Any
@@ -34,7 +34,7 @@ class InProcessWriter(DatasetWriter):
 
     def prepare(self) -> None:
         super().prepare()
-        # The table of samples needs no shared memory here, of which containers have little.
+        # The sample table needs no shared memory here, which is scarce in containers.
         shared, size = self.metadata_sm, self.num_samples * self.metadata_type.itemsize
         shared.close()
         shared.unlink()
@@ -66,8 +66,8 @@ class InProcessWriter(DatasetWriter):
 class _Allocator(MemoryAllocator):
     """Writes pages as FFCV does, with two changes.
 
-    The file is buffered, because an unbuffered write can be short when the disk fills up. And after
-    an exception nothing more is written: that could wait forever for a page already written.
+    The file is buffered, because an unbuffered write can be short when the disk fills up. After an
+    exception nothing more is written, because it could wait forever for a page already written.
     """
 
     def __enter__(self) -> None:
@@ -80,7 +80,7 @@ class _Allocator(MemoryAllocator):
 
 
 class _Counter:
-    """Stands in for the shared counter of finished samples."""
+    """Replaces the shared counter of finished samples."""
 
     get_lock = staticmethod(nullcontext)
 

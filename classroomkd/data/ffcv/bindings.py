@@ -1,14 +1,14 @@
-"""The import shim for FFCV, whose last release is older than current versions of what it needs.
+"""The import shim for FFCV, whose last release is older than its current dependencies.
 
 It works around four problems:
 
-- One module imports ``distutils``, which Python 3.12 no longer has, and never uses it.
-- Importing FFCV sets torch's and numba's thread counts to 1, for the whole process.
+- One module imports ``distutils``, which Python 3.12 removed, and never uses it.
+- Importing FFCV sets torch's and numba's thread counts to 1 for the whole process.
 - A table of two entries is a typed dictionary of numba's, which takes seconds to compile.
-- The memory manager that reads through the system's file cache marks *numba's own* type of byte
-  arrays, shared by everything in the process, as read-only. Code that was compiled before then no
-  longer matches its own key, and "Exception ignored … KeyError" is printed when it is collected.
-  The cause is the declared types of its function for reading; here that function declares none.
+- The memory manager for the page cache marks numba's own byte array type, shared by the whole
+  process, as read-only. Code compiled before no longer matches its own key, and "Exception ignored
+  … KeyError" is printed when it is collected. The cause is the declared types of its read function;
+  the replacement here declares none.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def kept_threads() -> Iterator[None]:
 
 @contextmanager
 def _replaced() -> Iterator[None]:
-    """Give FFCV, while it is imported, a ``distutils.log`` and a plain dict for its two modes."""
+    """While FFCV is imported, provide ``distutils.log`` and a plain dict as numba's typed one."""
     import numba.typed
 
     stubs = {}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Python 3.11 warns that it is deprecated
+            warnings.simplefilter("ignore")  # deprecated in Python 3.11
             import distutils.log  # noqa: F401
     except ImportError:
         stubs = {name: ModuleType(name) for name in ("distutils", "distutils.log")}
@@ -81,7 +81,7 @@ def _replaced() -> Iterator[None]:
 
 
 def _compile_reader(_):
-    """FFCV's own, except that it takes the types from its arguments."""
+    """FFCV's own function without declared types."""
     import numpy as np
     from ffcv.pipeline.compiler import Compiler
 

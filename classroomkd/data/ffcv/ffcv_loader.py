@@ -1,15 +1,14 @@
-"""The loader on FFCV: batches made from a mapped ``.beton`` file while the device works.
+"""The loader based on FFCV: makes batches from a mapped ``.beton`` file in a background thread.
 
 FFCV reads the file, plans the memory and generates the pipeline's code. Each epoch has a thread
-that runs this code some batches ahead of the caller. The pipeline is one operation of our own: it
+that runs this code a few batches ahead of the caller. The pipeline is a single custom operation: it
 makes finished images from the file's bytes in one pass and, for a GPU, copies them to the device
 from pinned memory, in one stream for all batches.
 
-What FFCV 1.0 leaves to its users is handled here: an error in the pipeline reaches the caller
-instead of leaving it waiting; the thread of an epoch that is abandoned, closed, or alive when the
-process ends is ended and joined; batches are not overwritten; the thread counts of torch and numba
-stay as they were; nothing is recompiled in each process; an epoch takes no device memory or streams
-of its own, and a loader for the CPU does not touch CUDA.
+This module also fixes shortcomings of FFCV 1.0. Errors in the pipeline reach the caller instead of
+leaving it waiting. The thread of an abandoned or closed epoch is joined, also at exit. Batches are
+not overwritten. The thread counts of torch and numba are kept. Nothing is recompiled per process.
+An epoch allocates no device memory or streams of its own, and a CPU loader does not touch CUDA.
 """
 
 from __future__ import annotations
@@ -47,21 +46,20 @@ from ffcv.pipeline.operation import Operation  # noqa: E402
 from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
-_AHEAD = 3  # finished batches that wait for the caller
-_SLOTS = _AHEAD + 2  # besides them, one is being made and one being copied
+_AHEAD = 3  # finished batches waiting for the caller
+_SLOTS = _AHEAD + 2  # plus one being made and one being copied
 
 
 class FFCVLoader(Loader):
     """Reads the ``.beton`` file ``path``; otherwise as `Loader`.
 
-    Photographs, of any size and also as JPEG, need a `RandomResizedCrop` or a `CentreCrop` as
+    Photographs, of varying size or stored as JPEG, need a `RandomResizedCrop` or a `CentreCrop` as
     ``augmentation``. A thread makes the batches one after another; ``workers`` threads share each
-    batch, by default one, and for photographs one per core. The caller's thread never waits for a
-    GPU.
+    batch, by default one, and for photographs one per core. The caller never waits for a GPU.
 
-    The first thread pins memory and records events while the caller works. A CUDA graph that is
-    captured meanwhile needs ``capture_error_mode="thread_local"``: by default PyTorch forbids both
-    to every thread, which breaks the capture or the epoch.
+    The background thread pins memory and records events. Capturing a CUDA graph meanwhile needs
+    ``capture_error_mode="thread_local"``: by default PyTorch forbids both to all threads, which
+    breaks the capture or the epoch.
 
     Raises UserError if FFCV is not installed or the file cannot be used.
     """
@@ -80,10 +78,10 @@ class FFCVLoader(Loader):
         self._workers, self._process = workers, os.getpid()
         self._pool = ThreadPoolExecutor(workers) if workers > 1 else None
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._memory: list[dict] = []  # of epochs that have ended, to be reused
+        self._memory: list[dict] = []  # of finished epochs, for reuse
         pipelines = {"image": PipelineSpec("image", decoder=_MakeBatch(self, beton))}
         with kept_threads():
-            Compiler.set_enabled(False)  # the operation has compiled code of its own
+            Compiler.set_enabled(False)  # the operation is compiled already
             try:
                 self._reader = ffcv.Loader(
                     str(beton.path),
@@ -122,7 +120,7 @@ def _require_uniform(beton: Beton) -> None:
     sizes = set(zip(beton.heights.tolist(), beton.widths.tolist(), strict=True))
     if len(sizes) > 1 or (beton.modes != RAW).any():
         raise UserError(
-            f"{beton.path} holds photographs of {len(sizes)} sizes, or JPEGs, which need a crop to "
+            f"{beton.path} holds photographs of {len(sizes)} sizes, or JPEGs: they need a crop to "
             "one size"
         )
 
@@ -130,8 +128,8 @@ def _require_uniform(beton: Beton) -> None:
 class _MakeBatch(Operation):
     """The whole pipeline, from (epoch, sample indices) to a batch and its event.
 
-    The batch, ``(images, targets, indices)``, is on the device once the event has completed. On
-    the CPU the event is None.
+    The batch, ``(images, targets, indices)``, is on the device when the event has completed. On the
+    CPU the event is None.
     """
 
     def __init__(self, loader: FFCVLoader, beton: Beton) -> None:
@@ -168,7 +166,7 @@ class _MakeBatch(Operation):
             if loader.device.type == "cpu":
                 return (images, targets, samples), None
             batch = loader._to_device(images, targets.pin_memory(), samples.pin_memory())
-            event = torch.cuda.Event(blocking=True)  # waiting for it occupies no core
+            event = torch.cuda.Event(blocking=True)  # waiting does not use the CPU
             event.record()
             self.copied[buffer.data_ptr()] = event
             return batch, event
@@ -190,7 +188,7 @@ class _MakeBatch(Operation):
             if beton.modes[index] == RAW:
                 image = stored.reshape(height, width, 3)
             else:
-                beton.check_jpeg(index)  # a smaller one would leave part of the image unwritten
+                beton.check_jpeg(index)  # a smaller JPEG would leave part of the image unwritten
                 image = np.empty((height, width, 3), np.uint8)
                 if libffcv.imdecode(stored, image, height, width, height, width):
                     raise UserError(f"{beton.path}: image {index} cannot be read: pack it again")
@@ -204,7 +202,7 @@ class _MakeBatch(Operation):
 
 
 class _Epoch(threading.Thread):
-    """Makes an epoch's batches ahead of the caller, up to the last or until ``close``."""
+    """Makes an epoch's batches ahead of the caller, until the last one or ``close``."""
 
     def __init__(self, loader: FFCVLoader, batches: list[np.ndarray], epoch: int) -> None:
         super().__init__(daemon=True)
@@ -281,7 +279,7 @@ class _Epoch(threading.Thread):
     def close(self) -> None:
         """End the thread and wait for it."""
         self._ended = True
-        # In a process forked since, the thread is not alive, and the lock may be held forever.
+        # In a forked process the thread is not alive, and the lock may be held forever.
         if self.is_alive() and threading.current_thread() is not self:
             with self._change:
                 self._change.notify_all()
@@ -294,6 +292,6 @@ _alive: weakref.WeakSet[_Epoch] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """End all threads: one that still runs while the interpreter exits would abort the process."""
+    """End all threads, because one that runs while the interpreter exits aborts the process."""
     for epoch in list(_alive):
         epoch.close()

@@ -20,7 +20,7 @@ from classroomkd.loss.methods.base import (
     select_rows,
     valid_rows,
 )
-from classroomkd.loss.methods.features import paired_features
+from classroomkd.loss.methods.features import layers, paired_features
 
 
 class AT(Method):
@@ -33,17 +33,27 @@ class AT(Method):
     Args:
         beta: weight of the attention.
         ce_weight: of the cross-entropy.
+        student_layers: paths of the student's modules that give its features, like
+            layer2.0,layer3; the zoo's networks have their stages if there are none.
+        teacher_layers: likewise the teacher's; as many, paired one by one.
 
     """
 
     single_mentor = True
     uses_features = True
 
-    def __init__(self, beta: float = 1000.0, ce_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        beta: float = 1000.0,
+        ce_weight: float = 1.0,
+        student_layers: str | Sequence[str] = "",
+        teacher_layers: str | Sequence[str] = "",
+    ) -> None:
         super().__init__()
         check_not_negative(beta=beta, ce_weight=ce_weight)
         self.beta = beta
         self.ce_weight = ce_weight
+        self.student_layers, self.teacher_layers = layers(student_layers, teacher_layers)
 
     def forward(self, student: Outputs, mentors: Sequence[Outputs], targets: Tensor) -> Tensor:
         """The weighted sum, 0-d."""

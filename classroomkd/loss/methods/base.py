@@ -26,7 +26,7 @@ class Outputs(NamedTuple):
     logits: Tensor
     """[B, C]"""
     features: tuple[Tensor, ...] = ()
-    """Of the stages in order, each [B, C_i, H_i, W_i]; only for methods with ``uses_features``."""
+    """Of the layers in order, each [B, C_i, H_i, W_i]; only for methods with ``uses_features``."""
 
 
 class Method(nn.Module):
@@ -41,6 +41,10 @@ class Method(nn.Module):
     """Only the first mentor, the teacher, is used."""
     uses_features: ClassVar[bool] = False
     """The outputs must hold features, and `prepare` must be called before the first call."""
+    student_layers: Sequence[str] = ()
+    """The paths of the modules whose outputs are the student's features; () are its stages."""
+    teacher_layers: Sequence[str] = ()
+    """Likewise of each mentor."""
     soft_labels: ClassVar[bool] = True
     """Whether targets may also be class probabilities [B, C], and not only class indices [B]."""
     reports: ClassVar[bool] = False

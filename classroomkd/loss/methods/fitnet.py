@@ -22,7 +22,7 @@ from classroomkd.loss.methods.base import (
     select_rows,
     valid_rows,
 )
-from classroomkd.loss.methods.features import paired, paired_features
+from classroomkd.loss.methods.features import layers, paired, paired_features
 
 _EPS = 1e-5  # as nn.BatchNorm2d has it
 
@@ -43,6 +43,9 @@ class FitNet(Method):
             four.
         beta: weight of the hint.
         ce_weight: of the cross-entropy.
+        student_layers: paths of the student's modules that give its features, like
+            layer2.0,layer3; the zoo's networks have their stages if there are none.
+        teacher_layers: likewise the teacher's; as many, paired one by one.
 
     """
 
@@ -50,7 +53,12 @@ class FitNet(Method):
     uses_features = True
 
     def __init__(
-        self, stage: int | None = None, beta: float = 100.0, ce_weight: float = 1.0
+        self,
+        stage: int | None = None,
+        beta: float = 100.0,
+        ce_weight: float = 1.0,
+        student_layers: str | Sequence[str] = "",
+        teacher_layers: str | Sequence[str] = "",
     ) -> None:
         super().__init__()
         if not (stage is None or (type(stage) is int and stage >= 1)):
@@ -59,6 +67,7 @@ class FitNet(Method):
         self.stage = stage
         self.beta = beta
         self.ce_weight = ce_weight
+        self.student_layers, self.teacher_layers = layers(student_layers, teacher_layers)
         self.regressor: _Regressor | None = None
 
     def prepare(self, student: Sequence[Shape], mentors: Sequence[Sequence[Shape]]) -> None:

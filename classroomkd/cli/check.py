@@ -1,0 +1,56 @@
+"""`classroomkd check`: what is wrong with mentors, before they teach."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from classroomkd.cli.arguments import add_command
+from classroomkd.cli.recipe_options import add_recipe_options, lacks, recipe_of
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "look for faults in given mentors, on a few hundred labelled images"
+    parser = add_command(commands, check, what)
+    add_recipe_options(parser)
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        default=False,
+        help="exit with status 1 if anything was found",
+    )
+
+
+def check(arguments: argparse.Namespace) -> int:
+    """Print a line per mentor. Returns 1 with --strict if something is wrong, else 0."""
+    recipe = recipe_of(arguments)
+    if not recipe.mentors:
+        lacks(arguments, "--mentors")
+
+    from classroomkd.data import ImageSet, channel_statistics
+    from classroomkd.data.loader import per_channel
+    from classroomkd.models import NetworkInfo
+    from classroomkd.runs.given_mentors import check_given
+    from classroomkd.runs.images import example_of, read_images
+    from classroomkd.runs.machine import find_device
+    from classroomkd.runs.mentor_setup import find_mentors, fit_mentor
+    from classroomkd.runs.recipe import split_seed
+
+    device = find_device(recipe.device)
+    mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs, print)
+    sets = read_images(recipe.data, split_seed(recipe))
+    if recipe.data.mean and recipe.data.std:
+        mean, std = per_channel(recipe.data.mean), per_channel(recipe.data.std)
+    else:
+        assert isinstance(sets.train, ImageSet)  # for photographs the recipe has them
+        mean, std = channel_statistics(sets.train)
+    info = NetworkInfo("", sets.train.classes, mean, std, recipe.data.image_size)
+    for mentor in mentors:
+        if mentor.network is None:
+            print(f"{mentor.name}: has no weights yet, would be trained first: not checked")
+        else:
+            fit_mentor(mentor, info, example_of(sets.train, info.image_size), print)
+    checks = check_given(mentors, sets.validation or sets.test, info, device)
+    print(*checks, sep="\n")
+    return int(arguments.strict and any(of.findings for of in checks))

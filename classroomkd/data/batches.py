@@ -1,0 +1,131 @@
+"""Batches as a DataLoader of one's own gives them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from classroomkd.data.loader import Batch, Loader
+from classroomkd.errors import UserError
+
+
+class Batches:
+    """A part of a run's images that only a DataLoader of (images, targets) can give.
+
+    ``classes`` are their names. ``example`` are the first images, at most two.
+
+    Raises UserError if the DataLoader has no length, or gives anything else.
+    """
+
+    def __init__(self, loader: DataLoader, classes: Sequence[str], what: str) -> None:
+        self.loader, self.classes = loader, list(classes)
+        self._first, _ = first_batch(loader, what)
+        self.example = (
+            self._first[:2].float() if self._first.is_floating_point() else self._first[:2]
+        )
+
+    @property
+    def batch_size(self) -> int:
+        """Images in a whole batch."""
+        return len(self._first)
+
+    def __len__(self) -> int:
+        """Images in an epoch; those of a last batch that is not full may be counted as whole."""
+        sampler = self.loader.sampler
+        whole = len(self.loader) * self.batch_size
+        return whole if self.loader.batch_size is None else min(whole, len(sampler))  # type: ignore[arg-type]
+
+    def digest(self) -> str:
+        """A SHA-256, in hexadecimal, of what is known of the batches: not their content."""
+        known = [self.classes, len(self), list(self._first.shape[1:])]
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def first_batch(loader: DataLoader, what: str) -> tuple[Tensor, Tensor]:
+    """Images [B, …] and targets of the first batch; the random number generator is unchanged.
+
+    Raises UserError, calling the DataLoader ``what``, if it gives no such batch or has no length.
+    """
+    try:
+        len(loader)
+    except TypeError:
+        raise UserError(
+            f"{what} has no length, which schedules need: give its data set a __len__"
+        ) from None
+    with torch.random.fork_rng(devices=[]):
+        batch: Any = next(iter(loader), None)
+    pair = isinstance(batch, list | tuple) and len(batch) >= 2
+    if not pair or not all(isinstance(part, Tensor) for part in batch[:2]):
+        kind = "nothing" if batch is None else type(batch).__name__
+        raise UserError(f"{what} must give (images, targets), two tensors, not {kind}")
+    images, targets = batch[:2]
+    indices = targets.dim() == 1 and not targets.is_floating_point()
+    if len(targets) != len(images) or not (indices or targets.dim() == 2):
+        raise UserError(
+            f"{what} gives targets {list(targets.shape)} of {targets.dtype} for {len(images)} "
+            "images: they must be class indices [B], or class probabilities [B, classes]"
+        )
+    return images, targets
+
+
+class BatchLoader(Loader):
+    """The batches of a DataLoader, as they come, on ``device``; floating images of ``dtype``.
+
+    In place of sample indices there are -1. At the start of an iteration torch's seed, and that of
+    the DataLoader's own generator, follow from ``seed`` and the epoch, so that a run resumes at an
+    epoch as if never interrupted.
+    """
+
+    seekable = False
+
+    def __init__(self, batches: Batches, **options: Any) -> None:
+        known: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        known |= {"augmentation": None, "drop_last": False}
+        super().__init__(len(batches), batches.batch_size, **known, **options)
+        self._loader = batches.loader
+        self.one_shape = self._loader.drop_last
+
+    def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch of the next iteration, which starts at its beginning."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._require_open()
+        if self.shuffle:  # a training: measuring leaves the random numbers alone
+            entropy = np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)
+            torch.manual_seed(int(entropy[0]))
+            if self._loader.generator is not None:
+                self._loader.generator.manual_seed(int(entropy[0]))
+        if hasattr(self._loader.sampler, "set_epoch"):
+            self._loader.sampler.set_epoch(self.epoch)
+        return self._iterate([], self.epoch)
+
+    def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        for images, targets, *_ in self._loader:
+            if images.is_floating_point():
+                images = images.to(self.dtype)
+            yield self._to_device(images, targets, torch.full((len(targets),), -1))
+
+
+class BatchLoaders:
+    """Opens loaders of `Batches`, as `Loaders` does of images."""
+
+    backend, reason = "batches", "as the DataLoaders give them"
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+
+    def open(self, batches: Batches, batch_size: int, **options: Any) -> BatchLoader:
+        """A loader of ``batches``; of the options of `Loader` it takes those that can be heeded."""
+        taken = {key: options[key] for key in ("shuffle", "seed", "dtype") if key in options}
+        return BatchLoader(batches, device=self.device, **taken)

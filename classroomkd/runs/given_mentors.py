@@ -1,0 +1,70 @@
+"""A look at the given mentors before anything is trained: a few hundred images, a line each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from classroomkd.data import ImageFiles, ImageSet
+from classroomkd.data.image_sets import select
+from classroomkd.models import NetworkInfo
+from classroomkd.models.layout import bare, to_channels_last
+from classroomkd.runs.images import AnyPart, open_loaders
+from classroomkd.runs.mentor_setup import AS_THEY_COME, Mentor
+from classroomkd.training.evaluation import evaluation_loader
+from classroomkd.training.mentor_check import CheckedMentor, MentorCheck, check_mentors
+
+N_IMAGES = 400
+_ON_A_CPU = 128  # of images that are larger than CIFAR's by far
+_SMALL = 64  # pixels
+
+
+def check_given(
+    mentors: Sequence[Mentor], part: AnyPart, info: NetworkInfo, device: torch.device
+) -> list[MentorCheck]:
+    """Look at the mentors that have a network, on ``device``, with labelled images of ``part``.
+
+    The images are the same in every run. A few hundred; fewer if they are large and there is no
+    GPU.
+    """
+    given = [mentor for mentor in mentors if mentor.network is not None]
+    if not given:
+        return []
+    few = device.type == "cpu" and info.image_size > _SMALL
+    images, targets = _images(part, info, device, _ON_A_CPU if few else N_IMAGES)
+    as_they_come = (info.mean, info.std) == AS_THEY_COME
+    if not as_they_come:  # then they are normalised images [N, 3, H, W]
+        mean, std = (images.new_tensor(of)[:, None, None] for of in (info.mean, info.std))
+        images = images * std + mean
+    looked_at = {}
+    for mentor in given:
+        assert mentor.network is not None
+        own = mentor.info or info
+        looked_at[mentor.name] = CheckedMentor(
+            to_channels_last(bare(mentor.network), device),
+            *((None, None) if as_they_come else (own.mean, own.std)),
+        )
+    return check_mentors(looked_at, images, targets, info.classes)
+
+
+def _images(
+    part: AnyPart, info: NetworkInfo, device: torch.device, n_images: int
+) -> tuple[Tensor, Tensor]:
+    """Images, normalised as ``info`` says, and their classes [N], drawn at random."""
+    if isinstance(part, ImageSet | ImageFiles):
+        mask = np.zeros(len(part), bool)
+        mask[np.random.default_rng(0).permutation(len(part))[:n_images]] = True
+        part = select(part, mask)
+    backend = "resident" if isinstance(part, ImageSet) else "torch"
+    loaders = open_loaders(backend, [part], info.image_size, device)
+    images, targets = [], []
+    with evaluation_loader(loaders, part, info) as batches:
+        for batch, classes, _ in batches:
+            images.append(batch)
+            targets.append(classes)
+            if sum(map(len, targets)) >= n_images:
+                break
+    return torch.cat(images)[:n_images], torch.cat(targets)[:n_images]
