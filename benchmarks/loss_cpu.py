@@ -33,7 +33,7 @@ THIS, AUTOGRAD, EAGER, COMPILED = (
 SIZES = ((64, 100, 6), (512, 100, 6), (1024, 1000, 6), (256, 32_000, 3))
 ROWS, CLASSES, MENTORS = (1, 64, 512, 4096), (2, 10, 100, 1000, 32_000), (1, 6, 12)
 _MOST_LOGITS = 2**24  # of student and mentors together, lest the grid take hours
-_ROUNDS, _ROUND_SECONDS = 7, 0.03
+_ROUNDS, _ROUND_SECONDS = 5, 0.03
 
 Inputs = tuple[Tensor, list[Tensor], Tensor]
 Call = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
