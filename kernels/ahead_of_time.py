@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
+from classroomkd.kernels.blocks import Blocks
 from classroomkd.kernels.launch import (
-    Blocks,
     Launch,
     classroom_launch,
     confidence_launch,
@@ -75,7 +75,10 @@ def compile_call(*, target: str, **call: Any) -> dict[str, Compiled]:
     launches = call_launches(warp_size=_gpu(target).warp_size, **call)
     return {
         name: _compile(
-            launch.kernel, _described(launch.kernel, launch.arguments), target, launch.blocks
+            launch.plan.kernel,
+            _described(launch.plan.kernel, launch.arguments),
+            target,
+            launch.plan.blocks,
         )
         for name, launch in launches.items()
     }
@@ -223,9 +226,8 @@ class MachineCode(NamedTuple):
 
 def machine_code(launch: Launch, target: str) -> MachineCode:
     """Compile one of `call_launches` for an NVIDIA GPU."""
-    return kernel_code(
-        launch.kernel, launch.grid, launch.arguments, launch.blocks.num_warps, target
-    )
+    plan = launch.plan
+    return kernel_code(plan.kernel, plan.grid, launch.arguments, plan.blocks.num_warps, target)
 
 
 def kernel_code(

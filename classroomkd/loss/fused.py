@@ -193,7 +193,7 @@ def fused_loss(
 ) -> tuple[Tensor, ClassroomReport | None]:
     """`fused_classroom_loss` with its options in one object; ``mentor_weight`` [M] or None."""
     mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
-    if not fused_pass_serves(student_logits, mentors, options):
+    if not fused_pass_serves(student_logits, mentors):
         return loss_by_definition(
             student_logits, mentors, targets, mentor_weight, options, return_report, process_group
         )
@@ -223,7 +223,7 @@ def fused_loss_and_grad(
         _check_scale(scale, student_logits)
         scale = _constant(scale)
     student = student_logits.detach()
-    if fused_pass_serves(student, mentors, options):
+    if fused_pass_serves(student, mentors):
         tensors = _kernel_inputs(student, mentors, targets, mentor_weight, options, process_group)
         loss, grad, means = operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
     elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
@@ -283,17 +283,14 @@ def implementation(device_type: str) -> ModuleType:
     return launch
 
 
-def fused_pass_serves(student: Tensor, mentors: list[Tensor], options: LossOptions) -> bool:
-    """Whether the operators take these logits; an error where kernels run that do not.
-
-    The kernels do not have the weighting "confidence": there it is the definition's.
-    """
+def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:
+    """Whether the operators take these logits; an error where kernels run that do not."""
     device_type = student.device.type
     if device_type == "cpu" and not _INTERPRET:
         return _numba_is_usable() and all(
             logits.dtype in KERNEL_LOGITS for logits in (student, *mentors)
         )
-    if options.weighting == "confidence" or not _use_kernels(device_type):
+    if not _use_kernels(device_type):
         return False
     _check_kernel_limits(student, mentors)
     return True

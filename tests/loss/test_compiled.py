@@ -110,9 +110,7 @@ def test_the_factors_are_all_that_a_call_can_be():
     assert set(factors["ranking"]) == set(RANKINGS)
     assert set(factors["knowledge_filter"]) == set(KNOWLEDGE_FILTERS)
     assert set(factors["mentoring"]) == set(MENTORINGS)
-    assert set(factors["weighting"]) == set(WEIGHTINGS) - {
-        "confidence"
-    }  # the definition's, on a GPU too
+    assert set(factors["weighting"]) == set(WEIGHTINGS)
     assert set(factors["target"]) == set(TARGETS)
     assert {reduction for _, reduction, _ in factors["call"]} == set(REDUCTIONS)
 
