@@ -77,9 +77,10 @@ STEP_COLUMNS = (
 )
 LOSS_CPU_LEGEND = (
     "float32, default options, all mentors active. Each time is the least over rounds in which the "
-    "implementations take turns. Eager and torch.compile have the same plain formulation, and "
-    "autograd; torch.compile is given each of the first sizes by itself, the grid with dynamic "
-    "sizes. A load average beyond the threads means that others were at work on the machine."
+    "implementations take turns: of the process's CPU time with one thread, else of the clock. "
+    "Eager and torch.compile have the same plain formulation, and autograd; torch.compile is given "
+    "each of the first sizes by itself, the grid with dynamic sizes. A load average beyond the "
+    "threads means that others were at work on the machine."
 )
 STEP_LEGEND = (
     "Images per second over an epoch or its first seconds, loader included: the median of the "

@@ -34,7 +34,7 @@ class ClassroomTask(LogitDistillationTask):
         return {"loss": self.classroom_loss(logits, lessons, targets), "output": logits}
 
 
-def fit(task, images, targets, epochs):
+def fit(task, images, targets):
     network = task.get_trainable_module().train()
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
     for _ in range(epochs):
@@ -43,7 +43,7 @@ def fit(task, images, targets, epochs):
             optimizer.step()
             optimizer.zero_grad()
     predicted = network.eval()(images[1200:]).argmax(1)
-    return float((predicted == targets[1200:]).float().mean())
+    return f"{(predicted == targets[1200:]).float().mean():.4f}"
 
 
 if __name__ == "__main__":
@@ -55,6 +55,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     names = ("test_resnet", "test_efficientnet", "test_convnext", "test_convnext")
     *mentors, alone, taught = (timm.create_model(name, num_classes=10) for name in names)
-    tasks = [*map(ClassificationTask, (*mentors, alone)), ClassroomTask(taught, mentors)]
-    one, two, three, four = (f"{fit(task, images, targets, epochs):.4f}" for task in tasks)
+    one, two, three = (fit(ClassificationTask(n), images, targets) for n in (*mentors, alone))
+    four = fit(ClassroomTask(taught, mentors), images, targets)  # which freezes the mentors
     print(f"held-out accuracy: mentors {one}, {two}, alone {three}, in the classroom {four}")

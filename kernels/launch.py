@@ -291,8 +291,12 @@ def classroom_launch(
     )
     if mentor_weight is not None:
         mentor_weight = mentor_weight.contiguous()
-    inputs = {"mentor_weight": mentor_weight, "ell_sums": ell_sums, "scale": scale}
-    return outputs, Launch(plan, _tensors(plan, *batch, **inputs, **outputs._asdict()))
+    others = outputs._asdict() | {
+        "mentor_weight": mentor_weight,
+        "ell_sums": ell_sums,
+        "scale": scale,
+    }
+    return outputs, Launch(plan, _tensors(plan, *batch, **others))
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:

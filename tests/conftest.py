@@ -17,7 +17,9 @@ from interpreter import INTERPRETED, TRITON
 _OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
 _OPTIONAL |= {"sklearn", "yaml"}
 _ENDS = pytest.StashKey[float]()
-_TOO_LARGE_FOR_PTX = {"test_images_beyond_two_gigabytes"}  # each launch copies its tensors
+# Each launch copies its tensors; and tiles of few columns, which no launch has, do not compile.
+_NOT_ON_PTX = {"test_images_beyond_two_gigabytes", "test_tiles_and_extremes"}
+_NOT_ON_PTX |= {"test_every_option_tiled", "test_many_mentors_tiled"}
 _CASES = 16  # of so many cases of a test, the sample on PTX has one
 
 
@@ -36,6 +38,12 @@ def pytest_configure(config):
     config.stash[_ENDS] = time.monotonic() + config.getoption("seconds")
 
 
+def _is_drawn(item):
+    """Whether Hypothesis draws the examples, within the test or around it."""
+    test = getattr(item, "obj", None)
+    return getattr(test, "is_hypothesis_test", False) or getattr(test, "drawn", False)
+
+
 def _ptx_to_leave_out(items, every):
     """Of the tests that have PTX as their ``device``, those that are not to run on it."""
     on_ptx = [item for item in items if _parameter(item) == "ptx"]
@@ -46,9 +54,8 @@ def _ptx_to_leave_out(items, every):
             some = cases[first : first + _CASES]
             kept = some[drawn_at % len(some)]
             for item in some:
-                drawn = getattr(item.function, "is_hypothesis_test", False)  # each draw is compiled
-                sampled = item is kept and not drawn
-                if item.originalname in _TOO_LARGE_FOR_PTX or not (every or sampled):
+                sampled = item is kept and not _is_drawn(item)  # each draw is compiled
+                if item.originalname in _NOT_ON_PTX or not (every or sampled):
                     yield item
 
 
@@ -59,7 +66,7 @@ def _parameter(item):
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by -m
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+        if _is_drawn(item):
             item.add_marker("property")
         if "browser" in getattr(item, "fixturenames", ()):
             item.add_marker("browser")

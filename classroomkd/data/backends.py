@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 import torch
 
+from classroomkd.data.batches import Batches
 from classroomkd.data.cache import cache_folder
 from classroomkd.data.ffcv.beton import MAX_SIDE, QUALITY
 from classroomkd.data.image_sets import ImageFiles, ImageSet
@@ -82,7 +83,9 @@ class Loaders:
         sizes = f"{needed / 1e9:.1f} GB of images and {free / 1e9:.1f} GB free on the GPU"
         return "torch", f"{reason}; {sizes}"
 
-    def open(self, image_set: ImageSet | ImageFiles, batch_size: int, **options) -> Loader:
+    def open(
+        self, image_set: ImageSet | ImageFiles | Batches, batch_size: int, **options
+    ) -> Loader:
         """A loader of one of the sets; the options are those of `Loader`, except the device.
 
         Raises UserError if ``image_set`` is not one of the sets given to the constructor.

@@ -86,7 +86,8 @@ class BatchLoader(Loader):
     seekable = False
 
     def __init__(self, batches: Batches, **options: Any) -> None:
-        known = {"mean": (0.0,) * 3, "std": (1.0,) * 3, "augmentation": None, "drop_last": False}
+        known: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+        known |= {"augmentation": None, "drop_last": False}
         super().__init__(len(batches), batches.batch_size, **known, **options)
         self._loader = batches.loader
         self.one_shape = self._loader.drop_last

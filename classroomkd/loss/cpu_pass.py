@@ -9,11 +9,11 @@ call beside the first and do not survive a fork, as the loaders' workers make.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ _WEIGHTINGS = {
 }
 # Exponentials, about a nanosecond each, for which another thread is woken.
 _LEAST_SHARE = 100_000
-_NOTHING = [0, 0, 0]
+_NOTHING = (0, 0, 0)
 _NO_SUMS = np.empty(0, np.float32)
 
 
@@ -54,7 +54,7 @@ class Outputs(NamedTuple):
     loss: Tensor
     grad: Tensor | None
     count: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name
-    report: Tensor | None
+    report: Tensor
 
 
 def confidence_sums(
@@ -71,7 +71,7 @@ def confidence_sums(
     batch.share_out(
         cpu_rows.confidences,
         1 + len(mentors),
-        np.array(batch.logits),
+        _table(*batch.logits),
         batch.indices,
         np.array(batch.probabilities),
         student.shape[1],
@@ -108,20 +108,20 @@ def classroom_loss_and_grad(
     factor = 1.0
     if scale_grad:
         factor = (1.0 if scale is None else scale.item()) / (max(batch.n_valid, 1) if mean else 1)
-    weights = np.full(n_mentors, options.mentor_weight_for(n_classes, n_mentors))
+    weights = _alike(options.mentor_weight_for(n_classes, n_mentors), n_mentors)
     if mentor_weight is not None:
-        weights *= mentor_weight.double().numpy()
+        weights = weights * mentor_weight.double().numpy()
     decimals, task_weight = options.rank_decimals, options.fixed_task_weight
     better, correct = _filter(options.knowledge_filter)
     grad = torch.empty((n_rows, n_classes), dtype=student.dtype) if with_grad else None
-    rows = torch.empty(n_rows)
-    losses = rows.numpy()
-    stats = np.empty((n_rows, report_size(n_mentors) if with_report else 0), np.float32)
-    table = [*batch.logits, batch.probabilities, _NOTHING if grad is None else _place(grad)]
+    losses = np.empty(n_rows, np.float32)
+    n_stats = report_size(n_mentors) if with_report else 0
+    stats = np.empty((n_rows, n_stats), np.float32)
+    gradient = _NOTHING if grad is None else _place(grad)
     batch.share_out(
         cpu_rows.rows,
         1 + 3 * n_mentors,
-        np.array(table),
+        _table(*batch.logits, batch.probabilities, gradient),
         batch.indices,
         n_classes,
         float(options.label_smoothing),
@@ -139,21 +139,16 @@ def classroom_loss_and_grad(
         losses,
         stats,
     )
-    summed = options.reduction != "none"
-    count = torch.tensor(float(max(batch.n_valid, 1))) if summed or with_report else None
-    if not summed and not with_report:
-        return Outputs(rows, grad, count, None)
-    loss = torch.empty(())
-    report = torch.empty(report_size(n_mentors)) if with_report else None
-    cpu_rows.totals(
-        losses,
-        stats,
-        batch.n_valid,
-        int(mean),
-        loss.numpy(),
-        _NO_SUMS if report is None else report.numpy(),
+    loss, count = np.empty((), np.float32), np.float32(max(batch.n_valid, 1))
+    report = np.empty(n_stats, np.float32)
+    cpu_rows.totals(losses, stats, batch.n_valid, int(mean), loss, report)
+    counted = not scale_grad and (options.reduction != "none" or with_report)
+    return Outputs(
+        torch.from_numpy(losses if options.reduction == "none" else loss),
+        grad,
+        torch.from_numpy(np.array(count)) if counted else None,
+        torch.from_numpy(report),  # empty where it is not wanted
     )
-    return Outputs(loss if summed else rows, grad, count, report)
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
@@ -180,7 +175,8 @@ class _Batch:
             targets = _unit_stride(targets.float() if targets.dtype not in _KINDS else targets)
             self.probabilities = _place(targets)
         else:
-            targets = targets.to(torch.int64).contiguous()
+            if targets.dtype != torch.int64 or targets.stride(0) != 1:
+                targets = targets.to(torch.int64).contiguous()
             self.indices = targets.data_ptr()
             self.n_valid, bad = cpu_rows.survey(
                 self.indices, self._rows, options.ignore_index, self._classes
@@ -202,7 +198,7 @@ class _Batch:
             function(0, self._rows, *arguments)
             return
         cuts = [self._rows * share // n_shares for share in range(n_shares + 1)]
-        (first, last), *others = pairwise(cuts)
+        (first, last), *others = itertools.pairwise(cuts)
         calls = [_pool().submit(function, *share, *arguments) for share in others]
         function(first, last, *arguments)
         for call in calls:
@@ -213,9 +209,20 @@ def _unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
-def _place(logits: Tensor) -> list[int]:
-    size = logits.element_size()
-    return [logits.data_ptr(), logits.stride(0) * size, _KINDS[logits.dtype]]
+def _place(logits: Tensor) -> tuple[int, int, int]:
+    """Address, bytes from row to row, and kind."""
+    dtype = logits.dtype
+    return logits.data_ptr(), logits.stride(0) * dtype.itemsize, _KINDS[dtype]
+
+
+def _table(*places: tuple[int, int, int]) -> np.ndarray:
+    return np.array([*itertools.chain(*places)]).reshape(-1, 3)
+
+
+@functools.lru_cache
+def _alike(weight: float, n_mentors: int) -> np.ndarray:
+    """The same weight for each mentor, never written to."""
+    return np.full(n_mentors, weight)
 
 
 @functools.cache

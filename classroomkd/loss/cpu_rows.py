@@ -23,7 +23,7 @@ _KEPT = 2**16  # numbers that stay in the cache from a row's first half to its s
 _LOG2E, _LN2 = np.float32(1 / math.log(2)), math.log(2)
 _FLOOR = -3.4028234663852886e38  # log-confidence of a probability of exactly 0
 _MIN_TAU = 1e-20  # nothing is softened any more, and logits over it are finite
-_MINUS_INF, _ZERO, _ONE = np.float32(-np.inf), np.float32(0), np.float32(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 
 _entry = compiled(vectors.__file__, error_model="numpy")
 
@@ -45,7 +45,7 @@ def _target(address, kind, index, label_smoothing, n_classes, t):
             t[index] = 1
             _smoothed(t, label_smoothing, n_classes)
         return index
-    t[:] = vectors.row(address, kind, n_classes, t, _ZERO)
+    t[:] = vectors.row(address, kind, n_classes, t)
     most, target = vectors.largest(t[:n_classes]), 0
     while target < n_classes - 1 and t[target] != most:
         target += 1
@@ -91,9 +91,8 @@ def confidences(
 
     The other arguments are those of `rows`.
     """
-    width = vectors.width(n_classes, logits)
     one_class = probabilities[0] == 0 and label_smoothing == 0
-    scratch = np.empty((3, width), np.float32)
+    scratch = np.empty((3, n_classes), np.float32)
     row, e, t = scratch[0], scratch[1], scratch[2]
     indices = carray(vectors.pointer(targets), last if targets else 0, np.int64)
     for b in range(first, last):
@@ -104,9 +103,7 @@ def confidences(
         at = probabilities[0] + b * probabilities[1]
         target = _target(at, probabilities[2], index, label_smoothing, n_classes, t)
         for k in range(len(logits)):
-            z = vectors.row(
-                logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row, _MINUS_INF
-            )
+            z = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
             top = vectors.largest(z)
             e_sum = vectors.exponentials(z, top, _LOG2E, e)
             ells[b, k] = _floored(_confidence(z, top, e_sum, one_class, target, t)[0])
@@ -116,7 +113,7 @@ def confidences(
 def _lead(ell_m, ell_s, share_m, share_s, rounded):
     """Δ_m."""
     if not rounded:
-        return -math.expm1(-abs(ell_m - ell_s))
+        return 1 - math.exp(-abs(ell_m - ell_s))
     largest = max(share_m, share_s)
     return abs(share_m - share_s) / largest if largest > 0 else 0.0
 
@@ -204,14 +201,12 @@ def rows(
     logits, probabilities, out = table[:-2], table[-2], table[-1]
     K = len(logits)
     M = K - 1
-    width = vectors.width(n_classes, logits)
-    keep = K * width <= _KEPT
+    keep = K * n_classes <= _KEPT
     one_class = probabilities[0] == 0 and label_smoothing == 0
-    with_grad, in_place = out[0] != 0, out[2] == vectors.FLOAT32 and width == n_classes
-    memory = np.empty((4 + (K if keep else 2)) * width, np.float32)
-    scratch = carray(
-        vectors.pointer(memory.ctypes.data), (4 + (K if keep else 2), width), np.float32
-    )
+    with_grad = out[0] != 0
+    shape = 4 + (K if keep else 2), n_classes
+    memory = np.empty(shape, np.float32)
+    scratch = carray(vectors.pointer(memory.ctypes.data), shape, np.float32)  # not counted
     e_s, e_m, t, grad, kept = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4:]
     indices = carray(vectors.pointer(targets), last if targets else 0, np.int64)
     n_stats = stats.shape[1]
@@ -221,7 +216,7 @@ def rows(
 
     for b in range(first, last):
         grad_at = out[0] + b * out[1]
-        if with_grad and in_place:
+        if with_grad and out[2] == vectors.FLOAT32:
             grad = carray(vectors.pointer(grad_at), n_classes, np.float32)
         index = indices[b] if targets else 0
         if targets and index == ignore_index:
@@ -241,9 +236,7 @@ def rows(
         nonfinite = False
         for k in range(K):
             into = kept[k if keep else min(k, 1)]
-            z = vectors.row(
-                logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, into, _MINUS_INF
-            )
+            z = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, into)
             tops[k] = vectors.largest(z)
             correct[k] = z[target] == tops[k]
             if k == 0 or len(ell_sums) == 0:
@@ -277,10 +270,8 @@ def rows(
             kl = 0.0
             if active:
                 z_m = kept[k if keep else 1]
-                if not keep or logits[k, 2] == vectors.FLOAT32:
-                    z_m = vectors.row(
-                        logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, z_m, _MINUS_INF
-                    )
+                if not keep or logits[k, 2] == vectors.FLOAT32:  # or it has been converted
+                    z_m = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, z_m)
                 factor_m, factor_s = np.float32(1 / tau_m) * _LOG2E, np.float32(1 / tau_s) * _LOG2E
                 if tau_s != last_tau:
                     s_sum, last_tau = vectors.exponentials(z_s, tops[0], factor_s, e_s), tau_s
@@ -312,7 +303,7 @@ def rows(
             if nonfinite:
                 grad[:] = math.nan
             vectors.store(grad, np.float32(factor), grad_at, out[2], n_classes)
-    memory[0] = 0  # numba frees an array after its last use, and all of scratch is in this one
+    memory[0, 0] = 0  # numba frees an array after its last use, and all of scratch is in this one
 
 
 @_entry

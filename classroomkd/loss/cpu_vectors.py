@@ -1,7 +1,7 @@
 """Loops over the classes of a row, compiled by numba into vector instructions.
 
 They are over contiguous float32 and have no branch. Rows of another dtype are converted one at a
-time into scratch, and so are short ones, filled up to a multiple of `_LANES`.
+time into scratch.
 
 Sums may be reordered, which vector instructions need (``reassoc``): the order is that of the
 machine code, the same for every row of a length, whoever computes it. No other freedom is given
@@ -17,8 +17,6 @@ from numba.extending import intrinsic
 FLOAT32, FLOAT16, BFLOAT16 = range(3)
 """Kinds of logits."""
 
-_LANES = 32  # of an unrolled loop of vectors of eight
-_SHORT = 4096  # up to so many classes, what is over after the last full turn costs too much
 _BLOCK = 2048  # classes that are summed in float32; the blocks' sums are in float64
 
 _f32, _i32, _u32 = np.float32, np.int32, np.uint32
@@ -36,9 +34,9 @@ _C1, _C2, _C3, _C4, _C5, _C6 = map(
 _ROUNDER = _f32(1.5 * 2**23 + 127)
 _LEAST = _f32(-127)  # whose power comes out as exactly 0
 
-exact = njit(error_model="numpy")
-_fused = njit(error_model="numpy", fastmath={"contract"})
-_summing = njit(error_model="numpy", fastmath={"reassoc", "nsz"})
+exact = njit(forceinline=True, error_model="numpy")
+_fused = njit(forceinline=True, error_model="numpy", fastmath={"contract"})
+_summing = njit(forceinline=True, error_model="numpy", fastmath={"reassoc", "nsz"})
 
 
 @intrinsic
@@ -98,21 +96,16 @@ def exponentials(z, top, factor, out):
 
 @exact
 def _expected_term(t, z, top):
-    return t * (z - top) if t > _ZERO else _ZERO
+    return np.float64(t) * np.float64(z - top) if t > _ZERO else 0.0
 
 
 @_summing
 def expected(t, z, top):
-    """Σ t (z − top) and Σ t; 0 · −inf is 0."""
+    """Σ t (z − top), in float64, as all else depends on it, and Σ t; 0 · −inf is 0."""
     total = t_total = 0.0
-    for start in range(0, len(z), _BLOCK):
-        row, target = z[start : start + _BLOCK], t[start : start + _BLOCK]
-        part = t_part = _ZERO
-        for i in range(len(row)):
-            part += _expected_term(target[i], row[i], top)
-            t_part += target[i]
-        total += part
-        t_total += t_part
+    for i in range(len(z)):
+        total += _expected_term(t[i], z[i], top)
+        t_total += np.float64(t[i])
     return total, t_total
 
 
@@ -203,24 +196,18 @@ def _to_bfloat16(value):
 
 
 @exact
-def row(address, kind, n_classes, scratch, filling):
-    """A row as float32: where it lies, if that is one and serves, or else in ``scratch``."""
+def row(address, kind, n_classes, scratch):
+    """A row as float32: where it lies, if that is one, or else in ``scratch``."""
     if kind == FLOAT32:
-        values = carray(pointer(address), n_classes, np.float32)
-        if len(scratch) == n_classes:
-            return values
+        return carray(pointer(address), n_classes, np.float32)
+    bits = carray(pointer(address), n_classes, np.uint16)
+    if kind == FLOAT16:
         for i in range(n_classes):
-            scratch[i] = values[i]
+            scratch[i] = _float16(_u32(bits[i]))
     else:
-        bits = carray(pointer(address), n_classes, np.uint16)
-        if kind == FLOAT16:
-            for i in range(n_classes):
-                scratch[i] = _float16(_u32(bits[i]))
-        else:
-            into = scratch.view(np.uint32)
-            for i in range(n_classes):
-                into[i] = _u32(_u32(bits[i]) << _u32(16))
-    scratch[n_classes:] = filling
+        into = scratch.view(np.uint32)
+        for i in range(n_classes):
+            into[i] = _u32(_u32(bits[i]) << _u32(16))
     return scratch
 
 
@@ -239,11 +226,3 @@ def store(grad, factor, address, kind, n_classes):
         else:
             for i in range(n_classes):
                 bits[i] = _to_bfloat16(grad[i] * factor)
-
-
-@exact
-def width(n_classes, logits):
-    """The length of a row in scratch; that of the rows themselves if they serve where they lie."""
-    if n_classes > _SHORT and logits[:, 2].max() == FLOAT32:
-        return n_classes
-    return (n_classes + _LANES - 1) // _LANES * _LANES

@@ -78,14 +78,16 @@ def check_inputs(
         )
     if not mentors:
         raise ValueError("mentor_logits must hold at least one mentor, got M = 0")
+    shape, device = student_logits.shape, student_logits.device
     for index, mentor in enumerate(mentors):
         _logits("mentor_logits", mentor, index)
-        if mentor.shape != student_logits.shape:
+        if mentor.shape != shape:
             raise ValueError(
-                f"mentor_logits[{index}] must have the student's shape "
-                f"{list(student_logits.shape)}, got {list(mentor.shape)}"
+                f"mentor_logits[{index}] must have the student's shape {list(shape)}, "
+                f"got {list(mentor.shape)}"
             )
-        check_same_device(f"mentor_logits[{index}]", mentor, student_logits)
+        if mentor.device != device:  # before its name is put together, which takes longer
+            check_same_device(f"mentor_logits[{index}]", mentor, student_logits)
     _check_targets(targets, student_logits)
     if mentor_weight is not None:
         check_mentor_weight(mentor_weight, len(mentors), student_logits)
@@ -116,6 +118,8 @@ def either(dtypes: Sequence[torch.dtype]) -> str:
 
 
 def _logits(name: str, value: object, index: int | None = None) -> None:
+    if isinstance(value, Tensor) and value.dtype in FLOATS:
+        return
     name = name if index is None else f"{name}[{index}]"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

@@ -47,11 +47,16 @@ def register(
     return operator
 
 
+@functools.cache
+def _chooser() -> Any:
+    from classroomkd.loss import fused  # which imports this module
+
+    return fused
+
+
 def _implementation(tensor: Tensor) -> Any:
     """The module that computes the pass for tensors on this one's device."""
-    from classroomkd.loss import fused
-
-    return fused.implementation(tensor.device.type)
+    return _chooser().implementation(tensor.device.type)
 
 
 @functools.lru_cache(typed=True)

@@ -36,6 +36,9 @@ def check_given(
     few = device.type == "cpu" and info.image_size > _SMALL
     images, targets = _images(part, info, device, _ON_A_CPU if few else N_IMAGES)
     as_they_come = (info.mean, info.std) == AS_THEY_COME
+    if not as_they_come:  # then they are normalised images [N, 3, H, W]
+        mean, std = (images.new_tensor(of)[:, None, None] for of in (info.mean, info.std))
+        images = images * std + mean
     looked_at = {}
     for mentor in given:
         assert mentor.network is not None
@@ -50,7 +53,7 @@ def check_given(
 def _images(
     part: AnyPart, info: NetworkInfo, device: torch.device, n_images: int
 ) -> tuple[Tensor, Tensor]:
-    """Images [N, 3, H, W] of values from 0 to 1, and their classes, drawn at random."""
+    """Images, normalised as ``info`` says, and their classes [N], drawn at random."""
     if isinstance(part, ImageSet | ImageFiles):
         mask = np.zeros(len(part), bool)
         mask[np.random.default_rng(0).permutation(len(part))[:n_images]] = True
@@ -64,5 +67,4 @@ def _images(
             targets.append(classes)
             if sum(map(len, targets)) >= n_images:
                 break
-    mean, std = (batch.new_tensor(of)[:, None, None] for of in (info.mean, info.std))
-    return torch.cat(images)[:n_images] * std + mean, torch.cat(targets)[:n_images]
+    return torch.cat(images)[:n_images], torch.cat(targets)[:n_images]

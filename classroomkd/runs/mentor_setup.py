@@ -98,7 +98,7 @@ def find_mentors(
 def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
     """The mentors to train, those of the same training, but for its last epoch, together."""
     counts: Counter[tuple[str, int | None]] = Counter()
-    trainings: dict[tuple[object, ...], list[TrainingJob]] = {}
+    trainings: dict[TrainingJob, list[TrainingJob]] = {}
     for mentor in mentors:
         if mentor.network is None:
             kind = mentor.architecture, mentor.at
@@ -114,7 +114,7 @@ def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
                 mentor.mean,
                 mentor.std,
             )
-            trainings.setdefault((replace(job, name="", at=None)), []).append(job)
+            trainings.setdefault(replace(job, name="", at=None), []).append(job)
     return list(trainings.values())
 
 

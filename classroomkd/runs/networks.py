@@ -183,9 +183,9 @@ class NetworkTrainer:
         )
 
     def _info(self, job: TrainingJob) -> NetworkInfo:
-        own = {"mean": job.mean or self.info.mean, "std": job.std or self.info.std}
+        mean, std = job.mean or self.info.mean, job.std or self.info.std
         code = self.builder.code(job.architecture)
-        return replace(self.info, architecture=job.architecture, code=code, **own)
+        return replace(self.info, architecture=job.architecture, code=code, mean=mean, std=std)
 
     def _placed(self, job: TrainingJob, network: nn.Module) -> nn.Module:
         """A network of the run on its device, taking images as the run's loaders normalise them."""
@@ -335,7 +335,7 @@ class NetworkTrainer:
     def _training_loader(self, training: TrainingConfig, seed: int) -> Loader:
         batch_size = training.batch_size
         return self.loaders.open(
-            self.train_set,
+            self.train_set,  # type: ignore[arg-type]  # the loaders are of its kind
             self.processes.share(batch_size),
             **self.processes.place,
             mean=self.info.mean,

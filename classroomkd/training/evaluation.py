@@ -51,7 +51,7 @@ def evaluation_loader(
     ``share`` is the ``rank`` and ``world_size`` of this process, if there are several.
     """
     return loaders.open(
-        image_set,
+        image_set,  # type: ignore[arg-type]  # the loaders are of its kind
         _BATCH_SIZE,
         mean=info.mean,
         std=info.std,

@@ -27,8 +27,10 @@ def peak_learning_rate(training: TrainingConfig, network: nn.Module | str) -> fl
     """The schedule's peak: as given, or the usual one for a network, or for one of this name."""
     if training.learning_rate is not None:
         return training.learning_rate
-    named = isinstance(network, str)
-    has_any = has_depthwise_convolutions(network) if named else depthwise(network)
+    if isinstance(network, str):
+        has_any = has_depthwise_convolutions(network)
+    else:
+        has_any = depthwise(network)
     return _PEAK_OF_DEPTHWISE if has_any else PEAK
 
 

@@ -171,9 +171,17 @@ def _walked(kernel, block=0):
         known = next(k for k in known_kernels.known() if k.kernel.__name__ == kernel)
         known = known._replace(n_classes=8192, block=block, dtype=torch.float32)
         code = known.code(model.TARGET)
-    caches = walk.Caches(l1=0, l2=0, shared_is_cold=False)
-    instructions = sass.disassemble(code.cubin)
-    return walk.walk(instructions, *model.constants_of(code), code.grid, code.num_warps, caches)
+    caches = walk.Caches(l1=1e9 if kernel == "loss" else 0, l2=0, shared_is_cold=False)
+    return _walk(code, caches)
+
+
+def _walk(code, caches, **options):
+    instructions, constants = sass.disassemble(code.cubin), model.constants_of(code)
+    return walk.walk(instructions, *constants, code.grid, code.num_warps, caches, **options)
+
+
+def _bytes(walked, path):
+    return walked.traffic[path[path[:, 2] >= 0, 2]].sum((0, 1)).tolist()
 
 
 def test_what_kernels_move_and_how_often_they_loop(fresh):
@@ -185,14 +193,12 @@ def test_what_kernels_move_and_how_often_they_loop(fresh):
     for walked, times in ((once, 2), (twice, 3), (in_more_steps, 3)):
         assert walked.traffic.sum((0, 1)).tolist() == [0, 0, times * 8192 * 4, 0]
         assert not len(walked.tail)
-    main, tail = (
-        loss.traffic[path[path[:, 2] >= 0, 2]].sum((0, 1)) for path in (loss.path, loss.tail)
-    )
+    # With an L1 that forgets nothing: each logit once, the gradient, and a few numbers besides.
     one_read = (2 + 2) * 1000 * 4
-    # And the target, the target's logits once more, the row's loss.
-    assert main.tolist() == [0, 0, one_read + (1 + 3) * walk.SECTOR + 4, 0]
-    assert tail[1] >= 2048 * 4  # all rows' losses, which are in L2
-    assert tail[2] <= walk.SECTOR
+    assert one_read <= _bytes(loss, loss.path)[2] <= one_read + 16 * walk.SECTOR
+    _, from_l2, dram, _ = _bytes(loss, loss.tail)
+    assert from_l2 > 0  # what other programs wrote
+    assert dram <= 4 * walk.SECTOR  # results
 
 
 @triton.jit
@@ -212,21 +218,17 @@ def _turns(first):
     counter, out = (torch.empty(9, dtype=x, device="meta") for x in (torch.int32, torch.float32))
     arguments = {"counter_ptr": counter, "out_ptr": out, "n": 3000}
     code = ahead_of_time.kernel_code(_turns_kernel, (100,), arguments, 4, model.TARGET)
-    instructions = sass.disassemble(code.cubin)
-    caches = walk.Caches(0, 0, False)
-    walked = walk.walk(
-        instructions, *model.constants_of(code), code.grid, code.num_warps, caches, first=first
-    )
-    return walked.takes_turns, *(
-        [instructions[i].unit for i in path[:, 0]].count(unit)
-        for path, unit in ((walked.path, "store"), (walked.tail, "load"))
-    )
+    walked = _walk(code, walk.Caches(0, 0, False), first=first)
+    return walked.takes_turns, _bytes(walked, walked.path), _bytes(walked, walked.tail)
 
 
 def test_turns_are_taken_by_the_first_and_sums_made_by_the_last(fresh):
     others, first = fresh(_turns, (False, True))
-    assert others == (True, 0, 30)
-    assert first == (True, 1, 30)
+    assert others[:2] == (True, [0, 0, 0, 0])
+    assert first[:2] == (True, [0, 0, 4, 0])
+    for _, _, (from_l1, from_l2, stored, _) in (others, first):
+        assert from_l1 + from_l2 == 3000 // 100 * 4 * walk.SECTOR  # for each of four warps
+        assert stored == 4
 
 
 def test_a_loop_whose_end_is_data_is_an_error():

@@ -243,7 +243,7 @@ def test_autocast(device, net, ranking):
     loss.backward()
     assert all(grad.dtype == torch.float32 for grad in gradients(net))
     z = logits.detach().requires_grad_()
-    expected = fused_classroom_loss(z, half, targets, **OPTIONS[ranking])
+    expected, _ = fused_classroom_loss(z, half, targets, return_report=True, **OPTIONS[ranking])
     expected.backward()
     assert torch.equal(loss, expected)
     torch.testing.assert_close(net.bias.grad, z.grad.float().sum(0), rtol=1e-2, atol=1e-3)
@@ -313,9 +313,11 @@ def everything(student, mentors, targets):
     return results
 
 
-def test_no_value_is_read_back(device, monkeypatch):
+def test_no_value_is_read_back(device, monkeypatch, request):
     from classroomkd.kernels import launch
 
+    if request.node.callspec.params["device"] == "ptx":
+        pytest.skip("what executes PTX reads the tensors")
     if fused.implementation(device.type) is not launch:
         pytest.skip("the CPU's pass waits for nothing")
 

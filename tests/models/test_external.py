@@ -300,7 +300,7 @@ def test_saved_networks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     for architecture, parts in {
         "tv:squeezenet1_0": ["claims to be tv:squeezenet1_0 with 3 classes but differs"],
         "tv:squeezenet": [str(path), "no network is called 'tv:squeezenet'"],
-        "xy:squeezenet1_1": [str(path), "unknown network"],
+        "squeezenet1_1": [str(path), "unknown network"],
     }.items():
         save_network(path, network, NetworkInfo(architecture, ["a", "b", "c"], *IMAGENET, 224))
         message = refusal(load_network, path)

@@ -431,7 +431,7 @@ def test_float32_to_integers(mode, to):
 
 UNKNOWN = [
     *("sin.approx.f32", "add.sat.f32", "add.rz.f32", "cvt.rz.f32.f64", "cvt.s32.f32", "mul.f64"),
-    *("cvt.rn.f16.s32", "div.s32", "fma.rn.bf16", "prmt.f4e.b32", "bfi.b32", "add.f8"),
+    *("cvt.rn.f16.s32", "div.f64", "fma.rn.bf16", "prmt.f4e.b32", "bfi.b32", "add.f8"),
 ]
 
 

@@ -211,10 +211,9 @@ def test_data_sets_become_image_sets_and_are_split(tmp_path):
     assert (summary["data"]["train_images"], summary["data"]["test_images"]) == (45, 15)
     assert summary["data"]["class_names"] == ["0", "1", "2"]
     floats = [(image.astype(np.float32), target) for image, target in pairs]
-    assert "train: sample 0 of the data set cannot be taken: its image is float32" in refusal(
-        "resnet8", [], floats
-    )
-    assert "or give a DataLoader of it" in refusal("resnet8", [], floats)
+    message = refusal("resnet8", [], floats, method="alone")
+    assert "train: sample 0 of the data set cannot be used: its image is float32" in message
+    assert "or give a DataLoader of it" in message
 
 
 def test_a_mentors_mapping_is_a_recipes(tmp_path):

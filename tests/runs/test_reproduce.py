@@ -413,7 +413,7 @@ class Here:
 def in_this_process(monkeypatch):
     """Tasks run here one after another; the interruption below has processes side by side."""
     monkeypatch.setattr(runner.subprocess, "Popen", Here)
-    monkeypatch.setattr(runner, "_LOOK_EVERY", 0.01)
+    monkeypatch.setattr(runner, "_POLL_SECONDS", 0.01)
 
 
 @pytest.mark.slow

@@ -418,7 +418,7 @@ def test_a_sick_mentor_stops_the_training_by_name(monkeypatch):
         trainer.train_epoch()
     message = str(caught.value)
     assert message.startswith("resnet8 in the classroom, epoch 2, batch 3 of 6: the loss is not")
-    assert "mentor sick " in message
+    assert "mentor sick" in message
 
 
 def test_divergence_is_not_blamed_on_a_mentor():
