@@ -131,7 +131,7 @@ TILED_SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", 
 )
 def test_every_option_tiled(device, monkeypatch, name, soft):
     sweep(monkeypatch, 16)
-    batch = classroom(n_mentors=3, n_rows=3, n_classes=37)
+    batch = classroom(n_mentors=3, n_rows=9, n_classes=37)
     if soft:
         batch = batch._replace(targets=probabilities(*batch.student.shape))
     assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
