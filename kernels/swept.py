@@ -166,6 +166,9 @@ def swept_confidences(
     z_max = tl.max(of_threads, 1)  # [1, K]
     lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
     e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
+    # Fused into the sum across threads the products would differ among them, and all that follows.
+    # This changes nothing but that.
+    e_sum = tl.maximum(e_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ONE_CLASS:
         t_sum = tl.full([1, 1], 1.0, tl.float32)
         e_sum = tl.sum(e_sum, 1)

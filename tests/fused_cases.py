@@ -59,8 +59,9 @@ def laid_out(logits, layout):
 
 
 def sweep(patch, width):
-    """Sweep over all rows, in steps of so many columns."""
-    patch.setattr(launch, "blocks", lambda *_: launch.Blocks(width, 1, 1, V=4))
+    """Sweep over all rows, in steps of so many columns; all of a load's lie in one thread."""
+    load = max(1, min(4, width // launch.WARP_SIZE))
+    patch.setattr(launch, "blocks", lambda *_: launch.Blocks(width, 1, 1, V=load))
 
 
 @contextmanager
@@ -73,7 +74,7 @@ def cut_up(case):
             lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_programs=3),
         )
         if case.tiled:
-            sweep(patch, 32)
+            sweep(patch, 64)
         yield
 
 

@@ -89,7 +89,7 @@ KERNELS = {
         *(70, 2), {"ranking": "batch", "rank_decimals": 2, "task_weight": 0.7}, tiled=True
     ),
     "tiles, smoothed probabilities, dtkd": Kernel(
-        *(45, 3),
+        *(77, 3),
         {
             **{"label_smoothing": 0.1, "mentoring": "dtkd", "knowledge_filter": "correct"},
             "weighting": "uniform",

@@ -126,6 +126,12 @@ def reader(kind: str) -> Function:
     return lambda bits: bits.view(dtype)
 
 
+def _one_nan(x: Array) -> Array:
+    """With every NaN of float32 the one that hardware makes, so that a + b has the bits of b + a."""
+    nan = x != x
+    return np.where(nan, np.asarray(0x7FFFFFFF, u32).view(f32), x) if nan.any() else x
+
+
 def _writer(kind: str) -> Function:
     """From numbers, float32 for half precisions, to bits."""
     if kind == "bf16":
@@ -133,7 +139,9 @@ def _writer(kind: str) -> Function:
     if kind == "f16":
         return lambda x: np.where(x != x, u16(0x7FFF), x.astype(f16).view(u16))
     if kind == "f32x2":
-        return lambda x: np.ascontiguousarray(x).view(u64).reshape(-1)
+        return lambda x: np.ascontiguousarray(_one_nan(x)).view(u64).reshape(-1)
+    if kind == "f32":
+        return lambda x: _one_nan(x.astype(f32, copy=False)).view(u32)
     dtype, bits = TYPES[kind], BITS[WIDTH[kind]]
     return lambda x: x.astype(dtype, copy=False).view(bits)
 
@@ -340,7 +348,6 @@ def extremum_of(largest: bool, nan: bool) -> Function:
         if zeros.any():
             sign = np.signbit(a) & np.signbit(b) if largest else np.signbit(a) | np.signbit(b)
             chosen = np.where(zeros, np.where(sign, f32(-0.0), f32(0)), chosen)
-        chosen = np.where(chosen != chosen, np.asarray(0x7FFFFFFF, u32).view(f32), chosen)
         return extremum(chosen, *more) if more else chosen
 
     return extremum
@@ -401,7 +408,7 @@ def _approximate(opcode: tuple[str, ...], perturb: Perturbation | None) -> Opera
                 result = perturb.logarithm(result, operands[0])
             else:
                 result = perturb(result, operands, steps[name])
-        return result.view(u32)
+        return _one_nan(result).view(u32)
 
     return Operation(4, (4, 4) if name == "div" else (4,), compute)
 
@@ -418,7 +425,7 @@ def _mixed(opcode: tuple[str, ...]) -> Operation:
     def compute(*sources: Array) -> Array:
         *halves, last = sources
         exact = [read(each).astype(f32) for each in halves]
-        return function(*exact, last.view(f32)).astype(f32).view(u32)
+        return _writer("f32")(function(*exact, last.view(f32)))
 
     return Operation(4, (*narrow, 4), compute)
 
