@@ -202,7 +202,7 @@ def classroom_kernel(
                 ds, students, s_max, tau_m, tau_s, MENTORING != "dtkd"
             )
         elif ONE_TILE:
-            sum_m, sum_s, cross, row_grad = row_lessons(
+            kl, row_grad = row_lessons(
                 begins,
                 maxima,
                 tau_m,
@@ -222,7 +222,8 @@ def classroom_kernel(
             sum_m, sum_s, cross = swept_lessons(
                 begins, maxima, tau_m, tau_s, active, lane, C, BLOCK_C, V, MENTORING != "dtkd"
             )
-        kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
+        if PIECES > 0 or not ONE_TILE:
+            kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
         mentor_loss = tl.sum(lesson_terms(active, weight, tau_s, kl), 1)
         own_ell = tl.sum(tl.where(lane == 0, row_ell, 0.0), 1)
         loss = task_loss(tl.sum(task, 1), own_ell) + mentor_loss
@@ -254,10 +255,11 @@ def classroom_kernel(
             factor = gradient_factor(
                 scale_ptr, state_ptr, target_stride, n_rows, REDUCTION == "mean", SCALE_GRAD
             )
-            # Lane 0 has the cross-entropy's own softmax, to be added.
-            coef_m = tl.where(lane == 0, -task * t_sum / e_sum, 0.0)
-            coef_m = tl.where(active, weight / sum_m, coef_m)
-            coef_s = tl.where(active, weight / sum_s, 0.0)
+            if PIECES > 0 or not ONE_TILE:
+                # Lane 0 has the cross-entropy's own softmax, to be added.
+                coef_m = tl.where(lane == 0, -task * t_sum / e_sum, 0.0)
+                coef_m = tl.where(active, weight / sum_m, coef_m)
+                coef_s = tl.where(active, weight / sum_s, 0.0)
             if PIECES > 0:
                 store_held_gradient(
                     grad_ptr,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.device import LOG2E, cross_terms, exponents, smoothed
+from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
 from classroomkd.kernels.swept import in_lanes, numbers_of
 
 
@@ -43,17 +43,13 @@ def row_lessons(
 ):
     """Both sweeps in one, for a row of one tile: one mentor after another is read again and taught.
 
-    The sums of e_m, of e_s and of the cross terms in lanes [1, K], and the gradient [BLOCK_C] but
-    for the target's − a_s · t.
+    KL_m in lanes [1, K], and the gradient [BLOCK_C] but for the target's − a_s · t.
     """
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
-    scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
-    if SAME_TAU:
-        scale_s = scale_m
-    else:
-        scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, N)
+    taus_m = numbers_of(tau_m, lane, N)
+    taus_s = numbers_of(tau_s, lane, N)
     weights = numbers_of(tl.where(active, weight, 0.0), lane, N)
     n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
     own = tl.sum(tl.sum(task * t_sum, 1), 0) / numbers_of(e_sum, lane, 1)[0]
@@ -61,9 +57,7 @@ def row_lessons(
     inside = column < C
     d_s = tl.load(begins[0] + column, mask=inside, other=-float("inf")).to(tl.float32) - z_max[0]
     grad = tl.exp2(d_s * LOG2E) * own
-    sums_m = tl.zeros_like(maxima) + 1.0
-    sums_s = sums_m
-    crosses = tl.zeros_like(maxima)
+    kl = tl.zeros_like(maxima)
     wanted = inside & (n_classes[1] > column * 0)
     following = tl.load(begins[1] + column, mask=wanted, other=-float("inf"))
     for m in tl.static_range(1, N):
@@ -72,17 +66,18 @@ def row_lessons(
             wanted = inside & (n_classes[m + 1] > column * 0)
             following = tl.load(begins[m + 1] + column, mask=wanted, other=-float("inf"))
         if n_classes[m] > 0:
+            scale_m = 1.0 / taus_m[m] * LOG2E
+            scale_s = 1.0 / taus_s[m] * LOG2E
             d_m = z_m.to(tl.float32) - z_max[m]
-            e_m = tl.exp2(exponents(d_m, scale_m[m]))
-            e_s = tl.exp2(exponents(d_s, scale_s[m]))
-            cross = cross_terms(e_m, d_m, d_s, scale_m[m], scale_s[m], SAME_TAU)
+            e_m = tl.exp2(exponents(d_m, scale_m))
+            e_s = tl.exp2(exponents(d_s, scale_s))
+            cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
             sums = _sums_of_lesson(e_m, e_s, cross, L, V)
             grad += e_s * (weights[m] / sums[1])
             grad -= e_m * (weights[m] / sums[0])
-            sums_m = tl.where(lane == m, sums[0], sums_m)
-            sums_s = tl.where(lane == m, sums[1], sums_s)
-            crosses = tl.where(lane == m, sums[2], crosses)
-    return sums_m, sums_s, crosses, grad
+            kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
+            kl = tl.where(lane == m, kl_m, kl)
+    return kl, grad
 
 
 @triton.jit

@@ -105,7 +105,6 @@ def swept_confidences(
         valid = valid & (index != ignore_index)
         out_of_range = (valid & ((index < 0) | (index >= C))) | out_of_range
         target = tl.where((index < 0) | (index >= C), 0, index).to(tl.int32)
-        at_target = _at(begins, target, lane)
     maxima = ()
     sums = ()
     picks = ()  # Σ t (z − max z)
@@ -161,9 +160,9 @@ def swept_confidences(
     if SOFT:
         largest = tl.max(best, 0)
         target = tl.min(tl.where(best == largest, best_at, C - 1), 0)
-        at_target = _at(begins, target, lane)
     of_threads = in_lanes(maxima, K)
     z_max = tl.max(of_threads, 1)  # [1, K]
+    at_target = _at(begins, target, lane)  # here, where they fill no registers during the sweep
     lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
     e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
     # Fused into the sum across threads the products would differ among them, and all that follows.
