@@ -12,7 +12,7 @@ from classroomkd.kernels.counters import MAX_GROUPS
 # softmax numerators, and what the compiler needs besides.
 _MAX_VALUES_HELD = 32
 _MAX_WARPS_HELD = 4
-_MAX_CLASSES_OF_ONE_STEP = 4096
+_MAX_CLASSES_OF_ONE_STEP = 2048
 _MAX_MENTORS_LIMITED = 7
 
 
@@ -67,7 +67,7 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
 def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
     """Blocks for rows in sweeps, a load of 16 bytes of each row a thread and step.
 
-    A row of up to 4096 classes is one step, 16 columns a thread, and its gradient stays in
+    A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
     each; with many mentors the compiler would have to spill for that.
     """

@@ -118,9 +118,6 @@ def swept_confidences(
     for start in tl.range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = column < C
-        tiles = ()
-        for k in tl.static_range(len(begins)):
-            tiles = tiles + (tl.load(begins[k] + column, mask=inside, other=-float("inf")),)
         if not ONE_CLASS:
             if SOFT:
                 t = tl.load(target_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
@@ -137,7 +134,8 @@ def swept_confidences(
         new_sums = ()
         new_picks = ()
         for k in tl.static_range(len(begins)):
-            z = tl.reshape(tiles[k].to(tl.float32), [L, V])
+            z = tl.load(begins[k] + column, mask=inside, other=-float("inf"))
+            z = tl.reshape(z.to(tl.float32), [L, V])
             largest = tl.maximum(maxima[k], tl.max(z, 1))
             # While every class so far is ruled out, 0 stands for their maximum.
             shift = tl.where(largest == -float("inf"), 0.0, largest)
