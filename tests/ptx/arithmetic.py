@@ -127,7 +127,7 @@ def reader(kind: str) -> Function:
 
 
 def _one_nan(x: Array) -> Array:
-    """With every NaN of float32 the one that hardware makes, so that a + b has the bits of b + a."""
+    """With every NaN of float32 the one that hardware makes: a + b has the bits of b + a."""
     nan = x != x
     return np.where(nan, np.asarray(0x7FFFFFFF, u32).view(f32), x) if nan.any() else x
 
