@@ -42,6 +42,7 @@ SECTIONS = {  # record → heading, command that measures it
     "roofline": ("Roofline", "python benchmarks/roofline.py --out OUT"),
     "loss": ("Loss", "python benchmarks/loss.py --out OUT"),
     "loss_cpu": ("Loss on a CPU", "python benchmarks/loss_cpu.py --out OUT"),
+    "loss_linear": ("Loss of linear heads", "python benchmarks/loss_linear.py --out OUT"),
     "loaders": ("Loaders", "python benchmarks/loaders.py --images 50000 --out OUT"),
     "step": ("Training step", "python benchmarks/step.py --whole 5 --out OUT"),
     "quickstart": ("Quickstart", "classroomkd quickstart --out RUN"),

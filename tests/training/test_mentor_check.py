@@ -141,7 +141,7 @@ def test_no_false_alarm(trained, images, n):
     for seed in SEEDS:
         for check in checked(trained, images, n, seed).values():
             assert not check.findings, check
-            assert check.n_images == n
+            assert check.n_rows == n
             right = trained[check.name, seed](
                 (sample(images, n, seed)[0] - torch.tensor(OWN[0])[:, None, None])
                 / torch.tensor(OWN[1])[:, None, None]
