@@ -2,9 +2,9 @@
 
     python benchmarks/examples.py --out OUT
 
-Runs examples/plain.py, lightning_module.py and hugging_face.py as their docstrings say, each in a
-process of its own, and keeps the accuracies that it prints. Other seeds chose the examples'
-settings. The same command resumes an interrupted one.
+Runs the EXAMPLES as their docstrings say, each in a process of its own, and keeps the accuracies or
+perplexities that it prints. Other seeds chose the examples' settings. The same command resumes an
+interrupted one.
 """
 
 from __future__ import annotations
@@ -21,23 +21,29 @@ from rich.progress import track
 
 from measure import KeptRows
 
-EXAMPLES = ("plain", "lightning_module", "hugging_face")
+EXAMPLES = ("plain", "lightning_module", "hugging_face", "language_model")
 SEEDS = range(5)
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 
 
-def run(name: str, *arguments: str) -> list[float]:
-    """The held-out accuracies an example prints: its mentors', then alone, and in the classroom.
+def run(name: str, *arguments: str) -> dict[str, object]:
+    """What an example prints: the measure, that of its mentors, and of the student in two ways.
 
     Raises RuntimeError, with what it wrote, if the example fails.
     """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = re.search(r"^held-out accuracy: .*$", done.stdout, re.MULTILINE)
+    found = re.search(r"^held-out (accuracy|perplexity): (.*)$", done.stdout, re.MULTILINE)
     if done.returncode or not found:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
-    return [float(number) for number in re.findall(r"\d\.\d+", found[0])]
+    *mentors, alone, classroom = map(float, re.findall(r"\d+\.\d+", found[2]))
+    taught = re.search(r"^tokens taught: (.*)$", done.stdout, re.MULTILINE)
+    shares = [float(share) for share in re.findall(r"([\d.]+)%", taught[1])] if taught else None
+    return {
+        **{"measure": found[1], "mentors": mentors, "alone": alone, "classroom": classroom},
+        "taught_percent": shares,  # of the tokens, by the mentors and the sick one
+    }
 
 
 def main() -> None:
@@ -48,10 +54,8 @@ def main() -> None:
     plan = [(name, seed) for name in EXAMPLES for seed in SEEDS]
     for name, seed in track([key for key in plan if not kept.has(example=key[0], seed=key[1])]):
         begin = time.perf_counter()
-        *mentors, alone, classroom = run(name, "--seed", str(seed))
-        row = {"example": name, "seed": seed, "mentors_top1": mentors, "alone_top1": alone}
-        seconds = round(time.perf_counter() - begin, 1)
-        kept.add(row | {"classroom_top1": classroom, "seconds": seconds})
+        row = {"example": name, "seed": seed} | run(name, "--seed", str(seed))
+        kept.add(row | {"seconds": round(time.perf_counter() - begin, 1)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tables of docs/teaching.md: of gradients.py, drop_in.py and small_data.py."""
+"""The tables of docs/teaching.md: of gradients.py, drop_in.py, small_data.py and examples.py."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ COMMANDS = {  # record → heading, command that measures it
         "`classroomkd train` on small data",
         "python benchmarks/small_data.py --out OUT --photos FOLDER",
     ),
+    "examples": ("The examples", "python benchmarks/examples.py --out OUT"),
 }
 
 
 def markdown(name: str, record: Row) -> Iterator[str]:
     """The tables of a record, and the text that explains them."""
-    yield from {"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data}[name](
-        record["rows"]
-    )
+    tables = {
+        **{"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data},
+        "examples": _examples,
+    }
+    yield from tables[name](record["rows"])
 
 
 def _gradients(rows: Sequence[Row]) -> Iterator[str]:
@@ -149,4 +152,35 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
         *("set", "images per class", "student", "method"),
         *("validation", "minus alone", "test", "minus alone", "seeds"),
     )
+    yield markdown_table(headings, lines)
+
+
+def _examples(rows: Sequence[Row]) -> Iterator[str]:
+    yield (
+        "Held-out accuracy, in percent, or perplexity, the less the better, with its standard "
+        "deviation over the seeds, and the difference with its standard error, paired by seed."
+    )
+    lines = []
+    for (name, measure), own in _grouped(rows, ("example", "measure")).items():
+        scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
+
+        def told(values: Sequence[float], error: bool = False, n: int = digits) -> str:
+            spread_ = stdev(values) / (math.sqrt(len(values)) if error else 1)
+            text = f"{mean(values):{'+' if error else ''}.{n}f}".replace("-", "−")
+            return f"{text} ± {spread_:.{n}f}"
+
+        alone, classroom = ([scale * row[key] for row in own] for key in ("alone", "classroom"))
+        mentors = zip(*(row["mentors"] for row in own), strict=True)
+        lines.append(
+            [
+                f"[{name}.py](../examples/{name}.py)",
+                measure,
+                ", ".join(f"{scale * mean(of):.{digits}f}" for of in mentors),
+                told(alone),
+                told(classroom),
+                told([b - a for a, b in zip(alone, classroom, strict=True)], error=True),
+                str(len(own)),
+            ]
+        )
+    headings = ("example", "measure", "mentors", "alone", "in the classroom", "difference", "seeds")
     yield markdown_table(headings, lines)

@@ -2,8 +2,7 @@
 
     pip install -c constraints.txt -e ".[examples]"
     python examples/hugging_face.py
-With four classes, mentors weigh "auto", 1/4 each, where the paper has 1, at temperature 4, not 12:
-seeds 10 to 12 chose it, and 128 sentences for students. docs/teaching.md shows seeds 0 to 4.
+Seeds 10 to 12 chose temperature 4 and 128 sentences for students; docs/teaching.md has seeds 0–4.
 """
 
 import tempfile
@@ -17,7 +16,7 @@ import_torchvision()  # transformers does, and fails if it was built for another
 import transformers as hf  # noqa: E402
 
 
-class ClassroomTrainer(hf.Trainer):
+class ClassroomTrainer(hf.Trainer):  # with few classes mentors weigh "auto", 1/4 here, and not 1
     loss_is_scaled_for_ga = False  # a mean over the batch, which gradient accumulation divides
 
     def __init__(self, *args, mentors=(), **kwargs):
@@ -38,8 +37,9 @@ def sentences(count):
     return [{"input_ids": w, "labels": y} for w, y in zip(words, labels[:, 0], strict=True)]
 
 
-def bert(dim, depth):  # of 64 words, with two attention heads
-    return hf.BertForSequenceClassification(hf.BertConfig(64, dim, depth, 2, 2 * dim, num_labels=4))
+def bert(size, layers, kind=hf.BertForSequenceClassification):
+    sizes = {"hidden_size": size, "intermediate_size": 2 * size, "num_hidden_layers": layers}
+    return kind(hf.BertConfig(vocab_size=64, num_labels=4, num_attention_heads=2, **sizes))
 
 
 if __name__ == "__main__":

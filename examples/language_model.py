@@ -105,7 +105,7 @@ def main(steps, seed, folder):
         max_steps=steps,
         per_device_train_batch_size=32,
         per_device_eval_batch_size=64,
-        learning_rate=5e-3,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
         remove_unused_columns=False,
         seed=seed,

@@ -21,8 +21,9 @@ NEEDS = {
     "lightning_module": ("lightning", "examples"),
     "hugging_face": ("transformers", "examples"),
     "timm_task": ("timm", "examples"),
+    "language_model": ("transformers", "examples"),
 }
-PLUGS = set(NEEDS)
+PLUGS = set(NEEDS) - {"language_model"}
 LENGTH = {"hugging_face": "--max_steps"}  # the option, as its library calls it
 # Epochs or steps, not more than by default, and what the held-out accuracy of every network must
 # then be above; chance is 0.1, and 0.25 in hugging_face.
@@ -44,18 +45,17 @@ def test_plugs_are_short(name):
     assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
-def test_example_learns(example):
+def output_of(example: Path, *arguments: str) -> str:
+    """What it prints, run as its docstring says with these arguments."""
     install, command = docstring_commands(example)
     package, extra = NEEDS.get(example.stem, ("sklearn", "train"))
     assert install == ["pip", "install", "-c", "constraints.txt", "-e", f'".[{extra}]"']
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    length, at_least = LESS[example.stem]
 
     assert command == ["python", f"examples/{example.name}"]
     done = subprocess.run(
-        [sys.executable, *command[1:], LENGTH.get(example.stem, "--epochs"), str(length)],
+        [sys.executable, *command[1:], *arguments],
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
         capture_output=True,
@@ -63,10 +63,37 @@ def test_example_learns(example):
         timeout=LAST_RESORT,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = re.findall(r"^held-out accuracy: .*$", done.stdout, re.MULTILINE)
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(LESS))
+def test_example_learns(name):
+    length, at_least = LESS[name]
+    output = output_of(ROOT / f"examples/{name}.py", LENGTH.get(name, "--epochs"), str(length))
+    (line,) = re.findall(r"^held-out accuracy: .*$", output, re.MULTILINE)
     accuracies = [float(number) for number in re.findall(r"\d\.\d+", line)]
     assert len(accuracies) >= 3
     assert all(at_least < accuracy <= 1 for accuracy in accuracies), line
+
+
+def test_every_example_is_run():
+    assert {example.stem for example in EXAMPLES} == {*LESS, "language_model"}
+
+
+@pytest.mark.slow
+def test_the_language_model_learns_and_its_sick_mentor_is_named():
+    output = output_of(ROOT / "examples/language_model.py", "--steps", "100")
+    teacher, peer, shuffled = re.findall(r"^.*: top-1 .* tokens.*$", output, re.MULTILINE)
+    assert teacher.endswith("tokens"), teacher
+    assert peer.endswith("tokens"), peer
+    assert re.match("shuffled: .* tokens; .*its classes are in another order: ", shuffled)
+    (line,) = re.findall(r"^held-out perplexity: .*$", output, re.MULTILINE)
+    perplexities = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+    assert len(perplexities) == 4
+    assert all(1 < perplexity < 15 for perplexity in perplexities), line  # of 40 characters
+    (line,) = re.findall(r"^tokens taught: .*$", output, re.MULTILINE)
+    *shares, of_the_sick = (float(number) for number in re.findall(r"(\d+\.\d)%", line))
+    assert of_the_sick < min(shares), line
 
 
 def test_gradient_accumulation_is_a_larger_batch(tmp_path, monkeypatch):
@@ -79,7 +106,7 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path, monkeypatch):
 
     def weights_after_a_step(accumulated: int) -> torch.Tensor:
         torch.manual_seed(0)
-        student, mentor = example["bert"](8, depth=1), example["bert"](16, depth=1)
+        student, mentor = example["bert"](8, layers=1), example["bert"](16, layers=1)
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
