@@ -228,6 +228,7 @@ def _definition_and_grad(
     student: Tensor,  # [B, C]
     mentors: Sequence[Tensor],  # M of [B, C]
     targets: Tensor,  # [B] or [B, C]
+    row_weight: Tensor | None,  # [B]
     mentor_weight: Tensor | None,  # [M]
     scale: Tensor | None,  # one number, of any shape
     with_report: bool,
@@ -236,7 +237,14 @@ def _definition_and_grad(
     """`_loss_and_grad` by definition, where no kernel can run."""
     with autograd_below():
         loss, grad, report = loss_and_grad_by_definition(
-            student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
+            student,
+            [*mentors],
+            targets,
+            row_weight,
+            mentor_weight,
+            scale,
+            _options(*flat),
+            with_report,
         )
     return loss, grad, loss.new_empty(0) if report is None else pack_report(report)
 
@@ -245,6 +253,7 @@ def _definition_and_grad_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     scale: Tensor | None,
     with_report: bool,
@@ -280,7 +289,7 @@ loss_and_grad = register(
     _loss_and_grad_fake,
 )
 definition_and_grad = register(
-    f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
+    f"definition_and_grad({_BATCH}, Tensor? row_weight, Tensor? mentor_weight, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _definition_and_grad,
     _definition_and_grad_fake,

@@ -621,7 +621,7 @@ def test_module(device):
         assert torch.equal(loss_fn(student, mentors, targets), expected)
         assert not loss_fn.state_dict()
     for value in (-1.0, torch.nan):
-        with pytest.raises(ValueError, match=f"finite and not negative, got {value} for mentor 1"):
+        with pytest.raises(ValueError, match=f"finite and not negative, got {value} at index 1"):
             ClassroomLoss(mentor_weight=[1.0, value])
     with pytest.raises(ValueError, match="mentor_weight must be a number or 'auto', got 'half'"):
         ClassroomLoss(mentor_weight="half")
