@@ -7,8 +7,8 @@ python examples/pose.py
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn.functional import cross_entropy
 
 from classroomkd import fused_classroom_loss
 
@@ -32,21 +32,16 @@ def drawn(count):
         images = images.maximum((1.5 - distance).clamp(0, 1))
     joints, square = torch.stack(joints, 1), SIZE * torch.rand(count, 1, 1, 2)
     images = torch.where(((grid - square).abs() < 5).all(-1), 0.5, images)  # hides a part
-    inside = ((joints >= 0) & (joints < SIZE)).all(-1)
-    seen = inside & ((joints - square[:, 0]).abs() >= 5).any(-1)
+    seen = ((joints - square[:, 0]).abs().amax(-1) >= 5) & (joints == joints.clamp(0, SIZE)).all(-1)
     return (images + 0.2 * torch.randn(images.shape)).unsqueeze(1), joints, seen
 
 
-def network(width):
-    """Images [B, 1, H, W] to the logits of a heatmap for each joint [B, J, H·W / 4]."""
-
-    def block(inputs, outputs, stride=1):
-        convolution = nn.Conv2d(inputs, outputs, 3, stride, padding=1)
-        return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
-
-    down, up = [block(1, width, 2), block(width, 2 * width, 2)], [nn.Upsample(scale_factor=2)]
-    body = [block(2 * width, 2 * width), block(2 * width, 2 * width), *up, block(2 * width, width)]
-    return nn.Sequential(*down, *body, nn.Conv2d(width, 1 + len(BONES), 1), nn.Flatten(2))
+def network(width):  # from images [B, 1, H, W] to a heatmap's logits for each joint [B, J, H·W / 4]
+    layers, wide = [], 2 * width
+    for inputs, outputs, stride in ((1, width, 2), (width, wide, 2), *2 * [(wide, wide, 1)]):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.BatchNorm2d(outputs), nn.ReLU()]
+    head = nn.Conv2d(wide, 1 + len(BONES), 3, padding=1)
+    return nn.Sequential(*layers, nn.Upsample(scale_factor=2, mode="bilinear"), head, nn.Flatten(2))
 
 
 def train(student, mentors, images, joints, seen, steps):
@@ -57,24 +52,21 @@ def train(student, mentors, images, joints, seen, steps):
     optimizer = torch.optim.AdamW(student.parameters(), 0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
     for chosen in torch.randint(len(images), (steps, 32)):
-        with torch.no_grad():  # each joint's heatmap is a row [H·W]
-            lessons = [mentor(images[chosen]).flatten(0, 1) for mentor in mentors]
         logits, targets = student(images[chosen]).flatten(0, 1), heatmaps[chosen].flatten(0, 1)
+        lessons = [mentor(images[chosen]).flatten(0, 1) for mentor in mentors]  # [B·J, H·W]
         weight = seen[chosen].flatten().float()  # nothing to learn from a joint that is hidden
+        loss = cross_entropy(logits, targets, reduction="none") @ weight / weight.sum()
         if mentors:
             loss = fused_classroom_loss(logits, lessons, targets, row_weight=weight, **options)
-        else:
-            loss = F.cross_entropy(logits, targets, reduction="none") @ weight / weight.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return student.eval()
+    return student.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def pck(student, images, joints, seen):
-    """The share of the joints that are seen that are found to within two pixels."""
+    """The share of the seen joints that are found to within two pixels."""
     cell = student(images).argmax(-1)
     found = (torch.stack([cell % CELLS, cell // CELLS], -1) + 0.5) * SIZE / CELLS - 0.5
     return ((found - joints).norm(dim=-1) < 2)[seen].float().mean().item()

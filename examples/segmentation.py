@@ -7,7 +7,6 @@ python examples/segmentation.py
 import argparse
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from classroomkd import fused_classroom_loss
@@ -27,12 +26,11 @@ def drawn(count):
         shape = torch.stack([disc, square, cross], 1)[torch.arange(count), kind]
         images = torch.where(shape, 0.4 + 0.6 * torch.rand(count, 1, 1), images)
         classes = torch.where(shape, 1 + kind[:, None, None], classes)
-    return (images + 0.15 * torch.randn(images.shape)).unsqueeze(1), classes
+    return (images + 0.1 * torch.randn(images.shape)).unsqueeze(1), classes
 
 
 def block(inputs, outputs):
-    convolution = nn.Conv2d(inputs, outputs, 3, padding=1)
-    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, 1, 1), nn.BatchNorm2d(outputs), nn.ReLU())
 
 
 class UNet(nn.Module):
@@ -50,26 +48,23 @@ class UNet(nn.Module):
 
 
 def train(network, mentors, images, classes, steps):
-    share = classes.flatten().bincount(minlength=CLASSES) / classes.numel()
-    options = {"mentor_weight": "auto", "task_weight": 1.0}
-    options["class_weight"] = weight = share.rsqrt()  # most pixels are background
+    weight = (classes.numel() / classes.flatten().bincount()).sqrt()  # of C classes; rare ones more
+    options = {"mentor_weight": "auto", "task_weight": 1.0, "class_weight": weight}
     optimizer = torch.optim.AdamW(network.parameters(), 0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
     for chosen in torch.randint(len(images), (steps, 16)):
         logits, targets = network(images[chosen]), classes[chosen]  # [B, C, H, W], [B, H, W]
-        with torch.no_grad():
-            lessons = [mentor(images[chosen]) for mentor in mentors]
-        optimizer.zero_grad()
+        lessons = [mentor(images[chosen]) for mentor in mentors]
+        loss = nn.functional.cross_entropy(logits, targets, weight)
         if mentors:
-            fused_classroom_loss(logits, lessons, targets, **options).backward()
-        else:
-            F.cross_entropy(logits, targets, weight).backward()
+            loss = fused_classroom_loss(logits, lessons, targets, **options)
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
         schedule.step()
-    return network.eval()
+    return network.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def mean_iou(network, images, classes):
     pairs = (CLASSES * classes + network(images).argmax(1)).flatten()
     pairs = pairs.bincount(minlength=CLASSES**2).view(CLASSES, CLASSES)
