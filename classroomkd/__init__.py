@@ -9,18 +9,18 @@ if TYPE_CHECKING:
     from classroomkd.loss import (
         ClassroomLoss,
         ClassroomReport,
+        RowReport,
         classroom_loss,
         fused_classroom_loss,
         fused_classroom_loss_and_grad,
         fused_linear_classroom_loss,
     )
-    from classroomkd.training.mentor_check import check_logits
 
 __version__ = "0.1.0"
 __all__ = [
     "ClassroomLoss",
     "ClassroomReport",
-    "check_logits",
+    "RowReport",
     "classroom_loss",
     "distill",
     "fused_classroom_loss",
@@ -32,7 +32,6 @@ if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
         __name__,
         {
             "distillation": "distill",
-            "training.mentor_check": "check_logits",
-            "loss": " ".join(set(__all__) - {"distill", "check_logits"}),
+            "loss": " ".join(name for name in __all__ if name != "distill"),
         },
     )

@@ -21,8 +21,9 @@ from pydoc_data.topics import topics
 import torch
 from torch.nn.functional import cross_entropy
 
-from classroomkd import check_logits, fused_linear_classroom_loss
+from classroomkd import fused_linear_classroom_loss
 from classroomkd.torchvision import import_torchvision
+from classroomkd.training.mentor_check import check_logits
 
 import_torchvision()  # transformers does, and fails if it was built for another torch
 import transformers as hf  # noqa: E402

@@ -21,10 +21,14 @@ NEEDS = {
     "lightning_module": ("lightning", "examples"),
     "hugging_face": ("transformers", "examples"),
     "timm_task": ("timm", "examples"),
+    "segmentation": ("numba", ""),
+    "pose": ("numba", ""),
     "language_model": ("transformers", "examples"),
 }
-PLUGS = set(NEEDS) - {"language_model"}
-LENGTH = {"hugging_face": "--max_steps"}  # the option, as its library calls it
+PLUGS = {"lightning_module", "hugging_face", "timm_task"}
+DENSE = {"segmentation", "pose"}
+# The option, as its library calls it, or because so few images make short epochs.
+LENGTH = {"hugging_face": "--max_steps", "segmentation": "--steps", "pose": "--steps"}
 # Epochs or steps, not more than by default, and what the held-out accuracy of every network must
 # then be above; chance is 0.1, and 0.25 in hugging_face.
 LESS = {
@@ -32,6 +36,8 @@ LESS = {
     "lightning_module": (8, 0.6),
     "hugging_face": (200, 0.5),
     "timm_task": (1, 0.25),
+    "segmentation": (100, 0.3),
+    "pose": (150, 0.3),
 }
 
 
@@ -40,16 +46,20 @@ def docstring_commands(example: Path) -> list[list[str]]:
     return [line.split() for line in re.findall(r"^    (.+)$", docstring, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("name", sorted(PLUGS))
-def test_plugs_are_short(name):
-    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [*((name, 60) for name in sorted(PLUGS)), *((name, 90) for name in sorted(DENSE))],
+)
+def test_examples_are_short(name, lines):
+    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= lines
 
 
 def output_of(example: Path, *arguments: str) -> str:
     """What it prints, run as its docstring says with these arguments."""
     install, command = docstring_commands(example)
     package, extra = NEEDS.get(example.stem, ("sklearn", "train"))
-    assert install == ["pip", "install", "-c", "constraints.txt", "-e", f'".[{extra}]"']
+    what = f'".[{extra}]"' if extra else "."
+    assert install == ["pip", "install", "-c", "constraints.txt", "-e", what]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
 
@@ -70,7 +80,7 @@ def output_of(example: Path, *arguments: str) -> str:
 def test_example_learns(name):
     length, at_least = LESS[name]
     output = output_of(ROOT / f"examples/{name}.py", LENGTH.get(name, "--epochs"), str(length))
-    (line,) = re.findall(r"^held-out accuracy: .*$", output, re.MULTILINE)
+    (line,) = re.findall(r"^held-out (?:accuracy|mean IoU|PCK): .*$", output, re.MULTILINE)
     accuracies = [float(number) for number in re.findall(r"\d\.\d+", line)]
     assert len(accuracies) >= 3
     assert all(at_least < accuracy <= 1 for accuracy in accuracies), line
