@@ -84,7 +84,7 @@ LOSS_CPU_LEGEND = (
 )
 LOSS_LINEAR_LEGEND = (
     "Loss and gradients at hidden states and weight, results included. On the CPU, with one thread "
-    "and a memory budget of 8 MiB in place of the default's 256, time is that of the clock, and "
+    "and a memory budget of 4 MiB in place of the default's 256, time is that of the clock, and "
     "memory the process's peak beyond what it held before. Liger's is another loss: forward KL, "
     "without ranks, temperatures or task. The difference is that of the gradients of whole logits "
     "from those of the linear heads, as a relative norm."
