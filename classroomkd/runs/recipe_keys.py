@@ -71,6 +71,12 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
         if isinstance(hint, type) and is_dataclass(hint):
             yield from _keys(hint, value, f"{prefix}{name}.")
             continue
+        either = get_args(hint) if isinstance(hint, types.UnionType) else ()
+        if section := next(filter(is_dataclass, either), None):  # which is off by default
+            text = "null" if value is None else None
+            yield Key(f"{prefix}{name}", text, "null or keys", meanings[name])
+            yield from _keys(section, value, f"{prefix}{name}.")
+            continue
         text = None if values is None else as_text(value)
         yield Key(f"{prefix}{name}", text, _words(hint), meanings[name])
         if name == "mentors":
