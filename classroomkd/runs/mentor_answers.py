@@ -36,6 +36,7 @@ from classroomkd.training.logits_files import (
     logits_folder,
     read_key,
     size,
+    words,
 )
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
@@ -123,6 +124,9 @@ class MentorAnswers:
             raise UserError(problem)
         if main:
             kept = {name: KeptLogits(folders[name], key) for name, key in keys.items()}
+            for of in kept.values():
+                if of.begun_again:
+                    self.notify(f"{of.folder} lacked a file, or one was cut short: begun again")
         writes = self.processes.from_main({name: of.writes for name, of in kept.items()})
         if not main:
             kept = {
@@ -139,9 +143,7 @@ class MentorAnswers:
         needed = len(new) * each
         home.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(home).free
-        sizes = (
-            f"{gigabytes(needed)} for {len(new)} of {len(wanted)} mentors, {gigabytes(free)} free"
-        )
+        sizes = f"{words(needed)} for {len(new)} of {len(wanted)} mentors, {words(free)} free"
         if needed > free:
             return (
                 f"the mentor cache in {home} needs {sizes}: take mentor_cache.dtype=float16, let "
@@ -200,11 +202,6 @@ def _folder(key: Mapping[str, Any]) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^\w.@+]+", "-", key["mentor"]).strip("-")
     return logits_folder() / f"{name}-{digest[:24]}"
-
-
-def gigabytes(count: int) -> str:
-    """A number of bytes, in words."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def find_own(configs: Sequence[MentorConfig]) -> dict[str, OwnLogits]:

@@ -109,6 +109,8 @@ class KeptLogits:
         self.folder, self._key = folder, key
         self.damaged: dict[int, int] = {}
         """The damaged rows that were read, by epoch."""
+        self.begun_again = False
+        """Whether files were missing, or cut short."""
         self.writes = bool(joins)
         self._joins = joins is not None
         self._held: BaseFileLock | None = None
@@ -128,9 +130,10 @@ class KeptLogits:
             with suppress(Timeout):
                 self._held = lock(self.folder / _LOCK, 0)
             if self._held and not self._is_whole():
+                self.begun_again = read_key(self.folder) is not None
                 self._create()
             self.writes = self._held is not None
-        if read_key(self.folder) is not None and (self.writes or self._logits is None):
+        if (self.writes or self._logits is None) and self._is_whole():
             mode: Any = "r+" if self.writes else "r"
             self._logits = np.load(self.folder / _LOGITS, mmap_mode=mode)
             self._tags = np.load(self.folder / _TAGS, mmap_mode=mode)
@@ -159,9 +162,12 @@ class KeptLogits:
             self._tags[epoch - 1, samples] = self._hash(logits)
 
     def verify(self) -> tuple[int, dict[int, int]]:
-        """How many rows are known, and how many of each epoch are damaged."""
-        assert self._logits is not None
-        assert self._tags is not None
+        """How many rows are known, and how many of each epoch are damaged.
+
+        Raises UserError if a file is missing, or cut short.
+        """
+        if self._logits is None or self._tags is None:
+            raise UserError(f"{self.folder} lacks a file, or one is cut short")
         known, damaged = 0, {}
         for epoch, (logits, tags) in enumerate(zip(self._logits, self._tags, strict=True), 1):
             bad = 0
@@ -279,3 +285,8 @@ def size(shape: tuple[int, int, int], dtype: str) -> int:
     """The bytes of one mentor's logits and their tags."""
     epochs, n_images, n_classes = shape
     return epochs * n_images * (n_classes * np.dtype(dtype).itemsize + 4)
+
+
+def words(count: int) -> str:
+    """A number of bytes, in words."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
