@@ -27,7 +27,7 @@ from classroomkd.runs.images import AnyPart, training_augmentation, training_mix
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import Mentor
-from classroomkd.runs.recipe import MentorConfig, Recipe, split_seed, teaching
+from classroomkd.runs.recipe import MentorConfig, Recipe, kept_epochs, split_seed, teaching
 from classroomkd.training.distributed import Processes
 from classroomkd.training.logits_files import (
     KeptLogits,
@@ -40,12 +40,6 @@ from classroomkd.training.logits_files import (
 )
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
-
-
-def kept_epochs(recipe: Recipe) -> int:
-    """The epochs of the student in which its images are augmented in different ways."""
-    repeat, epochs = recipe.mentor_cache and recipe.mentor_cache.epochs, recipe.training.epochs
-    return min(repeat or epochs, epochs)
 
 
 @dataclass(kw_only=True)

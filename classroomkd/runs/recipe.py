@@ -297,6 +297,12 @@ def mentor_seed(recipe: Recipe) -> int:
     return recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
 
 
+def kept_epochs(recipe: Recipe) -> int:
+    """The epochs of the student in which its images are augmented in different ways."""
+    repeat, epochs = recipe.mentor_cache and recipe.mentor_cache.epochs, recipe.training.epochs
+    return min(repeat or epochs, epochs)
+
+
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, for YAML."""
     return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.structured(recipe)))
