@@ -19,7 +19,7 @@ from torch import nn
 from classroomkd.data.batches import Batches
 from classroomkd.data.sources import split_mask
 from classroomkd.errors import UserError
-from classroomkd.loss.methods import Method
+from classroomkd.loss.methods import Method, method_names
 from classroomkd.models import NetworkInfo
 from classroomkd.models.network_names import is_logits, label
 from classroomkd.runs.builder import Builder, module_digest
@@ -27,7 +27,7 @@ from classroomkd.runs.images import AnyPart, training_augmentation, training_mix
 from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import Mentor
-from classroomkd.runs.recipe import MentorConfig, Recipe, kept_epochs, split_seed, teaching
+from classroomkd.runs.recipe import Recipe, kept_epochs, split_seed, teaching
 from classroomkd.training.distributed import Processes
 from classroomkd.training.logits_files import (
     KeptLogits,
@@ -75,16 +75,10 @@ class MentorAnswers:
 
         ``networks`` are the bank's, by name. The files are closed with ``opened``.
 
-        Raises UserError if the method needs more than logits of a file, or there is not enough
-        space for the files that are to be begun.
+        Raises UserError if there is not enough space for the files that are to be begun.
         """
         recipe = self.recipe
         if method.uses_features:
-            if self.own:
-                raise UserError(
-                    f"method {recipe.method} compares features, which {next(iter(self.own))} does "
-                    "not have: take a network as its mentor"
-                )
             if recipe.mentor_cache:
                 self.notify(f"method {recipe.method} compares features: its mentors are not cached")
             return bank
@@ -198,11 +192,19 @@ def _folder(key: Mapping[str, Any]) -> Path:
     return logits_folder() / f"{name}-{digest[:24]}"
 
 
-def find_own(configs: Sequence[MentorConfig]) -> dict[str, OwnLogits]:
-    """The mentors that are files of logits, by name; UserError for a file that is none."""
+def find_own(recipe: Recipe) -> dict[str, OwnLogits]:
+    """The mentors that are files of logits, by name.
+
+    Raises UserError for a file that is none, or if the method needs more than logits.
+    """
     found: dict[str, OwnLogits] = {}
-    for config in configs:
+    for config in teaching(recipe):
         if is_logits(config.source):
+            if recipe.student and method_names.entry(recipe.method).uses_features:
+                raise UserError(
+                    f"method {recipe.method} compares features, which {config.source} does not "
+                    "have: take a network as its mentor"
+                )
             path = Path(config.source).expanduser()
             name, number = path.name, 1
             while name in found:

@@ -107,7 +107,7 @@ class TrainingRun:
         epochs = recipe.mentor_training.epochs
         networks = [mentor for mentor in teaching(recipe) if not is_logits(mentor.source)]
         self.mentors = find_mentors(networks, epochs, self._print, modules)
-        self.own_logits = find_own(teaching(recipe))
+        self.own_logits = find_own(recipe)
         method = self._method() if recipe.student else None
         self._checks = RunChecks(recipe, self.mentors, self.builder, self.processes)
         self._checks.before_data(method)
