@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from classroomkd import docstrings
 from classroomkd.loss.methods import method_names
-from classroomkd.runs.recipe import LossConfig, MentorConfig, Recipe
+from classroomkd.runs.recipe import LossConfig, MentorCacheConfig, MentorConfig, Recipe
 
 _NEAR = 0.8  # of a name that was probably meant, by difflib's ratio
 _WORDS = {
@@ -71,11 +71,10 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
         if isinstance(hint, type) and is_dataclass(hint):
             yield from _keys(hint, value, f"{prefix}{name}.")
             continue
-        either = get_args(hint) if isinstance(hint, types.UnionType) else ()
-        if section := next(filter(is_dataclass, either), None):  # which is off by default
-            text = "null" if value is None else None
+        if hint == MentorCacheConfig | None:
+            text = "null" if value is None else as_text(vars(value))
             yield Key(f"{prefix}{name}", text, "null or keys", meanings[name])
-            yield from _keys(section, value, f"{prefix}{name}.")
+            yield from _keys(MentorCacheConfig, value, f"{prefix}{name}.")
             continue
         text = None if values is None else as_text(value)
         yield Key(f"{prefix}{name}", text, _words(hint), meanings[name])
