@@ -15,6 +15,7 @@ from classroomkd.training.logits_files import KeptLogits, OwnLogits
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
 from classroomkd.training.trainer import Trainer
+from fake_cuda import CUDA, FakeCuda
 from loader_cases import ALL
 from small_runs import colours, same, values_of
 
@@ -226,6 +227,30 @@ def test_a_full_disk_is_reported(tmp_path, make, networks, monkeypatch):
     monkeypatch.setattr(KeptLogits, "write", full)
     with pytest.raises(OSError, match="No space left"):
         runs.train(runs.cached())
+
+
+def test_on_a_gpu_mentors_are_replayed_and_their_logits_copied(
+    tmp_path, make, networks, monkeypatch
+):
+    """As far as a stand-in for a GPU shows it: what is kept and given is each batch's own."""
+    _, mentors = networks
+    images, bank = torch.randn(7, 4, 3, 8, 8), MentorBank(mentors, 3, device=CPU)
+    expected = [[outputs.logits for outputs in bank(batch)] for batch in images]
+    batches = list(np.arange(28).reshape(7, 4))
+    key = {"shape": [1, 28, 3], "dtype": "float32"}
+    cuda = FakeCuda(monkeypatch)
+    with cuda.on_cuda():
+        bank = MentorBank(mentors, 3, device=CUDA)
+        for replays in (4, 0):  # three batches come before the capture
+            cuda.calls.clear()
+            kept = {name: KeptLogits(tmp_path / name, key) for name in NAMES}
+            cached = CachedMentors(NAMES, bank, kept, device=CUDA, dtype=torch.float32)
+            cached.begin(1, batches)
+            for batch, right in zip(images, expected, strict=True):
+                for logits, own in zip(cached.next(batch), right, strict=True):
+                    assert torch.equal(logits, own)
+            cached.close()
+            assert cuda.calls["replay"] == replays
 
 
 def test_the_bank_asks_the_mentors_that_are_named(networks):
