@@ -72,8 +72,8 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
             yield from _keys(hint, value, f"{prefix}{name}.")
             continue
         if hint == MentorCacheConfig | None:
-            text = "null" if value is None else as_text(vars(value))
-            yield Key(f"{prefix}{name}", text, "null or keys", meanings[name])
+            whole = "null" if value is None else as_text(vars(value))
+            yield Key(f"{prefix}{name}", whole, "null or keys", meanings[name])
             yield from _keys(MentorCacheConfig, value, f"{prefix}{name}.")
             continue
         text = None if values is None else as_text(value)
