@@ -100,7 +100,7 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
     sizes = [row for row in rows if name == "loss_cpu" and row["kind"] == "size"]
     if one := [row for row in sizes if row["threads"] == 1]:
         found["loss"] = Drawing(
-            "Loss and gradient on one CPU core: this project beside the same loss in plain PyTorch, "
+            "Loss and gradient on one CPU core: this project beside the same loss in PyTorch, "
             "eager and compiled.",
             lambda: _loss_on_a_cpu(one),
         )
