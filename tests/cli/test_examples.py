@@ -29,13 +29,13 @@ DENSE = {"segmentation", "pose"}
 # The option, as its library calls it, or because so few images make short epochs.
 EPOCHS = {"hugging_face": "--num_train_epochs", "segmentation": "--steps", "pose": "--steps"}
 # Epochs, not more than by default, and what the held-out accuracy of every network must then be
-# above; chance is 0.1, 0.1 and 0.25.
+# above; chance is 0.1, 0.1 and 0.25. Background everywhere has a mean IoU of 0.2.
 LESS = {
     "plain": (3, 0.4),
     "lightning_module": (8, 0.6),
     "hugging_face": (3, 0.5),
     "timm_task": (1, 0.25),
-    "segmentation": (100, 0.3),
+    "segmentation": (150, 0.25),
     "pose": (150, 0.3),
 }
 
