@@ -21,17 +21,17 @@ Learning Strategies" (arXiv 2409.20237).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.derivative import OnceDifferentiable
 from classroomkd.loss.inputs import loss_options
 from classroomkd.loss.options import LossOptions
-from classroomkd.loss.rows import LossWeights, as_rows, weighted
+from classroomkd.loss.rows import LossWeights, Rows, as_rows, weighted
 from classroomkd.loss.signatures import loss_function
 from classroomkd.loss.targets import Target, prepare_targets
 
@@ -61,8 +61,8 @@ def classroom_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> Tensor | tuple[Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
     """ClassroomKD's multi-mentor distillation loss, by definition.
 
     Args:
@@ -98,7 +98,8 @@ def classroom_loss(
             The report stays that of unweighted rows.
         reduction: "mean" over the valid rows, "sum", or "none".
         process_group: with ranking "batch", average over the valid rows of all its processes.
-        return_report: also return a `ClassroomReport`.
+        return_report: also return a `ClassroomReport`; with "rows" a `RowReport`, which says of
+            every row what each mentor did.
 
     Returns:
         The loss, 0-d, or [B, …] with ``reduction="none"``, in float32 (float64 if the student's or
@@ -127,7 +128,12 @@ def classroom_loss(
     )
     weights = LossWeights(of_mentors, class_weight, row_weight)
     rows = as_rows(student_logits, mentor_logits, targets, weights, options)
-    loss, report = loss_by_definition(*rows[:4], of_mentors, options, return_report, process_group)
+    report: ClassroomReport | RowReport | None
+    loss, report = loss_by_definition(
+        *rows[:4], of_mentors, options, return_report is True, process_group
+    )
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
     loss = loss.reshape(rows.shape) if reduction == "none" else loss
     return loss if report is None else (loss, report)
 
@@ -159,16 +165,9 @@ def loss_by_definition(
 
     ``ell_sums``, for ranking "batch", are the sums over a larger batch; see `rank_and_filter`.
     """
-    dtype = torch.float32
-    for logits in (student_logits, *mentors):
-        dtype = torch.promote_types(dtype, logits.dtype)
-    target = prepare_targets(targets, student_logits.shape[1], options, dtype)
-    # A row that does not count may hold anything, also NaN, and must not reach a product.
-    student = OnceDifferentiable.apply(student_logits).to(dtype)
-    student = torch.where(target.valid[:, None], student, 0)
-    stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
-    stacked = torch.where(target.valid[:, None], stacked, 0)
-
+    target, student, stacked = _prepared(
+        OnceDifferentiable.apply(student_logits), mentors, targets, options
+    )
     weights = classroom_weights(student.detach(), stacked, target, options, process_group, ell_sums)
     rows = weighted_row_loss(student, stacked, target, weights, mentor_weight, options)
     n_valid = target.valid.sum().clamp_min(1)
@@ -178,6 +177,36 @@ def loss_by_definition(
     elif options.reduction != "none":
         loss = loss.sum() if options.reduction == "sum" else loss.sum() / n_valid
     return loss, _report(weights, rows, target.valid, n_valid) if return_report else None
+
+
+def _prepared(
+    student_logits: Tensor, mentors: list[Tensor], targets: Tensor, options: LossOptions
+) -> tuple[Target, Tensor, Tensor]:
+    """Targets, student [N, C] and mentors [M, N, C] in one precision, 0 where rows do not count."""
+    dtype = torch.float32
+    for logits in (student_logits, *mentors):
+        dtype = torch.promote_types(dtype, logits.dtype)
+    target = prepare_targets(targets, student_logits.shape[1], options, dtype)
+    # A row that does not count may hold anything, also NaN, and must not reach a product.
+    counts = target.valid[:, None]
+    student = torch.where(counts, student_logits.to(dtype), 0)
+    stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
+    return target, student, torch.where(counts, stacked, 0)
+
+
+def row_report(
+    rows: Rows, options: LossOptions, process_group: ProcessGroup | None = None
+) -> RowReport:
+    """Which mentors teach which rows."""
+    with torch.no_grad():
+        target, student, mentors = _prepared(rows.student, rows.mentors, rows.targets, options)
+        weights = classroom_weights(student, mentors, target, options, process_group)
+    shape = (len(mentors), *rows.shape)
+    return RowReport(
+        weights.active.reshape(shape),
+        torch.where(target.valid, weights.rank, 0).reshape(shape),
+        torch.where(target.valid, weights.mentor_temperature, 0).reshape(shape),
+    )
 
 
 def loss_and_grad_by_definition(

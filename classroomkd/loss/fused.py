@@ -10,15 +10,19 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
-from classroomkd.loss.classroom_report import ClassroomReport, unpack_report
-from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport, unpack_report
+from classroomkd.loss.definition import (
+    loss_and_grad_by_definition,
+    loss_by_definition,
+    row_report,
+)
 from classroomkd.loss.inputs import KERNEL_LOGITS, check_float, either, loss_options
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.rows import (
@@ -61,8 +65,8 @@ def fused_classroom_loss(
     row_weight: Tensor | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> Tensor | tuple[Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
     """ClassroomKD's multi-mentor distillation loss, fused.
 
     It takes and returns the same as `classroomkd.classroom_loss`. On CUDA and ROCm tensors it runs
@@ -83,7 +87,8 @@ def fused_classroom_loss(
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
             label_smoothing, ignore_index, mentor_weight, class_weight, row_weight, reduction,
             process_group: see `classroom_loss`.
-        return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row.
+        return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row; or with
+            "rows" a `RowReport`, computed by definition.
 
     Returns:
         The loss, 0-d, or [B, …] with ``reduction="none"``, float32; with ``return_report`` the pair
@@ -142,8 +147,8 @@ def fused_classroom_loss_and_grad(
     reduction: str = "mean",
     scale: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport | RowReport]:
     """`fused_classroom_loss` and its gradient together, for trainers: one launch, no autograd.
 
         loss, grad = fused_classroom_loss_and_grad(logits.detach(), mentor_logits, targets)
@@ -162,7 +167,7 @@ def fused_classroom_loss_and_grad(
         scale: a floating-point tensor of one number on the logits' device, such as a gradient
             scaler's, that multiplies the gradient, not the loss, before it is rounded to the
             student's dtype.
-        return_report: also return a `ClassroomReport`.
+        return_report: as for `fused_classroom_loss`.
 
     Returns:
         (loss, gradient) or (loss, gradient, report): the loss 0-d float32, the gradient of the
@@ -205,36 +210,41 @@ def fused_loss(
     targets: Tensor,
     weights: LossWeights,
     options: LossOptions,
-    return_report: bool,
+    return_report: bool | Literal["rows"],
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, ClassroomReport | None]:
+) -> tuple[Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss` with its options in one object and its weights in another."""
     rows = as_rows(student_logits, mentor_logits, targets, weights, options)
-    if fused_pass_serves(rows.student, rows.mentors, options):
-        loss, report = _fused_loss_of_rows(
-            rows, weights.mentor, options, return_report, process_group
-        )
-    else:
-        loss, report = loss_by_definition(
-            *rows[:4], weights.mentor, options, return_report, process_group
-        )
+    of_rows = (
+        _fused_loss_of_rows
+        if fused_pass_serves(rows.student, rows.mentors, options)
+        else loss_by_definition
+    )
+    report: ClassroomReport | RowReport | None
+    loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
 def _fused_loss_of_rows(
-    rows: Rows,
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, ClassroomReport | None]:
-    with_grad = rows.student.requires_grad and torch.is_grad_enabled()
-    of_pass = options if rows.weight is None else unreduced(options)
-    tensors = _kernel_inputs(*rows[:3], mentor_weight, of_pass, process_group)
+    """`loss_by_definition` through the operators."""
+    with_grad = student.requires_grad and torch.is_grad_enabled()
+    of_pass = options if row_weight is None else unreduced(options)
+    tensors = _kernel_inputs(student, mentors, targets, mentor_weight, of_pass, process_group)
     loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *of_pass.flat())
-    if rows.weight is not None:
-        loss = weighted(loss, rows.weight, options.reduction)
-    return loss, unpack_report(report, len(rows.mentors)) if return_report else None
+    if row_weight is not None:
+        loss = weighted(loss, row_weight, options.reduction)
+    return loss, unpack_report(report, len(mentors)) if return_report else None
 
 
 def fused_loss_and_grad(
@@ -244,9 +254,9 @@ def fused_loss_and_grad(
     weights: LossWeights,
     scale: Tensor | None,
     options: LossOptions,
-    return_report: bool,
+    return_report: bool | Literal["rows"],
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, ClassroomReport | None]:
+) -> tuple[Tensor, Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss_and_grad`, likewise."""
     if options.reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
@@ -254,21 +264,24 @@ def fused_loss_and_grad(
     if scale is not None:
         _check_scale(scale, student_logits)
         scale = _constant(scale)
-    n_mentors = len(rows.mentors)
+    n_mentors, with_means = len(rows.mentors), return_report is True
+    report: ClassroomReport | RowReport | None
     if fused_pass_serves(rows.student, rows.mentors, options):
         loss, grad, means = _fused_loss_and_grad_of_rows(
-            rows, weights.mentor, scale, options, return_report, process_group
+            rows, weights.mentor, scale, options, with_means, process_group
         )
-        report = unpack_report(means, n_mentors) if return_report else None
+        report = unpack_report(means, n_mentors) if with_means else None
     elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
         loss, grad, means = operators.definition_and_grad(
-            *rows[:4], weights.mentor, scale, return_report, *options.flat()
+            *rows[:4], weights.mentor, scale, with_means, *options.flat()
         )
-        report = unpack_report(means, n_mentors) if return_report else None
+        report = unpack_report(means, n_mentors) if with_means else None
     else:
         loss, grad, report = loss_and_grad_by_definition(
-            *rows[:4], weights.mentor, scale, options, return_report, process_group
+            *rows[:4], weights.mentor, scale, options, with_means, process_group
         )
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
     if student_logits.dim() > 2:
         grad = unflattened(grad, rows.shape)
     return loss, grad, report

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.fused import fused_loss, fused_loss_and_grad
 from classroomkd.loss.options import LossOptions, OptionValues
 from classroomkd.loss.rows import LossWeights
@@ -78,6 +78,7 @@ class ClassroomLoss(nn.Module):
         return_report: Literal[True],
     ) -> tuple[Tensor, ClassroomReport]: ...
 
+    @overload
     def forward(
         self,
         student_logits: Tensor,
@@ -85,8 +86,18 @@ class ClassroomLoss(nn.Module):
         targets: Tensor,
         *,
         row_weight: Tensor | None = None,
-        return_report: bool = False,
-    ) -> Tensor | tuple[Tensor, ClassroomReport]:
+        return_report: Literal["rows"],
+    ) -> tuple[Tensor, RowReport]: ...
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        return_report: bool | Literal["rows"] = False,
+    ) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
         """See `fused_classroom_loss`."""
         loss, report = fused_loss(
             student_logits,
@@ -126,6 +137,7 @@ class ClassroomLoss(nn.Module):
         return_report: Literal[True],
     ) -> tuple[Tensor, Tensor, ClassroomReport]: ...
 
+    @overload
     def loss_and_grad(
         self,
         student_logits: Tensor,
@@ -134,8 +146,19 @@ class ClassroomLoss(nn.Module):
         *,
         row_weight: Tensor | None = None,
         scale: Tensor | None = None,
-        return_report: bool = False,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
+        return_report: Literal["rows"],
+    ) -> tuple[Tensor, Tensor, RowReport]: ...
+
+    def loss_and_grad(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        return_report: bool | Literal["rows"] = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport | RowReport]:
         """See `fused_classroom_loss_and_grad`."""
         loss, grad, report = fused_loss_and_grad(
             student_logits,

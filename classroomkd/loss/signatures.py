@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
 
 from torch import Tensor
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.options import OptionValues
 
 if TYPE_CHECKING:
@@ -46,6 +46,21 @@ class LossFunction(Protocol):
         return_report: Literal[True],
         **options: Unpack[OptionValues],
     ) -> tuple[Tensor, ClassroomReport]: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        return_report: Literal["rows"],
+        **options: Unpack[OptionValues],
+    ) -> tuple[Tensor, RowReport]: ...
 
     @overload
     def __call__(
@@ -97,6 +112,22 @@ class LossAndGradFunction(Protocol):
         return_report: Literal[True],
         **options: Unpack[OptionValues],
     ) -> tuple[Tensor, Tensor, ClassroomReport]: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        return_report: Literal["rows"],
+        **options: Unpack[OptionValues],
+    ) -> tuple[Tensor, Tensor, RowReport]: ...
 
     @overload
     def __call__(

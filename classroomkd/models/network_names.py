@@ -137,11 +137,13 @@ def label(source: str) -> str:
 
 
 def split_weights(text: str) -> tuple[str, str | None]:
-    """The network's name and the weights of ``NAME=WEIGHTS``, where the name has a colon."""
-    found = re.fullmatch(r"(.+?:[\w.-]+)=(.*)", text)
-    if found and not Path(text).exists() and (is_external(found[1]) or is_code(found[1])):
-        return found[1], found[2]
-    return text, None
+    """The name and the weights of ``NAME=WEIGHTS``, of a network of whatever origin."""
+    found = re.fullmatch(r"(.+?:[\w.-]+|[^=:]+)=(.*)", text)
+    if not found or Path(text).exists():
+        return text, None
+    name, weights = found.groups()
+    named = is_external(name) or is_code(name) or name in SIZES
+    return (name, weights) if named else (text, None)
 
 
 def split_entry(source: str | Path) -> tuple[Path, str | None]:

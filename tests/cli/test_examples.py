@@ -21,9 +21,13 @@ NEEDS = {
     "lightning_module": ("lightning", "examples"),
     "hugging_face": ("transformers", "examples"),
     "timm_task": ("timm", "examples"),
+    "segmentation": ("numba", ""),
+    "pose": ("numba", ""),
 }
-PLUGS = set(NEEDS)
-EPOCHS = {"hugging_face": "--num_train_epochs"}  # the option, as its library calls it
+PLUGS = {"lightning_module", "hugging_face", "timm_task"}
+DENSE = {"segmentation", "pose"}
+# The option, as its library calls it, or because so few images make short epochs.
+EPOCHS = {"hugging_face": "--num_train_epochs", "segmentation": "--steps", "pose": "--steps"}
 # Epochs, not more than by default, and what the held-out accuracy of every network must then be
 # above; chance is 0.1, 0.1 and 0.25.
 LESS = {
@@ -31,6 +35,8 @@ LESS = {
     "lightning_module": (8, 0.6),
     "hugging_face": (3, 0.5),
     "timm_task": (1, 0.25),
+    "segmentation": (100, 0.3),
+    "pose": (150, 0.3),
 }
 
 
@@ -39,16 +45,20 @@ def docstring_commands(example: Path) -> list[list[str]]:
     return [line.split() for line in re.findall(r"^    (.+)$", docstring, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("name", sorted(PLUGS))
-def test_plugs_are_short(name):
-    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= 60
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [*((name, 60) for name in sorted(PLUGS)), *((name, 90) for name in sorted(DENSE))],
+)
+def test_examples_are_short(name, lines):
+    assert len((ROOT / f"examples/{name}.py").read_text(encoding="utf-8").splitlines()) <= lines
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 def test_example_learns(example):
     install, command = docstring_commands(example)
     package, extra = NEEDS.get(example.stem, ("sklearn", "train"))
-    assert install == ["pip", "install", "-c", "constraints.txt", "-e", f'".[{extra}]"']
+    what = f'".[{extra}]"' if extra else "."
+    assert install == ["pip", "install", "-c", "constraints.txt", "-e", what]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     epochs, at_least = LESS[example.stem]
@@ -63,7 +73,7 @@ def test_example_learns(example):
         timeout=LAST_RESORT,
     )
     assert done.returncode == 0, done.stderr
-    (line,) = re.findall(r"^held-out accuracy: .*$", done.stdout, re.MULTILINE)
+    (line,) = re.findall(r"^held-out (?:accuracy|mean IoU|PCK): .*$", done.stdout, re.MULTILINE)
     accuracies = [float(number) for number in re.findall(r"\d\.\d+", line)]
     assert len(accuracies) >= 3
     assert all(at_least < accuracy <= 1 for accuracy in accuracies), line

@@ -584,16 +584,18 @@ def test_operator_contract(device):
     operators = torch.ops.classroomkd
     flat = LossOptions(ranking="batch", mentor_weight=0.5).flat()
     sums = operators.confidence_sums(student, list(mentors), targets, *flat)
-    library.opcheck(operators.confidence_sums, (student, list(mentors), targets, *flat))
+    library.opcheck(
+        torch.ops.classroomkd.confidence_sums.default, (student, list(mentors), targets, *flat)
+    )
     for reduction, with_report in (("mean", True), ("sum", False), ("none", True)):
         inputs = (student.clone().requires_grad_(), list(mentors), targets, weight, sums)
         flat = LossOptions(ranking="batch", mentor_weight="auto", reduction=reduction).flat()
-        library.opcheck(operators.loss, (*inputs, True, with_report, *flat))
+        library.opcheck(torch.ops.classroomkd.loss.default, (*inputs, True, with_report, *flat))
     inputs = (student, list(mentors), targets, None, None)
     scale = torch.tensor(2.0, device=device)
     flat = LossOptions(task_weight=0.5, rank_decimals=2).flat()
-    library.opcheck(operators.loss_and_grad, (*inputs, scale, True, *flat))
-    library.opcheck(operators.scale_rows, (student, scale, scale))
+    library.opcheck(torch.ops.classroomkd.loss_and_grad.default, (*inputs, scale, True, *flat))
+    library.opcheck(torch.ops.classroomkd.scale_rows.default, (student, scale, scale))
 
 
 def test_module(device):

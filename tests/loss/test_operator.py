@@ -172,7 +172,7 @@ def test_compile_loss_and_grad_on_a_cpu(name):
     arguments = (student, [*mentors], targets, torch.rand(len(student)), None, torch.tensor(2.0))
     for with_report in (True, False):
         library.opcheck(
-            operators.definition_and_grad,
+            torch.ops.classroomkd.definition_and_grad.default,
             (*arguments, with_report, *ClassroomLoss(**OPTIONS["batch"]).options.flat()),
         )
 

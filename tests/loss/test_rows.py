@@ -167,3 +167,23 @@ def test_what_is_refused():
         classroom_loss(student, mentors, targets[:, 0])
     with pytest.raises(ValueError, match=r"class_weight must be finite and not negative, got -1"):
         ClassroomLoss(class_weight=[1.0, -1.0])
+
+
+@pytest.mark.parametrize("ranking", ["sample", "batch"])
+def test_what_each_mentor_did_with_each_row(device, ranking):
+    """Its means over the valid rows are the report's."""
+    student, mentors, targets = (value.to(device) for value in dense())
+    options = {"ranking": ranking, "knowledge_filter": "correct_and_better"}
+    valid = (targets != -100).expand(2, -1, -1, -1)
+    for function in (*FUNCTIONS, fused_classroom_loss_and_grad):
+        *values, means = function(student, mentors, targets, return_report=True, **options)
+        *same, rows = function(student, mentors, targets, return_report="rows", **options)
+        assert all(map(torch.equal, same, values))
+        assert rows.active.dtype == torch.bool
+        for of_rows, mean in zip(rows, means[:3], strict=True):
+            assert of_rows.shape == (2, 2, 3, 4)
+            assert not of_rows[~valid].any()
+            found = of_rows.double().flatten(1).sum(1) / valid[0].sum()
+            torch.testing.assert_close(found, mean.double(), rtol=1e-5, atol=1e-7)
+    module = ClassroomLoss(**options)
+    assert all(map(torch.equal, module(student, mentors, targets, return_report="rows")[1], rows))
