@@ -744,7 +744,7 @@ def test_run_gpu_ends_in_time(tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"kept.json", "log.txt"}
 
 
-BARE = {"omegaconf", "plotly", "rich", "hypothesis", "sklearn", "yaml", "PIL", "safetensors"}
+BARE = {"omegaconf", "rich", "hypothesis", "sklearn", "yaml", "PIL", "safetensors"}
 BARE |= {"cv2", "ffcv", "lightning", "matplotlib", "psutil", "selenium"}
 BARE |= {"tensorboard", "timm", "torchvision", "transformers", "liger_kernel"}
 
