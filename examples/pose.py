@@ -1,7 +1,10 @@
 """ClassroomKD for pose estimation by heatmaps, on stick figures that are drawn here.
 
-pip install -c constraints.txt -e .
-python examples/pose.py
+    pip install -c constraints.txt -e .
+    python examples/pose.py
+
+Each joint's heatmap is a row of the loss. Measured with seeds 0, 1 and 2: PCK 0.808, 0.809 and
+0.817 alone, 0.780, 0.789 and 0.773 in the classroom, which does not help here.
 """
 
 import argparse

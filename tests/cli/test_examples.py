@@ -30,13 +30,14 @@ DENSE = {"segmentation", "pose"}
 # The option, as its library calls it, or because so few images make short epochs.
 LENGTH = {"hugging_face": "--max_steps", "segmentation": "--steps", "pose": "--steps"}
 # Epochs or steps, not more than by default, and what the held-out accuracy of every network must
-# then be above; chance is 0.1, and 0.25 in hugging_face.
+# then be above; chance is 0.1, and 0.25 in hugging_face. Background
+# everywhere has a mean IoU of 0.2.
 LESS = {
     "plain": (3, 0.4),
     "lightning_module": (8, 0.6),
     "hugging_face": (200, 0.5),
     "timm_task": (1, 0.25),
-    "segmentation": (100, 0.3),
+    "segmentation": (150, 0.25),
     "pose": (150, 0.3),
 }
 
