@@ -5,16 +5,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from classroomkd.errors import UserError
 
 PRETRAINED = "pretrained"  # the word for the weights that a network's library has
-SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
+SUFFIXES = (
+    ".bin",
+    ".ckpt",
+    ".npy",
+    ".pkl",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tar",
+    ".th",
+)  # of checkpoints
 
 
 class Size(NamedTuple):
@@ -170,6 +182,30 @@ def is_checkpoint(source: str) -> bool:
         and source not in SIZES
         and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
     )
+
+
+def is_logits(source: str) -> bool:
+    """Whether the mentor ``source`` is a file of logits, and no network."""
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors":
+        return path.suffix == ".npy"
+    with suppress(OSError, ValueError):
+        return list(safetensors_header(path)[0]) == ["logits"]
+    return False
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where their bytes begin.
+
+    Raises ValueError if it is none.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("it is no safetensors file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def absolute(source: str) -> str:

@@ -691,7 +691,7 @@ def test_environment_variable_chooses_the_interpreter():
 def test_import_needs_torch_alone():
     program = (
         "import sys, classroomkd;"
-        "print(sorted({'triton', 'torchvision', 'ffcv', 'sklearn', 'PIL', 'plotly', 'rich',"
+        "print(sorted({'triton', 'torchvision', 'ffcv', 'sklearn', 'PIL', 'matplotlib', 'rich',"
         " 'yaml', 'safetensors'} & set(sys.modules)))"
     )
     before = (
