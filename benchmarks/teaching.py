@@ -164,10 +164,12 @@ def _examples(rows: Sequence[Row]) -> Iterator[str]:
     for (name, measure), own in _grouped(rows, ("example", "measure")).items():
         scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
 
-        def told(values: Sequence[float], error: bool = False, n: int = digits) -> str:
-            spread_ = stdev(values) / (math.sqrt(len(values)) if error else 1)
-            text = f"{mean(values):{'+' if error else ''}.{n}f}".replace("-", "−")
-            return f"{text} ± {spread_:.{n}f}"
+        def told(values: Sequence[float], difference: bool = False, digits: int = digits) -> str:
+            text = f"{mean(values):{'+' if difference else ''}.{digits}f}".replace("-", "−")
+            if len(values) == 1:
+                return text
+            deviation = stdev(values) / (math.sqrt(len(values)) if difference else 1)
+            return f"{text} ± {deviation:.{digits}f}"
 
         alone, classroom = ([scale * row[key] for row in own] for key in ("alone", "classroom"))
         mentors = zip(*(row["mentors"] for row in own), strict=True)
@@ -178,7 +180,7 @@ def _examples(rows: Sequence[Row]) -> Iterator[str]:
                 ", ".join(f"{scale * mean(of):.{digits}f}" for of in mentors),
                 told(alone),
                 told(classroom),
-                told([b - a for a, b in zip(alone, classroom, strict=True)], error=True),
+                told([b - a for a, b in zip(alone, classroom, strict=True)], difference=True),
                 str(len(own)),
             ]
         )
