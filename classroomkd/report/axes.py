@@ -96,6 +96,13 @@ def accuracy_axis(title: str, *plots: Sequence[Curve]) -> Axis:
     """
     curves = [curve for plot in plots for curve in plot]
     tops = [y for curve in curves for y in curve.values if y is not None]
+    tops += [
+        y + side * d
+        for curve in curves
+        for y, d in zip(curve.values, curve.deviations, strict=False)  # of one run there are none
+        if y is not None and d is not None
+        for side in (-1, 1)
+    ]
     least = min((1 - y for y in tops if 1 - y > 1e-9), default=0.01) / 2
     drawn = [max(1 - y, least) for y in tops]
     low, high = min(drawn, default=least), max(drawn, default=1)

@@ -135,7 +135,8 @@ class Drawing:
         return round(self.figure.get_figwidth() * _DPI) > NARROW
 
     def _tip(self, tip: Tip) -> ElementTree.Element:
-        top, *_, bottom = self._axes[0], self._axes[-1]
+        every = [axes for axes in self.figure.axes if axes.get_subplotspec()]  # but a colour bar
+        top, bottom = every[0], every[-1]
         (left, _), (right, _) = (top.transData.transform((x, 0)) for x in (tip.low, tip.high))
         left, right = max(left, top.bbox.x0), min(right, top.bbox.x1)
         height = self.figure.bbox.height
@@ -145,10 +146,6 @@ class Drawing:
         column = ElementTree.Element("rect", place)
         ElementTree.SubElement(column, "title").text = tip.text
         return column
-
-    @property
-    def _axes(self) -> list[Axes]:
-        return [axes for axes in self.figure.axes if axes.get_subplotspec()]  # but the colour bar
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,9 @@ def over_epochs(curves: Sequence[Curve], axis: Axis, wide: bool = False) -> Draw
         line = {"marker": curve.marker, "markevery": often, **curve.line}
         lines += axes.plot(curve.epochs, places, **line, gid="curve")
     place = {"loc": "lower left", "borderaxespad": 0.2, "labelspacing": 0.3}
-    figure.legend(lines, names, ncols=beside, **place)
+    most = width // 8  # letters that fit
+    texts = [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
+    figure.legend(lines, texts, ncols=beside, **place)
     epochs = sorted({epoch for curve in curves for epoch in curve.epochs})
     margin = max(0.02 * (epochs[-1] - epochs[0]), 0.2)
     axes.set_xlim(epochs[0] - margin, epochs[-1] + margin)

@@ -190,7 +190,8 @@ def open_page(browser, path: Path, width: int = 1280) -> dict:
                         .map(mark => [number(mark, 'x'), number(mark, 'y')]),
                     line: curve.querySelector(':scope > path').getTotalLength(),
                 })),
-                bands: svg.querySelectorAll('g.band path').length,
+                bands: [...svg.querySelectorAll('g.band use')].map(band => band.getBBox())
+                    .map(box => [box.y, box.y + box.height]),
                 bars: [...svg.querySelectorAll('g.bar path')].map(bar => bar.getBBox())
                     .map(box => [box.y, box.y + box.height]),
                 errors: svg.querySelectorAll('g.LineCollection path').length,
@@ -798,7 +799,9 @@ def test_comparison_of_seeds(browser, seeds, width):
         assert drawn[name] == (epochs, pytest.approx([value - middle for value in values]))
         around = pytest.approx([deviation] * len(epochs), rel=1e-6)
         assert drawn[f"{name}, deviation"] == (epochs, around)
-    assert plots["accuracy"]["bands"] == 2
+    top, bottom = plots["accuracy"]["frame"]
+    assert len(plots["accuracy"]["bands"]) == 2
+    assert all(top < high < low < bottom for high, low in plots["accuracy"]["bands"])
     for key in ("active_share", "temperature"):
         for name, (xs, ys) in one[key].items():
             assert points(plots[f"{key}-1"])[name] == (xs, pytest.approx(ys, rel=1e-6))
