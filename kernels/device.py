@@ -189,8 +189,12 @@ def exponents(d, tau):
 
 @triton.jit
 def cross_terms(e_m, v_m, v_s):
-    """e_m · (v_m − v_s), and 0 where e_m is 0, whatever the student says: 0 · log 0 is 0."""
-    return e_m * tl.where(e_m > 0.0, v_m - v_s, 0.0)
+    """e_m · (v_m − v_s), and 0 where e_m is 0, whatever the student says: 0 · log 0 is 0.
+
+    The selection comes last: a bare product would be fused into the sum across threads, whose
+    result would then differ among them.
+    """
+    return tl.where(e_m == 0.0, 0.0, e_m * (v_m - v_s))
 
 
 @triton.jit

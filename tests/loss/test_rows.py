@@ -178,7 +178,8 @@ def test_what_each_mentor_did_with_each_row(device, ranking):
     for function in (*FUNCTIONS, fused_classroom_loss_and_grad):
         *values, means = function(student, mentors, targets, return_report=True, **options)
         *same, rows = function(student, mentors, targets, return_report="rows", **options)
-        assert all(map(torch.equal, same, values))
+        for ours, theirs in zip(same, values, strict=True):  # compiled, a report reorders sums
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
         assert rows.active.dtype == torch.bool
         for of_rows, mean in zip(rows, means[:3], strict=True):
             assert of_rows.shape == (2, 2, 3, 4)
