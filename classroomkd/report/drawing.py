@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil, nan
+from typing import Any
 from xml.etree import ElementTree
 
 from matplotlib import style
@@ -142,7 +143,7 @@ class Drawing:
         height = self.figure.bbox.height
         sizes = {"x": left, "width": right - left}
         sizes |= {"y": height - top.bbox.y1, "height": top.bbox.y1 - bottom.bbox.y0}
-        place = {key: f"{size:.1f}" for key, size in sizes.items()}
+        place: dict[str, Any] = {key: f"{size:.1f}" for key, size in sizes.items()}
         column = ElementTree.Element("rect", place)
         ElementTree.SubElement(column, "title").text = tip.text
         return column
@@ -198,12 +199,12 @@ def over_epochs(curves: Sequence[Curve], axis: Axis, wide: bool = False) -> Draw
                 ]
                 for side in (-1, 1)
             ]
-            look = {"color": curve.line["color"], "alpha": 0.15, "linewidth": 0}
+            look: dict[str, Any] = {"color": curve.line["color"], "alpha": 0.15, "linewidth": 0}
             axes.fill_between(curve.epochs, *edges, **look, gid="band")
         often = ceil(len(places) / _MARKERS) or 1
-        line = {"marker": curve.marker, "markevery": often, **curve.line}
+        line: dict[str, Any] = {"marker": curve.marker, "markevery": often, **curve.line}
         lines += axes.plot(curve.epochs, places, **line, gid="curve")
-    place = {"loc": "lower left", "borderaxespad": 0.2, "labelspacing": 0.3}
+    place: dict[str, Any] = {"loc": "lower left", "borderaxespad": 0.2, "labelspacing": 0.3}
     most = width // 8  # letters that fit
     texts = [name if len(name) <= most else f"{name[: most - 1]}…" for name in names]
     figure.legend(lines, texts, ncols=beside, **place)
@@ -247,7 +248,13 @@ def heat_maps(
     every = figure.subplots(len(maps), sharex=True, squeeze=False, gridspec_kw=rows)[:, 0]
     for axes, (name, shares) in zip(every, maps.items(), strict=True):
         cells = [[nan if share is None else share for share in row] for row in shares]
-        look = {"vmin": 0, "vmax": 1, "cmap": scale, "aspect": "auto", "interpolation": "none"}
+        look: dict[str, Any] = {
+            "vmin": 0,
+            "vmax": 1,
+            "cmap": scale,
+            "aspect": "auto",
+            "interpolation": "none",
+        }
         image = axes.imshow(cells, **look)
         axes.set_title(plain(name), loc="left", fontsize=12)
         ends = sorted({0, len(epochs) - 1})
@@ -326,7 +333,7 @@ def dots(
     figure = _figure(WIDE if len(groups) > 8 else NARROW, 300)
     axes = figure.add_subplot()
     for number, (_, middle, deviation, colour) in enumerate(groups):
-        look = {"fmt": "o", "color": colour, "markersize": 9, "gid": "dot"}
+        look: dict[str, Any] = {"fmt": "o", "color": colour, "markersize": 9, "gid": "dot"}
         axes.errorbar([number], [middle], yerr=deviation, **look)
     places = [names.index(plain(name)) for name, *_ in runs]
     look = {"marker": "_", "markersize": 20, "linestyle": "", "color": INK, "gid": "runs"}
@@ -368,7 +375,7 @@ def _class_figure(names: Sequence[str], inner: float, above: float = 10) -> Figu
 def _name_classes(axes: Axes, names: Sequence[str]) -> None:
     often = ceil(len(names) / _NAMES)
     places = range(0, len(names), often)
-    look = {"fontsize": 9 if len(names) > MANY_CLASSES else 12, "rotation": 90}
+    look: dict[str, Any] = {"fontsize": 9 if len(names) > MANY_CLASSES else 12, "rotation": 90}
     axes.set_xticks(places, [names[place][:_LONGEST] for place in places], **look)
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_xlabel("class")
