@@ -192,15 +192,15 @@ def over_epochs(curves: Sequence[Curve], axis: Axis, wide: bool = False) -> Draw
     for curve in curves:
         places = [nan if value is None else axis.place(value) for value in curve.values]
         if curve.deviations:
-            edges = [
+            lower, upper = (
                 [
                     nan if y is None or d is None else axis.place(y + side * d)
                     for y, d in zip(curve.values, curve.deviations, strict=True)
                 ]
                 for side in (-1, 1)
-            ]
+            )
             look: dict[str, Any] = {"color": curve.line["color"], "alpha": 0.15, "linewidth": 0}
-            axes.fill_between(curve.epochs, *edges, **look, gid="band")
+            axes.fill_between(curve.epochs, lower, upper, **look, gid="band")
         often = ceil(len(places) / _MARKERS) or 1
         line: dict[str, Any] = {"marker": curve.marker, "markevery": often, **curve.line}
         lines += axes.plot(curve.epochs, places, **line, gid="curve")
@@ -262,8 +262,8 @@ def heat_maps(
         axes.grid(visible=False)
         axes.tick_params(axis="x", length=0)
     every[0].set_ylabel("epoch")
-    width, height = figure.bbox.size
-    scale_of = figure.add_axes((_LEFT / width, 1 - 30 / height, 240 / width, 10 / height))
+    wide, high = figure.bbox.size
+    scale_of = figure.add_axes((_LEFT / wide, 1 - 30 / high, 240 / wide, 10 / high))
     percents = PercentFormatter(1, decimals=0)
     figure.colorbar(image, cax=scale_of, orientation="horizontal", format=percents)
     _name_classes(every[-1], names)
