@@ -191,10 +191,13 @@ def exponents(d, tau):
 def cross_terms(e_m, v_m, v_s):
     """e_m · (v_m − v_s), and 0 where e_m is 0, whatever the student says: 0 · log 0 is 0.
 
-    The selection comes last: a bare product would be fused into the sum across threads, whose
-    result would then differ among them.
+    A thread that has one term of a row would fuse the product into the sum across threads, which
+    would then differ among them; so in short rows the selection comes last. It costs an addition.
     """
-    return tl.where(e_m == 0.0, 0.0, e_m * (v_m - v_s))
+    if e_m.shape[1] <= 512:
+        return tl.where(e_m == 0.0, 0.0, e_m * (v_m - v_s))
+    else:
+        return e_m * tl.where(e_m > 0.0, v_m - v_s, 0.0)
 
 
 @triton.jit
