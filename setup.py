@@ -12,9 +12,9 @@ TIMM, TENSORBOARD = ["timm>=1.0"], ["tensorboard>=2.17"]
 EXAMPLES = ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"]
 TRAIN = [
     "filelock>=4",
+    "matplotlib>=3.8",
     "omegaconf>=2.4",
     "pillow>=10",
-    "plotly>=6",
     "pyyaml>=6",
     "rich>=13",
     "safetensors>=0.4",
@@ -24,7 +24,6 @@ TRAIN = [
 ]
 TEST = [
     "hypothesis>=6.100",
-    "matplotlib>=3.8",
     "mypy>=1.13",
     "psutil>=5.9",
     "pytest>=8",

@@ -1,4 +1,4 @@
-"""Generate docs/benchmarks.md, its figures, and the tables of docs/reproduction.md and teaching.md.
+"""Generate docs/benchmarks.md, its figures, and the tables of other pages under docs/.
 
     python benchmarks/document.py [OUT]
 
@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mentor_check
 import modelled
 import teaching as teaching_tables
 from classroomkd.errors import UserError
@@ -33,6 +34,7 @@ MODELLED = "modelled"  # the folder of what no device measured
 RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
 TEACHING = ROOT / "docs/teaching.md"
+MENTOR_CHECK = ROOT / "docs/mentor-check.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
@@ -42,6 +44,7 @@ SECTIONS = {  # record → heading, command that measures it
     "roofline": ("Roofline", "python benchmarks/roofline.py --out OUT"),
     "loss": ("Loss", "python benchmarks/loss.py --out OUT"),
     "loss_cpu": ("Loss on a CPU", "python benchmarks/loss_cpu.py --out OUT"),
+    "loss_linear": ("Loss of linear heads", "python benchmarks/loss_linear.py --out OUT"),
     "loaders": ("Loaders", "python benchmarks/loaders.py --images 50000 --out OUT"),
     "step": ("Training step", "python benchmarks/step.py --whole 5 --out OUT"),
     "quickstart": ("Quickstart", "classroomkd quickstart --out RUN"),
@@ -152,6 +155,18 @@ def teaching(text: str, devices: Records) -> str:
             blocks += [f"## {heading}", f"{_link(device, name)}, by `{command}`:"]
             blocks += teaching_tables.markdown(name, records[name])
             blocks += _figures(device, name, records[name])
+    return _joined(blocks)
+
+
+def checked(text: str, devices: Records) -> str:
+    """docs/mentor-check.md: ``text`` up to the mark, and what was found after it."""
+    head, mark, _ = text.partition(MARK)
+    blocks = [head + mark]
+    for device, records in devices.items():
+        if "mentor_check" in records:
+            command = "python benchmarks/mentor_check.py --out OUT"
+            blocks.append(f"{_link(device, 'mentor_check')}, by `{command}`:")
+            blocks += mentor_check.markdown(records["mentor_check"])
     return _joined(blocks)
 
 
@@ -267,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
     atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
     atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
-    print(PAGE, REPRODUCTION, TEACHING, sep="\n")
+    atomic_write(MENTOR_CHECK, checked(MENTOR_CHECK.read_text(encoding="utf-8"), devices))
+    print(PAGE, REPRODUCTION, TEACHING, MENTOR_CHECK, sep="\n")
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

@@ -97,6 +97,13 @@ def drawings(device: str, name: str, record: Record) -> dict[str, Drawing]:
                 f"Loss and gradient on {device}: device time of all implementations.",
                 lambda: _implementations(named),
             )
+    sizes = [row for row in rows if name == "loss_cpu" and row["kind"] == "size"]
+    if one := [row for row in sizes if row["threads"] == 1]:
+        found["loss"] = Drawing(
+            "Loss and gradient on one CPU core: this project beside the same loss in PyTorch, "
+            "eager and compiled.",
+            lambda: _loss_on_a_cpu(one),
+        )
     if name == "loaders" and len(rows) > 1:
         found["loaders"] = Drawing(
             f"Loaders on {device}: images per second, median and range of the rounds. Blue: this "
@@ -175,6 +182,25 @@ def _loss(rows: Rows) -> Figure:
         share.set_xlabel("rows × classes")
     handles, labels = panels[1, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5)
+    return figure
+
+
+def _loss_on_a_cpu(rows: Rows) -> Figure:
+    """One panel per size, one bar per implementation."""
+    figure, panels = _figure(2.6 * len(rows), 1.7, 1, len(rows))
+    for axes, row in zip(panels[0], rows, strict=True):
+        times = {name: us / 1000 for name, us in row["microseconds"].items() if "+" not in name}
+        names = ["this project" if name.startswith("fused_") else name for name in times]
+        colours = [OWN if name == "this project" else OTHER for name in names]
+        drawn = axes.barh(range(len(names)), [*times.values()], color=colours, height=0.7)
+        labels = [format(time, ",.0f" if time >= 100 else ".2g") for time in times.values()]
+        axes.bar_label(drawn, labels, padding=3)
+        axes.set_title("B {rows:,}, C {classes:,}, M {mentors}".format(**row))
+        axes.set_yticks(range(len(names)), names if axes is panels[0, 0] else [])
+        axes.invert_yaxis()
+        axes.margins(x=0.2)
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("ms")
     return figure
 
 

@@ -82,6 +82,13 @@ LOSS_CPU_LEGEND = (
     "each of the first sizes by itself, the grid with dynamic sizes. A load average beyond the "
     "threads means that others were at work on the machine."
 )
+LOSS_LINEAR_LEGEND = (
+    "Loss and gradients at hidden states and weight, results included. On the CPU, with one thread "
+    "and a memory budget of 4 MiB in place of the default's 256, time is that of the clock, and "
+    "memory the process's peak beyond what it held before. Liger's is another loss: forward KL, "
+    "without ranks, temperatures or task. The difference is that of the gradients of whole logits "
+    "from those of the linear heads, as a relative norm."
+)
 STEP_LEGEND = (
     "Images per second over an epoch or its first seconds, loader included: the median of the "
     "rounds, which are interleaved with those of the other rows. The projection is for training "
@@ -208,7 +215,7 @@ def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """Title, headings and body of each table of a record."""
     by_name = {
         **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
-        "loss_cpu": _loss_cpu_tables,
+        **{"loss_cpu": _loss_cpu_tables, "loss_linear": _loss_linear_tables},
     }
     return by_name.get(record.get("benchmark"), _loss_tables)(record)
 
@@ -233,6 +240,22 @@ def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]
             if body:
                 found.append((title, ["B", "C", "M", *names, "× the best of PyTorch"], body))
     return found
+
+
+def _loss_linear_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+    """One table: sizes by implementations."""
+    body = [
+        [
+            *(str(row[key]) for key in ("rows", "classes", "width", "mentors", "dtype")),
+            row["implementation"],
+            _formatted(row, "milliseconds", ".1f") if row["status"] == "ok" else row["status"],
+            _formatted(row, "peak_extra_mib", ".0f"),
+            _formatted(row, "difference", ".0e"),
+        ]
+        for row in record["rows"]
+    ]
+    headings = ["N", "V", "H", "M", "dtype", "implementation", "ms", "peak MiB", "difference"]
+    return [("Loss and gradients of linear heads", headings, body)]
 
 
 def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
@@ -308,6 +331,8 @@ def _limits(record: Row) -> str:
         return STEP_LEGEND
     if record.get("benchmark") == "loss_cpu":
         return LOSS_CPU_LEGEND
+    if record.get("benchmark") == "loss_linear":
+        return LOSS_LINEAR_LEGEND
     ceilings = record["roofline"]
     measured = (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "

@@ -106,7 +106,7 @@ part() {
     elif [[ $code -ne 0 ]]; then
         absent=$(tail -n 1 "$scratch/log" | sed -nE "s/.*No module named '?([A-Za-z0-9_]+).*/\1/p")
         case $absent in
-        omegaconf | yaml | rich | safetensors | PIL | plotly | sklearn)
+        omegaconf | yaml | rich | safetensors | PIL | matplotlib | sklearn)
             result="left out: needs $absent"
             ;;
         *)

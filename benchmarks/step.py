@@ -1,14 +1,17 @@
 """Compare the whole training step of the trainer with that of a straightforward loop.
 
-    python benchmarks/step.py [--small] [--student NAME …] [--batch N …] [--rounds N] [--seconds N]
-                              [--whole EPOCHS] [--minutes M] [--out FOLDER]
+    python benchmarks/step.py [--[no-]small] [--student NAME …] [--batch N …] [--rounds N]
+                              [--seconds N] [--whole EPOCHS] [--minutes M] [--out FOLDER]
 
 A student, a teacher and five peers with random weights run on random images of 100 classes. A round
 is an epoch, loader included, or its first --seconds seconds. Every row has its own process. The
 rows of one classroom and batch size are prepared together, then timed in rounds, interleaved, and
 then profiled in further steps. --whole trains and evaluates whole epochs of each classroom at its
-smallest batch size. On the CPU there is one small classroom, which only checks the script. Prints
-the tables and writes step.json after every round.
+smallest batch size. With cached mentors, their logits for one augmentation of every image are kept
+beforehand. Prints the tables and writes step.json after every round. On a CPU, --small is the
+default; the classroom of resnet20 is measured by
+
+    python benchmarks/step.py --no-small --student resnet20 --batch 64 --images 4096 --out FOLDER
 """
 
 from __future__ import annotations
@@ -32,7 +35,18 @@ from loader_rows import Setting
 from loaders import random_images, versions
 from measure import DEVICE, GPU, environment, write_json
 from result_tables import STEP_LEGEND, terminal
-from step_rows import EPOCHS, LOOP, NETWORKS, THIS, TRAINERS, RunningStep, StepCase
+from step_rows import (
+    CACHED,
+    EPOCHS,
+    KEEPING,
+    LOOP,
+    MENTORS,
+    NETWORKS,
+    THIS,
+    TRAINERS,
+    RunningStep,
+    StepCase,
+)
 
 CLASSROOMS = {  # a teacher and five peers
     "resnet20": ("resnet56", "resnet8", "resnet14", "shufflenetv2", "mobilenetv2", "shufflenetv1"),
@@ -91,7 +105,9 @@ class StepRow(ProcessRow):
         except RowError as failure:  # the row keeps its rate
             self.record["parts_status"] = str(failure)
             return
-        networks, whole = sum(parts[part] for part in NETWORKS), sum(parts.values())
+        cached = self.record["implementation"] == CACHED  # whose mentors are files
+        networks = sum(parts[part] for part in NETWORKS if not (cached and part == MENTORS))
+        whole = sum(parts.values())
         self.record |= {
             "parts_status": "ok",
             "parts_ms": {part: 1e3 * seconds for part, seconds in parts.items()},
@@ -163,9 +179,9 @@ def compare(records: Sequence[dict[str, Any]]) -> None:
 def implementations() -> list[str]:
     """The implementations that this machine runs, except those that compile for minutes."""
     if not GPU:
-        return [THIS, LOOP]
+        return [THIS, CACHED, KEEPING, LOOP]
     without_ffcv = importlib.util.find_spec("ffcv") is None
-    left_out = {COMPILED} | ({"trainer, resident loader"} if without_ffcv else set())
+    left_out = {COMPILED, KEEPING} | ({"trainer, resident loader"} if without_ffcv else set())
     return [name for name in (*TRAINERS, LOOP) if name not in left_out]
 
 
@@ -229,7 +245,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cores = len(os.sched_getaffinity(0))
     add = parser.add_argument
-    add("--small", action="store_true", default=not GPU, help="one small classroom (CPU: always)")
+    small = argparse.BooleanOptionalAction
+    add("--small", action=small, default=not GPU, help="one small classroom (default on a CPU)")
     add("--images", type=int, help="number of images (50000; small: 1024)")
     add("--size", type=int, help="height and width (32; small: 16)")
     add("--student", nargs="+", help="only the classrooms of these students")

@@ -19,11 +19,13 @@ from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
 from classroomkd.loss.methods import create
 from classroomkd.models import NetworkInfo
 from classroomkd.runs.machine import find_precision
-from classroomkd.runs.recipe import DataConfig, LossConfig, Recipe
+from classroomkd.runs.recipe import DataConfig, LossConfig, MentorCacheConfig, Recipe
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.graph import CapturedStep
+from classroomkd.training.logits_files import KeptLogits
 from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.mentor_cache import CachedMentors
 from classroomkd.training.trainer import Trainer
 from loader_baselines import TorchvisionTransforms
 from loader_rows import PADDING, Setting
@@ -34,9 +36,13 @@ LEARNING_RATE = 0.01  # does not affect the time, and does not diverge on noise
 WARM_UP = 8  # steps; a graph is captured in the fourth
 
 THIS, LOOP = "trainer", "straightforward loop"
+CACHED, KEEPING = "trainer, cached mentors", "trainer, keeping mentors' logits"
+_KEPT_EPOCHS = 64  # of which a row that keeps logits takes a few
 # Name → differences of its recipe from the default.
 TRAINERS: dict[str, dict[str, Any]] = {
     THIS: {},
+    CACHED: {"mentor_cache": MentorCacheConfig(epochs=1)},  # all of which are kept beforehand
+    KEEPING: {"mentor_cache": MentorCacheConfig(epochs=_KEPT_EPOCHS)},
     "trainer, no CUDA graph": {"cuda_graph": False},
     "trainer, float32": {"precision": "float32"},
     "trainer, resident loader": {"data": DataConfig(loader="resident")},
@@ -108,29 +114,49 @@ class OurLoop:
         dtype = find_precision(recipe.precision, setting.device)
         student, mentors = make_networks(case, setting, len(images.classes))
         self._loaders = Loaders(recipe.data.loader, [images, self._test], setting.device)
-        loader = self._loaders.open(
-            images,
-            case.batch,
-            mean=setting.mean,
-            std=setting.std,
-            augmentation=Augmentation(PADDING, flip=True),
-            shuffle=True,
-            drop_last=True,
+        repeat = recipe.mentor_cache.epochs if recipe.mentor_cache else None
+
+        def opened(drop_last: bool) -> Loader:
+            return self._loaders.open(
+                images,
+                case.batch,
+                mean=setting.mean,
+                std=setting.std,
+                augmentation=Augmentation(PADDING, flip=True),
+                shuffle=True,
+                drop_last=drop_last,
+                repeat=repeat,
+                dtype=dtype,
+            )
+
+        loader = opened(drop_last=True)
+        bank = MentorBank(
+            mentors,
+            len(images.classes),
+            device=setting.device,
             dtype=dtype,
+            compile=recipe.compile,
         )
+        teachers: MentorBank | CachedMentors = bank
+        if repeat:
+            key = {"shape": [repeat, len(images), len(images.classes)], "dtype": "float32"}
+            folder = setting.folder / f"logits-{repeat}-{case.student}-{case.batch}"
+
+            def cached(cuda_graph: bool) -> CachedMentors:
+                files = {name: KeptLogits(folder / name, key) for name in mentors}
+                options = {"device": setting.device, "dtype": dtype, "cuda_graph": cuda_graph}
+                return CachedMentors(list(mentors), bank, files, **options)
+
+            if repeat == 1:
+                _keep(cached(cuda_graph=False), opened(drop_last=False))
+            teachers = cached(recipe.cuda_graph)
         self.trainer = Trainer(
             student.to(memory_format=torch.channels_last),
             loader,
             training,
             name=case.student,
             peak=LEARNING_RATE,
-            mentors=MentorBank(
-                mentors,
-                len(images.classes),
-                device=setting.device,
-                dtype=dtype,
-                compile=recipe.compile,
-            ),
+            mentors=teachers,
             method=create("classroom", **vars(recipe.loss)),
             dtype=dtype,
             cuda_graph=recipe.cuda_graph,
@@ -153,7 +179,10 @@ class OurLoop:
     def watch(self, patch: Patch) -> None:
         """Time the parts, in a newly captured step."""
         trainer = self.trainer
-        patch(trainer, "mentors", MENTORS)
+        if isinstance(trainer.mentors, CachedMentors):
+            patch(trainer.mentors, "next", MENTORS)
+        else:
+            patch(trainer, "mentors", MENTORS)
         patch(trainer, "_forward", FORWARD)
         patch(trainer.method.loss, "loss_and_grad", LOSS)
         patch(torch.Tensor, "backward", BACKWARD)
@@ -171,6 +200,16 @@ class OurLoop:
     @cached_property
     def _test_loader(self) -> Loader:
         return evaluation_loader(self._loaders, self._test, self._info)
+
+
+def _keep(mentors: CachedMentors, loader: Loader) -> None:
+    """Ask the mentors for all images of the first epoch's augmentation."""
+    with loader:
+        loader.set_epoch(1)
+        mentors.begin(1, loader.upcoming())
+        for images, _, _ in loader:
+            mentors.next(images)
+    mentors.close()
 
 
 class StraightforwardLoop:
@@ -320,9 +359,10 @@ class RunningStep:
             self._loop.watch(patch)
             self._warm_up()
             steps, seconds = self._train(self._seconds, look, at_least=every)
-        return summed(
-            {part: sum(r[part] for r in reads) / len(reads) for part in PARTS}, seconds / steps
-        )
+        means = {part: sum(r[part] for r in reads) / len(reads) for part in PARTS}
+        if self._name in (CACHED, KEEPING):  # whose mentors come before the step
+            means[STEP] += means[MENTORS]
+        return summed(means, seconds / steps)
 
     def train_and_evaluate(self) -> tuple[float, float]:
         """Train a whole epoch and evaluate; returns the seconds of both."""

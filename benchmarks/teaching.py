@@ -1,4 +1,4 @@
-"""The tables of docs/teaching.md: of gradients.py, drop_in.py and small_data.py."""
+"""The tables of docs/teaching.md: of gradients.py, drop_in.py, small_data.py and examples.py."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ COMMANDS = {  # record → heading, command that measures it
         "`classroomkd train` on small data",
         "python benchmarks/small_data.py --out OUT --photos FOLDER",
     ),
+    "examples": ("The examples", "python benchmarks/examples.py --out OUT"),
 }
 
 
 def markdown(name: str, record: Row) -> Iterator[str]:
     """The tables of a record, and the text that explains them."""
-    yield from {"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data}[name](
-        record["rows"]
-    )
+    tables = {
+        **{"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data},
+        "examples": _examples,
+    }
+    yield from tables[name](record["rows"])
 
 
 def _gradients(rows: Sequence[Row]) -> Iterator[str]:
@@ -150,3 +153,43 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
         *("validation", "minus alone", "test", "minus alone", "seeds"),
     )
     yield markdown_table(headings, lines)
+
+
+def _examples(rows: Sequence[Row]) -> Iterator[str]:
+    yield (
+        "Held-out accuracy, in percent, or perplexity, the less the better, with its standard "
+        "deviation over the seeds, and the difference with its standard error, paired by seed."
+    )
+    lines = []
+    for (name, measure), own in _grouped(rows, ("example", "measure")).items():
+        scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
+
+        def told(values: Sequence[float], difference: bool = False, digits: int = digits) -> str:
+            text = f"{mean(values):{'+' if difference else ''}.{digits}f}".replace("-", "−")
+            if len(values) == 1:
+                return text
+            deviation = stdev(values) / (math.sqrt(len(values)) if difference else 1)
+            return f"{text} ± {deviation:.{digits}f}"
+
+        alone, classroom = ([scale * row[key] for row in own] for key in ("alone", "classroom"))
+        mentors = zip(*(row["mentors"] for row in own), strict=True)
+        lines.append(
+            [
+                f"[{name}.py](../examples/{name}.py)",
+                measure,
+                ", ".join(f"{scale * mean(of):.{digits}f}" for of in mentors),
+                told(alone),
+                told(classroom),
+                told([b - a for a, b in zip(alone, classroom, strict=True)], difference=True),
+                str(len(own)),
+            ]
+        )
+    headings = ("example", "measure", "mentors", "alone", "in the classroom", "difference", "seeds")
+    yield markdown_table(headings, lines)
+    tokens = [row["taught_percent"] for row in rows if row["taught_percent"]]
+    if tokens:
+        *shares, of_the_sick = (f"{mean(of):.1f} %" for of in zip(*tokens, strict=True))
+        yield (
+            f"In the classroom of language models the mentors taught {' and '.join(shares)} of the "
+            f"tokens, and the third, the first with its vocabulary shuffled, {of_the_sick}."
+        )

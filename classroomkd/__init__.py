@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from classroomkd.loss import (
         ClassroomLoss,
         ClassroomReport,
+        RowReport,
         classroom_loss,
         fused_classroom_loss,
         fused_classroom_loss_and_grad,
@@ -19,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClassroomLoss",
     "ClassroomReport",
+    "RowReport",
     "classroom_loss",
     "distill",
     "fused_classroom_loss",

@@ -168,7 +168,7 @@ class _Networks:
             mentors = [mentors]
         if isinstance(mentors, Mapping):
             return [self._mentor(name, mentor) for name, mentor in mentors.items()]
-        taken = Counter(self.modules)
+        taken = Counter(self.modules.keys())  # of the mapping it would take the values
         words = []
         for mentor in mentors:
             source = mentor.get("source") if isinstance(mentor, Mapping) else mentor

@@ -14,7 +14,16 @@ from ffcv_required import why_skipped
 from interpreter import INTERPRETED, TRITON
 
 # What a machine that is lent for its GPU may lack; tests that need it are skipped.
-_OPTIONAL = {"hypothesis", "numba", "omegaconf", "PIL", "plotly", "psutil", "rich", "safetensors"}
+_OPTIONAL = {
+    "hypothesis",
+    "numba",
+    "omegaconf",
+    "PIL",
+    "matplotlib",
+    "psutil",
+    "rich",
+    "safetensors",
+}
 _OPTIONAL |= {"sklearn", "yaml"}
 _ENDS = pytest.StashKey[float]()
 # Each launch copies its tensors; and tiles of few columns, which no launch has, do not compile.

@@ -140,9 +140,15 @@ class FakeCuda:
         self.on_cuda = _OnCuda
         capture_step = CapturedStep._capture
 
-        def captured_step(step, images, targets):
-            capture_step(step, images, targets)
-            step._graph.again = partial(step._step, *step._inputs)
+        def captured_step(step, given):
+            capture_step(step, given)
+            step._graph.again = partial(again, step)
+
+        def again(step):
+            results = step._step(*step._inputs)
+            with torch.inference_mode():  # in which mentors make theirs
+                for static, result in zip(step._results or (), results or (), strict=True):
+                    static.copy_(result)
 
         patch.setattr(CapturedStep, "_capture", captured_step)
         autocast = torch.autocast

@@ -8,6 +8,7 @@ from torch import Tensor
 from classroomkd import (
     ClassroomLoss,
     ClassroomReport,
+    RowReport,
     classroom_loss,
     fused_classroom_loss,
     fused_classroom_loss_and_grad,
@@ -20,6 +21,8 @@ def functions(student: Tensor, mentors: Tensor, targets: Tensor, flag: bool) -> 
     assert_type(classroom_loss(student, [*mentors], targets, mentor_weight="auto"), Tensor)
     with_report = fused_classroom_loss(student, mentors, targets, return_report=True)
     assert_type(with_report, tuple[Tensor, ClassroomReport])
+    by_row = fused_classroom_loss(student, mentors, targets, return_report="rows")
+    assert_type(by_row, tuple[Tensor, RowReport])
     either = fused_classroom_loss(student, mentors, targets, return_report=flag)
     assert_type(either, Tensor | tuple[Tensor, ClassroomReport])
     loss, grad = fused_classroom_loss_and_grad(student, mentors, targets, scale=torch.ones(()))

@@ -12,7 +12,16 @@ from classroomkd.cli.parser import make_parser
 from classroomkd.errors import UserError
 
 # What the extra "train" of setup.py installs, by the names of the modules.
-_OF_TRAIN = {"PIL", "filelock", "omegaconf", "plotly", "rich", "safetensors", "scipy", "sklearn"}
+_OF_TRAIN = {
+    "PIL",
+    "filelock",
+    "matplotlib",
+    "omegaconf",
+    "rich",
+    "safetensors",
+    "scipy",
+    "sklearn",
+}
 _OF_TRAIN |= {"torchvision", "yaml"}
 
 

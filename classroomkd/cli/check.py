@@ -31,6 +31,7 @@ def check(arguments: argparse.Namespace) -> int:
     from classroomkd.data import ImageSet, channel_statistics
     from classroomkd.data.loader import per_channel
     from classroomkd.models import NetworkInfo
+    from classroomkd.models.network_names import is_logits
     from classroomkd.runs.given_mentors import check_given
     from classroomkd.runs.images import example_of, read_images
     from classroomkd.runs.machine import find_device
@@ -38,7 +39,11 @@ def check(arguments: argparse.Namespace) -> int:
     from classroomkd.runs.recipe import split_seed
 
     device = find_device(recipe.device)
-    mentors = find_mentors(recipe.mentors, recipe.mentor_training.epochs, print)
+    for config in recipe.mentors:
+        if is_logits(config.source):
+            print(f"{config.source}: a file of logits of training images: not checked")
+    networks = [config for config in recipe.mentors if not is_logits(config.source)]
+    mentors = find_mentors(networks, recipe.mentor_training.epochs, print)
     sets = read_images(recipe.data, split_seed(recipe))
     if recipe.data.mean and recipe.data.std:
         mean, std = per_channel(recipe.data.mean), per_channel(recipe.data.std)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from classroomkd import __version__
 from classroomkd.cli import (
+    cache,
     check,
     data,
     evaluate,
@@ -26,6 +27,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"classroomkd {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
-    for module in (quickstart, train, mentors, check, evaluate, report, reproduce, listings, data):
+    runs = (quickstart, train, mentors, check, evaluate, report, reproduce)
+    for module in (*runs, listings, data, cache):
         module.add_to(commands)
     return parser

@@ -21,6 +21,12 @@ def add_to(commands: Any) -> None:
         metavar="FILE.html",
         help="(default: RUN/report.html; of several runs ./comparison.html)",
     )
+    parser.add_argument(
+        "--export",
+        type=path_option,
+        metavar="DIR",
+        help="also write each plot as SVG, PDF and CSV and each table as LaTeX and CSV into DIR",
+    )
 
 
 def report(arguments: argparse.Namespace) -> None:
@@ -31,4 +37,6 @@ def report(arguments: argparse.Namespace) -> None:
         require_records(folder)
     from classroomkd.report import write_report
 
-    print(f"report: {write_report(arguments.runs, arguments.out)}")
+    print(f"report: {write_report(arguments.runs, arguments.out, export=arguments.export)}")
+    if arguments.export:
+        print(f"exported to {arguments.export}")

@@ -82,6 +82,12 @@ def add_to(commands: Any) -> None:
         "twice takes two (default: cuda if available, else cpu)",
     )
     parser.add_argument(
+        "--mentor-cache",
+        choices=("float32", "float16"),
+        help="keep the mentors' answers in the cache, once for all runs, which then have the same "
+        "batches: seeds differ only in the students' first weights",
+    )
+    parser.add_argument(
         "--shard",
         metavar="I/N",
         help="run only the I-th of N parts (from 1) and the mentors it needs; parts merge if they "
@@ -124,6 +130,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         epochs=arguments.epochs,
         classrooms=given["classrooms"],
         method_names=given["methods"],
+        mentor_cache=arguments.mentor_cache,
         overrides=overrides,
     )
     plan = whole.shard(*shard) if arguments.shard else whole
@@ -141,6 +148,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
         if source not in NAMED_SOURCES and not cifar.find(Path(source)):
             list_source(source)  # which says what is wrong with it
     _print_plan(plan, out, len(given["devices"]) or 1, console)
+    _print_saved(plan, console)
     if arguments.plan:
         return 0
     from classroomkd.report.table_page import write_tables
@@ -215,6 +223,26 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_saved(plan: Plan, console: Console) -> None:
+    """Print what the mentor cache saves, and what differs between seeds where batches do not."""
+    saved = sum(run.saved for run in plan.runs)
+    if saved:
+        share = saved / (saved + sum(run.work for run in plan.runs))
+        console.print(
+            f"mentor cache: mentors answer once for all runs with the same batches, which saves "
+            f"{share:.0%} of the runs' operations",
+            highlight=False,
+            soft_wrap=True,
+        )
+    if any(run.recipe.data_seed is not None for run in plan.runs):
+        console.print(
+            "data_seed: all seeds have the same batches and augmentation, and differ only in the "
+            "students' first weights",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _print_results(results: Mapping[str, Any], console: Console) -> None:

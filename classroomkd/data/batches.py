@@ -66,8 +66,8 @@ def first_batch(loader: DataLoader, what: str) -> tuple[Tensor, Tensor]:
         kind = "nothing" if batch is None else type(batch).__name__
         raise UserError(f"{what} must give (images, targets), two tensors, not {kind}")
     images, targets = batch[:2]
-    indices = targets.dim() == 1 and not targets.is_floating_point()
-    if len(targets) != len(images) or not (indices or targets.dim() == 2):
+    fits = targets.dim() == (2 if targets.is_floating_point() else 1)
+    if len(targets) != len(images) or not fits:
         raise UserError(
             f"{what} gives targets {list(targets.shape)} of {targets.dtype} for {len(images)} "
             "images: they must be class indices [B], or class probabilities [B, classes]"

@@ -77,6 +77,8 @@ class Loader(ABC):
         std: standard deviation per RGB channel, as from ``channel_statistics``.
         augmentation: random crop, flip and cutout, or None; for photographs, a crop to one size.
         mixing: MixUp or CutMix of the finished images, or None.
+        repeat: the number of epochs, from 1, after which the augmentation of each sample repeats,
+            in a new order; None never.
         shuffle: use a new order in each epoch instead of the set's own.
         drop_last: drop the last batch if it is incomplete.
         seed: any integer; the lowest 64 bits are used.
@@ -106,6 +108,7 @@ class Loader(ABC):
         shuffle: bool,
         drop_last: bool,
         mixing: Mixing | None = None,
+        repeat: int | None = None,
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -128,7 +131,7 @@ class Loader(ABC):
             self.crop, augmentation = augmentation, augmentation.after
         self.augmentation = augmentation
         self.shuffle, self.seed = shuffle, seed
-        self.mixing = mixing
+        self.mixing, self.repeat = mixing, repeat
         self.rank, self.world_size = rank, world_size
         self.device, self.dtype = torch.device(device), dtype
         if self.device.type == "cuda" and self.device.index is None:
@@ -146,6 +149,15 @@ class Loader(ABC):
             raise UserError(f"the first batch must be within 0..{len(self)}, got {first_batch}")
         self.epoch, self.first_batch = epoch, first_batch
 
+    @property
+    def augmentation_epoch(self) -> int:
+        """The epoch that the augmentation of the next iteration is drawn for."""
+        return self.epoch if self.repeat is None else (self.epoch - 1) % self.repeat + 1
+
+    def upcoming(self) -> list[np.ndarray]:
+        """The sample indices, int64, of the batches of the next iteration, in this process."""
+        return self._batches()[self.first_batch :]
+
     def __len__(self) -> int:
         """Batches in a whole epoch, in this process."""
         whole, rest = divmod(self.count, self.batch_size * self.world_size)
@@ -153,10 +165,10 @@ class Loader(ABC):
 
     def __iter__(self) -> Iterator[Batch]:
         self._require_open()
-        batches = self._batches()[self.first_batch :]
-        made = self._iterate(batches, self.epoch)
+        batches, epoch = self.upcoming(), self.augmentation_epoch
+        made = self._iterate(batches, epoch)
         if self.mixing:
-            made = self._mixed(made, batches, self.epoch, self.mixing)
+            made = self._mixed(made, batches, epoch, self.mixing)
         return self._while_open(made)
 
     def _mixed(

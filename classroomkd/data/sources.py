@@ -337,8 +337,13 @@ def split_off(image_set: AnySet, share: float, seed: int) -> tuple[AnySet, AnySe
     The validation part, selected by ``seed``, has at least one image of each class, and at most all
     but one. Raises UserError if a class has only one image.
     """
-    mask = _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
+    mask = split_mask(image_set, share, seed)
     return select(image_set, ~mask), select(image_set, mask)
+
+
+def split_mask(image_set: ImageSet | ImageFiles, share: float, seed: int) -> np.ndarray:
+    """Which samples, bool [N], `split_off` puts into the validation part."""
+    return _held_out(image_set.targets, image_set.classes, seed, share, "the training part", 1)
 
 
 def _held_out(

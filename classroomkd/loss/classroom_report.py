@@ -38,6 +38,21 @@ class ClassroomReport(NamedTuple):
     a_s · CE it adds up to the loss of ``reduction="mean"``."""
 
 
+class RowReport(NamedTuple):
+    """Which mentor taught which row: what ``return_report="rows"`` gives, on the logits' device.
+
+    It is computed by definition, beside the loss, so that it costs about as much as the loss in
+    plain PyTorch: for analysis, not for every step. Rows whose target is ``ignore_index`` have 0.
+    """
+
+    active: Tensor
+    """[M, B, …] bool: whether the mentor teaches."""
+    rank_weight: Tensor
+    """[M, B, …] its rank r_m, 0 to M."""
+    temperature: Tensor
+    """[M, B, …] its temperature τ_m (with ``mentoring="dtkd"`` T_m)."""
+
+
 def pack_report(report: ClassroomReport) -> Tensor:
     """A report as the vector of ``kernels/report_layout.py``."""
     return torch.cat([values.reshape(-1) for values in report])

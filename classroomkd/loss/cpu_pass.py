@@ -42,8 +42,9 @@ _WEIGHTINGS = {
     "uniform": cpu_rows.UNIFORM,
     "confidence": cpu_rows.BY_CONFIDENCE,
 }
-# Exponentials, about a nanosecond each, for which another thread is woken.
-_LEAST_SHARE = 100_000
+# Exponentials, about a nanosecond each, for which another thread is woken; and how many take the
+# time of what a network has once a row.
+_LEAST_SHARE, _ROW = 100_000, 64
 _NOTHING = (0, 0, 0)
 _NO_SUMS = np.empty(0, np.float32)
 
@@ -192,7 +193,7 @@ class _Batch:
         self, function: Callable[..., None], exponentials: int, *arguments: object
     ) -> None:
         """Call ``function(first, last, *arguments)`` for all rows, in several threads at once."""
-        work = exponentials * self._rows * self._classes
+        work = exponentials * self._rows * (self._classes + _ROW)
         n_shares = min(torch.get_num_threads(), self._rows, work // _LEAST_SHARE)
         if n_shares < 2:
             function(0, self._rows, *arguments)

@@ -21,16 +21,17 @@ Learning Strategies" (arXiv 2409.20237).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import log_softmax
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.derivative import OnceDifferentiable
-from classroomkd.loss.inputs import check_inputs, loss_options
+from classroomkd.loss.inputs import loss_options
 from classroomkd.loss.options import LossOptions
+from classroomkd.loss.rows import LossWeights, Rows, as_rows, weighted
 from classroomkd.loss.signatures import loss_function
 from classroomkd.loss.targets import Target, prepare_targets
 
@@ -56,16 +57,21 @@ def classroom_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mentor_weight: Tensor | float | str | None = None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> Tensor | tuple[Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
     """ClassroomKD's multi-mentor distillation loss, by definition.
 
     Args:
-        student_logits: [B, C], float16, bfloat16, float32 or float64. Only it gets a gradient.
-        mentor_logits: [M, B, C], or a sequence of M tensors [B, C], M ≥ 1, of any of these dtypes.
-        targets: class indices [B], or class probabilities [B, C] (taken to sum to 1, unchecked).
+        student_logits: [B, C], or [B, C, d₁, …], of which every position is a row; float16,
+            bfloat16, float32 or float64. Only it gets a gradient.
+        mentor_logits: [M, B, C, …], or a sequence of M tensors of the student's shape, M ≥ 1, of
+            any of these dtypes.
+        targets: class indices [B, …], or class probabilities of the student's shape (taken to sum
+            to 1, unchecked).
         temperature: softens the mentors' distributions; above 0 and at most 20, the limit of
             float32's precision. With "adaptive" mentoring τ goes from 1, for a mentor as confident
             as the student, to 1 + temperature, for one that is infinitely ahead.
@@ -86,13 +92,18 @@ def classroom_loss(
         ignore_index: rows with this class index count nowhere.
         mentor_weight: g_m: a number ≥ 0 for all mentors, a tensor [M] on the logits' device, one
             for each, or "auto", `automatic_mentor_weight` of C and M; None is 1.
+        class_weight: [C] ≥ 0, as `cross_entropy` takes it; row_weight: [B] (or [B, d₁, …]) ≥ 0.
+            A row's whole loss is multiplied by its own weight and by its class's (Σ_c t_c times
+            the weight of c, before smoothing), and the mean divides by the sum of these products.
+            The report stays that of unweighted rows.
         reduction: "mean" over the valid rows, "sum", or "none".
         process_group: with ranking "batch", average over the valid rows of all its processes.
-        return_report: also return a `ClassroomReport`.
+        return_report: also return a `ClassroomReport`; with "rows" a `RowReport`, which says of
+            every row what each mentor did.
 
     Returns:
-        The loss, 0-d, or [B] with ``reduction="none"``, in float32 (float64 if the student's or a
-        mentor's logits are); with ``return_report`` the pair (loss, report). A second derivative
+        The loss, 0-d, or [B, …] with ``reduction="none"``, in float32 (float64 if the student's or
+        a mentor's logits are); with ``return_report`` the pair (loss, report). A second derivative
         raises RuntimeError.
 
     Raises:
@@ -102,7 +113,7 @@ def classroom_loss(
         TypeError: integer logits, floating-point class indices, or something not a tensor.
 
     """
-    options, weights = loss_options(
+    options, of_mentors = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -115,10 +126,15 @@ def classroom_loss(
         mentor_weight=mentor_weight,
         reduction=reduction,
     )
-    mentors = check_inputs(student_logits, mentor_logits, targets, weights)
+    weights = LossWeights(of_mentors, class_weight, row_weight)
+    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
+    report: ClassroomReport | RowReport | None
     loss, report = loss_by_definition(
-        student_logits, mentors, targets, weights, options, return_report, process_group
+        *rows[:4], of_mentors, options, return_report is True, process_group
     )
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
+    loss = loss.reshape(rows.shape) if reduction == "none" else loss
     return loss if report is None else (loss, report)
 
 
@@ -138,39 +154,66 @@ def loss_by_definition(
     student_logits: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None = None,
     ell_sums: Tensor | None = None,
 ) -> tuple[Tensor, ClassroomReport | None]:
-    """`classroom_loss` on checked arguments: the loss, and the report if it is wanted.
+    """`classroom_loss` of checked rows [N, C]: the loss, and the report if it is wanted.
 
     ``ell_sums``, for ranking "batch", are the sums over a larger batch; see `rank_and_filter`.
     """
+    target, student, stacked = _prepared(
+        OnceDifferentiable.apply(student_logits), mentors, targets, options
+    )
+    weights = classroom_weights(student.detach(), stacked, target, options, process_group, ell_sums)
+    rows = weighted_row_loss(student, stacked, target, weights, mentor_weight, options)
+    n_valid = target.valid.sum().clamp_min(1)
+    loss = rows.loss
+    if row_weight is not None:
+        loss = weighted(loss, row_weight, options.reduction)
+    elif options.reduction != "none":
+        loss = loss.sum() if options.reduction == "sum" else loss.sum() / n_valid
+    return loss, _report(weights, rows, target.valid, n_valid) if return_report else None
+
+
+def _prepared(
+    student_logits: Tensor, mentors: list[Tensor], targets: Tensor, options: LossOptions
+) -> tuple[Target, Tensor, Tensor]:
+    """Targets, student [N, C] and mentors [M, N, C] in one precision, 0 where rows do not count."""
     dtype = torch.float32
     for logits in (student_logits, *mentors):
         dtype = torch.promote_types(dtype, logits.dtype)
     target = prepare_targets(targets, student_logits.shape[1], options, dtype)
     # A row that does not count may hold anything, also NaN, and must not reach a product.
-    student = OnceDifferentiable.apply(student_logits).to(dtype)
-    student = torch.where(target.valid[:, None], student, 0)
+    counts = target.valid[:, None]
+    student = torch.where(counts, student_logits.to(dtype), 0)
     stacked = torch.stack([mentor.detach().to(dtype) for mentor in mentors])
-    stacked = torch.where(target.valid[:, None], stacked, 0)
+    return target, student, torch.where(counts, stacked, 0)
 
-    weights = classroom_weights(student.detach(), stacked, target, options, process_group, ell_sums)
-    rows = weighted_row_loss(student, stacked, target, weights, mentor_weight, options)
-    n_valid = target.valid.sum().clamp_min(1)
-    loss = rows.loss
-    if options.reduction != "none":
-        loss = loss.sum() if options.reduction == "sum" else loss.sum() / n_valid
-    return loss, _report(weights, rows, target.valid, n_valid) if return_report else None
+
+def row_report(
+    rows: Rows, options: LossOptions, process_group: ProcessGroup | None = None
+) -> RowReport:
+    """Which mentors teach which rows."""
+    with torch.no_grad():
+        target, student, mentors = _prepared(rows.student, rows.mentors, rows.targets, options)
+        weights = classroom_weights(student, mentors, target, options, process_group)
+    shape = (len(mentors), *rows.shape)
+    return RowReport(
+        weights.active.reshape(shape),
+        torch.where(target.valid, weights.rank, 0).reshape(shape),
+        torch.where(target.valid, weights.mentor_temperature, 0).reshape(shape),
+    )
 
 
 def loss_and_grad_by_definition(
     student_logits: Tensor,
     mentors: list[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     scale: Tensor | None,
     options: LossOptions,
@@ -182,7 +225,14 @@ def loss_and_grad_by_definition(
     with torch.enable_grad():
         student = student_logits.detach().to(precise, copy=True).requires_grad_()
         loss, report = loss_by_definition(
-            student, mentors, targets, mentor_weight, options, return_report, process_group
+            student,
+            mentors,
+            targets,
+            row_weight,
+            mentor_weight,
+            options,
+            return_report,
+            process_group,
         )
     (grad,) = torch.autograd.grad(loss, student)
     if scale is not None:

@@ -10,23 +10,30 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
 from classroomkd.loss import operators
-from classroomkd.loss.classroom_report import ClassroomReport, unpack_report
-from classroomkd.loss.definition import loss_and_grad_by_definition, loss_by_definition
-from classroomkd.loss.inputs import (
-    KERNEL_LOGITS,
-    check_float,
-    check_inputs,
-    either,
-    loss_options,
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport, unpack_report
+from classroomkd.loss.definition import (
+    loss_and_grad_by_definition,
+    loss_by_definition,
+    row_report,
 )
+from classroomkd.loss.inputs import KERNEL_LOGITS, check_float, either, loss_options
 from classroomkd.loss.options import LossOptions
+from classroomkd.loss.rows import (
+    LossWeights,
+    Rows,
+    as_rows,
+    divisor,
+    unflattened,
+    unreduced,
+    weighted,
+)
 from classroomkd.loss.signatures import loss_and_grad_function, loss_function
 
 if TYPE_CHECKING:
@@ -54,10 +61,12 @@ def fused_classroom_loss(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mentor_weight: Tensor | float | str | None = None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
     reduction: str = "mean",
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> Tensor | tuple[Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
     """ClassroomKD's multi-mentor distillation loss, fused.
 
     It takes and returns the same as `classroomkd.classroom_loss`. On CUDA and ROCm tensors it runs
@@ -69,17 +78,20 @@ def fused_classroom_loss(
     CPU tensors, slowly, in Triton's interpreter.
 
     Args:
-        student_logits: [B, C], float16, bfloat16 or float32. The gradient has its dtype.
-        mentor_logits: [M, B, C], or a sequence of M tensors [B, C], which are read in place;
-            1 ≤ M ≤ 16, dtypes may be mixed, rows may have any stride.
-        targets: class indices [B], or class probabilities [B, C].
+        student_logits: [B, C] or [B, C, d₁, …], float16, bfloat16 or float32. The gradient has its
+            dtype.
+        mentor_logits: [M, B, C, …], or a sequence of M tensors of the student's shape; 1 ≤ M ≤ 16,
+            dtypes may be mixed. Rows of any stride are read in place where the classes lie side by
+            side, as in channels-last memory; otherwise a copy is made.
+        targets: class indices [B, …], or class probabilities of the student's shape.
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
-            label_smoothing, ignore_index, mentor_weight, reduction, process_group: see
-            `classroom_loss`.
-        return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row.
+            label_smoothing, ignore_index, mentor_weight, class_weight, row_weight, reduction,
+            process_group: see `classroom_loss`.
+        return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row; or with
+            "rows" a `RowReport`, computed by definition.
 
     Returns:
-        The loss, 0-d, or [B] with ``reduction="none"``, float32; with ``return_report`` the pair
+        The loss, 0-d, or [B, …] with ``reduction="none"``, float32; with ``return_report`` the pair
         (loss, report). A second derivative raises RuntimeError.
 
     Raises:
@@ -89,7 +101,7 @@ def fused_classroom_loss(
             checking it would mean waiting for the device.
 
     """
-    options, weights = loss_options(
+    options, of_mentors = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -103,7 +115,13 @@ def fused_classroom_loss(
         reduction=reduction,
     )
     loss, report = fused_loss(
-        student_logits, mentor_logits, targets, weights, options, return_report, process_group
+        student_logits,
+        mentor_logits,
+        targets,
+        LossWeights(of_mentors, class_weight, row_weight),
+        options,
+        return_report,
+        process_group,
     )
     return loss if report is None else (loss, report)
 
@@ -124,39 +142,43 @@ def fused_classroom_loss_and_grad(
     label_smoothing: float = 0.0,
     ignore_index: int = -100,
     mentor_weight: Tensor | float | str | None = None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
     reduction: str = "mean",
     scale: Tensor | None = None,
     process_group: ProcessGroup | None = None,
-    return_report: bool = False,
-) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
+    return_report: bool | Literal["rows"] = False,
+) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport | RowReport]:
     """`fused_classroom_loss` and its gradient together, for trainers: one launch, no autograd.
 
         loss, grad = fused_classroom_loss_and_grad(logits.detach(), mentor_logits, targets)
         logits.backward(grad)
 
     saves autograd's second pass over the gradient. With ranking "batch" there are two launches;
-    with more than 1024 rows and the mean, PyTorch counts the valid ones first.
+    with more than 1024 rows and the mean, PyTorch counts the valid ones first. Weights of classes
+    or rows take a second, elementwise launch.
 
     Args:
         student_logits, mentor_logits, targets: see `fused_classroom_loss`.
         temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
-            label_smoothing, ignore_index, mentor_weight, process_group: see `classroom_loss`.
+            label_smoothing, ignore_index, mentor_weight, class_weight, row_weight, process_group:
+            see `classroom_loss`.
         reduction: "mean" or "sum".
         scale: a floating-point tensor of one number on the logits' device, such as a gradient
             scaler's, that multiplies the gradient, not the loss, before it is rounded to the
             student's dtype.
-        return_report: also return a `ClassroomReport`.
+        return_report: as for `fused_classroom_loss`.
 
     Returns:
-        (loss, gradient) or (loss, gradient, report): the loss 0-d float32, the gradient [B, C]
-        in the student's dtype; neither has an autograd graph.
+        (loss, gradient) or (loss, gradient, report): the loss 0-d float32, the gradient of the
+        student's shape and dtype; neither has an autograd graph.
 
     Raises:
         ValueError, TypeError: as `fused_classroom_loss`; also for ``reduction="none"`` and a
             ``scale`` that is not one floating-point number.
 
     """
-    options, weights = loss_options(
+    options, of_mentors = loss_options(
         temperature=temperature,
         ranking=ranking,
         knowledge_filter=knowledge_filter,
@@ -173,7 +195,7 @@ def fused_classroom_loss_and_grad(
         student_logits,
         mentor_logits,
         targets,
-        weights,
+        LossWeights(of_mentors, class_weight, row_weight),
         scale,
         options,
         return_report,
@@ -186,22 +208,42 @@ def fused_loss(
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
     targets: Tensor,
+    weights: LossWeights,
+    options: LossOptions,
+    return_report: bool | Literal["rows"],
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, ClassroomReport | RowReport | None]:
+    """`fused_classroom_loss` with its options in one object and its weights in another."""
+    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
+    of_rows = (
+        _fused_loss_of_rows
+        if fused_pass_serves(rows.student, rows.mentors)
+        else loss_by_definition
+    )
+    report: ClassroomReport | RowReport | None
+    loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
+    return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
+
+
+def _fused_loss_of_rows(
+    student: Tensor,
+    mentors: list[Tensor],
+    targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, ClassroomReport | None]:
-    """`fused_classroom_loss` with its options in one object; ``mentor_weight`` [M] or None."""
-    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
-    if not fused_pass_serves(student_logits, mentors):
-        return loss_by_definition(
-            student_logits, mentors, targets, mentor_weight, options, return_report, process_group
-        )
-    with_grad = student_logits.requires_grad and torch.is_grad_enabled()
-    tensors = _kernel_inputs(
-        student_logits, mentors, targets, mentor_weight, options, process_group
-    )
-    loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *options.flat())
+    """`loss_by_definition` through the operators."""
+    with_grad = student.requires_grad and torch.is_grad_enabled()
+    of_pass = options if row_weight is None else unreduced(options)
+    tensors = _kernel_inputs(student, mentors, targets, mentor_weight, of_pass, process_group)
+    loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *of_pass.flat())
+    if row_weight is not None:
+        loss = weighted(loss, row_weight, options.reduction)
     return loss, unpack_report(report, len(mentors)) if return_report else None
 
 
@@ -209,32 +251,61 @@ def fused_loss_and_grad(
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
     targets: Tensor,
+    weights: LossWeights,
+    scale: Tensor | None,
+    options: LossOptions,
+    return_report: bool | Literal["rows"],
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor, ClassroomReport | RowReport | None]:
+    """`fused_classroom_loss_and_grad`, likewise."""
+    if options.reduction == "none":
+        raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
+    rows = as_rows(student_logits.detach(), mentor_logits, targets, weights, options)
+    if scale is not None:
+        _check_scale(scale, student_logits)
+        scale = _constant(scale)
+    n_mentors, with_means = len(rows.mentors), return_report is True
+    report: ClassroomReport | RowReport | None
+    if fused_pass_serves(rows.student, rows.mentors):
+        loss, grad, means = _fused_loss_and_grad_of_rows(
+            rows, weights.mentor, scale, options, with_means, process_group
+        )
+        report = unpack_report(means, n_mentors) if with_means else None
+    elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
+        loss, grad, means = operators.definition_and_grad(
+            *rows[:4], weights.mentor, scale, with_means, *options.flat()
+        )
+        report = unpack_report(means, n_mentors) if with_means else None
+    else:
+        loss, grad, report = loss_and_grad_by_definition(
+            *rows[:4], weights.mentor, scale, options, with_means, process_group
+        )
+    if return_report == "rows":
+        report = row_report(rows, options, process_group)
+    if student_logits.dim() > 2:
+        grad = unflattened(grad, rows.shape)
+    return loss, grad, report
+
+
+def _fused_loss_and_grad_of_rows(
+    rows: Rows,
     mentor_weight: Tensor | None,
     scale: Tensor | None,
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, Tensor, ClassroomReport | None]:
-    """`fused_classroom_loss_and_grad`, likewise."""
-    if options.reduction == "none":
-        raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
-    mentors = check_inputs(student_logits, mentor_logits, targets, mentor_weight)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, gradient, and the report's vector."""
+    of_pass = options if rows.weight is None else unreduced(options)
+    tensors = _kernel_inputs(*rows[:3], mentor_weight, of_pass, process_group)
+    if rows.weight is None:
+        return operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
+    losses, grads, _, means = operators.loss(*tensors, True, return_report, *of_pass.flat())
+    factor = rows.weight / divisor(rows.weight, options.reduction)
+    loss = (losses * factor).sum()
     if scale is not None:
-        _check_scale(scale, student_logits)
-        scale = _constant(scale)
-    student = student_logits.detach()
-    if fused_pass_serves(student, mentors):
-        tensors = _kernel_inputs(student, mentors, targets, mentor_weight, options, process_group)
-        loss, grad, means = operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
-    elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
-        loss, grad, means = operators.definition_and_grad(
-            student, mentors, targets, mentor_weight, scale, return_report, *options.flat()
-        )
-    else:
-        return loss_and_grad_by_definition(
-            student, mentors, targets, mentor_weight, scale, options, return_report, process_group
-        )
-    return loss, grad, unpack_report(means, len(mentors)) if return_report else None
+        factor = factor * scale.reshape(())
+    return loss, operators.scale_rows(grads, factor, None), means
 
 
 def _check_scale(scale: Tensor, student_logits: Tensor) -> None:

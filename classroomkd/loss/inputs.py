@@ -44,11 +44,13 @@ def check_inputs(
     mentor_logits: Tensor | Sequence[Tensor],
     targets: Tensor,
     mentor_weight: Tensor | None,
+    class_weight: Tensor | None = None,
+    row_weight: Tensor | None = None,
 ) -> list[Tensor]:
     """Check shapes, dtypes and devices, without looking at any value, and list the mentors.
 
     Returns:
-        The M mentors' logits, each [B, C]; views where one tensor [M, B, C] was given.
+        The M mentors' logits, each of the student's shape; views where one tensor was given.
 
     Raises:
         ValueError: shapes or devices do not agree, or there is no mentor.
@@ -56,17 +58,16 @@ def check_inputs(
 
     """
     _logits("student_logits", student_logits)
-    if student_logits.dim() != 2:
-        raise ValueError(f"student_logits must have shape [B, C], got {list(student_logits.shape)}")
-    if student_logits.shape[1] == 0:
-        raise ValueError(
-            f"student_logits must have at least one class, got shape {list(student_logits.shape)}"
-        )
+    shape, device = student_logits.shape, student_logits.device
+    if len(shape) < 2:
+        raise ValueError(f"student_logits must have shape [B, C] or [B, C, ...], got {list(shape)}")
+    if shape[1] == 0:
+        raise ValueError(f"student_logits must have at least one class, got shape {list(shape)}")
     if isinstance(mentor_logits, Tensor):
-        if mentor_logits.dim() != 3:
+        if mentor_logits.dim() != 1 + len(shape):
             raise ValueError(
-                "mentor_logits must have shape [M, B, C] or be a sequence of [B, C] tensors, "
-                f"got shape {list(mentor_logits.shape)}"
+                "mentor_logits must have shape [M, B, C] or be a sequence of [B, C] tensors "
+                f"(with the student's further dimensions), got shape {list(mentor_logits.shape)}"
             )
         mentors = list(mentor_logits.unbind(0))
     elif isinstance(mentor_logits, Sequence):
@@ -78,7 +79,6 @@ def check_inputs(
         )
     if not mentors:
         raise ValueError("mentor_logits must hold at least one mentor, got M = 0")
-    shape, device = student_logits.shape, student_logits.device
     for index, mentor in enumerate(mentors):
         _logits("mentor_logits", mentor, index)
         if mentor.shape != shape:
@@ -91,7 +91,22 @@ def check_inputs(
     _check_targets(targets, student_logits)
     if mentor_weight is not None:
         check_mentor_weight(mentor_weight, len(mentors), student_logits)
+    for name, weight, allowed in (
+        ("class_weight", class_weight, shape[1:2]),
+        ("row_weight", row_weight, shape[:1] + shape[2:]),
+    ):
+        if weight is not None:
+            _check_weight(name, weight, list(allowed), student_logits)
     return mentors
+
+
+def _check_weight(name: str, weight: object, shape: list[int], student_logits: Tensor) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape {shape}, got {type(weight).__name__}")
+    check_float(name, weight)
+    if list(weight.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {list(weight.shape)}")
+    check_same_device(name, weight, student_logits)
 
 
 def check_mentor_weight(mentor_weight: Tensor, n_mentors: int, student: Tensor) -> None:
@@ -135,23 +150,20 @@ def check_same_device(name: str, value: Tensor, student_logits: Tensor) -> None:
 
 
 def _check_targets(targets: Tensor, student_logits: Tensor) -> None:
-    rows, classes = student_logits.shape
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
-    if targets.dim() == 1:
-        if targets.dtype not in INDICES:
-            raise TypeError(
-                f"targets of shape [B] are class indices and must be integers, got {targets.dtype}"
-            )
-        if targets.shape[0] != rows:
-            raise ValueError(f"targets must have shape [{rows}], got {list(targets.shape)}")
-    elif targets.dim() == 2:
-        check_float("targets of shape [B, C] are class probabilities and", targets)
-        if targets.shape != student_logits.shape:
-            raise ValueError(
-                f"targets must have shape [{rows}] (class indices) or [{rows}, {classes}] "
-                f"(class probabilities), got {list(targets.shape)}"
-            )
-    else:
-        raise ValueError(f"targets must have shape [B] or [B, C], got {list(targets.shape)}")
+    shape = student_logits.shape
+    rows = shape[:1] + shape[2:]
+    if targets.dim() == len(shape):
+        check_float("targets of the logits' dimensions are class probabilities and", targets)
+    elif targets.dim() == len(rows) and targets.dtype not in INDICES:
+        raise TypeError(
+            f"targets of shape {list(rows)} are class indices and must be integers, "
+            f"got {targets.dtype}"
+        )
+    if targets.shape not in (shape, rows):
+        raise ValueError(
+            f"targets must have shape {list(rows)} (class indices) or {list(shape)} "
+            f"(class probabilities), got {list(targets.shape)}"
+        )
     check_same_device("targets", targets, student_logits)

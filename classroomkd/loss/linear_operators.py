@@ -212,7 +212,7 @@ def _pass(
     with operators.autograd_below(), torch.set_grad_enabled(with_grad):
         leaf = student.detach().requires_grad_(with_grad)
         loss, means = loss_by_definition(
-            leaf, mentors, targets, mentor_weight, options, with_report, ell_sums=ell_sums
+            leaf, mentors, targets, None, mentor_weight, options, with_report, ell_sums=ell_sums
         )
         grad = torch.autograd.grad(loss.sum(), leaf)[0] if with_grad else leaf
     return loss.detach(), grad, leaf if means is None else pack_report(means)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 import torch
 from torch import Tensor, nn
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.fused import fused_loss, fused_loss_and_grad
 from classroomkd.loss.options import LossOptions, OptionValues
+from classroomkd.loss.rows import LossWeights
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -23,6 +24,7 @@ class ClassroomLoss(nn.Module):
     Args:
         mentor_weight: a number ≥ 0 or "auto", as for `classroom_loss`; or M weights g_m, a sequence
             or a tensor [M], which become a buffer: they move with the module and are saved with it.
+        class_weight: a sequence or a tensor [C], which become a buffer likewise.
         process_group: see `classroom_loss`.
         **options: the other options of `fused_classroom_loss`, from ``temperature`` to
             ``reduction``, checked at once.
@@ -33,21 +35,26 @@ class ClassroomLoss(nn.Module):
     """
 
     mentor_weight: Tensor | None
+    class_weight: Tensor | None
 
     def __init__(
         self,
         *,
         mentor_weight: Sequence[float] | Tensor | float | str | None = None,
+        class_weight: Sequence[float] | Tensor | None = None,
         process_group: ProcessGroup | None = None,
         **options: Unpack[OptionValues],
     ) -> None:
         super().__init__()
         weights = None
         if not isinstance(mentor_weight, float | int | str | None):
-            weights, mentor_weight = _one_each(mentor_weight), None
+            weights, mentor_weight = _one_each("mentor_weight", "M", mentor_weight), None
         self.options = LossOptions(mentor_weight=mentor_weight, **options)
         self.process_group = process_group
         self.register_buffer("mentor_weight", weights)
+        if class_weight is not None:
+            class_weight = _one_each("class_weight", "C", class_weight)
+        self.register_buffer("class_weight", class_weight)
 
     @overload
     def forward(
@@ -56,6 +63,7 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
+        row_weight: Tensor | None = None,
         return_report: Literal[False] = False,
     ) -> Tensor: ...
 
@@ -66,8 +74,20 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
+        row_weight: Tensor | None = None,
         return_report: Literal[True],
     ) -> tuple[Tensor, ClassroomReport]: ...
+
+    @overload
+    def forward(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        return_report: Literal["rows"],
+    ) -> tuple[Tensor, RowReport]: ...
 
     def forward(
         self,
@@ -75,14 +95,15 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
-        return_report: bool = False,
-    ) -> Tensor | tuple[Tensor, ClassroomReport]:
+        row_weight: Tensor | None = None,
+        return_report: bool | Literal["rows"] = False,
+    ) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
         """See `fused_classroom_loss`."""
         loss, report = fused_loss(
             student_logits,
             mentor_logits,
             targets,
-            self.mentor_weight,
+            LossWeights(self.mentor_weight, self.class_weight, row_weight),
             self.options,
             return_report,
             self.process_group,
@@ -99,6 +120,7 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
         return_report: Literal[False] = False,
     ) -> tuple[Tensor, Tensor]: ...
@@ -110,9 +132,22 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
         return_report: Literal[True],
     ) -> tuple[Tensor, Tensor, ClassroomReport]: ...
+
+    @overload
+    def loss_and_grad(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        row_weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        return_report: Literal["rows"],
+    ) -> tuple[Tensor, Tensor, RowReport]: ...
 
     def loss_and_grad(
         self,
@@ -120,15 +155,16 @@ class ClassroomLoss(nn.Module):
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
         *,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
-        return_report: bool = False,
-    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport]:
+        return_report: bool | Literal["rows"] = False,
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor, Tensor, ClassroomReport | RowReport]:
         """See `fused_classroom_loss_and_grad`."""
         loss, grad, report = fused_loss_and_grad(
             student_logits,
             mentor_logits,
             targets,
-            self.mentor_weight,
+            LossWeights(self.mentor_weight, self.class_weight, row_weight),
             scale,
             self.options,
             return_report,
@@ -141,13 +177,13 @@ class ClassroomLoss(nn.Module):
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
 
 
-def _one_each(mentor_weight: Sequence[float] | Tensor) -> Tensor:
-    weights = torch.as_tensor(mentor_weight, dtype=torch.float32).detach().clone()
+def _one_each(name: str, dimension: str, given: Sequence[float] | Tensor) -> Tensor:
+    weights = torch.as_tensor(given, dtype=torch.float32).detach().clone()
     if weights.dim() != 1:
-        raise ValueError(f"mentor_weight must have shape [M], got {list(weights.shape)}")
+        raise ValueError(f"{name} must have shape [{dimension}], got {list(weights.shape)}")
     for index, weight in enumerate(weights.tolist()):
         if not 0 <= weight < math.inf:
             raise ValueError(
-                f"mentor_weight must be finite and not negative, got {weight} for mentor {index}"
+                f"{name} must be finite and not negative, got {weight} at index {index}"
             )
     return weights

@@ -35,7 +35,11 @@ def register(
     fake: Callable[..., object],
     autograd: Callable[..., object] | None = None,
 ) -> Callable[..., Any]:
-    """Define an operator with this schema, which ``function`` runs on CPU and GPU."""
+    """Define an operator with this schema, which ``function`` runs on CPU and GPU.
+
+    Returns a function that calls it; through PyTorch's dispatcher only where something else than
+    autograd looks on, since the dispatcher takes longer than all else that a call does on the host.
+    """
     name = schema.partition("(")[0]
     _library.define(schema)
     for key in ("CPU", "CUDA"):
@@ -44,7 +48,32 @@ def register(
         _library.impl(name, autograd, "Autograd")
     library.register_fake(f"classroomkd::{name}", fake, lib=_library)
     operator: Callable[..., Any] = getattr(torch.ops.classroomkd, name).default
-    return operator
+    eager = autograd or function
+
+    def call(*arguments: Any) -> Any:
+        return (eager if _is_eager(arguments) else operator)(*arguments)
+
+    return call
+
+
+_PLAIN = {Tensor, torch.nn.Parameter}
+
+
+def _is_eager(arguments: Sequence[Any]) -> bool:
+    """Whether nothing traces, transforms or replaces a call: no mode and no subclass of Tensor."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
+    for argument in arguments:
+        if isinstance(argument, list):
+            if not all(type(each) in _PLAIN for each in argument):
+                return False
+        elif isinstance(argument, Tensor) and type(argument) not in _PLAIN:
+            return False
+    return True
 
 
 @functools.cache
@@ -147,8 +176,10 @@ class _Loss(torch.autograd.Function):
 
 
 def _loss_below_autograd(*arguments: Any) -> Any:
+    if _is_eager(arguments):
+        return _loss(*arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return loss(*arguments)
+        return torch.ops.classroomkd.loss.default(*arguments)
 
 
 def _loss_autograd(*arguments: Any) -> Any:
@@ -228,6 +259,7 @@ def _definition_and_grad(
     student: Tensor,  # [B, C]
     mentors: Sequence[Tensor],  # M of [B, C]
     targets: Tensor,  # [B] or [B, C]
+    row_weight: Tensor | None,  # [B]
     mentor_weight: Tensor | None,  # [M]
     scale: Tensor | None,  # one number, of any shape
     with_report: bool,
@@ -236,7 +268,14 @@ def _definition_and_grad(
     """`_loss_and_grad` by definition, where no kernel can run."""
     with autograd_below():
         loss, grad, report = loss_and_grad_by_definition(
-            student, [*mentors], targets, mentor_weight, scale, _options(*flat), with_report
+            student,
+            [*mentors],
+            targets,
+            row_weight,
+            mentor_weight,
+            scale,
+            _options(*flat),
+            with_report,
         )
     return loss, grad, loss.new_empty(0) if report is None else pack_report(report)
 
@@ -245,6 +284,7 @@ def _definition_and_grad_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     scale: Tensor | None,
     with_report: bool,
@@ -280,7 +320,7 @@ loss_and_grad = register(
     _loss_and_grad_fake,
 )
 definition_and_grad = register(
-    f"definition_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? scale, "
+    f"definition_and_grad({_BATCH}, Tensor? row_weight, Tensor? mentor_weight, Tensor? scale, "
     f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _definition_and_grad,
     _definition_and_grad_fake,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Unpack, cast, overload
 
 from torch import Tensor
 
-from classroomkd.loss.classroom_report import ClassroomReport
+from classroomkd.loss.classroom_report import ClassroomReport, RowReport
 from classroomkd.loss.options import OptionValues
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ class LossFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: Literal[False] = False,
         **options: Unpack[OptionValues],
@@ -38,6 +40,8 @@ class LossFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: Literal[True],
         **options: Unpack[OptionValues],
@@ -51,6 +55,23 @@ class LossFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        return_report: Literal["rows"],
+        **options: Unpack[OptionValues],
+    ) -> tuple[Tensor, RowReport]: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: bool,
         **options: Unpack[OptionValues],
@@ -68,6 +89,8 @@ class LossAndGradFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: Literal[False] = False,
@@ -82,6 +105,8 @@ class LossAndGradFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: Literal[True],
@@ -96,6 +121,24 @@ class LossAndGradFunction(Protocol):
         targets: Tensor,
         *,
         mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        process_group: ProcessGroup | None = None,
+        return_report: Literal["rows"],
+        **options: Unpack[OptionValues],
+    ) -> tuple[Tensor, Tensor, RowReport]: ...
+
+    @overload
+    def __call__(
+        self,
+        student_logits: Tensor,
+        mentor_logits: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        *,
+        mentor_weight: Tensor | float | str | None = None,
+        class_weight: Tensor | None = None,
+        row_weight: Tensor | None = None,
         scale: Tensor | None = None,
         process_group: ProcessGroup | None = None,
         return_report: bool,

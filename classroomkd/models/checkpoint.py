@@ -210,8 +210,17 @@ def _as(architecture: str, found: list[State], path: Path) -> tuple[State, Match
     for state in found:
         if match := recognition.fit(shapes_of(state.tensors), architecture):
             return state, match
-    wrong = (recognition.misfit(shapes_of(state.tensors), architecture) for state in found)
-    raise UserError(f"{path} does not fit {label(architecture)}: {min(wrong, key=len)}")
+    shapes = _most_similar(found, recognition.expected(architecture))
+    wrong = f"{path} does not fit {label(architecture)}: {recognition.misfit(shapes, architecture)}"
+    if not is_code(architecture):
+        wrong += " (if the network was altered, give what makes the altered one, FILE.py:NAME)"
+    raise UserError(wrong)
+
+
+def _most_similar(found: list[State], wanted: Shapes) -> Shapes:
+    """The shapes of the tensors that come nearest to a network's."""
+    shapes = [shapes_of(state.tensors) for state in found]
+    return max(shapes, key=lambda given: recognition.similarity(given, wanted))
 
 
 def _own(found: list[State], architecture: str, classes: int, path: Path) -> tuple[State, Match]:
@@ -224,7 +233,7 @@ def _own(found: list[State], architecture: str, classes: int, path: Path) -> tup
     if all(wrong):
         raise UserError(
             f"{path} claims to be {label(architecture)} with {classes} classes but differs: "
-            f"{min(wrong, key=len)}"
+            f"{recognition.differences(_most_similar(found, wanted), wanted)}"
         )
     state = found[wrong.index("")]
     given = shapes_of(state.tensors)

@@ -5,16 +5,28 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from classroomkd.errors import UserError
 
 PRETRAINED = "pretrained"  # the word for the weights that a network's library has
-SUFFIXES = (".bin", ".ckpt", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")  # of checkpoints
+SUFFIXES = (
+    ".bin",
+    ".ckpt",
+    ".npy",
+    ".pkl",
+    ".pt",
+    ".pth",
+    ".safetensors",
+    ".tar",
+    ".th",
+)  # of checkpoints
 
 
 class Size(NamedTuple):
@@ -137,11 +149,13 @@ def label(source: str) -> str:
 
 
 def split_weights(text: str) -> tuple[str, str | None]:
-    """The network's name and the weights of ``NAME=WEIGHTS``, where the name has a colon."""
-    found = re.fullmatch(r"(.+?:[\w.-]+)=(.*)", text)
-    if found and not Path(text).exists() and (is_external(found[1]) or is_code(found[1])):
-        return found[1], found[2]
-    return text, None
+    """The name and the weights of ``NAME=WEIGHTS``, of a network of whatever origin."""
+    found = re.fullmatch(r"(.+?:[\w.-]+|[^=:]+)=(.*)", text)
+    if not found or Path(text).exists():
+        return text, None
+    name, weights = found.groups()
+    named = is_external(name) or is_code(name) or name in SIZES
+    return (name, weights) if named else (text, None)
 
 
 def split_entry(source: str | Path) -> tuple[Path, str | None]:
@@ -168,6 +182,30 @@ def is_checkpoint(source: str) -> bool:
         and source not in SIZES
         and (path.exists() or len(path.parts) > 1 or path.suffix in SUFFIXES)
     )
+
+
+def is_logits(source: str) -> bool:
+    """Whether the mentor ``source`` is a file of logits, and no network."""
+    path = Path(source).expanduser()
+    if path.suffix != ".safetensors":
+        return path.suffix == ".npy"
+    with suppress(OSError, ValueError):
+        return list(safetensors_header(path)[0]) == ["logits"]
+    return False
+
+
+def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of each tensor, and where their bytes begin.
+
+    Raises ValueError if it is none.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > path.stat().st_size:
+            raise ValueError("it is no safetensors file")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
 
 
 def absolute(source: str) -> str:

@@ -202,10 +202,15 @@ def nearest(shapes: Shapes) -> Nearest:
         candidates |= _near(library, frozenset(shapes.items()))
 
     def compared(name: str) -> Nearest:
-        ours, theirs = candidates[name].items(), shapes.items()
-        return Nearest(name, candidates[name], len(ours & theirs) / len(ours | theirs))
+        return Nearest(name, candidates[name], similarity(shapes, candidates[name]))
 
     return max(map(compared, candidates), key=lambda near: near.similarity)
+
+
+def similarity(shapes: Shapes, wanted: Shapes) -> float:
+    """The share of all tensors that have the same name and shape in both, 0 to 1."""
+    ours, theirs = wanted.items(), shapes.items()
+    return len(ours & theirs) / max(1, len(ours | theirs))
 
 
 def differences(shapes: Shapes, wanted: Shapes) -> str:

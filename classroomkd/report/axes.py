@@ -1,120 +1,123 @@
-"""What the report's figures share: colours, axes and captions."""
+"""What the report's figures share: colours, curves and vertical axes. Nothing here draws."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import log10
-
-import plotly.graph_objects as go
+from typing import Any
 
 from classroomkd.report.numbers import spread
 
 # Okabe and Ito's palette for colour-blind readers, without yellow, which is invisible on white, and
 # two dark colours from Tol's. Markers differ too; 8 colours and 7 markers give 56 distinct pairs.
 COLOURS = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-    *("#E69F00", "#56B4E9", "#882255", "#332288"),
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7"),
+    *("#e69f00", "#56b4e9", "#882255", "#332288"),
 )
 ALONE = "#767676"  # the student alone, in every plot
-MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "triangle-down")
+INK = "#111111"  # text, and the student with mentors
+FRAME, GRID = "#999999", "#e5e5e5"
+MARKERS = ("o", "s", "D", "^", "P", "X", "v")
 
-MANY_CLASSES = 20  # with more, a plot needs the full width of the page
+# What a page in a dark scheme draws in place of each colour.
+DARK = dict(zip(COLOURS, COLOURS, strict=True)) | {
+    "#0072b2": "#3391cf",
+    "#882255": "#e0457b",
+    "#332288": "#8c7bea",
+    ALONE: "#a0a0a0",
+    INK: "#eeeeee",
+    FRAME: "#777777",
+    GRID: "#3a3a3a",
+}
 
-_AXIS = {"showline": True, "linecolor": "#999999", "zeroline": False, "automargin": True}
+
+def themed(colour: str) -> str:
+    """The CSS of a colour, which a dark scheme may replace."""
+    return f"var(--{colour[1:]})" if colour in DARK else colour
 
 
 @dataclass(frozen=True)
-class Plot:
-    """A figure with the id of its page element, its heading and its note.
+class Curve:
+    """Values over epochs, with a band of ± ``deviations`` if there are any.
 
-    ``wide`` figures need the full width of the page. Without a ``figure`` only the text is shown.
+    ``line`` has properties of matplotlib's Line2D: color, and linewidth or linestyle.
     """
 
-    id: str
-    heading: str
-    note: str
-    figure: go.Figure | None
-    wide: bool = False
+    name: str
+    epochs: Sequence[int]
+    values: Sequence[float | None]
+    deviations: Sequence[float | None]
+    line: Mapping[str, Any]
+    marker: str
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A vertical axis.
+
+    ``ticks`` maps values to labels, and ``place`` a value to where it stands on the axis; both have
+    defaults. ``limits`` are the lower and the upper end, each of which may follow from the data.
+    ``tip`` formats a value in words.
+    """
+
+    title: str
+    limits: tuple[float | None, float | None] = (None, None)
+    log: bool = False
+    percent: bool = False
+    ticks: Mapping[float, str] = field(default_factory=dict)
+    place: Callable[[float], float] = float
+    tip: str = ".4g"
 
 
 def curve(
     runs: Sequence[Sequence[dict]],
     value: Callable[[dict], float | None],
     name: str,
-    line: dict,
-    marker: str = "circle",
-) -> list[go.Scatter]:
-    """Traces of ``value`` over the epochs of a run's records.
+    line: Mapping[str, Any],
+    marker: str = "o",
+) -> Curve:
+    """``value`` over the epochs of a run's records.
 
-    For several runs: their mean, over the epochs that all of them have, and below it a band of ±
-    one sample standard deviation.
+    For several runs: their mean and sample standard deviation, over the epochs that all have.
     """
     values = [{record["epoch"]: value(record) for record in records} for records in runs]
     epochs = [epoch for epoch in values[0] if all(epoch in of_run for of_run in values)]
-    found = {epoch: spread([of_run[epoch] for of_run in values]) for epoch in epochs}
-    middle = [both and both[0] for both in found.values()]
-    trace = go.Scatter(
-        x=epochs,
-        y=middle,
-        name=escape(name),  # plotly renders names as markup
-        mode="lines+markers",
-        line=line,
-        marker={"symbol": marker, "size": 6, "maxdisplayed": 30},
-    )
-    if len(runs) == 1:
-        return [trace]
-    known = {
-        epoch: (both[0], both[1]) for epoch, both in found.items() if both and both[1] is not None
-    }
-    upper, lower = ([m + side * d for m, d in known.values()] for side in (1, -1))
-    band = go.Scatter(
-        x=[*known, *reversed(known)],
-        y=upper + lower[::-1],
-        name=trace.name,
-        mode="lines",
-        line={"width": 0},
-        fill="toself",
-        fillcolor=_faint(line["color"]),
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    return [band, trace]
+    found = [spread([of_run[epoch] for of_run in values]) for epoch in epochs]
+    middle, deviations = ([both and both[part] for both in found] for part in (0, 1))
+    return Curve(name, epochs, middle, deviations if len(runs) > 1 else [], line, marker)
 
 
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[place : place + 2], 16) for place in (1, 3, 5))
-    return f"rgba({red}, {green}, {blue}, 0.15)"
+def accuracy_axis(title: str, *plots: Sequence[Curve]) -> Axis:
+    """An axis for the accuracies of all ``plots``, labelled in percent.
 
-
-def accuracy_axes(*plots: Sequence[go.Scatter]) -> dict:
-    """A y-axis for the traces of all ``plots``, which it converts from top-1 to error.
-
-    The axis is logarithmic in the error, so that curves near 100 % can be distinguished, and
-    labelled with the top-1. A perfect accuracy is drawn at half of the smallest error.
+    It is logarithmic in the error, so that curves near 100 % can be distinguished. A perfect
+    accuracy is drawn at half of the smallest error.
     """
-    traces = [trace for plot in plots for trace in plot]
-    errors = [1 - y for trace in traces for y in trace.y if y is not None and y < 1]
-    least = min((error for error in errors if error > 1e-9), default=0.01) / 2
-    for trace in traces:
-        trace.customdata = trace.y
-        trace.y = [None if y is None else max(1 - y, least) for y in trace.y]
-        if trace.hoverinfo != "skip":
-            trace.hovertemplate = "%{customdata:.2%}"
-    drawn = [y for trace in traces for y in trace.y if y is not None]
+    curves = [curve for plot in plots for curve in plot]
+    tops = [y for curve in curves for y in curve.values if y is not None]
+    tops += [
+        y + side * d
+        for curve in curves
+        for y, d in zip(curve.values, curve.deviations, strict=False)  # of one run there are none
+        if y is not None and d is not None
+        for side in (-1, 1)
+    ]
+    least = min((1 - y for y in tops if 1 - y > 1e-9), default=0.01) / 2
+    drawn = [max(1 - y, least) for y in tops]
     low, high = min(drawn, default=least), max(drawn, default=1)
-    ticks = _error_ticks(low, high)
-    texts = [f"{100 - 100 * tick:.6g}" for tick in ticks]
+    ticks = {tick: f"{100 - 100 * tick:.6g}" for tick in _error_ticks(low, high)}
     if least in drawn:
-        ticks, texts = [least, *ticks], ["100", *texts]
-    margin = 0.04 * log10(high / low) + 0.01
-    return {
-        "type": "log",
-        "range": [log10(high) + margin, log10(low) - margin],
-        "tickvals": ticks,
-        "ticktext": texts,
-    }
+        ticks[least] = "100"
+    margin = (high / low) ** 0.04 * 1.02
+    return Axis(
+        title,
+        (high * margin, low / margin),
+        log=True,
+        ticks=ticks,
+        place=lambda top: max(1 - top, least),
+        tip=".2%",
+    )
 
 
 def _error_ticks(low: float, high: float) -> list[float]:
@@ -134,55 +137,16 @@ def _error_ticks(low: float, high: float) -> list[float]:
     return sorted(ticks)
 
 
-def is_filled(traces: Sequence[go.Scatter]) -> bool:
+def loss_axis(curves: Sequence[Curve]) -> Axis:
+    """A linear axis from 0, or a logarithmic one for losses that differ by a factor of 20."""
+    values = [value for curve in curves for value in curve.values if value is not None]
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 3)]
+        named = {tick: f"{tick:g}" for tick in ticks}
+        return Axis("loss (nats, log scale)", log=True, ticks=named)
+    return Axis("loss (nats)", (0, None))
+
+
+def is_filled(curves: Sequence[Curve]) -> bool:
     """Whether there is a point to draw."""
-    return any(value is not None for trace in traces for value in trace.y)
-
-
-def over_epochs(traces: Sequence[go.Scatter], y_axis: dict) -> go.Figure:
-    """The figure of traces made by `curve`, with a legend below."""
-    epochs = [epoch for trace in traces for epoch in trace.x]
-    # By default plotly marks fractions of an epoch if there are few epochs.
-    few = {"dtick": 1} if max(epochs) - min(epochs) < 10 else {}
-    figure = framed(traces, few | {"title": "epoch"}, y_axis)
-    figure.update_layout(
-        height=330 + 14 * sum(t.showlegend is not False for t in traces),  # with the legend
-        showlegend=True,
-        legend={
-            "orientation": "h",
-            "yref": "container",
-            "y": 0,
-            "yanchor": "bottom",
-            "font": {"size": 12},
-        },
-        hovermode="x unified",
-        hoverlabel={"namelength": -1},
-    )
-    return figure
-
-
-def over_classes(figure: go.Figure, y_axis: dict, height: int) -> go.Figure:
-    """The figure of traces over the same class names. ``height`` excludes the names."""
-    names = figure.data[0].x
-    # A category axis does not parse the names as numbers.
-    classes = {"type": "category", "showgrid": False, "title": {"text": "class", "standoff": 12}}
-    height += 7 * min(max(map(len, names)), 40)  # names may be vertical
-    if len(names) > MANY_CLASSES:
-        # At this size 100 names fit on a wide page; on a narrow one plotly drops some.
-        classes |= {"tickangle": -90, "tickfont": {"size": 9}}
-    figure = framed(figure, classes, y_axis)
-    figure.update_layout(height=height, showlegend=False)
-    return figure
-
-
-def framed(drawn: Sequence | go.Figure, x_axis: dict, y_axis: dict) -> go.Figure:
-    """The figure of traces, or of another figure's traces, in the style of all pages."""
-    figure = go.Figure(drawn)
-    figure.update_layout(
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13, "color": "#333333"},
-        margin={"l": 10, "r": 10, "t": 32, "b": 10},  # the buttons are in the top margin
-    )
-    figure.update_xaxes(_AXIS | x_axis)
-    figure.update_yaxes(_AXIS | y_axis)
-    return figure
+    return any(value is not None for curve in curves for value in curve.values)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from html import escape
 from statistics import mean
 
-import plotly.graph_objects as go
-from plotly.subplots import make_subplots
-
-from classroomkd.report.axes import COLOURS, MANY_CLASSES, Plot, over_classes
+from classroomkd.report.axes import COLOURS, Axis
+from classroomkd.report.drawing import Plot, bars, heat_maps, thinned
 from classroomkd.report.numbers import spread
 from classroomkd.report.records import RunRecords
 
 _MOST_ROWS = 40  # epochs per heat map
-_GAP = 34  # pixels between two heat maps, for a mentor's name
+_MOST_CELLS = 40_000  # in all heat maps of a page, whose numbers are in it too
 
 
 def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
@@ -27,54 +24,17 @@ def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
     }
     if not taught:
         return None
-    epochs = _thinned(list(taught))
-    mentors = list(taught[epochs[-1]])
+    *_, last = taught
+    mentors = list(taught[last])
+    cells = len(mentors) * max(map(len, taught[last].values()))  # an epoch
+    epochs = thinned(list(taught), min(_MOST_ROWS, max(2, _MOST_CELLS // cells)))
     shares = {name: [taught[epoch].get(name) or [] for epoch in epochs] for name in mentors}
     counted = len(shares[mentors[0]][-1])
     names = _names(run) or [str(number) for number in range(counted)]
     seen = [c for c in order or range(counted) if shares[mentors[0]][-1][c] is not None]
-    panel = min(max(40, 12 * len(epochs)), 120)
-    inner = panel * len(mentors) + _GAP * (len(mentors) - 1)
-    figure = make_subplots(
-        len(mentors),
-        shared_xaxes=True,
-        vertical_spacing=_GAP / inner,
-        subplot_titles=[escape(name) for name in mentors],
-    )
-    figure.update_annotations(x=0, xanchor="left", font={"size": 13})
-    for row, name in enumerate(mentors, start=1):
-        trace = go.Heatmap(
-            x=[escape(names[c]) for c in seen],
-            y=epochs,
-            z=[[of_epoch[c] for c in seen] for of_epoch in shares[name]],
-            coloraxis="coloraxis",
-            hovertemplate="%{x}, epoch %{y}: %{z:.1%}<extra>" + escape(name) + "</extra>",
-        )
-        figure.add_trace(trace, row, 1)
-    ends = sorted({epochs[0], epochs[-1]})
-    # Labelled once, because the heat maps may be low.
-    axis = {"autorange": "reversed", "showgrid": False, "tickvals": ends}
-    figure = over_classes(figure, axis, height=inner + 130)
-    figure.update_xaxes(title_text="")  # plotly would draw it over the names
-    figure.update_yaxes(title_text="epoch", row=1, col=1)
-    figure.update_layout(
-        margin={"t": 96},  # for the buttons, the scale and the first mentor's name
-        coloraxis={
-            "cmin": 0,
-            "cmax": 1,
-            "colorscale": ["#f2f2f2", COLOURS[0], "#002b45"],
-            "colorbar": {
-                "orientation": "h",
-                "x": 0,
-                "xanchor": "left",
-                "y": 1 + 24 / inner,
-                "yanchor": "bottom",
-                "thickness": 10,
-                "tickformat": ".0%",
-                "outlinewidth": 0,
-            },
-        },
-    )
+    maps = {name: [[of[c] for c in seen] for of in shares[name]] for name in mentors}
+    colours = ("#f2f2f2", COLOURS[0], "#002b45")
+    drawing = heat_maps(maps, epochs, [names[c] for c in seen], colours)
     loss = run.settings.get("loss")
     loss = loss if isinstance(loss, dict) else {}
     rule = ", ".join(f"{key} {loss[key]}" for key in ("knowledge_filter", "ranking") if key in loss)
@@ -85,16 +45,8 @@ def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
         f"end of the epoch, under the run's knowledge filter{f' ({rule})' if rule else ''}. Epochs "
         "run downwards"
         + ("." if len(epochs) == len(taught) else f"; {len(epochs)} of {len(taught)} are shown."),
-        figure,
-        wide=len(seen) > MANY_CLASSES,
+        drawing,
     )
-
-
-def _thinned(epochs: list[int]) -> list[int]:
-    """At most `_MOST_ROWS` evenly spaced epochs, including the first and the last."""
-    count = min(len(epochs), _MOST_ROWS)
-    last = len(epochs) - 1
-    return [epochs[round(place * last / max(count - 1, 1))] for place in range(count)]
 
 
 def class_order(gained: Sequence[Sequence[float | None]]) -> list[int]:
@@ -120,14 +72,14 @@ def gain_plot(
     """
     known = list(filter(None, (gains(*pair) for pair in pairs)))
     names = _names(pairs[0][0])
-    bars = []
+    gained = []
     for number in order:
         values = [value for of in known if (value := of[number]) is not None]
         if middle := spread([100 * value for value in values]):
-            bars.append((escape(names[number]), *middle))
-    if not bars:
+            gained.append((names[number], *middle))
+    if not gained:
         return None
-    classes, heights, deviations = zip(*bars, strict=True)
+    classes, heights, deviations = zip(*gained, strict=True)
     summary = pairs[0][0].summary
     assert summary is not None  # it has the gains
     data = summary["data"]
@@ -140,19 +92,12 @@ def gain_plot(
     if len(known) > 1:
         note += f" Mean and sample standard deviation over {len(known)} seeds."
     if not any(value for of in known for value in of):
-        note += f" It is 0 for each of the {len(bars)} classes."
+        note += f" It is 0 for each of the {len(gained)} classes."
         return Plot("gain", "Gain per class", note, None)
-    trace = go.Bar(
-        x=classes,
-        y=heights,
-        error_y={"array": deviations, "thickness": 1, "width": 2} if len(known) > 1 else None,
-        marker={"color": [COLOURS[0] if height >= 0 else COLOURS[1] for height in heights]},
-        hovertemplate="%{x}: %{y:+.2f} points<extra></extra>",
-    )
-    axis = {"title": "gain (percentage points)", "zeroline": True}
-    axis |= {"range": [-110 * most, 110 * most]} if most else {}
-    figure = over_classes(go.Figure(trace), axis, height=340)
-    return Plot("gain", "Gain per class", note, figure, wide=len(bars) > MANY_CLASSES)
+    limits = (-110 * most, 110 * most) if most else (None, None)
+    axis = Axis("gain (percentage points)", limits, tip="+.2f")
+    drawing = bars(classes, heights, deviations, COLOURS[:2], axis)
+    return Plot("gain", "Gain per class", note, drawing)
 
 
 def _names(run: RunRecords) -> list[str]:

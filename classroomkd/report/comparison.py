@@ -8,17 +8,9 @@ from dataclasses import replace
 from html import escape
 from itertools import cycle
 
-import plotly.graph_objects as go
-
-from classroomkd.report.axes import (
-    ALONE,
-    MARKERS,
-    Plot,
-    accuracy_axes,
-    curve,
-    over_epochs,
-)
+from classroomkd.report.axes import ALONE, MARKERS, Curve, accuracy_axis, curve
 from classroomkd.report.classes import class_order, gain_plot, gains
+from classroomkd.report.drawing import Plot, over_epochs
 from classroomkd.report.entries import (
     TEST,
     Entry,
@@ -28,7 +20,7 @@ from classroomkd.report.entries import (
     entries_of,
     finished_seeds,
 )
-from classroomkd.report.markup import TableRow, sections, table, warning
+from classroomkd.report.markup import Block, Page, Table, TableRow, warning
 from classroomkd.report.numbers import UNKNOWN, differences, percent, spread
 from classroomkd.report.plots import mentor_plots
 from classroomkd.report.records import RunRecords, incomplete
@@ -36,24 +28,30 @@ from classroomkd.report.records import RunRecords, incomplete
 COLUMNS = ("run", "what differs", "data", "epochs", "seed", "top-1", "best", "alone", "gain")
 
 
-def comparison(runs: Sequence[RunRecords]) -> tuple[str, str]:
-    """The title and the HTML body of the page that compares ``runs``."""
+def comparison(runs: Sequence[RunRecords]) -> Page:
+    """The page that compares ``runs``."""
     entries = entries_of(runs)
     groups = by_recipe(entries)
     rows = [row for group in groups for row in _rows(group)]
     columns, rows, common = _without_common(COLUMNS, rows)
-    body = f"""{_warnings(entries)}
-<p>{escape(_in_common(entries, common))}</p>
-{table(columns, rows, broad=True)}
-<p class="note">top-1: the student trained by the method, after its last epoch. best: the highest of
-any epoch on the same held-out images. alone: the student trained alone, after its last epoch, in
+    note = """<p class="note">
+top-1: the student trained by the method, after its last epoch. best: the highest of any epoch
+on the same held-out images. alone: the student trained alone, after its last epoch, in
 the same run or in another one here with the same seed, images, student and training. gain: top-1
 minus alone, in percentage points. –: not available, or not yet. Means ± sample standard deviations
 are over the finished runs whose configurations differ only in the seed; those of the gain, over the
-runs that have one.</p>
-{_paired(groups)}
-{sections(_plots(entries, groups))}"""
-    return f"Comparison of {len(runs)} runs", body
+runs that have one.</p>"""
+    return Page(
+        f"Comparison of {len(runs)} runs",
+        [
+            _warnings(entries),
+            f"<p>{escape(_in_common(entries, common))}</p>",
+            Table("comparison", columns, rows, broad=True),
+            note,
+            *_paired(groups),
+            _plots(entries, groups),
+        ],
+    )
 
 
 def _without_common(
@@ -82,7 +80,7 @@ def _in_common(entries: Sequence[Entry], common: Sequence[str]) -> str:
     return "In common: " + " · ".join([*common, *told]) + "." if [*common, *told] else ""
 
 
-def _paired(groups: Sequence[Sequence[Entry]]) -> str:
+def _paired(groups: Sequence[Sequence[Entry]]) -> list[Block]:
     """A table of top-1 of each group minus that of the first group, seed by seed."""
     tops = [
         {
@@ -107,11 +105,12 @@ def _paired(groups: Sequence[Sequence[Entry]]) -> str:
             TableRow([what, percent((middle[0], error), signed=True), str(len(gained)), each])
         )
     if not rows:
-        return ""
-    return f"""<h2>Paired differences</h2>
-{table(("top-1 of", "difference", "seeds", "seed by seed"), rows)}
-<p class="note">In percentage points, each run minus the run of the first group with the same seed
+        return []
+    note = """<p class="note">
+In percentage points, each run minus the run of the first group with the same seed
 and images: mean ± standard error over the seeds.</p>"""
+    columns = ("top-1 of", "difference", "seeds", "seed by seed")
+    return ["<h2>Paired differences</h2>", Table("differences", columns, rows), note]
 
 
 def _warnings(entries: Sequence[Entry]) -> str:
@@ -179,9 +178,9 @@ def _plots(entries: Sequence[Entry], groups: Sequence[Sequence[Entry]]) -> list[
         return called(group) + f" on {group[0].data}" * several_sets
 
     drawn = []
-    traces = _accuracies(entries, groups, title)
-    if traces:
-        axis = accuracy_axes(traces)
+    curves = _accuracies(entries, groups, title)
+    if curves:
+        axis = accuracy_axis("held-out top-1 (%)", curves)
         drawn.append(
             Plot(
                 "accuracy",
@@ -189,8 +188,7 @@ def _plots(entries: Sequence[Entry], groups: Sequence[Sequence[Entry]]) -> list[
                 "Top-1 on the held-out images, on an axis that is logarithmic in the error. Solid: "
                 "with mentors; dashed and grey: alone. For several seeds, the mean with a band of "
                 "± one sample standard deviation.",
-                over_epochs(traces, axis | {"title": "held-out top-1 (%)"}),
-                wide=True,
+                over_epochs(curves, axis, wide=True),
             )
         )
     mentors = list(dict.fromkeys(name for entry in entries for name in entry.run.mentors))
@@ -208,14 +206,14 @@ def _accuracies(
     entries: Sequence[Entry],
     groups: Sequence[Sequence[Entry]],
     title: Callable[[Sequence[Entry]], str],
-) -> list[go.Scatter]:
+) -> list[Curve]:
     """Curves of each group's students, then those of the students alone, which groups may share."""
-    traces = []
+    curves = []
     for group in groups:
         for several in curve_groups(group):
             taught = [entry.run.classroom for entry in several if entry.run.classroom]
-            line = {"color": group[0].colour, "width": 2.5}
-            traces += _curve(taught, title(several), line, group[0].marker)
+            line = {"color": group[0].colour, "linewidth": 2.5}
+            curves += _curve(taught, title(several), line, group[0].marker)
     students: dict[str, dict[str, Entry]] = {}
     for entry in sorted(entries, key=lambda entry: entry.run.summary is None):
         if entry.run.student_curve("alone"):  # one per seed, preferably finished
@@ -223,13 +221,14 @@ def _accuracies(
     for seeds, marker in zip(students.values(), cycle(MARKERS), strict=False):
         for several in curve_groups(list(seeds.values())):
             alone = [entry.run.student_curve("alone") for entry in several]
-            line = {"color": ALONE, "width": 2, "dash": "dash"}
-            traces += _curve(alone, f"student alone: {title(several)}", line, marker)
-    return traces
+            line = {"color": ALONE, "linewidth": 2, "linestyle": "--"}
+            curves += _curve(alone, f"student alone: {title(several)}", line, marker)
+    return curves
 
 
-def _curve(runs: list[list[dict]], name: str, line: dict, marker: str) -> list[go.Scatter]:
-    return curve(runs, lambda record: record.get("test_top1"), name, line, marker) if runs else []
+def _curve(runs: list[list[dict]], name: str, line: dict, marker: str) -> list[Curve]:
+    value = [curve(runs, lambda r: r.get("test_top1"), name, line, marker)] if runs else []
+    return value
 
 
 def _gains(

@@ -10,21 +10,26 @@ from pathlib import Path
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.comparison import comparison
-from classroomkd.report.markup import GENERATOR, TableRow, document, sections, table, warning
+from classroomkd.report.export import export as write_files
+from classroomkd.report.markup import GENERATOR, Block, Page, Table, TableRow, warning
 from classroomkd.report.numbers import counted, duration, image_counts
 from classroomkd.report.plots import colour, plots
 from classroomkd.report.records import RunRecords, at_chance, incomplete, label, read_run
 from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 
 
-def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
+def write_report(
+    runs: Path | Sequence[Path], out: Path | None = None, *, export: Path | None = None
+) -> Path:
     """Write the page of a run, or a comparison of several runs, and return its path.
 
     ``out`` defaults to report.html in the run folder of a single run, and to comparison.html in
-    the current folder otherwise. Runs may be unfinished; duplicates are ignored.
+    the current folder otherwise. Runs may be unfinished; duplicates are ignored. ``export`` is a
+    folder for what a paper includes: each plot as SVG, PDF and CSV, each table as LaTeX and CSV.
+    It is created, and files of the same names in it are replaced.
 
     Raises UserError if a folder does not exist or has no metrics.jsonl, or if ``out`` is a file
-    that is not such a page.
+    that is not such a page, or ``export`` one.
     """
     folders = [runs] if isinstance(runs, str | os.PathLike) else runs
     folders = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
@@ -33,10 +38,14 @@ def write_report(runs: Path | Sequence[Path], out: Path | None = None) -> Path:
     if out is not None or len(folders) > 1:
         out = Path(out or "comparison.html")
         _require_ours(out)
+    if export is not None and Path(export).exists() and not Path(export).is_dir():
+        raise UserError(f"cannot export to {export}: it is not a folder")
     read = [read_run(folder) for folder in folders]
-    page = _page(read[0]) if len(read) == 1 else document(*comparison(read))
+    page = _page(read[0]) if len(read) == 1 else comparison(read)
     out = out or folders[0] / "report.html"
-    atomic_write(out, page.encode("utf-8", errors="replace"))
+    atomic_write(out, page.html().encode("utf-8", errors="replace"))
+    if export is not None:
+        write_files(page, Path(export))
     return out
 
 
@@ -54,17 +63,20 @@ def _require_ours(out: Path) -> None:
                 )
 
 
-def _page(run: RunRecords) -> str:
+def _page(run: RunRecords) -> Page:
     heading, facts = _title(run)
-    body = f"""<p>{escape(facts)}</p>
-{warning(incomplete(run) + ".") if run.unreadable else ""}
-{"".join(warning(f"{line}.") for line in at_chance(run))}
-{_results(run, run.summary) if run.summary else _progress(run)}
-{sections(plots(run))}
-<details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>
-{_starts(run)}
-"""
-    return document(heading, body)
+    return Page(
+        heading,
+        [
+            f"<p>{escape(facts)}</p>",
+            warning(incomplete(run) + ".") if run.unreadable else "",
+            *(warning(f"{line}.") for line in at_chance(run)),
+            *(_results(run, run.summary) if run.summary else [_progress(run)]),
+            plots(run),
+            f"<details><summary>Configuration</summary><pre>{escape(run.config)}</pre></details>",
+            _starts(run),
+        ],
+    )
 
 
 def _title(run: RunRecords) -> tuple[str, str]:
@@ -103,7 +115,7 @@ def _starts(run: RunRecords) -> str:
     return f"<h2>How it was run</h2>{''.join(blocks)}"
 
 
-def _results(run: RunRecords, summary: dict) -> str:
+def _results(run: RunRecords, summary: dict) -> list[Block]:
     rows = [
         TableRow(
             cells,
@@ -112,7 +124,8 @@ def _results(run: RunRecords, summary: dict) -> str:
         )
         for result, cells in zip(summary["results"], result_rows(summary), strict=True)
     ]
-    return f'{table(COLUMNS, rows)}<p class="note">{escape(evidence(summary))}</p>'
+    note = f'<p class="note">{escape(evidence(summary))}</p>'
+    return [Table("results", COLUMNS, rows), note]
 
 
 def _progress(run: RunRecords) -> str:

@@ -1,25 +1,26 @@
-"""The plots of one run, as plotly figures."""
+"""The plots of one run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import plotly.graph_objects as go
-
 from classroomkd.report.axes import (
     ALONE,
     COLOURS,
+    INK,
     MARKERS,
-    Plot,
-    accuracy_axes,
+    Axis,
+    Curve,
+    accuracy_axis,
     curve,
     is_filled,
-    over_epochs,
+    loss_axis,
 )
 from classroomkd.report.classes import class_order, gain_plot, gains, taught_plot
+from classroomkd.report.drawing import Plot, over_epochs
 from classroomkd.report.records import RunRecords, label
 
-STUDENT = {"alone": {"color": ALONE, "dash": "dash"}, "student": {"color": "#111111"}}
+STUDENT = {"alone": {"color": ALONE, "linestyle": "--"}, "student": {"color": INK}}
 
 
 def colour(run: RunRecords, phase: str, name: str) -> str:
@@ -34,19 +35,18 @@ def plots(run: RunRecords) -> list[Plot]:
         accuracy, validation, loss = (
             _networks(run, key) for key in ("test_top1", "validation_top1", "train_loss")
         )
+        both = accuracy, validation  # share their axis, to be compared side by side
         has_validation = is_filled(validation)
         taught = (
             " The loss of the student with mentors includes the mentor terms: compare its shape "
             "with the other curves, not its value."
         )
-        # Both plots share the axis, to be compared side by side.
-        axis = accuracy_axes(accuracy, validation)
         drawn.append(
             Plot(
                 "accuracy",
                 "Held-out accuracy",
                 "Top-1 on the held-out images, on an axis that is logarithmic in the error.",
-                over_epochs(accuracy, axis | {"title": "held-out top-1 (%)"}),
+                over_epochs(accuracy, accuracy_axis("held-out top-1 (%)", *both)),
             )
         )
         if has_validation:
@@ -56,7 +56,7 @@ def plots(run: RunRecords) -> list[Plot]:
                     "Validation accuracy",
                     "The same on the validation images, which are not used for training but to "
                     "select epochs.",
-                    over_epochs(validation, axis | {"title": "validation top-1 (%)"}),
+                    over_epochs(validation, accuracy_axis("validation top-1 (%)", *both)),
                 )
             )
         drawn.append(
@@ -64,7 +64,7 @@ def plots(run: RunRecords) -> list[Plot]:
                 "loss",
                 "Training loss",
                 "Mean over the training images of an epoch." + taught * bool(run.classroom),
-                over_epochs(loss, _loss_axis(loss)),
+                over_epochs(loss, loss_axis(loss)),
             )
         )
     drawn += mentor_plots([run], run.mentors)
@@ -84,13 +84,12 @@ def mentor_plots(
     for key, heading, note, axis in _STATISTICS:
         if keys is not None and key not in keys:
             continue
-        traces = [
-            trace
+        curves = [
+            _curve(runs[0], "mentor", name, records, _statistic(name, key), mentors)
             for name in runs[0].mentors
-            for trace in _traces(runs[0], "mentor", name, records, _statistic(name, key), mentors)
         ]
-        if is_filled(traces):
-            drawn.append(Plot(key, heading, note, over_epochs(traces, axis)))
+        if is_filled(curves):
+            drawn.append(Plot(key, heading, note, over_epochs(curves, axis)))
     return drawn
 
 
@@ -99,27 +98,27 @@ _STATISTICS = (
         "active_share",
         "Active mentors",
         "Share of the training images on which the mentor taught.",
-        {"title": "images taught (%)", "tickformat": ".0%", "range": [-0.03, 1.03]},
+        Axis("images taught (%)", (-0.03, 1.03), percent=True, tip=".1%"),
     ),
     (
         "temperature",
         "Mentor temperature",
         "Temperature of the mentor's KD term; 1 means no softening. Mean over all images.",
-        {"title": "temperature τ (no unit)"},
+        Axis("temperature τ (no unit)"),
     ),
     (
         "rank_weight",
         "Rank weight",
         "The mentor's share of the total confidence in the true class, of student and mentors, "
         "times the number of mentors. Mean over all images.",
-        {"title": "rank weight r (no unit)"},
+        Axis("rank weight r (no unit)"),
     ),
     (
         "kl",
         "Divergence from the mentor",
         "KL divergence between mentor and student, both softened. Mean over the images on which "
         "the mentor taught: noisy if they are few, 0 if there are none.",
-        {"title": "KL (nats)", "rangemode": "tozero"},
+        Axis("KL (nats)", (0, None)),
     ),
 )
 
@@ -128,36 +127,27 @@ def _statistic(name: str, key: str) -> Callable[[dict], float | None]:
     return lambda record: ((record.get("mentors") or {}).get(name) or {}).get(key)
 
 
-def _networks(run: RunRecords, key: str) -> list[go.Scatter]:
+def _networks(run: RunRecords, key: str) -> list[Curve]:
     return [
-        trace
+        _curve(run, phase, name, [records], lambda r: r.get(key), run.mentors)
         for (phase, name), records in run.curves.items()
-        for trace in _traces(run, phase, name, [records], lambda r: r.get(key), run.mentors)
     ]
 
 
-def _traces(
+def _curve(
     run: RunRecords,
     phase: str,
     name: str,
     records: Sequence[list[dict]],
     value: Callable[[dict], float | None],
     mentors: Sequence[str],
-) -> list[go.Scatter]:
-    marker = "circle" if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
+) -> Curve:
+    marker = MARKERS[0] if phase in STUDENT else MARKERS[mentors.index(name) % len(MARKERS)]
     text = label(phase, name, run.method)
     return curve(records, value, text, _line(phase, name, mentors), marker)
 
 
 def _line(phase: str, name: str, mentors: Sequence[str]) -> dict:
     if phase in STUDENT:
-        return STUDENT[phase] | {"width": 3}
-    return {"color": COLOURS[mentors.index(name) % len(COLOURS)], "width": 1.5}
-
-
-def _loss_axis(traces: list[go.Scatter]) -> dict:
-    values = [value for trace in traces for value in trace.y if value is not None]
-    if values and min(values) > 0 and max(values) > 20 * min(values):
-        ticks = [digit * 10.0**power for power in range(-6, 7) for digit in (1, 3)]
-        return {"title": "loss (nats, log scale)", "type": "log", "tickvals": ticks}
-    return {"title": "loss (nats)", "rangemode": "tozero"}
+        return STUDENT[phase] | {"linewidth": 3}
+    return {"color": COLOURS[mentors.index(name) % len(COLOURS)], "linewidth": 1.5}

@@ -7,18 +7,11 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import plotly.graph_objects as go
-
 from classroomkd.files import atomic_write
-from classroomkd.report.axes import ALONE, COLOURS, Plot, framed
-from classroomkd.report.markup import (
-    TableRow,
-    document,
-    markdown_table,
-    sections,
-    table,
-    warning,
-)
+from classroomkd.report.axes import ALONE, COLOURS, Axis
+from classroomkd.report.drawing import Plot, dots
+from classroomkd.report.export import export
+from classroomkd.report.markup import Block, Page, Table, TableRow, markdown_table, warning
 from classroomkd.report.numbers import (
     UNKNOWN,
     counted,
@@ -48,12 +41,17 @@ _NOTES = {
 
 
 def write_tables(results: Mapping[str, Any], title: str, out: Path) -> list[Path]:
-    """Write tables/TABLE.md and tables/TABLE.html in ``out`` from the content of results.json."""
+    """Write tables/TABLE.md and tables/TABLE.html in ``out`` from the content of results.json.
+
+    What a paper includes of the page is in the folder tables/TABLE, as `export` writes it.
+    """
     name = results["table"]
     (out / "tables").mkdir(parents=True, exist_ok=True)
     paths = [out / "tables" / f"{name}.{kind}" for kind in ("md", "html")]
     atomic_write(paths[0], markdown(results, title))
-    atomic_write(paths[1], _page(results, title))
+    page = _page(results, title)
+    atomic_write(paths[1], page.html())
+    export(page, out / "tables" / name)
     return paths
 
 
@@ -61,20 +59,23 @@ def markdown(results: Mapping[str, Any], title: str) -> str:
     """The table as Markdown, under a level-2 heading."""
     blocks = [f"## {title}", *_facts(results)]
     blocks += [f"**{line}**" for line in _warnings(results)]
-    blocks += [_note(results), *(markdown_table(*filled(*part)) for part in _parts(results))]
+    blocks += [
+        _note(results),
+        *(markdown_table(*filled(*part)) for part in _parts(results).values()),
+    ]
     if _published(results):
         blocks.append(PUBLISHED_FROM)
     return "\n\n".join(blocks) + "\n"
 
 
-def _page(results: Mapping[str, Any], title: str) -> str:
-    body = "".join(f"<p>{escape(line)}</p>" for line in _facts(results))
-    body += "".join(map(warning, _warnings(results)))
-    for columns, rows in _parts(results):
-        body += table(columns, [TableRow(row) for row in rows])
+def _page(results: Mapping[str, Any], title: str) -> Page:
+    blocks: list[Block] = [f"<p>{escape(line)}</p>" for line in _facts(results)]
+    blocks += map(warning, _warnings(results))
+    for name, (columns, rows) in _parts(results).items():
+        blocks.append(Table(name, columns, [TableRow(row) for row in rows]))
     notes = [_note(results), *([PUBLISHED_FROM] if _published(results) else [])]
-    body += "".join(f'<p class="note">{escape(note)}</p>' for note in notes)
-    return document(title, body + sections(_plots(results)))
+    blocks += [f'<p class="note">{escape(note)}</p>' for note in notes]
+    return Page(title, [*blocks, _plots(results)])
 
 
 def _note(results: Mapping[str, Any]) -> str:
@@ -126,16 +127,16 @@ def _warnings(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _parts(results: Mapping[str, Any]) -> list[tuple[list[str], Rows]]:
+def _parts(results: Mapping[str, Any]) -> dict[str, tuple[list[str], Rows]]:
     """Tables as columns and rows: an overview if there are several classrooms, then all groups."""
     groups = results["groups"]
     classrooms = list(dict.fromkeys(group["classroom"] for group in groups))
-    parts = [_overview(results, classrooms)] if len(classrooms) > 1 else []
-    parts.append(result_cells(results))
+    parts = {"overview": _overview(results, classrooms)} if len(classrooms) > 1 else {}
+    parts["results"] = result_cells(results)
     if len(classrooms) == 1 and (published := _published(results)):
         (numbers,) = published.values()
         columns = [f"published {field}" for field in Published._fields]
-        parts.append((columns, [[f"{number:.2f}" for number in numbers]]))
+        parts["published"] = columns, [[f"{number:.2f}" for number in numbers]]
     return parts
 
 
@@ -198,42 +199,26 @@ def _plots(results: Mapping[str, Any]) -> list[Plot]:
     """One plot per classroom, with every run and the mean and deviation of each variant."""
     plots = []
     for number, classroom in enumerate(dict.fromkeys(g["classroom"] for g in results["groups"])):
-        groups = [group for group in results["groups"] if group["classroom"] == classroom]
-        runs = [run for run in results["runs"] if run["classroom"] == classroom]
-        traces = [
-            go.Scatter(
-                x=[escape(group["variant"]) for group in groups],
-                y=[group["last"][0] for group in groups],
-                error_y={"array": [group["last"][1] for group in groups]},
-                mode="markers",
-                marker={
-                    "size": 9,
-                    "color": [ALONE if g["variant"] == "alone" else COLOURS[0] for g in groups],
-                },
-                name="mean ± deviation",
-            ),
-            go.Scatter(
-                x=[escape(run["variant"]) for run in runs],
-                y=[run["last"] for run in runs],
-                text=[f"seed {run['seed']}" for run in runs],
-                mode="markers",
-                marker={"size": 20, "color": "#222222", "symbol": "line-ew-open"},
-                name="a run",
-            ),
+        groups = [
+            group
+            for group in results["groups"]
+            if group["classroom"] == classroom and group["last"] is not None
         ]
-        drawn = framed(
-            traces,
-            {"type": "category", "title": "variant", "range": [-0.5, len(groups) - 0.5]},
-            {"title": "held-out top-1 (%)", "tickformat": ".2~%"},
-        )
-        drawn.update_layout(height=380, showlegend=False)
+        runs = [run for run in results["runs"] if run["classroom"] == classroom]
+        means = [
+            (group["variant"], *group["last"], ALONE if group["variant"] == "alone" else COLOURS[0])
+            for group in groups
+        ]
+        each = [
+            (run["variant"], run["last"], run["seed"]) for run in runs if run["last"] is not None
+        ]
+        axis = Axis("held-out top-1 (%)", percent=True, tip=".2%")
         note = (
             "Top-1 after the last epoch: a line per run, a dot for the mean, and bars of ± one "
             "sample standard deviation."
         )
-        plots.append(
-            Plot(f"plot-{number}", f"Top-1 of {classroom}", note, drawn, wide=len(groups) > 8)
-        )
+        heading = f"Top-1 of {classroom}"
+        plots.append(Plot(f"plot-{number}", heading, note, dots(means, each, axis)))
     return plots
 
 

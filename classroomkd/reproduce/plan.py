@@ -42,6 +42,7 @@ class Task:
     ``id`` is the run folder within the table's. ``arguments`` are those of ``classroomkd``, and
     ``recipe`` is their result. ``epochs`` is the number of epochs it trains, ``work`` their
     floating-point operations per training image, and ``needs`` the ids of tasks to run before.
+    ``saved`` are operations that the mentor cache spares it.
     """
 
     id: str
@@ -50,6 +51,7 @@ class Task:
     epochs: int
     work: float
     needs: tuple[str, ...] = ()
+    saved: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def make_plan(
     epochs: int | None = None,
     classrooms: Sequence[str] = (),
     method_names: Sequence[str] = (),
+    mentor_cache: str | None = None,
     overrides: Sequence[str] = (),
 ) -> Plan:
     """All tasks of ``table``.
@@ -96,6 +99,8 @@ def make_plan(
         epochs: the students' epochs; the mentors' are scaled accordingly.
         classrooms: recipes, by name or file, instead of the table's rows.
         method_names: variants of the table, or methods, instead of all its variants.
+        mentor_cache: the dtype of mentors' logits that are kept for all runs, which then share
+            their batches too; None changes neither.
         overrides: overrides of every recipe.
 
     Raises UserError for an unknown name, a duplicate, or an override of what the plan sets.
@@ -111,6 +116,8 @@ def make_plan(
     shared = list(_SHARED)
     if data is not None:
         shared.append(f"data.source={json.dumps(str(data))}")
+    if mentor_cache is not None:
+        shared += [f"mentor_cache.dtype={mentor_cache}", "data_seed=0"]
     spec = TABLES[table]
     rows: dict[str, tuple[str, list[str], dict[str, Variant]]] = {}
     known: dict[str, Variant] = {}
@@ -150,7 +157,10 @@ def make_plan(
             runs.append(run)
             for group, wanted in groups.items():
                 mentors.setdefault(group, []).append((run, wanted))
+    from classroomkd.reproduce.sharing import with_cached_mentors  # which reads this module
+
     tasks = [_mentor_task(group, wanted) for group, wanted in mentors.items()]
+    runs = with_cached_mentors(runs)
     return Plan(runs, sorted(tasks, key=lambda task: (-task.work, task.id)))
 
 

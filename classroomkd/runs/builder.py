@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,17 @@ class Builder:
             self._codes[architecture] = code_digest(architecture)
         return self._codes[architecture]
 
+    def source_digest(self, architecture: str, network: nn.Module) -> str | None:
+        """The digest of all code of one's own that ``network`` consists of, as far as it is known.
+
+        None for a network of a library, whose version says as much.
+        """
+        if architecture not in self.modules:
+            return self.code(architecture)
+        kinds = {type(module) for module in network.modules()}
+        own = [kind for kind in kinds if not kind.__module__.startswith("torch.nn.")]
+        return hashlib.sha256("".join(sorted(map(_source, own))).encode()).hexdigest()
+
     def load(self, path: Path, architecture: str) -> nn.Module:
         """The network that the run has saved at ``path``."""
         if architecture not in self.modules:
@@ -68,10 +80,13 @@ class Builder:
 
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each given module's weights, by what errors call it."""
-        return {f"the module {name}": _digest(module) for name, module in self.modules.items()}
+        return {
+            f"the module {name}": module_digest(module) for name, module in self.modules.items()
+        }
 
 
-def _digest(module: nn.Module) -> str:
+def module_digest(module: nn.Module) -> str:
+    """The SHA-256, in hexadecimal, of a network's weights and buffers."""
     digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
         digest.update(name.encode())
@@ -149,3 +164,10 @@ def _classes(logits: object, rows: int, what: str) -> int:
             f"{what} gives {list(logits.shape)} for {rows} images: its logits must be [B, classes]"
         )
     return logits.shape[1]
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # made where there is no file
+        return f"{kind.__module__}.{kind.__qualname__}"

@@ -51,9 +51,19 @@ class TrainingJob:
         return recipe.training
 
     def seed(self, recipe: Recipe) -> int:
-        """The seed of its first weights and batches in a run of ``recipe``."""
+        """The seed of its first weights, and as a rule of its batches, in a run of ``recipe``."""
         seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
         return network_seed(seed, self.number, network_names.label(self.architecture))
+
+    def batch_seed(self, recipe: Recipe) -> int:
+        """The seed of its batches and their augmentation in a run of ``recipe``."""
+        shared = None if self.phase == "mentor" else recipe.data_seed
+        return self.seed(recipe) if shared is None else shared
+
+    def repeat(self, recipe: Recipe) -> int | None:
+        """After how many epochs the augmentation of its images repeats; None never."""
+        cached = None if self.phase == "mentor" else recipe.mentor_cache
+        return cached.epochs if cached else None
 
     def result(self, network: nn.Module, measured: Evaluation) -> dict[str, Any]:
         """The network's entry in summary.json."""

@@ -31,12 +31,13 @@ from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.mentor_setup import renormalised
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe, TrainingConfig
+from classroomkd.runs.recipe import Recipe
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes
 from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
 from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.mentor_cache import CachedMentors
 from classroomkd.training.schedule import peak_learning_rate
 from classroomkd.training.trainer import Trainer
 
@@ -72,7 +73,7 @@ class NetworkTrainer:
         self,
         jobs: Sequence[TrainingJob],
         method: Method,
-        mentors: MentorBank | None = None,
+        mentors: MentorBank | CachedMentors | None = None,
         lessons: Lessons | None = None,
     ) -> list[Trained]:
         """The networks of one training, in the order of ``jobs``, with their results.
@@ -121,7 +122,7 @@ class NetworkTrainer:
         self,
         jobs: Sequence[TrainingJob],
         method: Method,
-        mentors: MentorBank | None,
+        mentors: MentorBank | CachedMentors | None,
         lessons: Lessons | None,
     ) -> dict[str, Trained]:
         """Train up to the last of ``jobs``, keeping the others on the way."""
@@ -131,7 +132,7 @@ class NetworkTrainer:
             job.architecture, len(self.info.classes), job.weights, self.notify
         )
         network = self._placed(job, network)
-        with self._training_loader(job.training(self.recipe), seed) as loader:
+        with self._training_loader(job) as loader:
             trainer = self._trainer(job, network, loader, method, mentors)
             saver = self._saver(job, trainer)
             if not self._resume(job, saver):
@@ -150,7 +151,7 @@ class NetworkTrainer:
         network: nn.Module,
         loader: Loader,
         method: Method,
-        mentors: MentorBank | None,
+        mentors: MentorBank | CachedMentors | None,
     ) -> Trainer:
         training = job.training(self.recipe)
         called = label(job.phase, job.name, self.recipe.method)
@@ -332,7 +333,8 @@ class NetworkTrainer:
         record["seconds"] = time.perf_counter() - started
         return record, measured
 
-    def _training_loader(self, training: TrainingConfig, seed: int) -> Loader:
+    def _training_loader(self, job: TrainingJob) -> Loader:
+        training = job.training(self.recipe)
         batch_size = training.batch_size
         return self.loaders.open(
             self.train_set,  # type: ignore[arg-type]  # the loaders are of its kind
@@ -344,7 +346,8 @@ class NetworkTrainer:
             mixing=training_mixing(training, len(self.info.classes)),
             shuffle=True,
             drop_last=len(self.train_set) >= batch_size,
-            seed=seed,
+            seed=job.batch_seed(self.recipe),
+            repeat=job.repeat(self.recipe),
             dtype=self.dtype,
         )
 

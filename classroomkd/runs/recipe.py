@@ -131,6 +131,18 @@ class MentorConfig:
 
 
 @dataclass
+class MentorCacheConfig:
+    """What is kept of the answers of mentors."""
+
+    epochs: int | None = None
+    """After how many epochs the augmentation of the student's images repeats, so that so many
+    epochs are kept; null never. The order of the images does not repeat."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """Of the logits: float32 trains the very student that no cache trains; float16 takes half the
+    space, and rounds."""
+
+
+@dataclass
 class Recipe:
     """A run. Building one through `load_recipe` checks every value.
 
@@ -163,6 +175,12 @@ class Recipe:
     """The seed of first weights, batches, augmentation and splits."""
     mentor_seed: int | None = field(default=None, metadata=marked("teaching"))
     """The seed of the mentors' weights and batches; the ``seed`` where it is not given."""
+    data_seed: int | None = None
+    """The seed of the student's batches and augmentation; its own, of the ``seed``, where it is not
+    given. Students that share it share cached mentors."""
+    mentor_cache: MentorCacheConfig | None = None
+    """Whether mentors' logits are kept in the cache, for all students with the same images in the
+    same batches; any of its keys turns it on."""
     device: str | None = field(default=None, metadata=marked("machine"))
     """As torch names it; the GPU if there is one, where it is not given."""
     precision: Literal["auto", "float32", "bfloat16"] = field(
@@ -277,6 +295,12 @@ def split_seed(recipe: Recipe) -> int:
 def mentor_seed(recipe: Recipe) -> int:
     """The seed of the mentors' weights and batches."""
     return recipe.seed if recipe.mentor_seed is None else recipe.mentor_seed
+
+
+def kept_epochs(recipe: Recipe) -> int:
+    """The epochs of the student in which its images are augmented in different ways."""
+    repeat, epochs = recipe.mentor_cache and recipe.mentor_cache.epochs, recipe.training.epochs
+    return min(repeat or epochs, epochs)
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from classroomkd.errors import UserError
 from classroomkd.limits import ALPHAS, is_alpha
 from classroomkd.loss.methods import method_names
 from classroomkd.loss.options import LossOptions
-from classroomkd.models.network_names import is_checkpoint
+from classroomkd.models.network_names import is_checkpoint, is_logits
 
 if TYPE_CHECKING:
     from classroomkd.runs.recipe import Recipe
@@ -42,6 +42,7 @@ def check(recipe: Recipe, where: str) -> None:
         *_normalisation("data", data.mean, data.std),
         ("init", repr(""), recipe.init != "", "a file"),
         ("mentor_seed", recipe.mentor_seed, (recipe.mentor_seed or 0) >= 0, "at least 0"),
+        ("data_seed", recipe.data_seed, (recipe.data_seed or 0) >= 0, "at least 0"),
         ("data.split_seed", data.split_seed, (data.split_seed or 0) >= 0, "at least 0"),
         ("checkpoint_keep", recipe.checkpoint_keep, recipe.checkpoint_keep >= 1, "at least 1"),
         ("checkpoint_epochs", recipe.checkpoint_epochs, recipe.checkpoint_epochs >= 1, "≥ 1"),
@@ -52,6 +53,12 @@ def check(recipe: Recipe, where: str) -> None:
         epochs = mentor.epochs or recipe.mentor_training.epochs
         fine = mentor.epochs is None or mentor.epochs >= 1
         problems.append((f"mentors.{index}.epochs", mentor.epochs, fine, "at least 1"))
+        if is_logits(mentor.source):
+            given = {key: of for key, of in vars(mentor).items() if key != "source"}
+            if key := next((key for key, of in given.items() if of is not None), None):
+                raise UserError(
+                    f"{where}mentors.{index}.{key}: {mentor.source} holds logits, which have none"
+                )
         fine = mentor.at is None or 1 <= mentor.at <= epochs
         problems.append((f"mentors.{index}.at", mentor.at, fine, f"an epoch from 1 to {epochs}"))
         if mentor.weights is not None and is_checkpoint(mentor.source):
@@ -86,6 +93,17 @@ def check(recipe: Recipe, where: str) -> None:
             (f"{name}.weight_decay", how.weight_decay, 0 <= how.weight_decay < math.inf, "≥ 0"),
             (f"{name}.clip_norm", clip, clip is None or 0 < clip < math.inf, "a number above 0"),
             *((f"{name}.{key}", alpha, is_alpha(alpha), ALPHAS) for key, alpha in alphas),
+        ]
+    if recipe.mentor_cache and (repeat := recipe.mentor_cache.epochs) is not None:
+        mixes = recipe.training.mixup or recipe.training.cutmix
+        problems += [
+            ("mentor_cache.epochs", repeat, repeat >= 1, "at least 1"),
+            (
+                "mentor_cache.epochs",
+                repeat,
+                not mixes,
+                "null with mixup or cutmix, whose images are mixed with others in each epoch",
+            ),
         ]
     for key, value, fine, wanted in problems:
         if not fine:

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from classroomkd import docstrings
 from classroomkd.loss.methods import method_names
-from classroomkd.runs.recipe import LossConfig, MentorConfig, Recipe
+from classroomkd.runs.recipe import LossConfig, MentorCacheConfig, MentorConfig, Recipe
 
 _NEAR = 0.8  # of a name that was probably meant, by difflib's ratio
 _WORDS = {
@@ -70,6 +70,11 @@ def _keys(kind: type, values: Any, prefix: str) -> Iterator[Key]:
             continue
         if isinstance(hint, type) and is_dataclass(hint):
             yield from _keys(hint, value, f"{prefix}{name}.")
+            continue
+        if hint == MentorCacheConfig | None:
+            whole = "null" if value is None else as_text(vars(value))
+            yield Key(f"{prefix}{name}", whole, "null or keys", meanings[name])
+            yield from _keys(MentorCacheConfig, value, f"{prefix}{name}.")
             continue
         text = None if values is None else as_text(value)
         yield Key(f"{prefix}{name}", text, _words(hint), meanings[name])

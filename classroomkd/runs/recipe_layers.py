@@ -125,6 +125,8 @@ def override(recipe: Any, key: str, value: Any) -> None:
     elif key in [f"loss.{name}" for name in _NUMBER_OR_TEXT]:
         name = key.removeprefix("loss.")
         value = layer({"loss": {name: value}}).loss[name]
+    elif key.startswith("mentor_cache.") and recipe.mentor_cache is None:
+        OmegaConf.update(recipe, "mentor_cache", {})
     one = re.match(r"(mentors\.(-?\d+))(?:\.(.*))?$", key)
     if one and not 0 <= int(one[2]) < len(recipe.mentors):
         raise ValueError(f"there are {len(recipe.mentors)} mentors, counted from 0")

@@ -25,6 +25,7 @@ from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import (
     PRETRAINED,
     is_checkpoint,
+    is_logits,
     label,
 )
 from classroomkd.report import write_report
@@ -47,6 +48,7 @@ from classroomkd.runs.machine import (
     start,
     versions,
 )
+from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import (
     Mentor,
     find_mentors,
@@ -71,6 +73,7 @@ from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes, local_device
 from classroomkd.training.evaluation import Lessons, evaluation_loader, require_finite
 from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.mentor_cache import CachedMentors
 
 
 class TrainingRun:
@@ -102,7 +105,9 @@ class TrainingRun:
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
         epochs = recipe.mentor_training.epochs
-        self.mentors = find_mentors(teaching(recipe), epochs, self._print, modules)
+        networks = [mentor for mentor in teaching(recipe) if not is_logits(mentor.source)]
+        self.mentors = find_mentors(networks, epochs, self._print, modules)
+        self.own_logits = find_own(recipe)
         method = self._method() if recipe.student else None
         self._checks = RunChecks(recipe, self.mentors, self.builder, self.processes)
         self._checks.before_data(method)
@@ -144,6 +149,8 @@ class TrainingRun:
         )
         with errors_name_run(out, resuming):
             sets = self._sets(train_set, test_set, validation_set, folders)
+            classes = len(info.classes)
+            fit_own(self.own_logits, train_set, classes, self.recipe, validation_set is None)
             self._check_mentors(sets, info)
             with ExitStack() as opened:
                 trainer = self._open(opened, out, resume, info, sets, folders)
@@ -156,12 +163,9 @@ class TrainingRun:
 
     def _tell_unused_mentors(self) -> None:
         """Print which of the recipe's mentors the method does not use."""
-        if len(self.mentors) < len(self.recipe.mentors):
-            used = (
-                f"the mentor {self.mentors[0].name} only; the others"
-                if self.mentors
-                else "no mentor; they"
-            )
+        names = names_in_order(self.recipe, self.mentors, self.own_logits)
+        if len(names) < len(self.recipe.mentors):
+            used = f"the mentor {names[0]} only; the others" if names else "no mentor; they"
             self._print(f"method {self.recipe.method} uses {used} are not loaded")
 
     def _check_mentors(self, sets: ImageSets, info: NetworkInfo) -> None:
@@ -339,24 +343,43 @@ class TrainingRun:
         self, job: TrainingJob, trainer: NetworkTrainer, mentors: Mapping[str, nn.Module]
     ) -> dict[str, Any]:
         """Train the student, alone or by the recipe's method; its result."""
-        method, bank, lessons = create("alone"), None, None
-        if job.phase == "student":
-            method = self._method()
-            bank = MentorBank(
-                mentors,
-                len(trainer.info.classes),
-                device=self.device,
-                dtype=self.dtype,
-                compile=self.recipe.compile,
-                features=method.uses_features,
-                layers=method.teacher_layers,
-            )
-            if isinstance(method, Classroom):
-                lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
-        # Number 0 alone too: the same first weights, the same batches.
-        ((network, result),) = trainer.train([job], method, bank, lessons)
+        method, lessons = create("alone"), None
+        teachers: MentorBank | CachedMentors | None = None
+        with ExitStack() as opened:
+            if job.phase == "student":
+                method = self._method()
+                teachers = MentorBank(
+                    mentors,
+                    len(trainer.info.classes),
+                    device=self.device,
+                    dtype=self.dtype,
+                    compile=self.recipe.compile,
+                    features=method.uses_features,
+                    layers=method.teacher_layers,
+                )
+                if not self.processes.from_main(trainer.run.finished(job.phase, job.name)):
+                    teachers = self._answers(trainer).cached(opened, job, method, teachers, mentors)
+                if isinstance(method, Classroom) and mentors:
+                    lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
+            # Number 0 alone too: the same first weights, the same batches.
+            ((network, result),) = trainer.train([job], method, teachers, lessons)
         self.students[job.phase] = bare(network)
         return result
+
+    def _answers(self, trainer: NetworkTrainer) -> MentorAnswers:
+        return MentorAnswers(
+            recipe=self.recipe,
+            info=trainer.info,
+            builder=self.builder,
+            mentors=self.mentors,
+            own=self.own_logits,
+            train_set=trainer.train_set,
+            digest=trainer.stored.digests["train"],
+            backend=trainer.loaders.backend,
+            dtype=self.dtype,
+            processes=self.processes,
+            notify=self._print,
+        )
 
     def _student_jobs(self) -> list[TrainingJob]:
         """The trainings of the student, in order: alone, and by the recipe's method."""
@@ -388,6 +411,7 @@ class TrainingRun:
         """The digests of all that the run reads."""
         given = [self.recipe.init, *(mentor.weights for mentor in teaching(self.recipe))]
         given += [mentor.source for mentor in self.mentors if is_checkpoint(mentor.source)]
+        given += [str(logits.path) for logits in self.own_logits.values()]
         files = {name: weights_digest(name) for name in given if name not in (None, PRETRAINED)}
         codes = {name: self.builder.code(name) for name in code_sources(self.recipe)}
         files |= {name: code for name, code in codes.items() if code is not None}

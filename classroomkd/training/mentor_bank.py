@@ -70,45 +70,48 @@ class MentorBank:
         return len(self.names)
 
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> list[Outputs]:
-        """The mentors' logits [B, C], in the order of ``names``, for images [B, 3, H, W].
+    def __call__(self, images: Tensor, names: Sequence[str] | None = None) -> list[Outputs]:
+        """The logits [B, C] of the mentors ``names``, by default all, for images [B, 3, H, W].
 
         Images of another dtype are converted once for all mentors. Logits and features are new
         tensors of the bank's dtype, made in inference mode. The call never waits for the GPU.
 
         Raises UserError if a mentor's logits are not [B, num_classes].
         """
+        names = self.names if names is None else names
+        which = [self.names.index(name) for name in names]
         # Mentors compute in the bank's dtype, independently of the student's autocast.
         with torch.autocast(self._device.type, enabled=False):
             if images.is_floating_point():  # of one's own batches they may be anything
                 images = images.to(self._dtype)
             if images.dim() == 4:
                 images = images.contiguous(memory_format=torch.channels_last)
-            logits = self._side_by_side(images) if self._streams else self._in_turn(images)
-        for name, rows in zip(self.names, logits, strict=True):
+            ask = self._side_by_side if self._streams else self._in_turn
+            logits = ask(images, which)
+        for name, rows in zip(names, logits, strict=True):
             if rows.shape != (len(images), self._num_classes):
                 raise UserError(
                     f"mentor {name} returns logits of shape {list(rows.shape)} for {len(images)} "
                     f"images of {self._num_classes} classes: use a network for these classes"
                 )
-        features = [stages.take() for stages in self._stages] if self._stages else [()] * len(self)
+        features = [self._stages[i].take() if self._stages else () for i in which]
         return list(map(Outputs, logits, features))
 
-    def _in_turn(self, images: Tensor) -> list[Tensor]:
-        return [network(images) for network in self._networks]
+    def _in_turn(self, images: Tensor, which: Sequence[int]) -> list[Tensor]:
+        return [self._networks[i](images) for i in which]
 
-    def _side_by_side(self, images: Tensor) -> list[Tensor]:
+    def _side_by_side(self, images: Tensor, which: Sequence[int]) -> list[Tensor]:
         # Memory is safe without Tensor.record_stream: the current stream waits until all others are
         # done with the images. Freed memory of logits is reused only by their own stream, which
         # first waits for the current one, and so for the loss.
         current = torch.cuda.current_stream(self._device)
         logits = []
-        for network, stream in zip(self._networks, self._streams, strict=True):
-            stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                logits.append(network(images))
-        for stream in self._streams:
-            current.wait_stream(stream)
+        for i in which:
+            self._streams[i].wait_stream(current)
+            with torch.cuda.stream(self._streams[i]):
+                logits.append(self._networks[i](images))
+        for i in which:
+            current.wait_stream(self._streams[i])
         return logits
 
 

@@ -39,12 +39,13 @@ class MentorCheck:
     """One mentor's answers to labelled images, and what is wrong with them."""
 
     name: str
-    n_images: int
+    n_rows: int
     top1: float
+    row: str = "image"  # what one is called
     findings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        line = f"{self.name}: top-1 {self.top1:.1%} of {self.n_images} images"
+        line = f"{self.name}: top-1 {self.top1:.1%} of {self.n_rows} {self.row}s"
         return "; ".join([line, *self.findings])
 
 
@@ -57,22 +58,31 @@ class CheckedMentor(NamedTuple):
 
 
 def check_logits(
-    logits: Mapping[str, Tensor], targets: Tensor, classes: Sequence[str] = ()
+    logits: Mapping[str, Tensor],
+    targets: Tensor,
+    classes: Sequence[str] = (),
+    *,
+    row: str = "image",
 ) -> list[MentorCheck]:
     """Look at mentors' logits [N, C] for rows whose class indices [N] are known.
 
     A few hundred rows are enough; with C classes an order of the classes can only be found with
-    several rows of each. Where student and mentors are language models, rows are tokens.
+    several rows of each. Where student and mentors are language models, rows are tokens. Printed, a
+    `MentorCheck` is one line; its ``findings`` are empty where nothing is wrong.
 
     Args:
         logits: each mentor's, by its name, of any floating-point dtype.
         targets: class indices [N].
         classes: the classes' names, to call them by.
+        row: what a row is called in the findings.
+
+    Returns:
+        One check for each mentor, in their order.
 
     """
     targets = targets.cpu()
     answers = {name: of.detach().float().cpu() for name, of in logits.items()}
-    checks = [_check(name, of, targets, classes) for name, of in answers.items()]
+    checks = [_check(name, of, targets, classes, row) for name, of in answers.items()]
     _compare(checks, answers)
     return checks
 
@@ -120,21 +130,23 @@ def _normalised(images: Tensor, mean: Channels | None, std: Channels | None) -> 
     return (images - centre) / spread
 
 
-def _check(name: str, logits: Tensor, targets: Tensor, classes: Sequence[str]) -> MentorCheck:
-    n_images, n_classes = logits.shape
+def _check(
+    name: str, logits: Tensor, targets: Tensor, classes: Sequence[str], row: str
+) -> MentorCheck:
+    n_rows, n_classes = logits.shape
     right = logits.argmax(1) == targets
-    check = MentorCheck(name, n_images, right.float().mean().item())
+    check = MentorCheck(name, n_rows, right.float().mean().item(), row)
     broken = (
         ~logits.isfinite().any(1) | logits.isnan().any(1) | (logits == torch.inf).any(1)
     ).sum()
     if broken:
         check.findings.append(
-            f"NaN or infinity in its answers to {int(broken)} images: weights or inputs are damaged"
+            f"NaN or infinity in its answers to {int(broken)} {row}s: weights or inputs are damaged"
         )
         return check
-    spread = logits.std(0).mean() if n_images > 1 else torch.tensor(1.0)
+    spread = logits.std(0).mean() if n_rows > 1 else torch.tensor(1.0)
     if spread <= 1e-6 * logits.abs().mean().clamp_min(1e-12):
-        check.findings.append("the same answer to every image: it cannot teach anything")
+        check.findings.append(f"the same answer to every {row}: it cannot teach anything")
         return check
     probabilities = bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() < 1e-3).all())
     if probabilities:
@@ -142,8 +154,8 @@ def _check(name: str, logits: Tensor, targets: Tensor, classes: Sequence[str]) -
             "its answers are probabilities, not logits: remove the softmax at its end"
         )
     chance = _chance(targets, n_classes)
-    deviation = math.sqrt(n_images * chance * (1 - chance))
-    if right.sum() <= max(n_images * chance + 3 * deviation, _ABOVE_CHANCE * n_images * chance):
+    deviation = math.sqrt(n_rows * chance * (1 - chance))
+    if right.sum() <= max(n_rows * chance + 3 * deviation, _ABOVE_CHANCE * n_rows * chance):
         check.findings.append(
             f"near chance ({chance:.1%}): other classes, another normalisation, or not trained"
         )

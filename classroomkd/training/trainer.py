@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +18,7 @@ from classroomkd.training.config import TrainingConfig
 from classroomkd.training.distributed import Processes
 from classroomkd.training.graph import CapturedStep
 from classroomkd.training.mentor_bank import MentorBank
+from classroomkd.training.mentor_cache import CachedMentors
 from classroomkd.training.schedule import learning_rate
 
 READ_EVERY = 50  # steps between checks of the sums on the device
@@ -37,7 +38,8 @@ class Trainer:
         name: the network's name in error messages.
         peak: the schedule's highest learning rate.
         method: the distillation method.
-        mentors: on the same device; None for a method without mentors.
+        mentors: on the same device; None for a method without mentors. Cached ones run outside
+            the step, if at all.
         image_size: height and width of the images, for methods that use features.
         example: a batch of images like the loader's, if they are not [B, 3, H, W] of that size.
         dtype: torch.bfloat16 for a forward pass under autocast.
@@ -56,7 +58,7 @@ class Trainer:
         name: str,
         peak: float,
         method: Method,
-        mentors: MentorBank | None = None,
+        mentors: MentorBank | CachedMentors | None = None,
         image_size: int = 32,
         example: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
@@ -107,6 +109,7 @@ class Trainer:
     def _show_features(self, stages: StageOutputs, images: Tensor) -> None:
         """Pass the shapes of the features to the method, which may create parameters."""
         self.network.eval()(images)
+        assert not isinstance(self.mentors, CachedMentors)  # which have no features
         mentors = self.mentors(images) if self.mentors else []
         self.method.prepare(shapes_of(stages.take()), [shapes_of(m.features) for m in mentors])
 
@@ -129,15 +132,14 @@ class Trainer:
         epoch, steps = self.epoch, len(self.loader)
         first_rate = learning_rate(self.training, self.peak, epoch - 1)
         self.network.train()
-        self.loader.set_epoch(epoch, self.batch)
         images_seen, last_rate, started = 0, None, time.perf_counter()
-        for images, targets, _ in self.loader:
+        for images, targets, *logits in self._batches(self.batch):
             epochs_done = epoch - 1 + self.batch / steps
             rate = learning_rate(self.training, self.peak, epochs_done)
             if rate != last_rate:  # saves a launch per step
                 self.learning_rate.fill_(rate)
                 last_rate = rate
-            self._step_on(images, targets)
+            self._step_on(images, targets, *logits)
             self.batch += 1
             images_seen += len(targets)
             if self.batch % READ_EVERY == 0:
@@ -162,14 +164,26 @@ class Trainer:
         self.epoch, self.batch = epoch + 1, 0
         return record
 
-    def _step(self, images: Tensor, targets: Tensor) -> None:
-        """Take one optimizer step and add its statistics to ``sums``."""
+    def _batches(self, first: int) -> Iterator[tuple[Tensor, ...]]:
+        """The epoch's batches from ``first`` on: images, targets, and cached mentors' logits."""
+        self.loader.set_epoch(self.epoch, first)
+        cached = self.mentors if isinstance(self.mentors, CachedMentors) else None
+        if cached:
+            cached.begin(self.loader.augmentation_epoch, self.loader.upcoming())
+        for images, targets, _ in self.loader:
+            yield images, targets, *(cached.next(images) if cached else ())
+
+    def _step(self, images: Tensor, targets: Tensor, *cached: Tensor) -> None:
+        """Take one optimizer step and add its statistics to ``sums``.
+
+        ``cached`` are the logits of the mentors, if these are not to be run.
+        """
         mixed = self.dtype != torch.float32
         # A captured step must not rely on cached casts from before the capture.
         with torch.autocast(self.device.type, self.dtype, enabled=mixed, cache_enabled=False):
             logits = self._forward(images)
         student = Outputs(logits, self._stages.take() if self._stages else ())
-        mentors = self.mentors(images) if self.mentors else []
+        mentors = self._outputs(images, cached)
         scale = self._scale(targets) if self.processes.together else None
         loss, report = self.method.backward(student, mentors, targets, scale)
         self.processes.average_gradients(self.method.parameters())
@@ -188,6 +202,11 @@ class Trainer:
                 report.kl * report.active_share,  # mean over all rows, so that batches add up
             ]
         self.sums.add_(torch.cat([mean.double() for mean in means]), alpha=len(targets))
+
+    def _outputs(self, images: Tensor, cached: Sequence[Tensor]) -> list[Outputs]:
+        if self.mentors is None or isinstance(self.mentors, CachedMentors):
+            return list(map(Outputs, cached))
+        return self.mentors(images)
 
     def _scale(self, targets: Tensor) -> Tensor:
         """The factor from a mean over this process's valid rows to one over those of all.
@@ -244,10 +263,9 @@ class Trainer:
     def _culprit(self, batch: int) -> str:
         # Mentors are frozen and a batch can be drawn again, so their logits are checked only after
         # a loss was not finite, at no cost for other steps. A logit of −inf excludes a class.
-        self.loader.set_epoch(self.epoch, batch)
-        images, *_ = next(iter(self.loader))
+        images, _, *cached = next(self._batches(batch))
         if self.mentors:
-            for name, mentor in zip(self.mentors.names, self.mentors(images), strict=True):
+            for name, mentor in zip(self.mentors.names, self._outputs(images, cached), strict=True):
                 if (mentor.logits.isnan() | mentor.logits.isposinf()).any():
                     return f"neither are the logits of mentor {name}; remove or replace it"
         return "the training diverged; try a lower learning rate"

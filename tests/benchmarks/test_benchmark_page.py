@@ -46,6 +46,13 @@ def test_the_tables_of_teaching_are_what_the_command_gives():
     assert document.teaching(text, document.read(document.RESULTS)) == text
 
 
+def test_what_the_check_of_mentors_finds_is_what_the_command_gives():
+    text = document.MENTOR_CHECK.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.checked(text, document.read(document.RESULTS)) == text
+    assert "| NaN in a weight | 25 | 25 | 25 |" in text
+
+
 def test_links_and_figures_are_there():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
     assert any(target.startswith("figures/") for target in targets)
@@ -259,7 +266,8 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
     monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
     monkeypatch.setattr(document, "TEACHING", tmp_path / "teaching.md")
-    for page in (document.REPRODUCTION, document.TEACHING):
+    monkeypatch.setattr(document, "MENTOR_CHECK", tmp_path / "mentor-check.md")
+    for page in (document.REPRODUCTION, document.TEACHING, document.MENTOR_CHECK):
         page.write_text(document.MARK)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert document.main([str(out)]) == 1  # the page is whole without matplotlib

@@ -17,6 +17,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import drop_in  # noqa: E402
+import examples  # noqa: E402
 import gradients  # noqa: E402
 import measure  # noqa: E402
 import small_data  # noqa: E402
@@ -204,3 +205,33 @@ def test_the_dead_are_counted():
     cells = table.splitlines()[-1].split(" | ")
     assert cells[-2:] == ["1", "2 |"]
     assert cells[4] == "−39.00 ± 41.00"
+
+
+def test_examples_are_read_as_they_print(tmp_path, monkeypatch):
+    monkeypatch.setattr(examples, "FOLDER", tmp_path)
+    (tmp_path / "one.py").write_text(
+        "print('held-out perplexity: teacher 9.5, student alone 12.25, in the classroom 11.000')\n"
+        "print('tokens taught: teacher 70.5%')"
+    )
+    assert examples.run("one", "--seed", "3") == {
+        "measure": "perplexity",
+        "mentors": [9.5],
+        "alone": 12.25,
+        "classroom": 11.0,
+        "taught_percent": [70.5],
+    }
+    (tmp_path / "two.py").write_text("raise ValueError('no data')")
+    with pytest.raises(RuntimeError, match="no data"):
+        examples.run("two")
+
+
+def test_no_example_ends_with_a_classroom_behind_the_student_alone():
+    rows = json.loads(
+        (Path(__file__).parents[2] / "benchmarks/results/cpu/examples.json").read_text()
+    )["rows"]
+    for name in ("plain", "lightning_module", "hugging_face"):
+        own = [row for row in rows if row["example"] == name]
+        assert [row["seed"] for row in own] == [0, 1, 2, 3, 4]
+        assert sum(row["classroom"] - row["alone"] for row in own) >= 0, name
+    text = "\n".join(teaching.markdown("examples", {"rows": rows}))
+    assert all(f"[{name}.py](../examples/{name}.py)" in text for name in examples.EXAMPLES[:3])

@@ -314,7 +314,7 @@ def test_report_looks_at_its_folders_first(tmp_path):
 
 def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """The command in a process in which torch, and what else takes long, cannot be imported."""
-    blocked = ("torch", "torchvision", "triton", "numba", "sklearn", "timm", "plotly")
+    blocked = ("torch", "torchvision", "triton", "numba", "sklearn", "timm", "matplotlib")
     code = (
         f"import sys; sys.modules |= dict.fromkeys({blocked}); "
         "from classroomkd.cli import main; sys.exit(main())"
@@ -709,7 +709,8 @@ def test_a_command_without_its_packages_says_what_to_install(command):
     """As after `pip install classroomkd`, which installs what the loss needs."""
     code = (
         "import sys\n"
-        "for name in ('omegaconf', 'plotly', 'rich', 'yaml', 'PIL', 'safetensors', 'sklearn'):\n"
+        "for name in ('omegaconf', 'matplotlib', 'rich', 'yaml', 'PIL', 'safetensors', "
+        "'sklearn'):\n"
         "    sys.modules[name] = None\n"
         "from classroomkd.cli import main\n"
         f"sys.exit(main({command.split()!r}))"

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from torch import distributed
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -338,3 +339,59 @@ def test_bad_input(change, message):
     }
     with pytest.raises((ValueError, TypeError), match=message):
         fused_linear_classroom_loss(**call | change)
+
+
+class Tied(torch.nn.Module):
+    """A student whose embedding is its head too; its forward pass is the loss, as DDP wants."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.body = torch.nn.Embedding(V, H), torch.nn.Linear(H, H)
+
+    def forward(self, tokens, mentors, targets, **options):
+        hidden = self.body(self.embedding(tokens)).tanh()
+        return fused_linear_classroom_loss(
+            hidden, self.embedding.weight, mentors, targets, chunk_rows=4, **options
+        )
+
+
+def tied_gradients(model, rows, **options):
+    """Gradients of the sum over some of 2 N rows, of which different numbers do not count."""
+    _, mentors, targets = heads(n_rows=2 * N)
+    tokens = torch.randint(V, (2 * N,), generator=torch.Generator().manual_seed(1))
+    targets[2:6] = -100
+    mentors = [
+        mentor[rows] if isinstance(mentor, torch.Tensor) else (mentor[0][rows], *mentor[1:])
+        for mentor in mentors
+    ]
+    model.zero_grad()
+    model(tokens[rows], mentors, targets[rows], reduction="sum", **options).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def one_of_two_processes(rank, folder):
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
+    model = torch.nn.parallel.DistributedDataParallel(Tied())
+    rows = slice(rank * N, (rank + 1) * N)
+    found = {
+        "sample": tied_gradients(model, rows),
+        "batch": tied_gradients(
+            model, rows, ranking="batch", process_group=distributed.group.WORLD
+        ),
+    }
+    torch.save(found, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
+    """DDP averages them over the processes: half the gradients of the sum over all rows."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
+    for ranking in ("sample", "batch"):
+        expected = [grad / 2 for grad in tied_gradients(Tied(), slice(None), ranking=ranking)]
+        for rank in range(2):
+            grads = torch.load(tmp_path / f"{rank}.pt")[ranking]
+            torch.testing.assert_close(grads, expected, rtol=1e-5, atol=1e-6)

@@ -169,10 +169,10 @@ def test_compile_loss_and_grad_on_a_cpu(name):
     for scale in (None, torch.tensor(8.0)):
         expected = fused_classroom_loss_and_grad(*batch, scale=scale, **options)
         torch.testing.assert_close(fast(*batch, scale=scale, **options), expected)
-    arguments = (student, [*mentors], targets, None, torch.tensor(2.0))
+    arguments = (student, [*mentors], targets, torch.rand(len(student)), None, torch.tensor(2.0))
     for with_report in (True, False):
         library.opcheck(
-            operators.definition_and_grad,
+            torch.ops.classroomkd.definition_and_grad.default,
             (*arguments, with_report, *ClassroomLoss(**OPTIONS["batch"]).options.flat()),
         )
 

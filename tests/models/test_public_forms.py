@@ -253,6 +253,19 @@ def test_a_network_that_is_nearly_torchvisions_is_compared_with_it(tmp_path: Pat
         load_network(tmp_path / "depth.pth")
 
 
+def test_an_altered_classifier_is_all_that_differs(tmp_path: Path) -> None:
+    """Not the names that would differ if a part of the file were taken for the whole."""
+    network = torchvision_models.mobilenet_v3_small()
+    network.classifier = nn.Sequential(nn.Linear(576, 32), nn.ReLU(), nn.Linear(32, 3))
+    torch.save(network.state_dict(), tmp_path / "altered.pth")
+    with pytest.raises(ValueError, match="does not fit") as raised:
+        load_network(tmp_path / "altered.pth", architecture="tv:mobilenet_v3_small")
+    message = str(raised.value)
+    assert "features." not in message
+    assert "missing: classifier.3.weight [classes, 1024], classifier.3.bias [classes];" in message
+    assert message.endswith("give what makes the altered one, FILE.py:NAME)")
+
+
 @with_timm
 def test_a_network_that_is_nearly_timms_is_looked_for_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

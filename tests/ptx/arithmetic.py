@@ -30,6 +30,7 @@ TYPES = {
 }
 """NumPy's type of a PTX type; bfloat16 has none."""
 _SMALLEST_NORMAL = np.finfo(f32).smallest_normal
+_NAN = np.uint32(0x7FFFFFFF).view(f32)
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,17 @@ def _writer(kind: str) -> Function:
         return to_bfloat16
     if kind == "f16":
         return lambda x: np.where(x != x, u16(0x7FFF), x.astype(f16).view(u16))
+    if kind == "f32":
+        return lambda x: _one_nan(x).view(u32)
     if kind == "f32x2":
         return lambda x: np.ascontiguousarray(_one_nan(x)).view(u64).reshape(-1)
-    if kind == "f32":
-        return lambda x: _one_nan(x.astype(f32, copy=False)).view(u32)
     dtype, bits = TYPES[kind], BITS[WIDTH[kind]]
     return lambda x: x.astype(dtype, copy=False).view(bits)
+
+
+def _one_nan(x: Array) -> Array:
+    """float32 with every NaN the one that a GPU computes; NumPy's depends on operands' order."""
+    return np.where(x != x, _NAN, x.astype(f32, copy=False))
 
 
 def _take(opcode: tuple[str, ...], *allowed: str) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -20,8 +22,9 @@ from selenium import webdriver
 
 from classroomkd.errors import UserError
 from classroomkd.report import results_table, write_report
-from classroomkd.report.axes import ALONE
-from classroomkd.report.markup import TableRow, table
+from classroomkd.report.axes import ALONE, DARK, GRID
+from classroomkd.report.export import latex
+from classroomkd.report.markup import Table, TableRow, table
 from classroomkd.report.numbers import are_numbers, percent, spread
 from classroomkd.report.run_table import result_rows
 
@@ -164,59 +167,139 @@ def open_page(browser, path: Path, width: int = 1280) -> dict:
     )
     browser.get(path.as_uri())
     page = browser.execute_script("""
+        const texts = (svg, where) => [...svg.querySelectorAll(where)].map(t => t.textContent);
+        const number = (mark, of) => mark && parseFloat(mark.getAttribute(of));
+        const ticks = (svg, axis, of) => [...svg.querySelectorAll('g.' + axis)].map(tick =>
+            [tick.querySelector('text')?.textContent, number(tick.querySelector('use'), of)]);
+        const hex = rgb => '#' + rgb.match(/\\d+/g).slice(0, 3)
+            .map(part => (+part).toString(16).padStart(2, '0')).join('');
         const plots = [];  // arrays, for objects come back with their keys sorted
-        for (const div of document.querySelectorAll('.plotly-graph-div')) {
-            const drawn = [...div.querySelectorAll('svg.main-svg .scatterlayer .trace')]
-                .filter(t => t.querySelector('.points path'));
-            const axis = div._fullLayout.yaxis;
-            plots.push([div.id, {
-                // Accuracies are drawn as errors, and carried along as they are.
-                traces: div.data.filter(t => t.showlegend !== false)
-                    .map(t => [t.name, [...t.x], [...(t.customdata ?? t.y)]]),
-                bands: div.data.filter(t => t.showlegend === false)
-                    .map(t => [t.name, [...t.x], [...(t.customdata ?? t.y)]]),
-                ends: div.data.map(t => [t.name, axis.d2p(t.y.at(-1)), t.y.at(-1)]),
-                values: [...div.querySelectorAll('.ytick text')].map(t => t.textContent),
-                titles: [...div.querySelectorAll('.annotation-text')].map(t => t.textContent),
-                cells: div.data.map(t => t.z),
-                spread: div.data.map(t => t.error_y?.array),
-                colours: Object.fromEntries(
-                    div._fullData.filter(t => t.line).map(t => [t.name, t.line.color])),
-                range: div._fullLayout.yaxis.range,
-                bars: div.querySelectorAll('.barlayer .point path').length,
-                images: [...div.querySelectorAll('.heatmaplayer image')]
-                    .map(image => image.width.baseVal.value),
-                ticks: [...div.querySelectorAll('.xtick text')].map(t => t.textContent),
-                axes: [div.layout.xaxis.title?.text, div.layout.yaxis.title?.text],
-                lines: drawn.filter(t => t.querySelector('path.js-line')).length,
-                markers: drawn.map(t => t.querySelectorAll('.points path').length),
-                legend: [...div.querySelectorAll('.legendtext')].map(t => t.textContent),
-                buttons: [...div.querySelectorAll('.modebar-btn')].map(b => b.dataset.title),
-                width: div.querySelector('svg.main-svg').getBoundingClientRect().width,
-                room: div.closest('section').getBoundingClientRect().width,
+        for (const svg of document.querySelectorAll('section svg')) {
+            const section = svg.closest('section'), link = section.querySelector('a');
+            const room = section.querySelector('.figure').getBoundingClientRect().width;
+            const frame = svg.querySelector('g.axes > g.patch path').getBBox();
+            plots.push([svg.id, {
+                file: link.download,
+                csv: decodeURIComponent(link.href.slice(link.href.indexOf(',') + 1)),
+                xticks: ticks(svg, 'xtick', 'x'),
+                yticks: ticks(svg, 'ytick', 'y'),
+                frame: [frame.y, frame.y + frame.height],
+                curves: [...svg.querySelectorAll('g.curve')].map(curve => ({
+                    colour: hex(getComputedStyle(curve.querySelector('path')).stroke),
+                    marks: [...curve.querySelectorAll('use')]
+                        .map(mark => [number(mark, 'x'), number(mark, 'y')]),
+                    line: curve.querySelector(':scope > path').getTotalLength(),
+                })),
+                bands: [...svg.querySelectorAll('g.band use')].map(band => band.getBBox())
+                    .map(box => [box.y, box.y + box.height]),
+                bars: [...svg.querySelectorAll('g.bar path')].map(bar => bar.getBBox())
+                    .map(box => [box.y, box.y + box.height]),
+                errors: svg.querySelectorAll('g.LineCollection path').length,
+                images: [...svg.querySelectorAll('g.axes:has(> g.text) image')]
+                    .map(image => image.getBoundingClientRect().width),
+                titles: texts(svg, 'g.axes > g.text text'),
+                axes: [texts(svg, 'g.matplotlib\\\\.axis > g.text text')].flat(),
+                legend: texts(svg, 'g.legend text'),
+                tips: texts(svg, 'g.tips title'),
+                smallest: Math.min(...[...svg.querySelectorAll('text')]
+                    .map(text => parseFloat(getComputedStyle(text).fontSize)))
+                    * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width,
+                inside: svg.getBoundingClientRect().width <= room + 1 || window.innerWidth < 1200,
             }]);
         }
         return {plots, requests: performance.getEntriesByType('resource').length,
+                scripts: document.scripts.length,
                 overflow: document.documentElement.scrollWidth - window.innerWidth};
     """)
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert page["requests"] == 0, "the page asks for something that is not in it"
+    assert page["scripts"] == 0
     assert page["overflow"] <= 0, "the page scrolls sideways"
+    assert path.stat().st_size < LARGEST
+    for name, plot in page["plots"]:
+        assert plot["file"] == f"{name}.csv"
+        assert plot["inside"], "a plot scrolls sideways on a wide screen"
+        assert plot["smallest"] > 8, "pixels of the smallest letters"
+        header, *rows = csv.reader(io.StringIO(plot["csv"]))
+        plot["table"] = [header, *([number_of(cell) for cell in row] for row in rows)]
     return dict(page["plots"])
 
 
+LARGEST = 1_500_000  # bytes of a page
+
+
+def number_of(text: str) -> float | str | None:
+    try:
+        return float(text.removesuffix("%").replace("−", "-")) if text else None
+    except ValueError:
+        return text
+
+
+def points(plot: dict) -> dict[str, tuple[list, list]]:
+    """For each curve its epochs and values, from the numbers that the plot links to."""
+    header, *rows = plot["table"]
+    found = {}
+    for place, name in enumerate(header[1:], start=1):
+        known = [row for row in rows if row[place] is not None]
+        found[name] = [row[0] for row in known], [row[place] for row in known]
+    return found
+
+
+def measured(plot: dict, heights: list[float], scale=lambda tick: tick) -> list[float]:
+    """The values at ``heights``, in pixels, on the axis that the plot's first and last ticks span.
+
+    ``scale`` makes the axis linear.
+    """
+    ticks = [(number_of(text), y) for text, y in plot["yticks"]]
+    if scale is log_error:
+        ticks = [(top, y) for top, y in ticks if top < 100]  # which has no logarithm
+    (low, bottom), *_, (high, top) = ticks
+    low, high = scale(low), scale(high)
+    return [low + (y - bottom) / (top - bottom) * (high - low) for y in heights]
+
+
+def log_error(top: float) -> float:
+    return math.log10(100 - top)
+
+
+SCALES = {"accuracy": log_error, "validation": log_error, "loss": math.log10}
+
+
 def assert_drawn(plots: dict, expected: dict) -> None:
+    """Assert that the numbers, the legend, and what is drawn are as ``expected``."""
     assert list(plots) == list(expected)
     for name, plot in plots.items():
-        assert plot["traces"] == [[k, x, y] for k, (x, y) in expected[name].items()], name
-        assert plot["legend"] == list(expected[name]), name
-        assert len(plot["markers"]) == len(expected[name]), name
-        assert all(plot["markers"]), name
+        finite = {
+            curve: zip(*((x, y) for x, y in zip(*of, strict=True) if y is not None), strict=True)
+            for curve, of in expected[name].items()
+        }
+        found = points(plot)
+        assert list(found) == plot["legend"] == list(finite), name
+        for drawn, (curve, (epochs, values)) in zip(plot["curves"], finite.items(), strict=True):
+            assert found[curve] == (list(epochs), pytest.approx(values, rel=1e-6)), name
+            assert drawn["marks"], name
+            assert (drawn["line"] > 0) == (len(epochs) > 1)
+            assert_placed(name, plot, drawn["marks"], epochs, values)
         assert plot["axes"][0] == "epoch"
         assert plot["axes"][1].endswith(")"), "the vertical axis names its unit"
-        assert plot["width"] == pytest.approx(plot["room"], abs=1)
-        assert plot["buttons"][1:] == ["Zoom", "Pan", "Reset axes"]
-        assert "Download" in plot["buttons"][0]
+
+
+def assert_placed(name: str, plot: dict, marks: list, epochs, values) -> None:
+    """Assert that the marks of a curve lie where its values lie on the plot's axes."""
+    scale = SCALES.get(name, lambda tick: tick)
+    if name == "loss" and "log" not in plot["axes"][1]:
+        scale = float
+    factor = 100 if name in ("accuracy", "validation", "active_share") else 1
+    heights = measured(plot, [y for _, y in marks], scale)
+    pixel = abs(measured(plot, [1], scale)[0] - measured(plot, [0], scale)[0])
+    truth = dict(zip(epochs, values, strict=True))
+    often = math.ceil(max(epochs) / 30)
+    shown = [epoch for epoch in range(1, max(epochs) + 1, often) if epoch in truth]
+    assert len(marks) == len(shown), name
+    for epoch, height in zip(shown, heights, strict=True):
+        if name in ("accuracy", "validation") and truth[epoch] == 1:
+            continue  # it has no logarithm
+        assert height == pytest.approx(scale(factor * truth[epoch]), abs=pixel / 4), (name, epoch)
 
 
 class Finished(NamedTuple):
@@ -239,12 +322,19 @@ def test_every_plot_shows_the_records(browser, finished, width):
     plots = open_page(browser, finished.page, width)
     expected = expected_plots(records)
     assert_drawn(plots, expected)
-    for name, plot in plots.items():
-        assert plot["lines"] == len(expected[name])
-    colours = plots["active_share"]["colours"]
+    colours = colours_of(plots["active_share"])
     assert len(set(colours.values())) == len(MENTORS)
     for plot in plots.values():
-        assert colours | plot["colours"] == plot["colours"] | colours, "a mentor changes colour"
+        assert colours | colours_of(plot) == colours_of(plot) | colours, "a mentor changes colour"
+    tip = plots["temperature"]["tips"][4].split("\n")
+    mentors = next(r["mentors"] for r in records if r["phase"] == "student" and r["epoch"] == 5)
+    told = [f"{name} (mentor): {mentors[name]['temperature']:.4g}" for name in MENTORS]
+    assert tip == ["epoch 5", *told]
+
+
+def colours_of(plot: dict) -> dict[str, str]:
+    colours = [curve["colour"] for curve in plot["curves"]]
+    return dict(zip(plot["legend"], colours, strict=True))
 
 
 def test_page_tells_the_results(browser, finished):
@@ -272,11 +362,102 @@ def test_page_tells_the_results(browser, finished):
     assert "device: cpu" in browser.find_element("tag name", "pre").text
 
 
+def contrast(*colours: str) -> float:
+    """WCAG's contrast of two colours, 1 to 21."""
+
+    def luminance(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        return sum(map(math.prod, zip((0.2126, 0.7152, 0.0722), linear, strict=True)))
+
+    dark, light = sorted(map(luminance, colours))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_a_dark_scheme_is_followed(browser, finished):
+    style = "return getComputedStyle(document.body).{}"
+    seen = {}
+    for scheme in ("light", "dark"):
+        browser.execute_cdp_cmd(
+            "Emulation.setEmulatedMedia",
+            {"features": [{"name": "prefers-color-scheme", "value": scheme}]},
+        )
+        plots = open_page(browser, finished.page)
+        rgb = browser.execute_script(style.format("backgroundColor"))
+        page = "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", rgb)[:3])
+        curves = {
+            name: colour for plot in plots.values() for name, colour in colours_of(plot).items()
+        }
+        assert len(set(curves.values())) == len(MENTORS) + 2
+        seen[scheme] = page, curves
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+    assert seen["light"][0] == "#ffffff"
+    page, curves = seen["dark"]
+    assert {name for name, colour in curves.items() if contrast(page, colour) < 3} == set()
+    assert contrast(page, curves["resnet8 in the classroom"]) > 10 > contrast(page, DARK[GRID])
+    assert {colour for colour in DARK.values() if contrast(page, colour) < 3} == {DARK[GRID]}
+
+
+def test_a_long_run_has_a_small_page(browser, tmp_path):
+    """As long as the tables' runs on CIFAR-100; on ImageNet, 90 epochs of a thousand classes."""
+    for name, epochs, classes in (("cifar", 240, 100), ("imagenet", 90, 1000)):
+        make_run(tmp_path / name, epochs=epochs)
+        tell_classes(tmp_path / name, [f"class {number}" for number in range(classes)])
+        plots = open_page(browser, write_report(tmp_path / name))  # where the size is asserted
+        assert len(plots["gain"]["bars"]) == classes - 1
+        assert len(plots["accuracy"]["table"]) == epochs + 1
+
+
+def test_what_a_paper_includes_is_exported(seeds, tmp_path):
+    folder, _, page = seeds
+    runs = [folder / f"seed-{seed}" for seed in range(3)]
+    for _ in range(2):  # the second time in place of the first
+        write_report(runs, tmp_path / "page.html", export=tmp_path / "paper")
+    assert (tmp_path / "page.html").read_bytes() == page.read_bytes(), "the same bytes every time"
+    plots = ["accuracy", "active_share-1", "gain-1", "temperature-1"]
+    expected = [f"{plot}.{kind}" for plot in plots for kind in ("csv", "pdf", "svg")]
+    expected += ["comparison.csv", "comparison.tex"]
+    assert sorted(path.name for path in (tmp_path / "paper").iterdir()) == sorted(expected)
+    for plot in plots:
+        svg = ElementTree.parse(tmp_path / "paper" / f"{plot}.svg").getroot()
+        assert svg.tag == "{http://www.w3.org/2000/svg}svg"
+        texts = ["".join(text.itertext()) for text in svg.iter("{http://www.w3.org/2000/svg}text")]
+        assert {"epoch", "class"} & set(texts)
+        pdf = (tmp_path / "paper" / f"{plot}.pdf").read_bytes()
+        assert (pdf[:5], pdf.rstrip()[-5:]) == (b"%PDF-", b"%%EOF")
+    with (tmp_path / "paper" / "comparison.csv").open(newline="") as file:
+        first, *_, last = csv.DictReader(file)
+    assert (first["run"], first["top-1"], first["gain"]) == ("seed-0", "95.00%", "+2.00")
+    assert last["top-1"] == "96.00 ± 1.00%"
+    lines = (tmp_path / "paper" / "comparison.tex").read_text().splitlines()
+    assert lines[0].startswith(r"\begin{tabular}{lrrrrr}")
+    assert r"seed-0 & 0 & 95.00\% & 97.50\% & 93.00\% & +2.00 \\" in lines
+    assert lines[-1] == r"\end{tabular}"
+
+
+def test_latex_means_what_the_table_says():
+    cells = ("a_b & c$", "−0.50 ± 0.10%")
+    text = latex(Table("t", ("run", "gain #1"), [TableRow(cells), TableRow((r"\x~{y}^2", "–"))]))
+    assert text.splitlines()[2:6] == [
+        r"run & gain \#1 \\",
+        r"\midrule",
+        r"a\_b \& c\$ & $-$0.50 $\pm$ 0.10\% \\",
+        r"\textbackslash{}x\textasciitilde{}\{y\}\textasciicircum{}2 & -- \\",
+    ]
+
+
+def test_an_export_that_is_no_folder_is_refused(finished, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot export to .*file: it is not a folder"):
+        write_report(finished.page.parent, tmp_path / "page.html", export=tmp_path / "file")
+    assert not (tmp_path / "page.html").exists()
+
+
 def test_single_epoch_shows_its_markers(browser, tmp_path):
     records, _ = make_run(tmp_path / "run", epochs=1)
     plots = open_page(browser, write_report(tmp_path / "run"))
     assert_drawn(plots, expected_plots(records))
-    assert all(set(plot["markers"]) == {1} for plot in plots.values())
+    assert all(len(curve["marks"]) == 1 for plot in plots.values() for curve in plot["curves"])
 
 
 def test_unfinished_run(browser, tmp_path):
@@ -542,7 +723,7 @@ def test_validation_stands_beside_the_test(browser, tmp_path):
     accuracy, *others = expected_plots(records).items()
     measured = {name: (x, [0.9 * y for y in ys]) for name, (x, ys) in accuracy[1].items()}
     assert_drawn(plots, dict([accuracy, ("validation", measured), *others]))
-    assert plots["accuracy"]["range"] == plots["validation"]["range"]
+    assert plots["accuracy"]["yticks"] == plots["validation"]["yticks"]
 
 
 @pytest.mark.parametrize(
@@ -555,33 +736,31 @@ def test_classes_taught_and_gained(browser, tmp_path, classes, width):
     plots = open_page(browser, write_report(run), width)
     assert list(plots)[-2:] == ["taught", "gain"]
     shown = [c for c in range(len(classes)) if c != 2]
-    escaped = [
-        name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") for name in classes
-    ]
     expected = gains(summary)
     order = sorted(shown, key=lambda c: -expected[c])
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
     lessons = [record["mentors"] for record in records if record["phase"] == "student"]
     assert plots["taught"]["titles"] == list(MENTORS)
-    for name, (_, x, y), cells in zip(
-        MENTORS, plots["taught"]["traces"], plots["taught"]["cells"], strict=True
-    ):
-        assert x == [escaped[c] for c in order], "the classes stand as beside it"
-        assert y == list(range(1, 31))
-        assert cells == [[of_epoch[name]["taught"][c] for c in order] for of_epoch in lessons]
+    header, *rows = plots["taught"]["table"]
+    assert header[2:] == [classes[c] for c in order], "the classes stand as beside it"
+    assert [row[:2] for row in rows] == [[name, e] for name in MENTORS for e in range(1, 31)]
+    for name, epoch, *cells in rows:
+        taught = lessons[int(epoch) - 1][name]["taught"]
+        assert cells == pytest.approx([taught[c] for c in order], rel=1e-3)
     assert len(plots["taught"]["images"]) == len(MENTORS)
     assert all(width > 0 for width in plots["taught"]["images"])
 
-    ((_, x, y),) = plots["gain"]["traces"]
-    assert x == [escaped[c] for c in order]
-    assert y == pytest.approx([expected[c] for c in order])
-    assert plots["gain"]["bars"] == len(shown)
-    assert plots["gain"]["spread"] == [None]
-    # Every name is legible, but for 100 of them on a telephone.
-    names = plots["gain"]["ticks"]
-    assert set(names) <= set(classes)
-    assert len(names) == len(shown) or (len(classes), width) == (100, 400)
+    assert plots["gain"]["table"] == [
+        ["class", "gain (percentage points)"],
+        *([classes[c], pytest.approx(expected[c], rel=1e-6)] for c in order),
+    ]
+    for (top, bottom), c in zip(plots["gain"]["bars"], order, strict=True):
+        ends = measured(plots["gain"], [bottom, top])
+        assert ends == pytest.approx(sorted((0, expected[c])), abs=0.2)
+    assert plots["gain"]["errors"] == 0
+    # Every name is legible.
+    assert [name for name, _ in plots["gain"]["xticks"]] == [classes[c] for c in order]
     text = browser.find_element("tag name", "body").text
     images = 599 / len(classes)
     assert f"A class has about {images:.0f} held-out images" in text
@@ -604,7 +783,6 @@ def seeds(tmp_path_factory) -> tuple[Path, list[dict], Path]:
 def test_comparison_of_seeds(browser, seeds, width):
     folder, summaries, page = seeds
     assert page == folder / "page.html"
-    assert page.stat().st_size < 6e6, "plotly is in it more than once"
     plots = open_page(browser, page, width)
     records = [json.loads(line) for line in (folder / "seed-0" / "metrics.jsonl").open()]
     one = expected_plots(records)
@@ -614,25 +792,28 @@ def test_comparison_of_seeds(browser, seeds, width):
     # The seeds lie 0, 0.4 and 1.6 points below the first one.
     middle, deviation = 0.02 / 3, stdev([0, 0.004, 0.016])
     named = {"resnet8 in the classroom": "", "resnet8 alone": "student alone: "}
-    for (name, xs, ys), band, (own, prefix) in zip(
-        plots["accuracy"]["traces"], plots["accuracy"]["bands"], named.items(), strict=True
-    ):
-        assert name == band[0] == f"{prefix}seed-0 and 2 other seeds"
+    drawn = points(plots["accuracy"])
+    for own, prefix in named.items():
+        name = f"{prefix}seed-0 and 2 other seeds"
         epochs, values = one["accuracy"][own]
-        assert xs == epochs
-        assert ys == pytest.approx([value - middle for value in values])
-        assert band[1] == epochs + epochs[::-1]
-        edges = [[v - middle + side * deviation for v in values] for side in (1, -1)]
-        assert band[2] == pytest.approx(edges[0] + edges[1][::-1])
+        assert drawn[name] == (epochs, pytest.approx([value - middle for value in values]))
+        around = pytest.approx([deviation] * len(epochs), rel=1e-6)
+        assert drawn[f"{name}, deviation"] == (epochs, around)
+    top, bottom = plots["accuracy"]["frame"]
+    assert len(plots["accuracy"]["bands"]) == 2
+    assert all(top < high < low < bottom for high, low in plots["accuracy"]["bands"])
     for key in ("active_share", "temperature"):
-        for name, xs, ys in plots[f"{key}-1"]["traces"]:
-            assert (xs, pytest.approx(ys)) == one[key][name]
+        for name, (xs, ys) in one[key].items():
+            assert points(plots[f"{key}-1"])[name] == (xs, pytest.approx(ys, rel=1e-6))
 
     values = list(zip(*map(gains, summaries), strict=True))
     order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
-    assert gain["traces"][0][2] == pytest.approx([mean(values[c]) for c in order])
-    assert gain["spread"][0] == pytest.approx([stdev(values[c]) for c in order])
-    assert gain["bars"] == 9
+    _, *rows = gain["table"]
+    assert rows == [
+        [CLASSES[c], *(pytest.approx(of(values[c]), rel=1e-6) for of in (mean, stdev))]
+        for c in order
+    ]
+    assert len(gain["bars"]) == gain["errors"] == 9
 
     rows = table_rows(browser)
     mentors = ", ".join(MENTORS)
@@ -711,12 +892,12 @@ def test_runs_of_one_seed_are_compared_with_the_student_alone(browser, tmp_path)
     assert alone[1] == "method=alone, mentors=[]"
     values = list(zip(*(gains_of(tmp_path, seed) for seed in range(3)), strict=True))
     order = sorted((c for c in range(10) if c != 2), key=lambda c: -mean(values[c]))
-    ((_, _, drawn),) = plots["gain-2"]["traces"]
+    drawn = [row[1] for row in plots["gain-2"]["table"][1:]]
     assert drawn == pytest.approx([mean(values[c]) for c in order])
     taught = "method=kd, mentors=[resnet20], loss.temperature=4.0 (3 seeds)"
     by_itself = "student alone: method=alone, mentors=[] (3 seeds)"
     assert plots["accuracy"]["legend"] == [taught, by_itself]
-    colours = plots["accuracy"]["colours"]
+    colours = colours_of(plots["accuracy"])
     assert colours[by_itself] == ALONE != colours[taught]
 
     # Another seed's, another schedule's or other images' is not the same student.
@@ -830,7 +1011,7 @@ def test_comparison_tells_data_sets_and_runs_apart(browser, tmp_path):
     ]
     first, *_, last = (plot for name, plot in plots.items() if "active_share" in name)
     assert first["legend"] == ["resnet20 (mentor)", f"{nasty} (mentor)"]
-    colours = first["colours"]["resnet20 (mentor)"], last["colours"]["resnet20 (mentor)"]
+    colours = [colours_of(plot)["resnet20 (mentor)"] for plot in (first, last)]
     assert colours[0] == colours[1]
     rows = {row[0]: row for row in table_rows(browser)}
     assert list(rows) == ["a/run", "killed", "b/run"], "those of one recipe stand together"
@@ -918,10 +1099,11 @@ def test_charts_side_by_side_have_one_order_and_scale_of_the_classes(browser, tm
     (runs[1] / "config.yaml").write_text(yaml.safe_dump(settings | {"loss": {"ranking": "batch"}}))
     plots = open_page(browser, write_report(runs, tmp_path / "page.html"))
     first, second = plots["gain-1"], plots["gain-2"]
-    assert first["range"] == second["range"]
-    assert first["traces"][0][1] == second["traces"][0][1]
-    drawn = [abs(y) for plot in (first, second) for y in plot["traces"][0][2]]
-    assert max(drawn) < first["range"][1] == -first["range"][0]
+    assert first["yticks"] == second["yticks"]
+    assert first["xticks"] == second["xticks"]
+    drawn = [abs(row[1]) for plot in (first, second) for row in plot["table"][1:]]
+    highest, lowest = measured(first, first["frame"])
+    assert max(drawn) < highest == pytest.approx(-lowest, rel=1e-3)
 
 
 def test_gains_of_nothing_are_told_in_words(tmp_path):
@@ -946,13 +1128,14 @@ def test_curves_that_end_near_one_another_at_the_top_are_told_apart(browser, tmp
             record["test_top1"] = ends[record["phase"]]
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     plot = open_page(browser, write_report(run))["accuracy"]
-    heights = {name: height for name, height, _ in plot["ends"]}
-    errors = {name: error for name, _, error in plot["ends"]}
+    ends = [curve["marks"][-1][1] for curve in plot["curves"]]
+    heights = dict(zip(plot["legend"], ends, strict=True))
+    (error,) = measured(plot, [heights["resnet8 alone"]], log_error)
     assert heights["resnet32 (mentor)"] - heights["resnet8 alone"] > 15, "pixels"
     assert heights["resnet8 alone"] > heights["resnet8 in the classroom"] > 0
-    assert errors["resnet8 alone"] == pytest.approx(0.02)
-    assert plot["values"][0] == "100"
-    assert len(plot["values"]) >= 5
+    assert error == pytest.approx(math.log10(2), abs=0.005)
+    assert "100" in [text for text, _ in plot["yticks"]]
+    assert len(plot["yticks"]) >= 5
 
 
 def test_the_page_tells_time_machine_and_command(tmp_path):

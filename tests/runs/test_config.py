@@ -220,7 +220,8 @@ def test_every_key_is_explained_and_takes_the_value_that_it_is_listed_with(file,
     assert all(key.meaning and key.kind for key in listed)
     of_all = [key for key in listed if key.value is not None]
     assert {key.name for key in listed} - {key.name for key in of_all} == {
-        f"mentors.N.{name}" for name in ("source", "epochs", "at", "weights", "mean", "std")
+        *(f"mentors.N.{name}" for name in ("source", "epochs", "at", "weights", "mean", "std")),
+        *(f"mentor_cache.{name}" for name in ("epochs", "dtype")),  # which would turn it on
     }
     again = load_recipe(None, [f"{key.name}={key.value}" for key in of_all])
     assert again.method_options == method_names.entry(method).options or method == "classroom"
@@ -297,3 +298,15 @@ def test_mentors_are_trained_for_as_long_as_the_student_unless_said_otherwise(tm
     assert load_recipe(path, ["mentor_training.epochs=9"]).mentor_training.epochs == 9
     path.write_text(path.read_text() + "mentor_training: {epochs: 50}\n")
     assert load_recipe(path, ["training.epochs=7"]).mentor_training.epochs == 50
+
+
+def test_any_key_of_the_mentor_cache_turns_it_on():
+    assert load_recipe().mentor_cache is None
+    on = load_recipe(overrides=["mentor_cache.dtype=float16"])
+    assert vars(on.mentor_cache) == {"epochs": None, "dtype": "float16"}
+    assert load_recipe(values=to_dict(on)) == on
+    listed = {key.name: key.value for key in keys(on) if key.name.startswith("mentor_cache")}
+    again = load_recipe(overrides=[f"{name}={value}" for name, value in listed.items()])
+    assert again.mentor_cache == on.mentor_cache
+    off = load_recipe(overrides=["mentor_cache.epochs=3", "mentor_cache=null"])
+    assert off.mentor_cache is None

@@ -232,6 +232,14 @@ def test_a_mentors_mapping_is_a_recipes(tmp_path):
     assert names == [("as_it_is", None), ("trained", 1), ("resnet8", 1), ("resnet8", 1)]
 
 
+@pytest.mark.parametrize("mentors", [[perceptron(8), perceptron(9)], perceptron(8)])
+def test_mentors_without_names_are_called_by_their_class(mentors):
+    """Which is the student's too, and whose objects cannot be counted."""
+    _, summary = distill(perceptron(6), mentors, train(), test_(), epochs=1, **SETTINGS)
+    names = [result["name"] for result in summary["results"] if result["phase"] == "mentor"]
+    assert names == ["Sequential-2", "Sequential-3"][: 2 if isinstance(mentors, list) else 1]
+
+
 class Stream(torch.utils.data.IterableDataset):
     """Of no length."""
 
@@ -258,6 +266,10 @@ class Stream(torch.utils.data.IterableDataset):
         ({"test": colours(9)}, "train is a DataLoader and test is not: give either for all"),
         ({"train": DataLoader(Stream())}, "train has no length, which schedules need"),
         ({"train": DataLoader(torch.zeros(8, 12))}, "train must give (images, targets)"),
+        (
+            {"train": DataLoader(TensorDataset(torch.zeros(8, 12), torch.ones(8, 1).long()))},
+            "train gives targets [1, 1] of torch.int64 for 1 images: they must be class indices",
+        ),
         ({"training": {"mixup": 0.2}}, "training.mixup mixes known samples"),
         ({"data": {"flip": True}}, "data: flip has no meaning for the batches of a DataLoader"),
         ({"training": {"epoch": 3}}, "there is no key training.epoch: did you mean"),
@@ -277,7 +289,7 @@ def test_what_cannot_be_used_gets_one_line(change, message):
 def test_importing_the_package_stays_light():
     code = (
         "import sys, classroomkd; assert 'distill' in classroomkd.__all__; "
-        "heavy = {'torchvision', 'rich', 'omegaconf', 'plotly', 'classroomkd.distillation'}; "
+        "heavy = {'torchvision', 'rich', 'omegaconf', 'matplotlib', 'classroomkd.distillation'}; "
         "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -100,7 +100,9 @@ def test_what_a_name_means(text, code, checkpoint):
         ("a=b/nets.py:small=c=d.pth", "a=b/nets.py:small", "c=d.pth"),
         ("tv:resnet18=pretrained", "tv:resnet18", "pretrained"),
         ("data.source=a:b", "data.source=a:b", None),
-        ("resnet8=w.pth", "resnet8=w.pth", None),
+        ("resnet8=w.pth", "resnet8", "w.pth"),
+        ("nets.py=w.pth", "nets.py", "w.pth"),  # so that the error can say what is missing
+        ("student=w.pth", "student=w.pth", None),
     ],
 )
 def test_a_name_with_weights(text, name, weights):

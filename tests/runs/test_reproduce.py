@@ -450,7 +450,11 @@ def test_two_shards_and_their_table(tiny, data, tmp_path, capsys):
         table = list(csv.DictReader(file))
     assert [float(line["last"]) for line in table] == [run["last"] for run in results["runs"]]
     assert (outs[0] / "tables" / "main.md").read_text() == markdown(results, TABLES["main"].title)
-    assert "plotly" in (outs[0] / "tables" / "main.html").read_text()
+    assert "</svg>" in (outs[0] / "tables" / "main.html").read_text()
+    with (outs[0] / "tables" / "main" / "plot-0.csv").open(newline="") as file:
+        drawn = [(line["variant"], int(line["seed"])) for line in csv.DictReader(file)]
+    assert drawn == [(run["variant"], run["seed"]) for run in results["runs"]]
+    assert r"\toprule" in (outs[0] / "tables" / "main" / "results.tex").read_text()
 
     # Another recipe does not go on with these runs, and other methods stand beside them.
     assert cli.main(arguments(tiny, data, outs[0], *two, "training.momentum=0.8")) == 2

@@ -38,7 +38,7 @@ PREAMBLE = f"""
     import os, random, re, shutil, signal, sys, time
     from pathlib import Path
     sys.path.insert(0, {str(TESTS)!r})
-    import plotly.graph_objects, torch, torch._dynamo  # once here, not in every child
+    import matplotlib.figure, torch, torch._dynamo  # once here, not in every child
     from rich.console import Console
     from small_runs import colours, recipe
     from classroomkd import report

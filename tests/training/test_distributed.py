@@ -187,3 +187,41 @@ def test_the_main_processs_store_serves_all(tmp_path):
     assert main.split() == ["first", "False", "second", "True"]
     assert len(list((tmp_path / "cache0" / "mentors").glob("*.safetensors"))) == 1
     assert not (tmp_path / "cache1" / "mentors").exists()
+
+
+CACHED = f"""
+    import os, sys
+    from pathlib import Path
+    os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache"
+    sys.path.insert(0, {str(TESTS)!r})
+    from rich.console import Console
+    from small_runs import colours, recipe
+    from classroomkd.runs.training_run import TrainingRun
+    from classroomkd.training.mentor_bank import MentorBank
+
+    asked, ask = [], MentorBank.__call__
+
+    def spy(self, images, names=None):
+        asked.append(len(images))
+        return ask(self, images, names)
+
+    MentorBank.__call__ = spy
+    for name in ("without", "first", "second"):
+        asked.clear()
+        cache = "mentor_cache=" + ("null" if name == "without" else "{{}}")
+        made = recipe("alone=false", "mentors=[resnet8]", "store=true", cache)
+        with open(os.devnull, "w") as nothing:
+            run = TrainingRun(made, Console(file=nothing))
+            run.run(colours(28), colours(13, 1), Path(sys.argv[1]) / name)
+        print(name, asked)
+"""
+
+
+@pytest.mark.slow
+def test_processes_keep_and_read_each_its_share_of_logits(tmp_path):
+    """The same bits as of as many processes without a cache."""
+    for printed in launch(["-c", textwrap.dedent(CACHED)], 2, tmp_path):
+        whole = [4] * 6  # of three steps in each of two epochs
+        assert printed == f"without {whole}\nfirst {whole}\nsecond []\n"
+    files = [tmp_path / name / "student.safetensors" for name in ("without", "first", "second")]
+    assert len({file.read_bytes() for file in files}) == 1

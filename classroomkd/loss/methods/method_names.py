@@ -40,6 +40,7 @@ class MethodDescription:
     loss: str
     source: str
     single_mentor: bool
+    uses_features: bool
     options: dict[str, Any]
     """With their defaults."""
     meanings: dict[str, str]
@@ -79,6 +80,7 @@ def entry(name: str) -> MethodDescription:
         loss=docstrings.summary(found),
         source=" ".join(rest.split()),
         single_mentor=_flag(found, "single_mentor"),
+        uses_features=_flag(found, "uses_features"),
         options=options,
         meanings={option: meanings.get(option, "") for option in options},
     )

@@ -1,0 +1,77 @@
+"""`classroomkd cache`: the mentors' logits that runs keep."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from classroomkd.cli.arguments import add_command
+from classroomkd.errors import UserError
+
+
+def add_to(commands: Any) -> None:
+    """Add the command and its options."""
+    what = "list, verify or remove the mentors' logits that runs with mentor_cache keep"
+    parser = add_command(commands, cache, what)
+    parser.add_argument(
+        "action",
+        nargs="?",
+        choices=("list", "verify", "remove"),
+        default="list",
+        help="verify reads everything and exits with status 1 if something is damaged, which the "
+        "next run computes again (default: list)",
+    )
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="which, as listed (verify: by default all)"
+    )
+    parser.add_argument(
+        "--all", action="store_true", default=False, help="remove everything that is listed"
+    )
+
+
+def cache(arguments: argparse.Namespace) -> int:
+    """List, verify or remove. Returns 1 if what was verified is damaged, else 0."""
+    from classroomkd.training.logits_files import KeptLogits, logits_folder, read_key, remove, words
+
+    home = logits_folder()
+    found = {path.name: path for path in sorted(home.glob("*/"))}
+    for name in arguments.names:
+        if name not in found:
+            raise UserError(f"there is no {name} in {home}: classroomkd cache lists what there is")
+    if arguments.all and (arguments.action != "remove" or arguments.names):
+        arguments.parser.error("--all is for remove, without names")
+    if arguments.action == "remove":
+        if not (arguments.names or arguments.all):
+            arguments.parser.error("say what to remove: NAME …, or --all")
+        for name in arguments.names or found:
+            remove(found[name])
+            print(f"removed: {name}")
+        return 0
+    if not found:
+        print(f"there is nothing in {home}")
+    damage = False
+    for name in arguments.names or found:
+        path = found[name]
+        if (key := read_key(path)) is None:
+            print(f"{name}: not begun, or damaged: remove it")
+            continue
+        epochs, images, classes = key["shape"]
+        size = sum(file.stat().st_size for file in path.iterdir())
+        about = (
+            f"{key['mentor']}, seed {key['seed']}: {epochs} epochs of {images:,} images of "
+            f"{classes} classes, {key['dtype']}, {words(size)}"
+        )
+        if arguments.action == "list":
+            print(f"{name}: {about}")
+            continue
+        try:
+            known, damaged = KeptLogits(path, key, joins=False).verify()
+        except UserError as error:
+            print(f"{name}: {error}")
+            damage = True
+            continue
+        damage |= bool(damaged)
+        print(f"{name}: {known / (epochs * images):.1%} known")
+        for epoch, count in damaged.items():
+            print(f"  epoch {epoch}: {count} of {images:,} images are damaged")
+    return int(damage)

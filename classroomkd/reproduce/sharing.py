@@ -1,0 +1,52 @@
+"""What the runs of a plan save by the mentor cache."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+from classroomkd.loss.methods import method_names
+from classroomkd.models.network_names import label
+from classroomkd.reproduce.plan import Task, forward_flops
+from classroomkd.runs.identity import mentor_values, values_without
+from classroomkd.runs.recipe import Recipe, kept_epochs, mentor_seed, teaching
+
+
+def with_cached_mentors(runs: Sequence[Task]) -> list[Task]:
+    """The same runs, without the work of mentors whose answers an earlier one keeps."""
+    kept: set[str] = set()
+    result = []
+    for run in runs:
+        recipe, saved = run.recipe, 0.0
+        if recipe.mentor_cache and not method_names.entry(recipe.method).uses_features:
+            keys = _keys(recipe)
+            for mentor, key in zip(teaching(recipe), keys, strict=True):
+                asked = 0 if key in kept else kept_epochs(recipe)
+                flops = forward_flops(mentor.source, recipe.data.image_size)
+                saved += flops * (recipe.training.epochs - asked)
+            kept |= set(keys)
+        result.append(replace(run, work=run.work - saved, saved=saved))
+    return result
+
+
+def _keys(recipe: Recipe) -> list[str]:
+    """What tells the answers of a recipe's mentors apart, as far as a plan can know."""
+    seed = recipe.data_seed
+    training, cache = recipe.training, recipe.mentor_cache
+    assert cache is not None
+    common = [
+        mentor_seed(recipe),
+        recipe.mentor_training.deciding(),
+        values_without(recipe.data, "machine"),
+        list(mentor_values(recipe).values()),
+        [recipe.seed, label(recipe.student)] if seed is None else seed,
+        [training.batch_size, training.mixup, training.cutmix, kept_epochs(recipe), cache.dtype],
+    ]
+    keys, count = [], Counter[str]()
+    for mentor in teaching(recipe):
+        own = json.dumps(asdict(mentor), sort_keys=True)
+        count[own] += 1  # mentors of the same network are trained apart
+        keys.append(json.dumps([own, count[own], *common], sort_keys=True))
+    return keys
