@@ -216,9 +216,7 @@ def fused_loss(
     """`fused_classroom_loss` with its options in one object and its weights in another."""
     rows = as_rows(student_logits, mentor_logits, targets, weights, options)
     of_rows = (
-        _fused_loss_of_rows
-        if fused_pass_serves(rows.student, rows.mentors)
-        else loss_by_definition
+        _fused_loss_of_rows if fused_pass_serves(rows.student, rows.mentors) else loss_by_definition
     )
     report: ClassroomReport | RowReport | None
     loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
