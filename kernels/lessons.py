@@ -56,7 +56,7 @@ def row_lessons(
     column = tl.arange(0, BLOCK_C)
     inside = column < C
     d_s = tl.load(begins[0] + column, mask=inside, other=-float("inf")).to(tl.float32) - z_max[0]
-    grad = tl.exp2(d_s * LOG2E) * own
+    grad = tl.zeros_like(d_s)
     kl = tl.zeros_like(maxima)
     wanted = inside & (n_classes[1] > column * 0)
     following = tl.load(begins[1] + column, mask=wanted, other=-float("inf"))
@@ -77,7 +77,8 @@ def row_lessons(
             grad -= e_m * (weights[m] / sums[0])
             kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
             kl = tl.where(lane == m, kl_m, kl)
-    return kl, grad
+    # The student's own term comes last: lessons that cancel then leave it as it is.
+    return kl, grad + tl.exp2(d_s * LOG2E) * own
 
 
 @triton.jit
