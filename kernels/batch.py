@@ -8,9 +8,10 @@ Both use ``state``, int64 numbers that are 0 before a launch and after:
     4… of each group, programs that are done
 
 **Counting.** The mean's gradient is divided by the number of valid rows, which so must be known
-before the first gradient is written. Programs take slices of the targets, _SLICE rows each, until
-none is left, and add what they counted to the tally; before its gradient a program waits until all
-slices are in it. That cannot hang: whoever waits has left no slice untaken, and a program that has
+before the first gradient is written. Up to SLICE rows every program counts them all, in one load
+that waits for nothing. Beyond, programs take slices of the targets, SLICE rows each, until none is
+left, and add what they counted to the tally; before its gradient a program waits until all slices
+are in it. That cannot hang: whoever waits has left no slice untaken, and a program that has
 taken one runs. So each target is read once, and only the first programs to start read any.
 
 **Sums.** Each row leaves a line of numbers. The last program of a group sums the group's lines and
@@ -41,42 +42,59 @@ _PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
 
 
 @triton.jit
-def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
-    """Count the valid rows of slices that no other program has taken, until all are taken."""
-    n_slices = tl.cdiv(n_rows, SLICE)
-    taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
-    while taken < n_slices:
-        row = taken * SLICE + tl.arange(0, SLICE)
-        target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
-        count = tl.sum(((row < n_rows) & (target != ignore_index)).to(tl.int32), 0)
-        tl.atomic_add(state_ptr + _TALLY, count.to(tl.int64) + 2**32, sem="relaxed")
-        taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+def _count_slice(target_ptr, ignore_index, n_rows, slice):
+    """The valid rows of a slice."""
+    row = slice * SLICE + tl.arange(0, SLICE)
+    target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
+    return tl.sum(((row < n_rows) & (target != ignore_index)).to(tl.int32), 0)
 
 
 @triton.jit
-def counted(state_ptr, n_rows):
-    """Wait for the tally; the number of valid rows, at least 1, as float32."""
+def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
+    """The valid rows of a batch of one slice; of a larger one the programs' tally is begun, and
+    the result is 0.
+    """
+    count = 0
+    n_slices = tl.cdiv(n_rows, SLICE)
+    if n_slices == 1:
+        count = _count_slice(target_ptr, ignore_index, n_rows, 0)
+    else:
+        taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+        while taken < n_slices:
+            mine = _count_slice(target_ptr, ignore_index, n_rows, taken)
+            tl.atomic_add(state_ptr + _TALLY, mine.to(tl.int64) + 2**32, sem="relaxed")
+            taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+    return count
+
+
+@triton.jit
+def _counted(state_ptr, n_rows):
+    """Wait for the tally; the number of valid rows."""
     n_slices = tl.cdiv(n_rows, SLICE)
     tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
     while (tally >> 32) < n_slices:
         tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
-    return tl.maximum(tally & 0xFFFFFFFF, 1).to(tl.float32)
+    return (tally & 0xFFFFFFFF).to(tl.int32)
 
 
 @triton.jit
 def gradient_factor(
-    scale_ptr, state_ptr, target_stride, n_rows, MEAN: tl.constexpr, SCALE_GRAD: tl.constexpr
+    scale_ptr, state_ptr, count, n_rows, MEAN: tl.constexpr, SCALE_GRAD: tl.constexpr
 ):
-    """What every row's gradient is multiplied by: the scale, and for the mean 1 / valid rows."""
+    """What every row's gradient is multiplied by: the scale, and for the mean 1 / valid rows.
+
+    ``count`` is what `count_slices` gave, or None where all rows are valid.
+    """
     factor = 1.0
     if SCALE_GRAD:
         if scale_ptr is not None:
             factor = tl.load(scale_ptr).to(tl.float32)
         if MEAN:
-            if target_stride is None:
-                factor /= counted(state_ptr, n_rows)
-            else:
-                factor /= tl.maximum(n_rows, 1).to(tl.float32)
+            if count is None:
+                count = n_rows
+            elif n_rows > SLICE:
+                count = _counted(state_ptr, n_rows)
+            factor /= tl.maximum(count, 1).to(tl.float32)
     return factor
 
 

@@ -12,6 +12,7 @@ from classroomkd.kernels.counters import MAX_GROUPS
 # softmax numerators, and what the compiler needs besides.
 _MAX_VALUES_HELD = 32
 _MAX_WARPS_HELD = 4
+_MAX_CLASSES_HELD = 128
 _MAX_CLASSES_OF_ONE_STEP = 2048
 _MAX_MENTORS_LIMITED = 7
 
@@ -45,7 +46,7 @@ def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blo
 
 
 def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
-    """Blocks for rows in registers; None if they do not fit.
+    """Blocks for rows in registers; None if they do not fit, or a sweep is faster.
 
     A thread has four columns of a piece, the widest float32 load. Rows so short that a warp is
     not full come several a program.
@@ -53,7 +54,7 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
     n_lanes = triton.next_power_of_2(n_mentors + 1)
     columns = triton.next_power_of_2(n_classes)
     num_warps = 1
-    while num_warps <= _MAX_WARPS_HELD:
+    while n_classes <= _MAX_CLASSES_HELD and num_warps <= _MAX_WARPS_HELD:
         piece = min(columns, max(16, 4 * warp_size * num_warps // n_lanes))
         pieces = triton.cdiv(n_classes, piece)
         rows = max(1, 4 * warp_size // (n_lanes * piece))
@@ -69,13 +70,16 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
 
     A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
-    each; with many mentors the compiler would have to spill for that.
+    each; with many mentors, and in the one warp of 512 classes, the compiler would have to spill
+    for that. With many mentors such a row takes two warps.
     """
     load = 16 // itemsize
     if n_classes <= _MAX_CLASSES_OF_ONE_STEP:
         block_c = triton.next_power_of_2(n_classes)
-        num_warps = max(1, block_c // (16 * warp_size))
-        limit = 128 if n_mentors <= _MAX_MENTORS_LIMITED and warp_size == 32 else None
+        few = n_mentors <= _MAX_MENTORS_LIMITED
+        one_warp = block_c == 16 * warp_size
+        num_warps = max(1, block_c // ((16 if few or not one_warp else 8) * warp_size))
+        limit = 128 if few != one_warp and warp_size == 32 else None
         return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
     return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
 

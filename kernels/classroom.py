@@ -159,7 +159,9 @@ def classroom_kernel(
         else:
             row_target_ptr = target_ptr + tl.sum(row)
     if SCALE_GRAD and REDUCTION == "mean" and not SOFT:
-        count_slices(state_ptr, target_ptr, ignore_index, n_rows)
+        count = count_slices(state_ptr, target_ptr, ignore_index, n_rows)
+    else:
+        count = None
     if PIECES > 0:
         row_ell, maxima, e_sum, d_target, ds = held_confidences(
             pieces, ts, target, t_sum, lane, column, M, ONE_CLASS
@@ -253,7 +255,7 @@ def classroom_kernel(
             )
         if grad_ptr is not None:
             factor = gradient_factor(
-                scale_ptr, state_ptr, target_stride, n_rows, REDUCTION == "mean", SCALE_GRAD
+                scale_ptr, state_ptr, count, n_rows, REDUCTION == "mean", SCALE_GRAD
             )
             if PIECES > 0 or not ONE_TILE:
                 # Lane 0 has the cross-entropy's own softmax, to be added.

@@ -128,6 +128,16 @@ def test_class_indices_that_wrap_around(device):
     assert all(map(torch.equal, narrow, expected))
 
 
+@pytest.mark.parametrize("n_rows", [512, 513, 1100])
+def test_the_mean_is_of_the_valid_rows(device, n_rows):
+    """Up to 512 rows each program counts them; beyond, all programs share the count."""
+    student, mentors, targets = classroom(1, n_rows, 5, seed=1)
+    targets[torch.arange(n_rows) % 3 == 1] = -100
+    targets[-1] = 0
+    case = Case(student, mentors, targets, {}, ["contiguous"] * 2, False)
+    assert assert_right(case, device)
+
+
 @pytest.mark.parametrize(("n_mentors", "decimals", "rounded"), [(1, 0, 0), (3, 1, 2), (7, 2, 12)])
 def test_halves_are_rounded_to_even(device, n_mentors, decimals, rounded):
     """Mentors that equal the student have shares of exactly 1/2, 1/4, 1/8."""
