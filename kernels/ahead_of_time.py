@@ -8,13 +8,8 @@ that have shapes, strides and dtypes but no memory.
 
 from __future__ import annotations
 
-import re
-import subprocess
-import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +21,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
 from classroomkd.kernels.blocks import Blocks
+from classroomkd.kernels.disassembly import read_amdgcn, read_cubin
 from classroomkd.kernels.launch import (
     Launch,
     classroom_launch,
@@ -206,7 +202,7 @@ def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
     compiled = _compiled(kernel, arguments, target, cut.compiler_options())
-    read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
+    read = read_cubin if "cubin" in compiled.asm else read_amdgcn
     return Compiled(**read(compiled), blocks=cut)
 
 
@@ -246,9 +242,7 @@ def kernel_code(
         several = isinstance(kind, tuple)
         values = zip(kind, arguments[name], strict=True) if several else [(kind, arguments[name])]
         taken += [(k.removesuffix(" of 16"), value) for k, value in values if isinstance(k, str)]
-    read = {
-        key: value for key, value in _read_cubin(compiled).items() if key in MachineCode._fields
-    }
+    read = {key: value for key, value in read_cubin(compiled).items() if key in MachineCode._fields}
     cubin = compiled.asm["cubin"]
     return MachineCode(kernel.__name__, cubin, taken, grid, options["num_warps"], **read)
 
@@ -310,52 +304,3 @@ def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSour
         else:
             signature[name] = describe((index,), value)
     return ASTSource(kernel, signature, constants, aligned)
-
-
-def _read_cubin(compiled: CompiledKernel) -> dict[str, object]:
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run(
-                [tool, option, file.name], capture_output=True, text=True, check=True
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    local = sum(int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
-
-    def widths(instruction: str) -> dict[int, int]:
-        counts = Counter()
-        for width in re.findall(rf"\b{instruction}\.E((?:\.[A-Z0-9_]+)*)", code):
-            size = re.search(r"\.(?:U|S)?(8|16|64|128|256)\b", width)
-            counts[int(size[1]) // 8 if size else 4] += 1
-        return dict(counts)
-
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "spilled_bytes": local,
-        "shared_bytes": compiled.metadata.shared,
-        "loads": widths("LDG"),
-        "stores": widths("STG"),
-    }
-
-
-def _read_amdgcn(compiled: CompiledKernel) -> dict[str, object]:
-    code = compiled.asm["amdgcn"]
-
-    def widths(instruction: str) -> dict[int, int]:
-        counts = Counter()
-        for kind in re.findall(rf"\b(?:global|buffer)_{instruction}_(\w+)", code):
-            size = re.fullmatch(r"(?:dword|b)(?:x?(\d+))?", kind)
-            narrow = 2 if "short" in kind or "16" in kind else 1
-            counts[4 * int(size[1] or 1) if size else narrow] += 1
-        return dict(counts)
-
-    return {
-        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", code)[1]),
-        "spilled_bytes": int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", code)[1]),
-        "shared_bytes": compiled.metadata.shared,
-        "loads": widths("load"),
-        "stores": widths("store"),
-    }

@@ -46,9 +46,6 @@ from classroomkd.kernels.device import divergence, floored, lane_of
 from classroomkd.kernels.held import (
     held_confidences,
     held_lessons,
-    load_pieces,
-    load_student,
-    load_targets,
     store_held_gradient,
 )
 from classroomkd.kernels.lessons import (
@@ -57,6 +54,7 @@ from classroomkd.kernels.lessons import (
     swept_gradient,
     swept_lessons,
 )
+from classroomkd.kernels.pieces import load_pieces, load_student, load_targets
 from classroomkd.kernels.ranks import judge, lesson_terms, task_loss
 from classroomkd.kernels.swept import row_begins, swept_confidences
 

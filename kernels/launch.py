@@ -16,6 +16,7 @@ from torch import Tensor
 from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.classroom import classroom_kernel
 from classroomkd.kernels.counters import launch_state
+from classroomkd.kernels.layout import alignment, unit_strides
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
 
@@ -89,22 +90,6 @@ def on_device(device: torch.device) -> AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def alignment(tensors: Sequence[Tensor]) -> int:
-    """Largest power of two up to 16 of elements to which every row of these matrices is aligned.
-
-    Strides reach the kernels as multiples of it, for only then does the compiler know how the
-    rows are aligned, and loads 16 bytes at a time where it may.
-    """
-    common = 16
-    for tensor in tensors:
-        size = tensor.element_size()
-        # A tensor on no device would begin where it likes, but for its offset.
-        begin = tensor.storage_offset() * size if tensor.is_meta else tensor.data_ptr()
-        while tensor.stride(0) % common or begin % (common * size):
-            common //= 2
-    return common
-
-
 def classroom_plan(
     student: Tensor,
     mentors: Sequence[Tensor],
@@ -163,17 +148,6 @@ def classroom_plan(
     }
     lines = n_stats * (n_rows + triton.cdiv(n_programs, summing.group_programs)) if summed else 0
     return Plan(classroom_kernel, (n_programs,), values, cut, lines)
-
-
-def unit_strides(
-    student: Tensor, mentors: Sequence[Tensor], targets: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The same with unit stride on classes; copies only where it is another."""
-
-    def rows(values: Tensor) -> Tensor:
-        return values if values.dim() == 2 and values.stride(1) == 1 else values.contiguous()
-
-    return rows(student), [rows(mentor) for mentor in mentors], rows(targets)
 
 
 def _tensors(
