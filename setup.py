@@ -22,6 +22,7 @@ TRAIN = [
     "scipy>=1.10",
     "torchvision>=0.21",
 ]
+DOCS = ["mkdocs>=1.6", "mkdocs-material>=9.6", "mkdocstrings[python]>=1.0"]
 TEST = [
     "hypothesis>=6.100",
     "mypy>=1.13",
@@ -58,8 +59,9 @@ setup(
         "timm": TIMM,
         "tensorboard": TENSORBOARD,
         "liger": ["liger-kernel>=0.5"],
+        "docs": DOCS,
         "examples": TRAIN + EXAMPLES,
-        "test": TRAIN + TEST + EXAMPLES + TIMM + TENSORBOARD,
+        "test": TRAIN + TEST + DOCS + EXAMPLES + TIMM + TENSORBOARD,
     },
     entry_points={"console_scripts": ["classroomkd = classroomkd.cli:main"]},
 )
