@@ -1,6 +1,6 @@
 """docs/ as a site: no warning, nothing fetched, every public name in the reference."""
 
-import importlib
+import importlib.util
 import os
 import re
 import subprocess
@@ -59,3 +59,4 @@ def test_the_reference_has_every_public_name(package, pages):
     for name in importlib.import_module(package).__all__:
         shorter = {f"{package}.{name}", f"classroomkd.{name}"}
         assert shorter & described, f"{package}.{name}"
+        assert not importlib.util.find_spec(f"{package}.{name}")  # the page would be the module's
