@@ -15,7 +15,7 @@ README = re.sub(
 )
 
 TIMM, TENSORBOARD = ["timm>=1.0"], ["tensorboard>=2.17"]
-EXAMPLES = ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23"]
+EXAMPLES = ["accelerate>=1.1", "lightning>=2.4", "transformers>=5.23", "trl>=1.16"]
 TRAIN = [
     "filelock>=4",
     "matplotlib>=3.8",
