@@ -97,7 +97,7 @@ def _joined(blocks: Iterable[str]) -> str:
 _HEAD = f"""# Benchmarks
 
 `python benchmarks/document.py` generates this page and its figures from the records in
-[`benchmarks/results/`]({LINK}). On a machine with a GPU,
+`benchmarks/results/`. On a machine with a GPU,
 
 ```sh
 {ON_A_GPU}

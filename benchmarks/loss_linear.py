@@ -1,6 +1,6 @@
 """The loss of linear heads beside whole logits, and beside Liger's fused linear JSD.
 
-    python benchmarks/loss_linear.py [--small] [--out FOLDER]
+    python benchmarks/loss_linear.py [--small] [--seconds N] [--out FOLDER]
 
 Loss and gradients at hidden states and weight: `fused_linear_classroom_loss`; both products with
 `fused_classroom_loss` on whole logits; and where liger-kernel is installed, on a GPU, one call of
@@ -35,6 +35,7 @@ THIS, WHOLE, LIGER = (
     *("fused_linear_classroom_loss", "whole logits, fused_classroom_loss"),
     "Liger's fused linear JSD, M calls",
 )
+DTYPE = torch.bfloat16 if GPU else torch.float32
 _CALLS = 5
 
 
@@ -62,10 +63,10 @@ SMALL_SIZES = ((64, 512, 16),)
 
 
 def sizes(small: bool) -> list[Size]:
-    """Each size with one mentor and three; then a half and a quarter of its tokens and classes."""
-    found = []
-    for N, V, H in SMALL_SIZES if small else GPU_SIZES if GPU else CPU_SIZES:
-        found += [Size(N, V, H, 1), Size(N, V, H, 3)]
+    """Each size with one mentor and three; then with a half and a quarter of tokens and classes."""
+    of_device = SMALL_SIZES if small else GPU_SIZES if GPU else CPU_SIZES
+    found = [Size(*size, n_mentors) for size in of_device for n_mentors in (1, 3)]
+    for N, V, H in of_device:
         found += [Size(N // part, V, H, 3) for part in (2, 4)]
         found += [Size(N, V // part, H, 3) for part in (2, 4)]
     return found
@@ -74,11 +75,10 @@ def sizes(small: bool) -> list[Size]:
 def batch_of(size: Size) -> Batch:
     """Random heads, in bfloat16 on a GPU and float32 on the CPU."""
     rng = torch.Generator(DEVICE).manual_seed(0)
-    dtype = torch.bfloat16 if GPU else torch.float32
 
     def randn(rows: int, scale: float = 1.0) -> Tensor:
         values = torch.randn(rows, size.width, generator=rng, device=DEVICE)
-        return (scale * values).to(dtype)
+        return (scale * values).to(DTYPE)
 
     deviation = 2 / math.sqrt(size.width)  # of logits: 2
     mentors = [
@@ -174,16 +174,19 @@ def _status(field: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def rows(size: Size) -> Iterator[dict[str, Any]]:
+def rows(size: Size, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
     """One row per implementation, also if it does not run."""
-    batch = batch_of(size)
-    about = dict(zip(("rows", "classes", "width", "mentors"), size, strict=True))
-    about["dtype"] = str(batch.hidden.dtype).removeprefix("torch.")
+    batch = None
+    about: dict[str, Any] = dict(zip(("rows", "classes", "width", "mentors"), size, strict=True))
+    about["dtype"] = str(DTYPE).removeprefix("torch.")
     for name in IMPLEMENTATIONS:
         status, numbers = not_here(name), {}
+        if status is None and time.monotonic() > deadline:
+            status = "not run: out of time"
         if status is None:
             status = "ok"
             try:
+                batch = batch or batch_of(size)
                 numbers = measure(name, batch)
             except torch.OutOfMemoryError:
                 status = "out of memory"
@@ -199,12 +202,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for loss_linear.json")
     parser.add_argument("--small", action="store_true", help="one tiny size: checks the script")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="start no row after N seconds"
+    )
     arguments = parser.parse_args()
+    deadline = time.monotonic() + arguments.seconds
     if not GPU:
         torch.set_num_threads(1)
     record: dict[str, Any] = {"benchmark": "loss_linear", "environment": environment(), "rows": []}
     for size in sizes(arguments.small):
-        for row in rows(size):
+        for row in rows(size, deadline):
             record["rows"].append(row)
             print(row, file=sys.stderr, flush=True)
             if arguments.out:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Run everything that needs a GPU: GPU tests, roofline, benchmarks; print a summary at the end.
 #
-#     benchmarks/run_gpu.sh OUT [--minutes N] [--parts tests,roofline,loss,loaders,step,reproduce]
+#     benchmarks/run_gpu.sh OUT [--minutes N] [--parts tests,roofline,loss,linear,loaders,step,reproduce]
 #
 # It ends within N minutes (9). Each part gets its share of the remaining time, starts no work near
-# its end, and keeps what it has measured. OUT contains at most six files: a record of each benchmark
+# its end, and keeps what it has measured. OUT contains at most seven files: a record of each benchmark
 # (JSON), of the reproduction, and log.txt with all output.
 #
 # Nothing is installed or downloaded. Parts need torch with its Triton, and: tests pytest, loaders
@@ -22,8 +22,8 @@ usage() {
 }
 
 # Shares of the time, relative to the sum over the selected parts.
-declare -A weights=([tests]=30 [roofline]=5 [loss]=36 [loaders]=12 [step]=26 [reproduce]=60)
-all="tests roofline loss loaders step reproduce"
+declare -A weights=([tests]=30 [roofline]=5 [loss]=36 [linear]=12 [loaders]=12 [step]=26 [reproduce]=60)
+all="tests roofline loss linear loaders step reproduce"
 minutes=9 parts=
 [[ $# -ge 1 && $1 != -* ]] || usage
 target=$1
@@ -82,6 +82,7 @@ command_of() {
     tests) command=("$repo/benchmarks/gpu_tests.py" --seconds "$seconds") ;;
     roofline) command=("$repo/benchmarks/roofline.py" --out "$out") ;;
     loss) command=("$repo/benchmarks/loss.py" --out "$out" --seconds "$seconds") ;;
+    linear) command=("$repo/benchmarks/loss_linear.py" --out "$out" --seconds "$seconds") ;;
     loaders) command=("$repo/benchmarks/loaders.py" --out "$out" --minutes "$minutes") ;;
     step) command=("$repo/benchmarks/step.py" --out "$out" --minutes "$minutes" --whole 5) ;;
     reproduce)
@@ -100,7 +101,7 @@ part() {
     timeout --kill-after=5 "$limit" "$python" "${command[@]}" >"$scratch/log" 2>&1
     code=$?
     cat "$scratch/log" >>"$log"
-    rm -f "$out"/.{roofline,loss,loaders,step}.json.* # half-written, if it was killed
+    rm -f "$out"/.{roofline,loss,loss_linear,loaders,step}.json.* # half-written, if it was killed
     if [[ $code -eq 124 || $code -eq 137 ]]; then
         result="out of time"
     elif [[ $code -ne 0 ]]; then

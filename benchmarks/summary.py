@@ -66,6 +66,16 @@ def _loss(record: Record) -> Iterator[str]:
         yield text + (f" [{case}]" if case else "")
 
 
+def _linear(record: Record) -> Iterator[str]:
+    for row in record["rows"]:
+        text = row["status"]
+        if text == "ok":
+            text = f"{row['milliseconds']:.1f} ms"
+            text += f", {row['peak_extra_mib']:,.0f} MiB" if row["peak_extra_mib"] else ""
+        size = "N {rows}, V {classes}, H {width}, M {mentors}, {implementation}"
+        yield f"{size.format(**row)}: {text}"
+
+
 def _loaders(record: Record) -> Iterator[str]:
     for row in record.get("kernel", []):
         rate = row.get("images_per_second")
@@ -94,10 +104,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a folder that benchmarks wrote")
     out = parser.parse_args().out
-    for name, lines in {"loss": _loss, "loaders": _loaders, "step": _step}.items():
+    parts = {"loss": _loss, "loss_linear": _linear, "loaders": _loaders, "step": _step}
+    for name, lines in parts.items():
         if (path := out / f"{name}.json").exists():
             for line in lines(json.loads(path.read_text(encoding="utf-8"))):
-                print(f"{name:8} {line[:150]}")
+                print(f"{name:11} {line[:150]}")
 
 
 if __name__ == "__main__":

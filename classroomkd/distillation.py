@@ -88,7 +88,7 @@ def distill(
         resume: whether to go on with the run in ``out``, if there is one, or give its result if it
             is finished; the arguments must be the same.
         quiet: print nothing.
-        recipe: other keys of a recipe, like training={"batch_size": 128, "learning_rate": 0.1},
+        **recipe: other keys of a recipe, like training={"batch_size": 128, "learning_rate": 0.1},
             data={"flip": False} or alone=True, to train the student without mentors too.
 
     Returns:

@@ -99,50 +99,62 @@ def check(mentors, sequences, symbols):
     return check_logits(logits, batch["labels"][valid], list(map(repr, symbols)), row="token")
 
 
+def settings(steps, seed, folder):
+    return {
+        "output_dir": folder,
+        "max_steps": steps,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "cosine",
+        "remove_unused_columns": False,
+        "seed": seed,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
+
+
+def fit(model, sequences, held_out, settings, mentors=(), **others):
+    """Perplexity on the held-out characters, and the share of tokens each mentor taught."""
+    arguments = hf.TrainingArguments(**settings | others)
+    data = {"train_dataset": [*sequences], "eval_dataset": [*held_out]}
+    trainer = LanguageTrainer(model, arguments, data_collator=collate, mentors=mentors, **data)
+    trainer.train()
+    shares = torch.stack(trainer.taught).mean(0).tolist() if mentors else []
+    return math.exp(trainer.evaluate()["eval_loss"]), shares
+
+
 def main(steps, seed, folder):
     symbols, pages, held_out = texts()
-
-    def fit(model, sequences, mentors=(), rate=5e-3):
-        """Perplexity on the held-out characters, and the share of tokens each mentor taught."""
-        settings = hf.TrainingArguments(
-            folder,
-            max_steps=steps,
-            per_device_train_batch_size=32,
-            per_device_eval_batch_size=64,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            remove_unused_columns=False,
-            seed=seed,
-            disable_tqdm=True,
-            report_to="none",
-            save_strategy="no",
-            logging_strategy="no",
-        )
-        data = {"train_dataset": [*sequences], "eval_dataset": [*held_out]}
-        trainer = LanguageTrainer(model, settings, data_collator=collate, mentors=mentors, **data)
-        trainer.train()
-        shares = torch.stack(trainer.taught).mean(0).tolist() if mentors else []
-        return math.exp(trainer.evaluate()["eval_loss"]), shares
-
+    common = held_out, settings(steps, seed, folder)
     hf.set_seed(seed)
     teacher, peer, alone = llama(96, layers=2), llama(64, layers=1), llama(32, layers=1)
     student = llama(32, layers=1)
     student.load_state_dict(alone.state_dict())
-    found = {"teacher": fit(teacher, pages, rate=3e-3)[0], "peer": fit(peer, pages)[0]}
+    found = {
+        "teacher": fit(teacher, pages, *common, learning_rate=3e-3)[0],
+        "peer": fit(peer, pages, *common)[0],
+    }
     mentors = {"teacher": teacher, "peer": peer, "shuffled": shuffled(teacher)}
     few = pages[: len(pages) // 20]
-    found["student alone"], _ = fit(alone, few)
-    found["in the classroom"], shares = fit(student, few, [*mentors.values()])
+    found["student alone"], _ = fit(alone, few, *common)
+    found["in the classroom"], shares = fit(student, few, *common, [*mentors.values()])
     print(*check(mentors, held_out, symbols), sep="\n")
     print("held-out perplexity:", ", ".join(f"{name} {p:.3f}" for name, p in found.items()))
     taught = zip(mentors, shares, strict=True)
     print("tokens taught:", ", ".join(f"{name} {share:.1%}" for name, share in taught))
 
 
-if __name__ == "__main__":
+def run(main):
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         main(arguments.steps, arguments.seed, scratch)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -259,7 +259,7 @@ def _list(arguments: argparse.Namespace) -> Parts[ImageFiles]:
 def _load(arguments: argparse.Namespace) -> Parts[ImageSet]:
     """All parts of a data set, in memory."""
     from classroomkd.data import NAMED_SOURCES, ImageSet, Parts, load_parts
-    from classroomkd.data.decode import resize
+    from classroomkd.data.decoding import resize
 
     size, split = arguments.image_size, (arguments.seed, arguments.test_share)
     if arguments.source not in NAMED_SOURCES:

@@ -22,6 +22,7 @@ from classroomkd.files import lock, remove_leftovers
 from classroomkd.limits import Backend
 
 BACKENDS = get_args(Backend)
+"""The names of the loaders."""
 
 _SHARE = 0.5  # of a GPU's free memory for images; networks need the rest
 

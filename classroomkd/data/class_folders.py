@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from classroomkd.data.decode import SUFFIXES
+from classroomkd.data.decoding import SUFFIXES
 from classroomkd.errors import UserError
 
 

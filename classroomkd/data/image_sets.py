@@ -13,7 +13,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from classroomkd.data.cache import files_digest
-from classroomkd.data.decode import read_image, rgb
+from classroomkd.data.decoding import read_image, rgb
 from classroomkd.errors import UserError
 
 

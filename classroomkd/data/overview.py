@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from classroomkd.data.decode import read_size, square
+from classroomkd.data.decoding import read_size, square
 from classroomkd.data.ffcv.beton import open_beton
 from classroomkd.data.image_sets import ImageFiles, ImageSet
 

@@ -13,7 +13,7 @@ import numpy as np
 from classroomkd.data import cifar
 from classroomkd.data.augmentation import SPLIT, words
 from classroomkd.data.class_folders import files_in, folders_below, subfolders
-from classroomkd.data.decode import read_files, resize
+from classroomkd.data.decoding import read_files, resize
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
 

@@ -92,10 +92,10 @@ def classroom_loss(
         ignore_index: rows with this class index count nowhere.
         mentor_weight: g_m: a number ≥ 0 for all mentors, a tensor [M] on the logits' device, one
             for each, or "auto", `automatic_mentor_weight` of C and M; None is 1.
-        class_weight: [C] ≥ 0, as `cross_entropy` takes it; row_weight: [B] (or [B, d₁, …]) ≥ 0.
-            A row's whole loss is multiplied by its own weight and by its class's (Σ_c t_c times
-            the weight of c, before smoothing), and the mean divides by the sum of these products.
-            The report stays that of unweighted rows.
+        class_weight: [C] ≥ 0, as `cross_entropy` takes it.
+        row_weight: [B] (or [B, d₁, …]) ≥ 0. A row's whole loss is multiplied by its own weight and
+            by its class's (Σ_c t_c times the weight of c, before smoothing), and the mean divides
+            by the sum of these products. The report stays that of unweighted rows.
         reduction: "mean" over the valid rows, "sum", or "none".
         process_group: with ranking "batch", average over the valid rows of all its processes.
         return_report: also return a `ClassroomReport`; with "rows" a `RowReport`, which says of

@@ -69,13 +69,14 @@ def fused_classroom_loss(
 ) -> Tensor | tuple[Tensor, ClassroomReport | RowReport]:
     """ClassroomKD's multi-mentor distillation loss, fused.
 
-    It takes and returns the same as `classroomkd.classroom_loss`. On CUDA and ROCm tensors it runs
-    one Triton kernel (two for ranking "batch") in place of some hundred PyTorch ones, in float32
-    arithmetic, and never waits for the GPU. On CPU tensors it runs one pass over the rows, compiled
-    by numba: half a minute at the first call ever, a second at the first of a later process. It
-    is `classroom_loss` itself for float64 logits on the CPU, on other devices, and without Triton
-    (3.3 or newer) or numba. With the environment variable ``TRITON_INTERPRET=1`` the kernels run on
-    CPU tensors, slowly, in Triton's interpreter.
+    It takes and returns the same as `classroomkd.classroom_loss`, which describes the arguments
+    that are not listed here. On CUDA and ROCm tensors it runs one Triton kernel (two for ranking
+    "batch") in place of some hundred PyTorch ones, in float32 arithmetic, and never waits for the
+    GPU. On CPU tensors it runs one pass over the rows, compiled by numba: half a minute at the
+    first call ever, a second at the first of a later process. It is `classroom_loss` itself for
+    float64 logits on the CPU, on other devices, and without Triton (3.3 or newer) or numba. With
+    the environment variable ``TRITON_INTERPRET=1`` the kernels run on CPU tensors, slowly, in
+    Triton's interpreter.
 
     Args:
         student_logits: [B, C] or [B, C, d₁, …], float16, bfloat16 or float32. The gradient has its
@@ -84,9 +85,6 @@ def fused_classroom_loss(
             dtypes may be mixed. Rows of any stride are read in place where the classes lie side by
             side, as in channels-last memory; otherwise a copy is made.
         targets: class indices [B, …], or class probabilities of the student's shape.
-        temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
-            label_smoothing, ignore_index, mentor_weight, class_weight, row_weight, reduction,
-            process_group: see `classroom_loss`.
         return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row; or with
             "rows" a `RowReport`, computed by definition.
 
@@ -156,13 +154,10 @@ def fused_classroom_loss_and_grad(
 
     saves autograd's second pass over the gradient. With ranking "batch" there are two launches;
     with more than 1024 rows and the mean, PyTorch counts the valid ones first. Weights of classes
-    or rows take a second, elementwise launch.
+    or rows take a second, elementwise launch. Arguments that are not listed here are those of
+    `fused_classroom_loss`.
 
     Args:
-        student_logits, mentor_logits, targets: see `fused_classroom_loss`.
-        temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
-            label_smoothing, ignore_index, mentor_weight, class_weight, row_weight, process_group:
-            see `classroom_loss`.
         reduction: "mean" or "sum".
         scale: a floating-point tensor of one number on the logits' device, such as a gradient
             scaler's, that multiplies the gradient, not the loss, before it is rounded to the

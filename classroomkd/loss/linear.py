@@ -61,6 +61,9 @@ def fused_linear_classroom_loss(
     On the CPU, rows whose target is ``ignore_index`` are left out before anything is computed. On a
     GPU, finding them would mean waiting for it: they are computed, and count nowhere.
 
+    The options, from ``temperature`` to ``process_group``, are those of
+    `classroomkd.classroom_loss`.
+
     Args:
         student_hidden: [..., H], float16, bfloat16, float32 or float64.
         student_weight: [V, H], of the same dtype unless autocast is on.
@@ -70,9 +73,6 @@ def fused_linear_classroom_loss(
         student_bias: [V].
         chunk_rows: rows at a time; None: as many as ``memory_budget`` holds.
         memory_budget: bytes for the chunk's logits and their gradient.
-        temperature, ranking, knowledge_filter, mentoring, weighting, task_weight, rank_decimals,
-            label_smoothing, ignore_index, mentor_weight, reduction, process_group: see
-            `classroomkd.classroom_loss`.
         return_report: also return a `ClassroomReport`.
 
     Returns:

@@ -637,6 +637,7 @@ PARTS = {
     "tests": "gpu_tests.py --seconds",
     "roofline": "roofline.py",
     "loss": "loss.py",
+    "linear": "loss_linear.py --out",
     "loaders": "loaders.py",
     "step": "step.py",
     "reproduce": "reproduce methods",
@@ -771,7 +772,7 @@ sys.meta_path.insert(0, Absent())
             timeout=LAST_RESORT,
         )
 
-    result = bare("-c", f"import roofline, loss, loaders, summary; {tests}")
+    result = bare("-c", f"import roofline, loss, loss_linear, loaders, summary; {tests}")
     assert result.returncode == 0, result.stderr
     files = result.stdout.split()
     # Hypothesis's plugin is hidden with it; where it is not installed, there is none.

@@ -12,6 +12,7 @@ import loader_processes
 import loader_rows
 import loaders
 import loss
+import loss_linear
 import measure
 import roofline
 import step
@@ -43,7 +44,7 @@ def cuda(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     fake = FakeCuda(monkeypatch)
-    for module in (measure, roofline, loss, step):
+    for module in (measure, roofline, loss, loss_linear, step):
         monkeypatch.setattr(module, "GPU", True)
     monkeypatch.setattr(measure, "profile", fake.profile)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -120,6 +121,50 @@ def test_out_of_time_every_row_says_so(cuda, monkeypatch, tmp_path):
     assert missing <= {"not run: out of time", "not installed: liger-kernel"}
     kinds = [(row["case"], *(row[key] for key in loss.size(loss.NAMED["CIFAR"]))) for row in rows]
     assert {kind[1:] for kind in kinds} == {tuple(loss.size(c).values()) for c in loss.grid(False)}
+
+
+def test_the_loss_of_linear_heads(cuda, monkeypatch, tmp_path, capsys):
+    """Whole sizes first, in bfloat16; Liger's place is taken by a sum of KLs."""
+
+    def kls(batch):
+        log_student = torch.log_softmax(batch.hidden @ batch.weight.T, -1)
+        return sum(
+            torch.nn.functional.kl_div(
+                log_student, torch.softmax(h @ w.T, -1), reduction="batchmean"
+            )
+            for h, w in batch.mentors
+        )
+
+    monkeypatch.setattr(loss_linear, "DTYPE", torch.bfloat16)
+    monkeypatch.setattr(loss_linear, "GPU_SIZES", ((32, 64, 16), (16, 128, 8)))
+    monkeypatch.setattr(loss_linear, "not_here", lambda name: None)
+    monkeypatch.setitem(loss_linear.IMPLEMENTATIONS, loss_linear.LIGER, kls)
+    monkeypatch.setattr(sys, "argv", ["loss_linear.py", "--out", str(tmp_path)])
+    assert loss_linear.main() == 0
+    rows = json.loads((tmp_path / "loss_linear.json").read_text())["rows"]
+    assert {(row["status"], row["dtype"]) for row in rows} == {("ok", "bfloat16")}
+    assert {row["peak_extra_mib"] for row in rows} == {1.0}
+    first = [(row["rows"], row["classes"], row["width"], row["mentors"]) for row in rows[:12:3]]
+    assert first == [(32, 64, 16, 1), (32, 64, 16, 3), (16, 128, 8, 1), (16, 128, 8, 3)]
+    assert all(
+        row["difference"] < 0.02 for row in rows if row["implementation"] == loss_linear.WHOLE
+    )
+    for name in ("empty_cache", "synchronize", "max_memory_allocated"):
+        assert cuda.calls[name], name
+    monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path)])
+    summary.main()
+    assert "N 16, V 128, H 8, M 3, fused_linear_classroom_loss: " in capsys.readouterr().out
+
+
+def test_out_of_time_every_size_of_heads_says_so(cuda, monkeypatch, tmp_path):
+    monkeypatch.setattr(loss_linear, "batch_of", None)
+    monkeypatch.setattr(loss_linear, "not_here", lambda name: None)
+    argv = ["loss_linear.py", "--out", str(tmp_path), "--seconds", "-1"]
+    monkeypatch.setattr(sys, "argv", argv)
+    assert loss_linear.main() == 0
+    rows = json.loads((tmp_path / "loss_linear.json").read_text())["rows"]
+    assert {row["status"] for row in rows} == {"not run: out of time"}
+    assert len(rows) == 3 * len(loss_linear.sizes(small=False))
 
 
 @pytest.fixture

@@ -24,8 +24,9 @@ NEEDS = {
     "segmentation": ("numba", ""),
     "pose": ("numba", ""),
     "language_model": ("transformers", "examples"),
+    "trl_distillation": ("trl", "examples"),
 }
-PLUGS = {"lightning_module", "hugging_face", "timm_task"}
+PLUGS = {"lightning_module", "hugging_face", "timm_task", "trl_distillation"}
 DENSE = {"segmentation", "pose"}
 # The option, as its library calls it, or because so few images make short epochs.
 LENGTH = {"hugging_face": "--max_steps", "segmentation": "--steps", "pose": "--steps"}
@@ -88,7 +89,7 @@ def test_example_learns(name):
 
 
 def test_every_example_is_run():
-    assert {example.stem for example in EXAMPLES} == {*LESS, "language_model"}
+    assert {example.stem for example in EXAMPLES} == {*LESS, "language_model", "trl_distillation"}
 
 
 @pytest.mark.slow
@@ -105,6 +106,14 @@ def test_the_language_model_learns_and_its_sick_mentor_is_named():
     (line,) = re.findall(r"^tokens taught: .*$", output, re.MULTILINE)
     *shares, of_the_sick = (float(number) for number in re.findall(r"(\d+\.\d)%", line))
     assert of_the_sick < min(shares), line
+
+
+@pytest.mark.slow
+def test_in_trl_the_student_learns_from_its_mentors_alone():
+    output = output_of(ROOT / "examples/trl_distillation.py", "--steps", "50")
+    found = re.findall(r"^(\w+): top-1 (\d+\.\d)% of 14336 tokens", output, re.MULTILINE)
+    assert [name for name, _ in found] == ["teacher", "peer", "student"]
+    assert min(float(percent) for _, percent in found) > 21, found  # the commonest has 17.5
 
 
 def test_gradient_accumulation_is_a_larger_batch(tmp_path, monkeypatch):

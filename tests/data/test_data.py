@@ -25,7 +25,7 @@ from classroomkd.data import (
     load_parts,
     load_source,
 )
-from classroomkd.data.decode import read_size
+from classroomkd.data.decoding import read_size
 from classroomkd.errors import UserError
 from classroomkd.torchvision import import_torchvision
 from image_folders import Python2Pickler, make_cifar, python2

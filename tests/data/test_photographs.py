@@ -27,7 +27,7 @@ from classroomkd.data import (
     load_source,
     split_off,
 )
-from classroomkd.data.decode import read_files
+from classroomkd.data.decoding import read_files
 from classroomkd.data.ffcv import beton
 from classroomkd.errors import UserError
 from classroomkd.models import create, load_network

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from classroomkd.data.decode import bombs_refused
+from classroomkd.data.decoding import bombs_refused
 from classroomkd.data.ffcv.beton_file import (
     JPEG,
     RAW,

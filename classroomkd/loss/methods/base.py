@@ -13,7 +13,8 @@ from classroomkd.errors import UserError
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss.classroom_report import ClassroomReport
 
-IGNORED = -100  # the target of a row that counts nowhere
+IGNORED = -100
+"""The target of a row that counts nowhere."""
 _LARGEST = 1e6  # a weight: far beyond use, and far from float32's limits
 _CONSTANT = 100  # epsilons: values that vary by less count as constant
 
