@@ -176,6 +176,21 @@ def _cache_of_its_own(tmp_path_factory):
 
 
 @pytest.fixture
+def pages():
+    """Runs end with their pages, as they do outside of tests."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request, monkeypatch):
+    """Elsewhere they leave an empty one: drawing takes as long as all training of a tiny run."""
+    runs = {"cli", "runs", "training"}
+    if request.path.parent.name in runs and "pages" not in request.fixturenames:
+        monkeypatch.setattr(
+            "classroomkd.runs.training_run.write_report", lambda out: (out / "report.html").touch()
+        )
+
+
+@pytest.fixture
 def store(tmp_path, monkeypatch) -> Path:
     """The store of mentors, an empty one."""
     monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))

@@ -86,6 +86,7 @@ def measured(output: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pages")
 def test_the_quickstart_and_its_evaluation(tmp_path: Path, capsys, monkeypatch):
     """What it prints and leaves; ``.ci/run`` has it in a process of its own, as the README does."""
     monkeypatch.chdir(tmp_path)
@@ -591,6 +592,7 @@ def test_a_table_is_all_that_reproduce_wants(capsys):
     assert "required: TABLE (see" in error_of(capsys, cli.main(["reproduce"]))
 
 
+@pytest.mark.usefixtures("pages")
 def test_resuming_a_finished_run_writes_its_page_if_that_is_missing(split, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(split, out, "alone=false") == 0

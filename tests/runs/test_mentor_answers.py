@@ -184,6 +184,7 @@ def own(folder, name="own.npy", epochs=1, count=COUNT, classes=3):
     return folder / name
 
 
+@pytest.mark.usefixtures("pages")
 def test_logits_of_ones_own_teach(tmp_path, asked):
     """In the recipe's order, beside a network, and in the report."""
     file = own(tmp_path)
