@@ -79,7 +79,7 @@ class Known(NamedTuple):
         if self.kernel is cross_entropy_kernel:
             arguments["target_ptr"] = torch.empty(ROWS, dtype=torch.int64, device="meta")
             arguments["out_ptr"] = torch.empty(ROWS, device="meta")
-        return kernel_code(self.kernel, (ROWS,), arguments, self.num_warps, target)
+        return kernel_code(self.kernel, (ROWS,), arguments, {"num_warps": self.num_warps}, target)
 
     @property
     def bytes_needed(self) -> int:

@@ -32,7 +32,8 @@ import roofline
 import summary
 from baselines import float64_loss_and_grad, liger_loss, per_mentor_loop
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
-from classroomkd.kernels.launch import WARP_SIZE, blocks
+from classroomkd.kernels.blocks import blocks
+from classroomkd.kernels.launch import WARP_SIZE
 from measure import (
     DEVICE,
     GPU,
@@ -102,13 +103,14 @@ def work(case: Case) -> tuple[int, int]:
     """Bytes that the kernels must move, and exponentials, with all mentors active.
 
     One pass reads student and mentors and writes the gradient: M + 2 times [B, C] elements.
-    Ranking by batch reads all logits once more: 2M + 3. Rows too long for the registers are read
+    Ranking by batch reads all logits once more: 2M + 3. Rows longer than one sweep's step are read
     three times: 3M + 4. Each class of a row needs one exponential for the student, one for each
     mentor, and two for each KD term; exponentials repeated by another sweep are not counted.
     """
     M = case.n_mentors
     passes = M + 2 if case.ranking == "sample" else 2 * M + 3
-    if blocks(case.n_classes, M, WARP_SIZE) is None:
+    cut = blocks(case.n_classes, M, case.dtype.itemsize, WARP_SIZE)
+    if not cut.PIECES and case.n_classes > cut.BLOCK_C:
         passes = 3 * M + 4
     elements = case.n_rows * case.n_classes
     return passes * elements * case.dtype.itemsize, (1 + 3 * M) * elements

@@ -125,6 +125,7 @@ class _Walker:
         self.neighbours: set[int] = set()  # sectors that the neighbour touches
         self.bytes_touched = 0.0
         self.shared: dict[int, Value] = {}  # words of shared memory that one store wrote
+        self.packed: dict[str, dict[int, Value]] = {}  # predicates that wait as bits of a register
         self.turns: list[int] = []
         self.takes_turns = self.fenced = self.arrived = False
         self.decision = 0
@@ -165,6 +166,11 @@ class _Walker:
             results = (
                 special(instruction, where) if special else self.registers.results(instruction)
             )
+            if operation == "LOP3":
+                results |= self._packed(instruction, guard, active)
+            else:
+                for name in results:
+                    self.packed.pop(name, None)
             if instruction.unit == "atomic":  # one thread does it for all
                 self._write(results, True, active, True)
             else:
@@ -212,6 +218,25 @@ class _Walker:
             values[name] = value
 
     # ------------------------------------------------------------------ special instructions
+
+    def _packed(
+        self, instruction: Instruction, guard: Value, active: np.ndarray
+    ) -> dict[str, Value]:
+        """Predicates that are set in and read from a register whose other bits are unknown."""
+        *names, source, mask, third, table, _ = instruction.operands
+        number = int(mask, 16) if mask[:2] == "0x" and third == "RZ" else 0
+        bits = self.packed.setdefault(source, {})
+        if names[-1] == source and table == "0xfc" and number.bit_count() == 1:
+            before = bits.get(number)
+            known = before is not None and guard is not None
+            bits[number] = before | (active & guard) if known else None
+        elif names[-1] == source and table == "0xc0" and number.bit_count() == 31:
+            bits[number ^ 0xFFFFFFFF] = False
+        else:
+            self.packed.pop(names[-1], None)
+            if table == "0xc0" and bits.get(number) is not None and len(names) == 2:
+                return {names[0]: bits[number]}
+        return {}
 
     def _vote(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
         names = written(instruction)

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from classroomkd.kernels.augment import Tiles, gather_augment_kernel, tiles
+from classroomkd.kernels.blocks import Blocks
 from classroomkd.kernels.launch import (
-    Blocks,
     Launch,
     classroom_launch,
     confidence_launch,
@@ -75,7 +75,10 @@ def compile_call(*, target: str, **call: Any) -> dict[str, Compiled]:
     launches = call_launches(warp_size=_gpu(target).warp_size, **call)
     return {
         name: _compile(
-            launch.kernel, _described(launch.kernel, launch.arguments), target, launch.blocks
+            launch.plan.kernel,
+            _described(launch.plan.kernel, launch.arguments),
+            target,
+            launch.plan.blocks,
         )
         for name, launch in launches.items()
     }
@@ -202,7 +205,7 @@ def _gpu(target: str) -> GPUTarget:
 def _compile(
     kernel: triton.JITFunction, arguments: dict[str, object], target: str, cut: Blocks | Tiles
 ) -> Compiled:
-    compiled = _compiled(kernel, arguments, target, cut.num_warps)
+    compiled = _compiled(kernel, arguments, target, cut.compiler_options())
     read = _read_cubin if "cubin" in compiled.asm else _read_amdgcn
     return Compiled(**read(compiled), blocks=cut)
 
@@ -223,21 +226,21 @@ class MachineCode(NamedTuple):
 
 def machine_code(launch: Launch, target: str) -> MachineCode:
     """Compile one of `call_launches` for an NVIDIA GPU."""
-    return kernel_code(
-        launch.kernel, launch.grid, launch.arguments, launch.blocks.num_warps, target
-    )
+    plan = launch.plan
+    options = plan.blocks.compiler_options()
+    return kernel_code(plan.kernel, plan.grid, launch.arguments, options, target)
 
 
 def kernel_code(
     kernel: triton.JITFunction,
     grid: tuple[int, ...],
     arguments: Mapping[str, Any],
-    num_warps: int,
+    options: dict[str, int],
     target: str,
 ) -> MachineCode:
     """Compile any kernel for an NVIDIA GPU, with arguments by name, tensors without memory."""
     types = _described(kernel, arguments)
-    compiled = _compiled(kernel, types, target, num_warps)
+    compiled = _compiled(kernel, types, target, options)
     taken = []
     for name, kind in types.items():
         several = isinstance(kind, tuple)
@@ -247,13 +250,15 @@ def kernel_code(
         key: value for key, value in _read_cubin(compiled).items() if key in MachineCode._fields
     }
     cubin = compiled.asm["cubin"]
-    return MachineCode(kernel.__name__, cubin, taken, grid, num_warps, **read)
+    return MachineCode(kernel.__name__, cubin, taken, grid, options["num_warps"], **read)
 
 
 def _compiled(
-    kernel: triton.JITFunction, arguments: dict[str, object], target: str, num_warps: int
+    kernel: triton.JITFunction,
+    arguments: dict[str, object],
+    target: str,
+    options: dict[str, int],
 ) -> CompiledKernel:
-    options = {"num_warps": num_warps}
     return triton.compile(_source(kernel, arguments), target=_gpu(target), options=options)
 
 

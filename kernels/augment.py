@@ -58,6 +58,10 @@ class Tiles(NamedTuple):
     GROUPS: int
     num_warps: int
 
+    def compiler_options(self) -> dict[str, int]:
+        """What Triton is told besides the kernel's arguments."""
+        return {"num_warps": self.num_warps}
+
 
 def tiles(width: int, itemsize: int, warp_size: int) -> Tiles:
     """Groups within rows, of the power of two of pixels that 16-byte stores call for.
@@ -248,7 +252,7 @@ def gather_augment(
             "GROUPS": cut.GROUPS,
         }
         grid = (n_samples * triton.cdiv(height * width, cut.GROUP * cut.GROUPS),)
-        launch.start(gather_augment_kernel, grid, arguments, cut.num_warps, images.device)
+        launch.start(gather_augment_kernel, grid, arguments, cut.compiler_options(), images.device)
     return out.permute(0, 3, 1, 2), out_targets
 
 

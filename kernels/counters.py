@@ -1,4 +1,4 @@
-"""The counters by which the programs of a launch find the last among them."""
+"""The numbers by which the programs of a launch know of each other: the state of ``batch.py``."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+MAX_GROUPS = 60
+"""Groups of programs that a state has counters for."""
+_SIZE = 4 + MAX_GROUPS
 
-class _Counters:
-    """Counters in a device's memory by which a launch's programs find the last among them.
 
-    Each is 0 before a launch and after. Launches that may overlap must not share one: each stream
-    has its own, and so has each launch captured into a CUDA graph, which may be replayed on any
-    stream, for good. Captured launches take theirs from a block that was zeroed before the capture
-    began; were it zeroed in the graph, every replay would do it again. They are 16 bytes each, as
-    Triton compiles anew for pointers that are not aligned to that.
+class _States:
+    """The states of launches, in a device's memory: int64 numbers, 0 before a launch and after.
+
+    Launches that may overlap must not share one: each stream has its own, and so has each launch
+    captured into a CUDA graph, which may be replayed on any stream, for good. Captured launches
+    take theirs from a block that was zeroed before the capture began; were it zeroed in the graph,
+    every replay would do it again.
     """
 
-    _IN_A_BLOCK = 16_384
+    _IN_A_BLOCK = 4096
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -28,22 +31,22 @@ class _Counters:
         self._taken = self._IN_A_BLOCK
 
     def take(self, stream: torch.cuda.Stream) -> Tensor:
-        """A counter for a launch on the current stream."""
+        """A state for a launch on the current stream."""
         if torch.cuda.is_current_stream_capturing():
             if self._taken == self._IN_A_BLOCK:
-                return torch.zeros(4, dtype=torch.int32, device=self._device)
+                return torch.zeros(_SIZE, dtype=torch.int64, device=self._device)
             return self._next()
         if self._taken > self._IN_A_BLOCK // 2:
             self._add_block()
-        counter = self._of_stream.get(stream.cuda_stream)
-        if counter is None:
+        state = self._of_stream.get(stream.cuda_stream)
+        if state is None:
             stream.wait_event(self._zeroed)
-            counter = self._of_stream[stream.cuda_stream] = self._next()
-        return counter
+            state = self._of_stream[stream.cuda_stream] = self._next()
+        return state
 
     def _next(self) -> Tensor:
         self._taken += 1
-        return self._blocks[-1][4 * self._taken - 4 : 4 * self._taken]
+        return self._blocks[-1][self._taken - 1]
 
     def _add_block(self) -> None:
         # torch.compile's CUDA graphs warm up with all of this thread's allocations in a pool of
@@ -54,21 +57,21 @@ class _Counters:
 
     def _allocate(self) -> None:
         with torch.cuda.device(self._device):
-            size = 4 * self._IN_A_BLOCK
-            self._blocks.append(torch.zeros(size, dtype=torch.int32, device=self._device))
+            size = (self._IN_A_BLOCK, _SIZE)
+            self._blocks.append(torch.zeros(size, dtype=torch.int64, device=self._device))
             self._zeroed = torch.cuda.Event()
             self._zeroed.record()
 
 
-_counters: dict[torch.device, _Counters] = {}
+_states: dict[torch.device, _States] = {}
 _lock = threading.Lock()  # streams are per thread: several may ask at once
 
 
-def counter(device: torch.device) -> Tensor:
-    """A counter for a launch on the device's current stream."""
+def launch_state(device: torch.device) -> Tensor:
+    """A state for a launch on the device's current stream."""
     if device.type != "cuda":  # the interpreter, or tensors that only describe a launch
-        return torch.zeros(1, dtype=torch.int32, device=device)
+        return torch.zeros(_SIZE, dtype=torch.int64, device=device)
     with _lock:
-        if device not in _counters:
-            _counters[device] = _Counters(device)
-        return _counters[device].take(torch.cuda.current_stream(device))
+        if device not in _states:
+            _states[device] = _States(device)
+        return _states[device].take(torch.cuda.current_stream(device))

@@ -5,7 +5,6 @@ Tensors come checked (``classroomkd/loss/inputs.py``) and are float32, float16 o
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,11 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
-from classroomkd.kernels.classroom import classroom_kernel, confidence_kernel, scale_rows_kernel
-from classroomkd.kernels.counters import counter
+from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
+from classroomkd.kernels.classroom import classroom_kernel
+from classroomkd.kernels.counters import launch_state
 from classroomkd.kernels.report_layout import report_size
-from classroomkd.kernels.tiled import tiled_classroom_kernel
-from classroomkd.kernels.tiled_scan import tiled_confidence_kernel
+from classroomkd.kernels.scaling import scale_rows_kernel
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions
@@ -26,67 +25,6 @@ if TYPE_CHECKING:
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
 WARP_SIZE = 64 if torch.version.hip else 32
-_MAX_THREADS = 256
-# 32-bit values a thread may hold for logits and gradient; the kernels need up to 90 registers
-# besides. Much for each thread means few threads a row, and so few instructions: what is done once
-# a row (divisions, logarithms, reductions) every thread does.
-_MAX_VALUES_PER_THREAD = 144
-# Up to here every program counts the valid rows itself, which hides behind its logits' way from
-# memory; beyond, its reading all targets would cost more than one more launch.
-_MAX_ROWS_COUNTED_IN_PASS = 1024
-
-
-class Blocks(NamedTuple):
-    """How a kernel's work is cut up: ROWS rows of BLOCK_C columns for num_warps warps."""
-
-    BLOCK_C: int
-    ROWS: int
-    num_warps: int
-
-
-def blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
-    """Blocks for a pass that keeps M + 1 rows of logits and the gradient in registers.
-
-    A warp takes a row, or several where a row has fewer columns than give each thread four (the
-    widest float32 load), and no more warps share one than the registers call for, since each
-    reduction across warps costs a barrier. None if the rows do not fit: `tile_blocks`.
-    """
-    block_c = triton.next_power_of_2(n_classes)
-    rows = max(1, 4 * warp_size // block_c)
-    num_warps = 1
-    while (n_mentors + 2) * rows * block_c > _MAX_VALUES_PER_THREAD * warp_size * num_warps:
-        num_warps *= 2
-    return Blocks(block_c, rows, num_warps) if num_warps * warp_size <= _MAX_THREADS else None
-
-
-def tile_blocks(warp_size: int) -> Blocks:
-    """Blocks for the sweeps over tiles: four columns for each of 256 threads."""
-    return Blocks(BLOCK_C=1024, ROWS=1, num_warps=256 // warp_size)
-
-
-def scaling_blocks(n_classes: int) -> Blocks:
-    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
-    block_c = min(triton.next_power_of_2(n_classes), 1024)
-    return Blocks(block_c, 1024 // block_c, num_warps=4)
-
-
-def sum_blocks(n_stats: int) -> dict[str, int]:
-    """Blocks in which the last program sums so many row statistics: 1024 numbers at a time."""
-    block_stats = triton.next_power_of_2(n_stats)
-    return {"BLOCK_STATS": block_stats, "BLOCK_R": 1024 // block_stats}
-
-
-def alignment(strides: list[int]) -> int:
-    """Largest power of two up to 16 that divides every row stride.
-
-    Strides reach the kernels as multiples of it, for only then does the compiler know how the
-    rows are aligned, and loads 16 bytes at a time where it may.
-    """
-    common = 16
-    for stride in strides:
-        while stride % common:
-            common //= 2
-    return common
 
 
 class LaunchOutputs(NamedTuple):
@@ -102,83 +40,159 @@ class LaunchOutputs(NamedTuple):
     """float32, as ``report_layout`` describes."""
 
 
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-class Launch(NamedTuple):
-    """A kernel with all of its arguments by name: to be run here, or compiled for another GPU."""
+class Plan(NamedTuple):
+    """A launch without its tensors: what follows from shapes, strides, dtypes and options alone."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    values: dict[str, Any]
+    """By name, every argument of the kernel that is not a tensor."""
     blocks: Blocks
+    lines: int = 0
+    """The numbers that the rows leave to be summed."""
+
+
+class Launch(NamedTuple):
+    """A plan with tensors: to be run here, or compiled for another GPU."""
+
+    plan: Plan
+    tensors: dict[str, Any]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """All of the kernel's, by name."""
+        return self.tensors | self.plan.values
 
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
-        start(self.kernel, self.grid, self.arguments, self.blocks.num_warps, device)
+        plan = self.plan
+        start(plan.kernel, plan.grid, self.arguments, plan.blocks.compiler_options(), device)
 
 
 def start(
     kernel: triton.JITFunction,
     grid: tuple[int, ...],
     arguments: dict[str, Any],
-    num_warps: int,
+    options: dict[str, int],
     device: torch.device,
 ) -> None:
     """Run a kernel on that device's current stream. Every launch of the project comes through here.
 
-    Tests put what executes compiled kernels on a CPU in its place.
+    ``options`` are the compiler's. Tests replace this with what executes compiled kernels on a CPU.
     """
     with on_device(device):
-        kernel[grid](**arguments, num_warps=num_warps)
+        kernel[grid](**arguments, **options)
 
 
-def _rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def _prepare(
-    single_pass: triton.JITFunction,
-    tiled: triton.JITFunction,
+def alignment(tensors: Sequence[Tensor]) -> int:
+    """Largest power of two up to 16 of elements to which every row of these matrices is aligned.
+
+    Strides reach the kernels as multiples of it, for only then does the compiler know how the
+    rows are aligned, and loads 16 bytes at a time where it may.
+    """
+    common = 16
+    for tensor in tensors:
+        size = tensor.element_size()
+        # A tensor on no device would begin where it likes, but for its offset.
+        begin = tensor.storage_offset() * size if tensor.is_meta else tensor.data_ptr()
+        while tensor.stride(0) % common or begin % (common * size):
+            common //= 2
+    return common
+
+
+def classroom_plan(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
     options: LossOptions,
-    warp_size: int,
-) -> Launch:
-    """Which of the two kernels is launched, and the arguments that both halves take."""
+    *,
+    with_report: bool = False,
+    scale_grad: bool = False,
+    sums: bool = False,
+    warp_size: int = WARP_SIZE,
+) -> Plan:
+    """How a batch is launched; arguments as for `classroom_launch`, with unit class strides.
+
+    ``sums`` asks for `confidence_sums` instead of loss and gradient.
+    """
     n_rows, n_classes = student.shape
-    student = _rows(student)
-    mentors = [_rows(mentor) for mentor in mentors]
+    n_mentors = len(mentors)
     soft = targets.dim() == 2
-    targets = _rows(targets) if soft else targets.contiguous()
-    strides = [logits.stride(0) for logits in (student, *mentors)]
-    target_stride = targets.stride(0) if soft else 0
-    align = alignment([*strides, target_stride])
-    cut = blocks(n_classes, len(mentors), warp_size)
-    kernel = tiled if cut is None else single_pass
-    if cut is None:
-        cut = tile_blocks(warp_size)
-    arguments = {
-        "student_ptr": student,
-        "mentor_ptrs": tuple(mentors),
-        "target_ptr": targets,
-        "counter_ptr": None,
-        "student_stride": strides[0] // align,
-        "mentor_strides": tuple(stride // align for stride in strides[1:]),
-        "target_stride": target_stride // align if soft else None,
+    align = alignment([student, *mentors, *([targets] if soft else [])])
+    dtypes = {logits.dtype for logits in (student, *mentors)}
+    cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
+    n_programs = triton.cdiv(n_rows, cut.ROWS)
+    n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
+    summing = sum_blocks(n_stats, n_programs, cut, warp_size)
+    summed = sums or with_report or options.reduction != "none"
+    task_weight, decimals = options.fixed_task_weight, options.rank_decimals
+    values = {
+        "student_stride": student.stride(0) // align,
+        "mentor_strides": tuple(mentor.stride(0) // align for mentor in mentors),
+        "target_stride": targets.stride(0) // align if soft else None,
         "n_rows": n_rows,
+        "group_programs": summing.group_programs,
+        "temperature": float(options.temperature),
+        "weight_scale": float(options.mentor_weight_for(n_classes, n_mentors)),
+        "task_weight": None if task_weight is None else float(task_weight),
         "label_smoothing": float(options.label_smoothing) if options.label_smoothing else None,
+        "share_scale": None if decimals is None else float(10**decimals),
         "ignore_index": options.ignore_index,
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
+        "PIECES": cut.PIECES,
+        "V": cut.V,
+        "ROWS": cut.ROWS,
+        "K": triton.next_power_of_2(n_mentors + 1),
         "ALIGN": align,
+        "MIXED": len(dtypes) > 1,
+        "N_STATS": n_stats,
+        "BLOCK_STATS": summing.BLOCK_STATS,
+        "BLOCK_R": summing.BLOCK_R,
+        "KNOWLEDGE_FILTER": options.knowledge_filter,
+        "MENTORING": options.mentoring,
+        "WEIGHTING": options.weighting,
+        "REDUCTION": options.reduction,
+        "SCALE_GRAD": scale_grad,
+        "SUMS": sums,
     }
-    if kernel is single_pass:
-        arguments["ROWS"] = cut.ROWS
-    return Launch(kernel, (triton.cdiv(n_rows, cut.ROWS),), arguments, cut)
+    lines = n_stats * (n_rows + triton.cdiv(n_programs, summing.group_programs)) if summed else 0
+    return Plan(classroom_kernel, (n_programs,), values, cut, lines)
+
+
+def unit_strides(
+    student: Tensor, mentors: Sequence[Tensor], targets: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The same with unit stride on classes; copies only where it is another."""
+
+    def rows(values: Tensor) -> Tensor:
+        return values if values.dim() == 2 and values.stride(1) == 1 else values.contiguous()
+
+    return rows(student), [rows(mentor) for mentor in mentors], rows(targets)
+
+
+def _tensors(
+    plan: Plan, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, **others: Tensor | None
+) -> dict[str, Any]:
+    """By name, every argument of `classroom_kernel` that is a tensor."""
+    lines = state = None
+    if plan.lines:
+        lines = student.new_empty(plan.lines, dtype=torch.float32)
+        state = launch_state(student.device)
+    names = ("mentor_weight", "ell_sums", "scale", "grad", "loss", "count", "report")
+    return {
+        "student_ptr": student,
+        "mentor_ptrs": tuple(mentors),
+        "target_ptr": targets,
+        "lines_ptr": lines,
+        "state_ptr": state,
+        **{f"{name}_ptr": others.get(name) for name in names},
+    }
 
 
 def confidence_sums(
@@ -204,24 +218,10 @@ def confidence_launch(
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    n_rows, n_sums = student.shape[0], len(mentors) + 2
-    sums = student.new_empty(n_sums, dtype=torch.float32)
-    launch = _prepare(
-        confidence_kernel,
-        tiled_confidence_kernel,
-        student,
-        mentors,
-        targets,
-        options,
-        warp_size,
-    )
-    launch.arguments.update(
-        ell_ptr=student.new_empty((n_sums, n_rows), dtype=torch.float32),
-        sums_ptr=sums,
-        counter_ptr=counter(student.device),
-        **sum_blocks(n_sums),
-    )
-    return sums, launch
+    batch = unit_strides(student, mentors, targets)
+    plan = classroom_plan(*batch, options, sums=True, warp_size=warp_size)
+    sums = student.new_empty(len(mentors) + 2, dtype=torch.float32)
+    return sums, Launch(plan, _tensors(plan, *batch, loss=sums))
 
 
 def classroom_loss_and_grad(
@@ -268,66 +268,35 @@ def classroom_launch(
         scale: one number on the device, or None for 1.
 
     """
-    n_rows, n_classes = student.shape
-    n_mentors = len(mentors)
-    reduction, decimals = options.reduction, options.rank_decimals
-    task_weight = options.fixed_task_weight
-    new = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    grad = new((n_rows, n_classes), dtype=student.dtype) if with_grad else None
-    report = new(report_size(n_mentors)) if with_report else None
-    if n_rows == 0:
-        loss = new(() if reduction != "none" else 0).zero_()
-        report = None if report is None else report.zero_()
-        return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
+    n_rows = student.shape[0]
+    by_row = options.reduction == "none"
+    new = torch.zeros if n_rows == 0 else torch.empty
 
-    n_stats = 1 + report_size(n_mentors) if with_report else 1
-    row_stats = new(n_stats * n_rows + (n_stats if with_report else 0))
-    summed = reduction != "none"
-    loss = new(()) if summed else None
-    reduced = summed or with_report
-    n_valid = None
-    if (
-        scale_grad
-        and reduction == "mean"
-        and targets.dim() == 1
-        and n_rows > _MAX_ROWS_COUNTED_IN_PASS
-    ):
-        n_valid = (
-            targets.long() != options.ignore_index
-        ).sum()  # uint8 would wrap the index around
-    count = new(()) if reduced else None
-    launch = _prepare(
-        classroom_kernel,
-        tiled_classroom_kernel,
-        student,
-        mentors,
-        targets,
-        options,
-        warp_size,
+    def numbers(*shape: int) -> Tensor:
+        return new(shape, dtype=torch.float32, device=student.device)
+
+    outputs = LaunchOutputs(
+        loss=numbers(n_rows) if by_row else numbers(),
+        grad=torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        if with_grad
+        else None,
+        count=None if by_row and not with_report else numbers(),
+        report=numbers(report_size(len(mentors))) if with_report else None,
     )
-    launch.arguments.update(
-        mentor_weight_ptr=None if mentor_weight is None else mentor_weight.contiguous(),
-        ell_sums_ptr=ell_sums,
-        row_stats_ptr=row_stats,
-        grad_ptr=grad,
-        loss_ptr=loss,
-        count_ptr=count,
-        report_ptr=report,
-        counter_ptr=counter(student.device) if reduced else None,
-        scale_ptr=scale,
-        n_valid_ptr=n_valid,
-        temperature=float(options.temperature),
-        weight_scale=float(options.mentor_weight_for(n_classes, n_mentors)),
-        task_weight=None if task_weight is None else float(task_weight),
-        share_scale=None if decimals is None else float(10**decimals),
-        KNOWLEDGE_FILTER=options.knowledge_filter,
-        MENTORING=options.mentoring,
-        RANK_WEIGHTING=options.weighting == "rank",
-        MEAN=reduction == "mean",
-        SCALE_GRAD=scale_grad,
-        **sum_blocks(n_stats),
+    if n_rows == 0:
+        return outputs._replace(count=torch.ones_like(outputs.loss)), None
+    batch = unit_strides(student, mentors, targets)
+    plan = classroom_plan(
+        *batch, options, with_report=with_report, scale_grad=scale_grad, warp_size=warp_size
     )
-    return LaunchOutputs(loss if summed else row_stats[:n_rows], grad, count, report), launch
+    if mentor_weight is not None:
+        mentor_weight = mentor_weight.contiguous()
+    others = outputs._asdict() | {
+        "mentor_weight": mentor_weight,
+        "ell_sums": ell_sums,
+        "scale": scale,
+    }
+    return outputs, Launch(plan, _tensors(plan, *batch, **others))
 
 
 def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
@@ -344,11 +313,7 @@ def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[
     out = torch.empty_like(grad)
     n_rows, n_classes = grad.shape
     cut = scaling_blocks(n_classes)
-    arguments = {
-        "grad_ptr": grad,
-        "factor_ptr": factor,
-        "count_ptr": count,
-        "out_ptr": out,
+    values = {
         "factor_stride": factor.stride(0) if factor.dim() else 0,
         "n_rows": n_rows,
         "C": n_classes,
@@ -356,4 +321,5 @@ def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[
         "ROWS": cut.ROWS,
     }
     grid = (triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))
-    return out, Launch(scale_rows_kernel, grid, arguments, cut)
+    tensors = {"grad_ptr": grad, "factor_ptr": factor, "count_ptr": count, "out_ptr": out}
+    return out, Launch(Plan(scale_rows_kernel, grid, values, cut), tensors)

@@ -17,6 +17,7 @@ OPTIONS = {
     "unmentored": {"mentoring": "none"},
     "dtkd": {"mentoring": "dtkd", "temperature": 4.0},
     "uniform": {"weighting": "uniform"},
+    "by_confidence": {"weighting": "confidence"},
     "task_weight": {"task_weight": 0.7},
     "no_task": {"task_weight": 0.0},
     "rounded": {"rank_decimals": 2},

@@ -20,6 +20,7 @@ from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
+sum_blocks = launch.sum_blocks
 
 NAMES = ("loss", "grad", *ClassroomReport._fields)
 MARGIN = 1e-6  # of the truth's norm
@@ -57,14 +58,23 @@ def laid_out(logits, layout):
     return logits[:1].expand(logits.shape) if layout == "repeated" else logits.contiguous()
 
 
+def sweep(patch, width):
+    """Sweep over all rows, in steps of so many columns; all of a load's lie in one thread."""
+    load = max(1, min(4, width // launch.WARP_SIZE))
+    patch.setattr(launch, "blocks", lambda *_: launch.Blocks(width, 1, 1, V=load))
+
+
 @contextmanager
 def cut_up(case):
-    """Sweep over tiles, also where a single pass would do; count beforehand, also few rows."""
+    """Sweep over rows that registers would hold, and sum few of them at a time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 6)
+        patch.setattr(
+            launch,
+            "sum_blocks",
+            lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_programs=3),
+        )
         if case.tiled:
-            patch.setattr(launch, "blocks", lambda *_: None)
-            patch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(32, 1, 1))
+            sweep(patch, 64)
         yield
 
 

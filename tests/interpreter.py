@@ -28,6 +28,44 @@ def _round_bfloat16_to_nearest():
     interpreter._convert_float = rounding
 
 
+def _sum_in_a_tree():
+    """Sum as GPUs do; along any but the last axis NumPy adds one number after another."""
+    from triton.runtime import interpreter
+
+    def sum_in_a_tree(self, input):
+        data, axis = input.handle.data, self.axis
+        if axis is not None:
+            data, axis = np.ascontiguousarray(np.moveaxis(data, axis, -1)), -1
+        result = np.sum(data, axis=axis)
+        if self.keep_dims:
+            result = np.expand_dims(result, tuple(range(data.ndim)) if axis is None else self.axis)
+        return self.to_tensor(result, input.dtype)
+
+    interpreter.ReduceOps.sum = sum_in_a_tree
+
+
+def _patch_the_language_once_a_launch():
+    """Triton patches its language anew at every call of a device function, which takes longer than
+    most of them; once for each module and launch is enough.
+    """
+    from triton.runtime import interpreter
+
+    patched = set()
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def patch_lang(function):
+        if function.__module__ in patched:
+            return None
+        patched.add(function.__module__)
+        return patch(function)
+
+    def launch_patched(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, launch_patched
+
+
 TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = TRITON and (
     not torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -41,6 +79,8 @@ if INTERPRETED:
     with contextlib.suppress(ImportError):  # Triton imports it at the first launch, and minds
         import triton.experimental.gluon  # noqa: F401
     _round_bfloat16_to_nearest()
+    _sum_in_a_tree()
+    _patch_the_language_once_a_launch()
 # Commands that tests start must not inherit it: there CPU tensors take the definition.
 os.environ.pop("TRITON_INTERPRET", None)
 

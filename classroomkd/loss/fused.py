@@ -216,9 +216,7 @@ def fused_loss(
     """`fused_classroom_loss` with its options in one object and its weights in another."""
     rows = as_rows(student_logits, mentor_logits, targets, weights, options)
     of_rows = (
-        _fused_loss_of_rows
-        if fused_pass_serves(rows.student, rows.mentors, options)
-        else loss_by_definition
+        _fused_loss_of_rows if fused_pass_serves(rows.student, rows.mentors) else loss_by_definition
     )
     report: ClassroomReport | RowReport | None
     loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
@@ -266,7 +264,7 @@ def fused_loss_and_grad(
         scale = _constant(scale)
     n_mentors, with_means = len(rows.mentors), return_report is True
     report: ClassroomReport | RowReport | None
-    if fused_pass_serves(rows.student, rows.mentors, options):
+    if fused_pass_serves(rows.student, rows.mentors):
         loss, grad, means = _fused_loss_and_grad_of_rows(
             rows, weights.mentor, scale, options, with_means, process_group
         )
@@ -354,17 +352,14 @@ def implementation(device_type: str) -> ModuleType:
     return launch
 
 
-def fused_pass_serves(student: Tensor, mentors: list[Tensor], options: LossOptions) -> bool:
-    """Whether the operators take these logits; an error where kernels run that do not.
-
-    The kernels do not have the weighting "confidence": there it is the definition's.
-    """
+def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:
+    """Whether the operators take these logits; an error where kernels run that do not."""
     device_type = student.device.type
     if device_type == "cpu" and not _INTERPRET:
         return _numba_is_usable() and all(
             logits.dtype in KERNEL_LOGITS for logits in (student, *mentors)
         )
-    if options.weighting == "confidence" or not _use_kernels(device_type):
+    if not _use_kernels(device_type):
         return False
     _check_kernel_limits(student, mentors)
     return True

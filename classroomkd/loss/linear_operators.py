@@ -182,7 +182,7 @@ def _pass_confidence_sums(
     student: Tensor, mentors: list[Tensor], targets: Tensor, *flat: Any
 ) -> Tensor:
     """`operators.confidence_sums` of a chunk, by definition where no fused pass serves."""
-    if fused.fused_pass_serves(student, mentors, LossOptions.of_flat(flat)):
+    if fused.fused_pass_serves(student, mentors):
         sums: Tensor = operators.confidence_sums(student, mentors, targets, *flat)
         return sums
     dtype = reduce(torch.promote_types, (logits.dtype for logits in mentors), student.dtype)
@@ -203,12 +203,12 @@ def _pass(
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`operators.loss` of a chunk, by definition where no fused pass serves: loss, grad, report."""
-    options = LossOptions.of_flat(flat)
-    if fused.fused_pass_serves(student, mentors, options):
+    if fused.fused_pass_serves(student, mentors):
         loss, grad, _, report = operators.loss(
             student, mentors, targets, mentor_weight, ell_sums, with_grad, with_report, *flat
         )
         return loss, grad, report
+    options = LossOptions.of_flat(flat)
     with operators.autograd_below(), torch.set_grad_enabled(with_grad):
         leaf = student.detach().requires_grad_(with_grad)
         loss, means = loss_by_definition(

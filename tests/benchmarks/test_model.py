@@ -217,7 +217,9 @@ def _turns_kernel(counter_ptr, out_ptr, n):
 def _turns(first):
     counter, out = (torch.empty(9, dtype=x, device="meta") for x in (torch.int32, torch.float32))
     arguments = {"counter_ptr": counter, "out_ptr": out, "n": 3000}
-    code = ahead_of_time.kernel_code(_turns_kernel, (100,), arguments, 4, model.TARGET)
+    code = ahead_of_time.kernel_code(
+        _turns_kernel, (100,), arguments, {"num_warps": 4}, model.TARGET
+    )
     walked = _walk(code, walk.Caches(0, 0, False), first=first)
     return walked.takes_turns, _bytes(walked, walked.path), _bytes(walked, walked.tail)
 

@@ -1,4 +1,4 @@
-"""The counters of the kernels' launches, with streams that are made up."""
+"""The states of the kernels' launches, with streams that are made up."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -15,12 +15,12 @@ CUDA = torch.device("cuda", 0)
 THREADS = 8
 
 
-def test_no_two_threads_get_one_counter(monkeypatch):
-    """Each thread has a stream of its own; all meet where a counter is about to be taken."""
+def test_no_two_threads_get_one_state(monkeypatch):
+    """Each thread has a stream of its own; all meet where a state is about to be taken."""
     meeting = threading.Barrier(THREADS)
     together = threading.Barrier(THREADS)
 
-    class Meeting(counters._Counters):
+    class Meeting(counters._States):
         def _next(self):
             taken = self._taken
             # Without a lock all arrive here before any goes on; with one, only the first waits.
@@ -38,12 +38,12 @@ def test_no_two_threads_get_one_counter(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
     monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda: None))
-    monkeypatch.setattr(counters, "_counters", {})
-    monkeypatch.setattr(counters, "_Counters", Meeting)
+    monkeypatch.setattr(counters, "_states", {})
+    monkeypatch.setattr(counters, "_States", Meeting)
 
     def take():
         meeting.wait()
-        return [counters.counter(CUDA).data_ptr() for _ in range(2)]
+        return [counters.launch_state(CUDA).data_ptr() for _ in range(2)]
 
     with ThreadPoolExecutor(THREADS) as threads:
         taken = [future.result() for future in [threads.submit(take) for _ in range(THREADS)]]

@@ -23,6 +23,7 @@ from classroomkd import (
 from classroomkd.loss import fused
 from classroomkd.loss.options import LossOptions
 from classrooms import EXTREME_MAXIMA, OPTIONS, Classroom, classroom, probabilities
+from fused_cases import sweep
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -113,7 +114,8 @@ def test_every_option(device, name, soft):
     [*itertools.product([1, 2, 10, 16, 100, 127, 129, 1000], [1, 2, 6]), (9000, 1), (9000, 6)],
 )
 def test_sizes(device, n_classes, n_mentors):
-    batch = classroom(n_mentors, 5 if n_classes < 9000 else 2, n_classes)
+    # Of fewer rows the errors, PyTorch's as well, are luck.
+    batch = classroom(n_mentors, 2 if (n_classes, n_mentors) == (9000, 6) else 5, n_classes)
     assert_as_good_as_pytorch(batch, device)
     assert_as_good_as_pytorch(batch, device, ranking="batch", rank_decimals=2)
 
@@ -128,9 +130,8 @@ TILED_SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", 
     ("name", "soft"), [*((name, False) for name in OPTIONS), *((name, True) for name in TILED_SOFT)]
 )
 def test_every_option_tiled(device, monkeypatch, name, soft):
-    monkeypatch.setattr(launch, "blocks", lambda *_: None)
-    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
-    batch = classroom(n_mentors=3, n_rows=3, n_classes=37)
+    sweep(monkeypatch, 16)
+    batch = classroom(n_mentors=3, n_rows=9, n_classes=37)
     if soft:
         batch = batch._replace(targets=probabilities(*batch.student.shape))
     assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
@@ -140,8 +141,7 @@ def test_every_option_tiled(device, monkeypatch, name, soft):
 @pytest.mark.parametrize("n_classes", [16, 40, 48])
 def test_tiles_and_extremes(device, monkeypatch, n_classes):
     """Tiles in which every class is ruled out, first, in the middle and last; large logits."""
-    monkeypatch.setattr(launch, "blocks", lambda *_: None)
-    monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+    sweep(monkeypatch, 16)
     student, mentors, targets = classroom(n_mentors=2, n_rows=3, n_classes=n_classes)
     targets %= 16
     for row in range(3):
@@ -204,8 +204,7 @@ def test_mentor_weight(device):
 def test_a_mentor_weight_for_all(device, monkeypatch, value, number, tiled):
     """As the definition in float64 with that number for each of the three mentors."""
     if tiled:
-        monkeypatch.setattr(launch, "blocks", lambda *_: None)
-        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(16, 1, 1))
+        sweep(monkeypatch, 16)
     batch = classroom()
     exact = Classroom(batch.student.double(), batch.mentors.double(), batch.targets)
     weights = torch.full((3,), number, dtype=torch.float64)
@@ -391,8 +390,7 @@ def test_dtkd_of_extreme_maxima(device, x_s, x_m):
 def test_logits_near_the_largest_float(device, monkeypatch, mentoring, tiled):
     """Their differences overflow to inf; neither loss nor gradient becomes NaN."""
     if tiled:
-        monkeypatch.setattr(launch, "blocks", lambda *_: None)
-        monkeypatch.setattr(launch, "tile_blocks", lambda _: launch.Blocks(4, 1, 1))
+        sweep(monkeypatch, 4)
     rng = torch.Generator().manual_seed(0)
     values = torch.tensor([3e38, -3e38, 1e38, 1.0, 2.0, 1e-30])
     n_rows = 6 if tiled else 24  # the interpreter takes a row after another in tiles
@@ -489,9 +487,8 @@ def test_upstream_gradients(device):
 
 @pytest.mark.parametrize("name", ["defaults", "released", "sum", "smoothed", "task_weight"])
 @pytest.mark.parametrize("n_rows", [1, 7, 9])
-def test_loss_and_grad(device, monkeypatch, name, n_rows):
-    """The same numbers as through autograd; beyond so many rows they are counted beforehand."""
-    monkeypatch.setattr(launch, "_MAX_ROWS_COUNTED_IN_PASS", 7)
+def test_loss_and_grad(device, name, n_rows):
+    """The same numbers as through autograd."""
     student, mentors, targets = classroom(n_rows=n_rows).to(device)
     targets[n_rows // 2 + 1 :: 3] = -100
     options = OPTIONS[name]

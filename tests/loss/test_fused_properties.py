@@ -230,14 +230,20 @@ def test_a_row_is_its_own_affair(device, case, data):
 
 @drawn(6, case=float32_cases)
 def test_gradients(device, case):
-    """A row's gradient sums to 0, and scaling what comes from above scales it exactly."""
+    """A row's gradient sums to 0, and scaling what comes from above scales it exactly.
+
+    Subnormal numbers have fewer bits, so the smaller of two may be rounded where the larger is not.
+    """
     _, grad, *_ = through_autograd(case, device)
     largest_weight = 2 * len(case.mentors) * (1 + 2 * case.options.get("temperature", 12.0))
     assert (grad.sum(1).abs() <= MARGIN * (grad.abs().sum(1) + largest_weight)).all()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_cases, "upstream", lambda case, once=upstream: -4 * once(case))
         _, scaled, *_ = through_autograd(case, device)
-        assert torch.equal(scaled, -4 * grad)
+        smallest = torch.finfo(torch.float32).tiny
+        normal = (grad.abs() >= smallest) | (grad == 0)
+        assert torch.equal(scaled[normal], -4 * grad[normal])
+        assert (scaled[~normal].abs() <= 5 * smallest).all()
         if case.options.get("reduction") != "none":
             _, scaled, *_ = in_one_launch(case, device)
             close(scaled, -4 * grad)

@@ -127,6 +127,12 @@ def reader(kind: str) -> Function:
     return lambda bits: bits.view(dtype)
 
 
+def _one_nan(x: Array) -> Array:
+    """With every NaN of float32 the one that hardware makes: a + b has the bits of b + a."""
+    nan = x != x
+    return np.where(nan, np.asarray(0x7FFFFFFF, u32).view(f32), x) if nan.any() else x
+
+
 def _writer(kind: str) -> Function:
     """From numbers, float32 for half precisions, to bits."""
     if kind == "bf16":
@@ -348,7 +354,6 @@ def extremum_of(largest: bool, nan: bool) -> Function:
         if zeros.any():
             sign = np.signbit(a) & np.signbit(b) if largest else np.signbit(a) | np.signbit(b)
             chosen = np.where(zeros, np.where(sign, f32(-0.0), f32(0)), chosen)
-        chosen = np.where(chosen != chosen, np.asarray(0x7FFFFFFF, u32).view(f32), chosen)
         return extremum(chosen, *more) if more else chosen
 
     return extremum
@@ -426,7 +431,7 @@ def _mixed(opcode: tuple[str, ...]) -> Operation:
     def compute(*sources: Array) -> Array:
         *halves, last = sources
         exact = [read(each).astype(f32) for each in halves]
-        return function(*exact, last.view(f32)).astype(f32).view(u32)
+        return _writer("f32")(function(*exact, last.view(f32)))
 
     return Operation(4, (*narrow, 4), compute)
 

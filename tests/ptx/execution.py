@@ -190,11 +190,11 @@ def serve(descriptor: int) -> None:
     connection = Connection(descriptor)
     with contextlib.suppress(EOFError):
         while True:
-            target, module, name, arguments, n_warps = connection.recv()
+            target, module, name, arguments, options = connection.recv()
             driver.set_active(_NoGpu(int(target.split(":")[1])))
             try:
                 kernel = getattr(importlib.import_module(module), name)
-                compiled = kernel.run(grid=(1,), warmup=True, num_warps=n_warps, **arguments)
+                compiled = kernel.run(grid=(1,), warmup=True, **options, **arguments)
                 metadata = compiled.metadata
                 if metadata.num_ctas != 1 or metadata.global_scratch_size:
                     raise NotImplementedError("clusters or scratch memory")
@@ -233,10 +233,10 @@ class _Compiler:
         self._process.wait()
 
     def compile(
-        self, target: str, kernel: Any, arguments: dict[str, Any], n_warps: int
+        self, target: str, kernel: Any, arguments: dict[str, Any], options: dict[str, int]
     ) -> CompiledKernel:
         function = kernel.fn
-        request = (target, function.__module__, function.__name__, _described(arguments), n_warps)
+        request = (target, function.__module__, function.__name__, _described(arguments), options)
         self._connection.send(request)
         answer = self._connection.recv()
         if not isinstance(answer, CompiledKernel):
@@ -290,13 +290,13 @@ class _Executor:
         kernel: Any,
         grid: tuple[int, ...],
         arguments: dict[str, Any],
-        num_warps: int,
+        options: dict[str, int],
         _device: torch.device,
     ) -> None:
         """In place of the project's ``launch.start``."""
         if not _compiler:
             _compiler.append(_Compiler())
-        compiled = _compiler[0].compile(self.target, kernel, arguments, num_warps)
+        compiled = _compiler[0].compile(self.target, kernel, arguments, options)
         ptx = self.edit(compiled.ptx) if self.edit else compiled.ptx
         key = (compiled.hash, self.perturb, ptx if self.edit else "")
         if key not in _programs:

@@ -274,6 +274,20 @@ def test_special_float32(name):
     )
 
 
+def test_every_nan_is_the_one_that_hardware_makes():
+    inf, nans = np.float32(np.inf), np.array([0xFFC00000, 0x7FC00001], np.uint32)
+    infinite, one = np.full(2, inf).view(np.uint32), np.ones(2, np.float32).view(np.uint32)
+    for opcode, operands in (
+        *((f"{name}.f32", (nans, one)) for name in ("add", "sub", "mul", "max.NaN", "min.NaN")),
+        ("add.f32", (one, nans)),
+        ("sub.f32", (infinite, infinite)),
+        ("fma.rn.f32", (one, one, nans)),
+        ("ex2.approx.ftz.f32", (nans,)),
+        ("div.full.f32", (one, nans)),
+    ):
+        assert execute(opcode, *operands).tolist() == [0x7FFFFFFF] * 2, opcode
+
+
 def test_pairs_of_float32():
     a, b, c = (draw(4, seed, "f32") for seed in (1, 2, 3))
     packed = [x.view(np.uint64) for x in (a, b, c)]

@@ -53,7 +53,7 @@ def run_kernel(x):
     counter = torch.zeros(1, dtype=torch.int32)
     arguments = {"x_ptr": x, "share_ptr": share, "sums_ptr": sums, "total_ptr": total}
     arguments |= {"counter_ptr": counter, "C": C, "BLOCK": BLOCK}
-    launch.start(shares_kernel, (n_rows,), arguments, WARPS, x.device)
+    launch.start(shares_kernel, (n_rows,), arguments, {"num_warps": WARPS}, x.device)
     assert counter.item() == 0
     return outputs
 
@@ -207,7 +207,7 @@ def test_an_unknown_instruction_is_named_with_its_line():
 def test_a_kernel_that_does_not_compile():
     x = torch.zeros(1)
     with ptx_execution("cuda:80"), pytest.raises(PtxError, match="does not compile for cuda:80"):
-        launch.start(refused_kernel, (1,), {"x_ptr": x}, 1, x.device)
+        launch.start(refused_kernel, (1,), {"x_ptr": x}, {}, x.device)
 
 
 def test_counts():

@@ -1,0 +1,223 @@
+"""What rows of a batch do together: counting the valid ones, and the sums of the last program.
+
+Both use ``state``, int64 numbers that are 0 before a launch and after:
+
+    0  slices of the targets that a program has taken to count
+    1  the tally: slices counted · 2³² + valid rows among them
+    2  groups of programs whose sums are made
+    4… of each group, programs that are done
+
+**Counting.** The mean's gradient is divided by the number of valid rows, which so must be known
+before the first gradient is written. Programs take slices of the targets, _SLICE rows each, until
+none is left, and add what they counted to the tally; before its gradient a program waits until all
+slices are in it. That cannot hang: whoever waits has left no slice untaken, and a program that has
+taken one runs. So each target is read once, and only the first programs to start read any.
+
+**Sums.** Each row leaves a line of numbers. The last program of a group sums the group's lines and
+leaves one line; the last group's sums those. Groups are consecutive programs, so that the order of
+all additions depends on the batch's size alone.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTICS
+
+SLICE = tl.constexpr(512)
+_TICKETS, _TALLY, _GROUPS, _MEMBERS = (tl.constexpr(i) for i in (0, 1, 2, 4))
+# A row's line: its loss, whether it is valid, then the report's numbers in their order.
+_FIRST = tl.constexpr(2)
+_ACTIVE, _RANK, _TAU, _KL = (
+    tl.constexpr(MENTOR_STATISTICS.index(name))
+    for name in ("active_share", "rank_weight", "temperature", "kl")
+)
+_CONFIDENCE, _TASK_LOSS, _MENTOR_LOSS = (
+    tl.constexpr(BATCH_STATISTICS.index(name))
+    for name in ("student_confidence", "task_loss", "mentor_loss")
+)
+_PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
+
+
+@triton.jit
+def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
+    """Count the valid rows of slices that no other program has taken, until all are taken."""
+    n_slices = tl.cdiv(n_rows, SLICE)
+    taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+    while taken < n_slices:
+        row = taken * SLICE + tl.arange(0, SLICE)
+        target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
+        count = tl.sum(((row < n_rows) & (target != ignore_index)).to(tl.int32), 0)
+        tl.atomic_add(state_ptr + _TALLY, count.to(tl.int64) + 2**32, sem="relaxed")
+        taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+
+
+@triton.jit
+def counted(state_ptr, n_rows):
+    """Wait for the tally; the number of valid rows, at least 1, as float32."""
+    n_slices = tl.cdiv(n_rows, SLICE)
+    tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
+    while (tally >> 32) < n_slices:
+        tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
+    return tl.maximum(tally & 0xFFFFFFFF, 1).to(tl.float32)
+
+
+@triton.jit
+def gradient_factor(
+    scale_ptr, state_ptr, target_stride, n_rows, MEAN: tl.constexpr, SCALE_GRAD: tl.constexpr
+):
+    """What every row's gradient is multiplied by: the scale, and for the mean 1 / valid rows."""
+    factor = 1.0
+    if SCALE_GRAD:
+        if scale_ptr is not None:
+            factor = tl.load(scale_ptr).to(tl.float32)
+        if MEAN:
+            if target_stride is None:
+                factor /= counted(state_ptr, n_rows)
+            else:
+                factor /= tl.maximum(n_rows, 1).to(tl.float32)
+    return factor
+
+
+@triton.jit
+def store_line(lines_ptr, row, n_rows, number, values, N_STATS: tl.constexpr):
+    """Put values [R] at a place of the rows' lines."""
+    tl.store(lines_ptr + row * N_STATS + number, values, mask=row < n_rows)
+
+
+@triton.jit
+def store_lanes(
+    lines_ptr, row, n_rows, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr
+):
+    """Put the mentors' values of lanes [R, K] at M places of rows' lines, from ``number`` on."""
+    place = row[:, None] * N_STATS + number - 1 + lane
+    tl.store(lines_ptr + place, values, mask=(row < n_rows)[:, None] & (lane > 0) & (lane <= M))
+
+
+@triton.jit
+def store_report(
+    lines_ptr,
+    row,
+    n_rows,
+    lane,
+    valid,  # [R], as are confidence, cross_entropy and mentor_loss
+    active,  # [R, K], as are share, tau and kl
+    share,
+    tau,
+    kl,
+    confidence,
+    cross_entropy,
+    mentor_loss,
+    M: tl.constexpr,
+    N_STATS: tl.constexpr,
+):
+    """A row's numbers for the report; all 0 in rows that are not valid."""
+    rank = tl.where(valid[:, None], share * M, 0.0)
+    tau = tl.where(valid[:, None], tau, 0.0)
+    first: tl.constexpr = _FIRST
+    store_lanes(
+        lines_ptr, row, n_rows, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS
+    )
+    store_lanes(lines_ptr, row, n_rows, first + _RANK * M, rank, lane, M, N_STATS)
+    store_lanes(lines_ptr, row, n_rows, first + _TAU * M, tau, lane, M, N_STATS)
+    store_lanes(lines_ptr, row, n_rows, first + _KL * M, kl, lane, M, N_STATS)
+    of_batch: tl.constexpr = _FIRST + _PER_MENTOR * M
+    confidence = tl.where(valid, confidence, 0.0)
+    cross_entropy = tl.where(valid, cross_entropy, 0.0)
+    mentor_loss = tl.where(valid, mentor_loss, 0.0)
+    store_line(lines_ptr, row, n_rows, of_batch + _CONFIDENCE, confidence, N_STATS)
+    store_line(lines_ptr, row, n_rows, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
+    store_line(lines_ptr, row, n_rows, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
+
+
+@triton.jit
+def is_last(counter_ptr, n):
+    """True in the last of n programs to arrive here; by then it can read what the others wrote.
+
+    The barrier puts this program's writes before its thread's release, and that thread's acquire
+    before whatever follows. The counter is left at 0 for the next launch.
+    """
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
+def sum_lines(
+    lines_ptr, n_lines, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
+):
+    """Sums [BLOCK_STATS] over lines [n_lines, N_STATS]."""
+    stat = tl.arange(0, BLOCK_STATS)
+    sums = tl.zeros([BLOCK_R, BLOCK_STATS], tl.float32)
+    for start in range(0, n_lines, BLOCK_R):
+        line = start + tl.arange(0, BLOCK_R)
+        inside = (line < n_lines)[:, None] & (stat < N_STATS)[None, :]
+        offsets = line.to(tl.int64)[:, None] * N_STATS + stat[None, :]
+        # Other programs wrote these: read the cache that all of them share.
+        sums += tl.load(lines_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def sum_batch(
+    lines_ptr,  # [B + groups, N_STATS]
+    state_ptr,
+    n_rows,
+    group_programs,
+    ROWS: tl.constexpr,
+    N_STATS: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Whether this is the last program of all, and then the sums [BLOCK_STATS] of all lines."""
+    group = tl.program_id(0) // group_programs
+    n_groups = tl.cdiv(tl.num_programs(0), group_programs)
+    first = group * group_programs
+    members = tl.minimum(group_programs, tl.num_programs(0) - first)
+    last = is_last(state_ptr + _MEMBERS + group, members)
+    sums = tl.zeros([BLOCK_STATS], tl.float32)
+    if last:
+        n_lines = tl.minimum(members * ROWS, n_rows - first * ROWS)
+        start_ptr = lines_ptr + first.to(tl.int64) * ROWS * N_STATS
+        sums = sum_lines(start_ptr, n_lines, N_STATS, BLOCK_STATS, BLOCK_R)
+        if n_groups > 1:
+            groups_ptr = lines_ptr + n_rows.to(tl.int64) * N_STATS
+            stat = tl.arange(0, BLOCK_STATS)
+            tl.store(groups_ptr + group * N_STATS + stat, sums, mask=stat < N_STATS)
+            last = is_last(state_ptr + _GROUPS, n_groups)
+            if last:
+                sums = sum_lines(groups_ptr, n_groups, N_STATS, BLOCK_STATS, BLOCK_R)
+    return last, sums
+
+
+@triton.jit
+def finish_batch(
+    sums,  # [BLOCK_STATS]
+    loss_ptr,
+    count_ptr,
+    report_ptr,
+    state_ptr,
+    M: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    N_STATS: tl.constexpr,
+    BLOCK_STATS: tl.constexpr,
+):
+    """The last program's part: the batch's loss, count and report, and a clean state."""
+    tl.store(state_ptr + _TICKETS, 0)
+    tl.store(state_ptr + _TALLY, 0)
+    stat = tl.arange(0, BLOCK_STATS)
+    n_valid = tl.maximum(tl.sum(tl.where(stat == 1, sums, 0.0), 0), 1.0)
+    tl.store(count_ptr, n_valid)
+    if REDUCTION != "none":
+        loss = sums / n_valid if REDUCTION == "mean" else sums
+        tl.store(loss_ptr + stat, loss, mask=stat == 0)
+    if report_ptr is not None:
+        # KL is a mean over the rows where the mentor is active, which its first number counts.
+        is_kl = (stat >= _FIRST + _KL * M) & (stat < _FIRST + (_KL + 1) * M)
+        active = tl.gather(sums, tl.where(is_kl, stat - (_KL - _ACTIVE) * M, stat), 0)
+        rows = tl.where(is_kl, tl.maximum(active, 1.0), n_valid)
+        inside = (stat >= _FIRST) & (stat < N_STATS)
+        tl.store(report_ptr + stat - _FIRST, sums / rows, mask=inside)

@@ -1,0 +1,103 @@
+"""How the kernels' work is cut up among programs, threads and steps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+from classroomkd.kernels.counters import MAX_GROUPS
+
+# Values of a tile [R, K, L] in pieces that a thread may hold. Two such tiles live at once, of the
+# softmax numerators, and what the compiler needs besides.
+_MAX_VALUES_HELD = 32
+_MAX_WARPS_HELD = 4
+_MAX_CLASSES_OF_ONE_STEP = 2048
+_MAX_MENTORS_LIMITED = 7
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut up: ROWS rows a program of num_warps warps, BLOCK_C columns a step.
+
+    A row is held in PIECES pieces; 0 if it is swept. A load takes V columns.
+    ``max_registers`` a thread is what the compiler may use on NVIDIA's GPUs; None for as many as
+    it likes.
+    """
+
+    BLOCK_C: int
+    ROWS: int
+    num_warps: int
+    PIECES: int = 0
+    V: int = 1
+    max_registers: int | None = None
+
+    def compiler_options(self) -> dict[str, int]:
+        """What Triton is told besides the kernel's arguments."""
+        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
+        return {"num_warps": self.num_warps} | limit
+
+
+def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
+    """Blocks for rows of so many classes, in elements of ``itemsize`` bytes (the widest)."""
+    return held_blocks(n_classes, n_mentors, warp_size) or swept_blocks(
+        n_classes, n_mentors, itemsize, warp_size
+    )
+
+
+def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
+    """Blocks for rows in registers; None if they do not fit.
+
+    A thread has four columns of a piece, the widest float32 load. Rows so short that a warp is
+    not full come several a program.
+    """
+    n_lanes = triton.next_power_of_2(n_mentors + 1)
+    columns = triton.next_power_of_2(n_classes)
+    num_warps = 1
+    while num_warps <= _MAX_WARPS_HELD:
+        piece = min(columns, max(16, 4 * warp_size * num_warps // n_lanes))
+        pieces = triton.cdiv(n_classes, piece)
+        rows = max(1, 4 * warp_size // (n_lanes * piece))
+        if rows * n_lanes * piece * pieces <= _MAX_VALUES_HELD * warp_size * num_warps:
+            limit = 128 if warp_size == 32 else None
+            return Blocks(piece, rows, num_warps, pieces, max_registers=limit)
+        num_warps *= 2
+    return None
+
+
+def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
+    """Blocks for rows in sweeps, a load of 16 bytes of each row a thread and step.
+
+    A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
+    registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
+    each; with many mentors the compiler would have to spill for that.
+    """
+    load = 16 // itemsize
+    if n_classes <= _MAX_CLASSES_OF_ONE_STEP:
+        block_c = triton.next_power_of_2(n_classes)
+        num_warps = max(1, block_c // (16 * warp_size))
+        limit = 128 if n_mentors <= _MAX_MENTORS_LIMITED and warp_size == 32 else None
+        return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
+    return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
+
+
+def scaling_blocks(n_classes: int) -> Blocks:
+    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
+    block_c = min(triton.next_power_of_2(n_classes), 1024)
+    return Blocks(block_c, 1024 // block_c, num_warps=4)
+
+
+class SumBlocks(NamedTuple):
+    """How the rows' lines are summed: BLOCK_R lines of BLOCK_STATS numbers at a time."""
+
+    BLOCK_STATS: int
+    BLOCK_R: int
+    group_programs: int
+    """Programs whose lines the last of them sums, before the last group's sums those sums."""
+
+
+def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
+    """Blocks for the sums of so many numbers a row, 32 of them a thread at a time."""
+    block_stats = triton.next_power_of_2(n_stats)
+    block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)
+    group = max(triton.cdiv(block_r, cut.ROWS), triton.cdiv(n_programs, MAX_GROUPS))
+    return SumBlocks(block_stats, block_r, group)

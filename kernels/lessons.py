@@ -1,0 +1,234 @@
+"""The lessons of rows in sweeps: the second sweep and the third, or both in one.
+
+A row of one tile, whose gradient fits registers, needs no third: its mentors are read again one
+after another, and each one's numerators, once summed, are still there for the gradient. That saves
+1 + 2M exponentials a class, and takes M reductions, one after another, for two.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
+from classroomkd.kernels.swept import in_lanes, numbers_of
+
+
+@triton.jit
+def _sums_of_lesson(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
+    """Σ e_m, Σ e_s and Σ cross of tiles [BLOCK_C], in one reduction across threads."""
+    of_m = tl.sum(tl.reshape(e_m, [L, V]), 1)
+    of_s = tl.sum(tl.reshape(e_s, [L, V]), 1)
+    of_cross = tl.sum(tl.reshape(cross, [L, V]), 1)
+    sums = tl.sum(in_lanes((of_m, of_s, of_cross), 4), 1)
+    return numbers_of(sums, tl.arange(0, 4)[None, :], 3)
+
+
+@triton.jit
+def row_lessons(
+    begins,
+    maxima,  # [1, K], as are all down to active
+    tau_m,
+    tau_s,
+    weight,
+    active,
+    lane,
+    e_sum,
+    task,  # [1, 1]
+    t_sum,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
+    SAME_TAU: tl.constexpr,
+):
+    """Both sweeps in one, for a row of one tile: one mentor after another is read again and taught.
+
+    KL_m in lanes [1, K], and the gradient [BLOCK_C] but for the target's − a_s · t.
+    """
+    L: tl.constexpr = BLOCK_C // V
+    N: tl.constexpr = len(begins)
+    z_max = numbers_of(maxima, lane, N)
+    taus_m = numbers_of(tau_m, lane, N)
+    taus_s = numbers_of(tau_s, lane, N)
+    weights = numbers_of(tl.where(active, weight, 0.0), lane, N)
+    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
+    own = tl.sum(tl.sum(task * t_sum, 1), 0) / numbers_of(e_sum, lane, 1)[0]
+    column = tl.arange(0, BLOCK_C)
+    inside = column < C
+    d_s = tl.load(begins[0] + column, mask=inside, other=-float("inf")).to(tl.float32) - z_max[0]
+    grad = tl.zeros_like(d_s)
+    kl = tl.zeros_like(maxima)
+    wanted = inside & (n_classes[1] > column * 0)
+    following = tl.load(begins[1] + column, mask=wanted, other=-float("inf"))
+    for m in tl.static_range(1, N):
+        z_m = following
+        if m + 1 < N:
+            wanted = inside & (n_classes[m + 1] > column * 0)
+            following = tl.load(begins[m + 1] + column, mask=wanted, other=-float("inf"))
+        if n_classes[m] > 0:
+            scale_m = 1.0 / taus_m[m] * LOG2E
+            scale_s = 1.0 / taus_s[m] * LOG2E
+            d_m = z_m.to(tl.float32) - z_max[m]
+            e_m = tl.exp2(exponents(d_m, scale_m))
+            e_s = tl.exp2(exponents(d_s, scale_s))
+            cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
+            sums = _sums_of_lesson(e_m, e_s, cross, L, V)
+            grad += e_s * (weights[m] / sums[1])
+            grad -= e_m * (weights[m] / sums[0])
+            kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
+            kl = tl.where(lane == m, kl_m, kl)
+    # The student's own term comes last: lessons that cancel then leave it as it is.
+    return kl, grad + tl.exp2(d_s * LOG2E) * own
+
+
+@triton.jit
+def swept_lessons(
+    begins,
+    maxima,  # [1, K], as are tau_m, tau_s and active
+    tau_m,
+    tau_s,
+    active,
+    lane,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
+    SAME_TAU: tl.constexpr,
+):
+    """Second sweep: the sums of e_m, of e_s and of the cross terms in each mentor's lane [1, K]."""
+    L: tl.constexpr = BLOCK_C // V
+    N: tl.constexpr = len(begins)
+    z_max = numbers_of(maxima, lane, N)
+    scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
+    if SAME_TAU:
+        scale_s = scale_m
+    else:
+        scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, N)
+    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
+    sums_m = ()
+    sums_s = ()
+    crosses = ()
+    for _ in tl.static_range(N - 1):
+        sums_m = sums_m + (tl.zeros([L], tl.float32),)
+        sums_s = sums_s + (tl.zeros([L], tl.float32),)
+        crosses = crosses + (tl.zeros([L], tl.float32),)
+    for start in tl.range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = column < C
+        z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
+        tiles = ()
+        for m in tl.static_range(1, N):
+            wanted = inside & (n_classes[m] > column * 0)
+            tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
+        d_s = tl.reshape(z_s.to(tl.float32), [L, V]) - z_max[0]
+        new_m = ()
+        new_s = ()
+        new_crosses = ()
+        for m in tl.static_range(1, N):
+            d_m = tl.reshape(tiles[m - 1].to(tl.float32), [L, V]) - z_max[m]
+            e_m = tl.exp2(exponents(d_m, scale_m[m]))
+            e_s = tl.exp2(exponents(d_s, scale_s[m]))
+            cross = cross_terms(e_m, d_m, d_s, scale_m[m], scale_s[m], SAME_TAU)
+            new_m = new_m + (sums_m[m - 1] + tl.sum(e_m, 1),)
+            new_s = new_s + (sums_s[m - 1] + tl.sum(e_s, 1),)
+            new_crosses = new_crosses + (crosses[m - 1] + tl.sum(cross, 1),)
+        sums_m = new_m
+        sums_s = new_s
+        crosses = new_crosses
+    K: tl.constexpr = lane.shape[1]
+    sum_m = tl.sum(in_lanes((sums_m[0],) + sums_m, K), 1)
+    sum_s = tl.sum(in_lanes((sums_s[0],) + sums_s, K), 1)
+    return sum_m, sum_s, tl.sum(in_lanes((crosses[0],) + crosses, K), 1)
+
+
+@triton.jit
+def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
+    """Store columns of a row's gradient times the factor, in its own dtype; row and valid [1]."""
+    sick = tl.max(nonfinite.to(tl.int32), 0) > 0
+    grad = tl.where(sick, float("nan"), grad * factor)
+    grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)
+    tl.store(grad_ptr + tl.sum(row, 0) * C + column, grad.to(grad_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def store_row_gradient(
+    grad_ptr,
+    grad,  # [BLOCK_C], of `row_lessons`
+    target_ptr,
+    label_smoothing,
+    row,  # [1]
+    target,
+    task,  # [1, 1]
+    factor,
+    valid,  # [1]
+    nonfinite,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """The gradient's last term, and its way to memory."""
+    column = tl.arange(0, BLOCK_C)
+    inside = column < C
+    if SOFT:
+        t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        t = tl.where(column == target, 1.0, 0.0)
+    grad -= smoothed(t, label_smoothing, inside, C) * tl.sum(tl.sum(task, 1), 0)
+    store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C)
+
+
+@triton.jit
+def swept_gradient(
+    grad_ptr,
+    begins,
+    target_ptr,
+    label_smoothing,
+    row,  # [1]
+    target,
+    maxima,  # [1, K], as are all down to active
+    tau_m,
+    tau_s,
+    coef_m,
+    coef_s,
+    active,
+    lane,
+    task,  # [1, 1]
+    factor,
+    valid,  # [1]
+    nonfinite,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    SOFT: tl.constexpr,
+    SAME_TAU: tl.constexpr,
+):
+    """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's own in lane 0."""
+    N: tl.constexpr = len(begins)
+    z_max = numbers_of(maxima, lane, N)
+    scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
+    if SAME_TAU:
+        scale_s = scale_m
+    else:
+        scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, N)
+    of_m = numbers_of(coef_m, lane, N)
+    of_s = numbers_of(coef_s, lane, N)
+    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
+    a_s = tl.sum(task)
+    for start in tl.range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = column < C
+        z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
+        tiles = ()
+        for m in tl.static_range(1, N):
+            wanted = inside & (n_classes[m] > column * 0)
+            tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
+        if SOFT:
+            t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        else:
+            t = tl.where(column == target, 1.0, 0.0)
+        t = smoothed(t, label_smoothing, inside, C)
+        d_s = z_s.to(tl.float32) - z_max[0]
+        grad = -tl.exp2(d_s * LOG2E) * of_m[0] - t * a_s
+        for m in tl.static_range(1, N):
+            d_m = tiles[m - 1].to(tl.float32) - z_max[m]
+            grad += tl.exp2(exponents(d_s, scale_s[m])) * of_s[m]
+            grad -= tl.exp2(exponents(d_m, scale_m[m])) * of_m[m]
+        store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C)

@@ -1,0 +1,181 @@
+"""Rows in sweeps: one row a program, read three times, for many classes.
+
+Each thread keeps a running maximum and a running sum of every network, of its own columns alone:
+
+    S ← S · exp(max_old − max_new) + Σ exp(z − max_new),
+
+and only after the loop are the threads' joined, all networks' in one reduction. So no loop has a
+barrier or a reduction across threads in it, and all rows' loads are under way together; a mentor
+that does not teach is masked out of them, not branched around. The first sweep takes the
+confidences, the second the sums of the lessons, the third the gradient. Rows that fit are in a
+cache by then.
+
+Tiles are [L, V]: V neighbouring columns, as a load takes them, for each of L running values.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from classroomkd.kernels.device import (
+    LOG2E,
+    log_confidence,
+    smoothed,
+)
+
+
+@triton.jit
+def _pairs(tiles):
+    joined = ()
+    for i in tl.static_range(len(tiles) // 2):
+        joined = joined + (tl.join(tiles[i], tiles[i + len(tiles) // 2]),)
+    return joined
+
+
+@triton.jit
+def in_lanes(tiles, K: tl.constexpr):
+    """Values [L] of at most K networks as lanes [1, L, K]; those beyond are copies."""
+    L: tl.constexpr = tiles[0].shape[0]
+    for _ in tl.static_range(K - len(tiles)):
+        tiles = tiles + (tiles[0],)
+    tiles = _pairs(tiles)
+    if K >= 4:
+        tiles = _pairs(tiles)
+    if K >= 8:
+        tiles = _pairs(tiles)
+    if K >= 16:
+        tiles = _pairs(tiles)
+    if K >= 32:
+        tiles = _pairs(tiles)
+    return tl.reshape(tiles[0], [1, L, K])
+
+
+@triton.jit
+def numbers_of(lanes, lane, N: tl.constexpr):
+    """Of lanes [1, K] the first N, each a number."""
+    bits = lanes.to(tl.int32, bitcast=True)  # of which 0 + x is x to the compiler too
+    numbers = ()
+    for k in tl.static_range(N):
+        number = tl.sum(tl.sum(tl.where(lane == k, bits, 0), 1), 0)
+        numbers = numbers + (number.to(lanes.dtype, bitcast=True),)
+    return numbers
+
+
+@triton.jit
+def row_begins(student_ptr, mentor_ptrs, student_stride, mentor_strides, row, ALIGN: tl.constexpr):
+    """Where the row of each network begins, the student's first; ``row`` is a number."""
+    begins = (student_ptr + row * ALIGN * student_stride,)
+    for m in tl.static_range(len(mentor_ptrs)):
+        begins = begins + (mentor_ptrs[m] + row * ALIGN * mentor_strides[m],)
+    return begins
+
+
+@triton.jit
+def _at(begins, target, lane):
+    """Each network's logit of a class, in lanes [1, K]."""
+    values = tl.zeros_like(lane).to(tl.float32)
+    for k in tl.static_range(len(begins)):
+        values = tl.where(lane == k, tl.load(begins[k] + target).to(tl.float32), values)
+    return values
+
+
+@triton.jit
+def swept_confidences(
+    begins,
+    target_ptr,  # of the row: its index, or its first probability
+    label_smoothing,
+    ignore_index,
+    lane,  # [1, K]
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """First sweep. Of all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
+    target class; of the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
+    """
+    L: tl.constexpr = BLOCK_C // V
+    K: tl.constexpr = lane.shape[1]
+    ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
+    valid = tl.full([1], True, tl.int1)
+    out_of_range = tl.full([1], False, tl.int1)
+    if not SOFT:
+        index = tl.load(target_ptr).to(tl.int64)
+        valid = valid & (index != ignore_index)
+        out_of_range = (valid & ((index < 0) | (index >= C))) | out_of_range
+        target = tl.where((index < 0) | (index >= C), 0, index).to(tl.int32)
+    maxima = ()
+    sums = ()
+    picks = ()  # Σ t (z − max z)
+    for _ in tl.static_range(len(begins)):
+        maxima = maxima + (tl.full([L], -float("inf"), tl.float32),)
+        sums = sums + (tl.zeros([L], tl.float32),)
+        picks = picks + (tl.zeros([L], tl.float32),)
+    t_sums = tl.zeros([L], tl.float32)
+    best = tl.full([L], -float("inf"), tl.float32)
+    best_at = tl.full([L], C, tl.int32)
+    for start in tl.range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = column < C
+        if not ONE_CLASS:
+            if SOFT:
+                t = tl.load(target_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+                tile = tl.reshape(t, [L, V])
+                largest = tl.max(tile, 1)
+                at = tl.where(tile == largest[:, None], tl.reshape(column, [L, V]), C)
+                best_at = tl.where(largest > best, tl.min(at, 1), best_at)
+                best = tl.maximum(best, largest)
+                t = tl.where(inside, t, 0.0)
+            else:
+                t = tl.where(column == target, 1.0, 0.0)
+            t = tl.reshape(smoothed(t, label_smoothing, inside, C), [L, V])
+        new_maxima = ()
+        new_sums = ()
+        new_picks = ()
+        for k in tl.static_range(len(begins)):
+            z = tl.load(begins[k] + column, mask=inside, other=-float("inf"))
+            z = tl.reshape(z.to(tl.float32), [L, V])
+            largest = tl.maximum(maxima[k], tl.max(z, 1))
+            # While every class so far is ruled out, 0 stands for their maximum.
+            shift = tl.where(largest == -float("inf"), 0.0, largest)
+            lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - shift)
+            d = z - shift[:, None]
+            new_maxima = new_maxima + (largest,)
+            new_sums = new_sums + (
+                sums[k] * tl.exp2(lower * LOG2E) + tl.sum(tl.exp2(d * LOG2E), 1),
+            )
+            if ONE_CLASS:
+                new_picks = new_picks + (picks[k],)
+            else:
+                pick = picks[k] + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
+                new_picks = new_picks + (pick + tl.sum(tl.where(t > 0.0, t * d, 0.0), 1),)
+        maxima = new_maxima
+        sums = new_sums
+        picks = new_picks
+        if not ONE_CLASS:
+            t_sums += tl.sum(t, 1)
+    if SOFT:
+        largest = tl.max(best, 0)
+        target = tl.min(tl.where(best == largest, best_at, C - 1), 0)
+    of_threads = in_lanes(maxima, K)
+    z_max = tl.max(of_threads, 1)  # [1, K]
+    at_target = _at(begins, target, lane)  # here, where they fill no registers during the sweep
+    lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
+    e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
+    # Fused into the sum across threads the products would differ among them, and all that follows.
+    # This changes nothing but that.
+    e_sum = tl.maximum(e_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ONE_CLASS:
+        t_sum = tl.full([1, 1], 1.0, tl.float32)
+        e_sum = tl.sum(e_sum, 1)
+        picked = at_target - z_max
+    else:
+        t_sum = tl.sum(t_sums, 0) + tl.zeros([1, 1], tl.float32)
+        t_sums = t_sums[None, :, None]
+        picked = in_lanes(picks, K) + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
+        e_sum = tl.sum(e_sum, 1)
+        picked = tl.sum(picked, 1)
+    # A row without any class has no distribution.
+    ell = tl.where(z_max == -float("inf"), float("nan"), log_confidence(picked, t_sum, e_sum))
+    return ell, z_max, e_sum, at_target - z_max, valid, out_of_range, target, t_sum
