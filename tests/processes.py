@@ -41,10 +41,14 @@ def _execute(code, arguments, environment, folder, outputs):
     exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
 
 
+# What ``python -m classroomkd`` does.
+COMMAND = "import sys; from classroomkd import cli; sys.exit(cli.main())"
+
+
 class Running:
     """Python code in a process, which has ``returncode``, ``stdout`` and ``stderr`` once it ends.
 
-    As ``subprocess.Popen([sys.executable, "-c", code, …])`` with these additions to the environment.
+    As ``subprocess.Popen([sys.executable, "-c", code])`` with an environment that has these too.
     """
 
     def __init__(self, code: str, *arguments: object, cwd: Path | None = None, **environment: str):
@@ -60,7 +64,12 @@ class Running:
             ),
         )
         self._process.start()
-        self.kill = self._process.kill
+        self.pid, self.kill = self._process.pid, self._process.kill
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.exitcode is None
 
     def wait(self) -> Running:
         """Itself, ended; killed if it takes too long."""

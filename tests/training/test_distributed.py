@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from image_folders import write_classes
-from processes import Running
+from processes import COMMAND, Running
 
 KINDS = ("alone", "sample", "batch", "scaled", "clipped")
 
@@ -127,9 +127,6 @@ def test_two_processes_train_as_one(weights, kind):
     assert kind != "scaled" or abs(one["temperature"] - 2) > 0.01
 
 
-COMMAND = "import sys; from classroomkd import cli; sys.exit(cli.main())"
-
-
 @pytest.mark.slow
 def test_a_whole_run_in_two_processes(tmp_path):
     """From the command line: one folder, written once, with what all images give."""
@@ -154,6 +151,9 @@ STORE = """
     from pathlib import Path
     os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache" + os.environ.get("RANK", "0")
     from small_runs import stored_run
+    from classroomkd.runs import training_run
+
+    training_run.write_report = lambda out: None
     for run in ("first", "second"):
         _, text = stored_run(Path(sys.argv[1]) / run, "alone=false", "training.batch_size=8")
         print(run, "taken from" in text)
@@ -175,9 +175,10 @@ CACHED = """
     os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache"
     from rich.console import Console
     from small_runs import colours, recipe
-    from classroomkd.runs.training_run import TrainingRun
+    from classroomkd.runs import training_run
     from classroomkd.training.mentor_bank import MentorBank
 
+    training_run.write_report = lambda out: None
     asked, ask = [], MentorBank.__call__
 
     def spy(self, images, names=None):
@@ -190,7 +191,7 @@ CACHED = """
         cache = "mentor_cache=" + ("null" if name == "without" else "{}")
         made = recipe("alone=false", "mentors=[resnet8]", "store=true", cache)
         with open(os.devnull, "w") as nothing:
-            run = TrainingRun(made, Console(file=nothing))
+            run = training_run.TrainingRun(made, Console(file=nothing))
             run.run(colours(28), colours(13, 1), Path(sys.argv[1]) / name)
         print(name, asked)
 """
