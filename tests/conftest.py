@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import time
 import zlib
 from pathlib import Path
@@ -188,6 +189,25 @@ def _no_pages(request, monkeypatch):
         monkeypatch.setattr(
             "classroomkd.runs.training_run.write_report", lambda out: (out / "report.html").touch()
         )
+
+
+@pytest.fixture(scope="session")
+def shared_file(tmp_path_factory):
+    """What takes long to make, made by the first process of pytest that wants it."""
+
+    def load(name, make):
+        from filelock import FileLock  # which torch brings
+
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
+        path = folder / f"{name}.pt"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                torch.save(make(), path)
+        return torch.load(path, weights_only=False)
+
+    return load
 
 
 @pytest.fixture

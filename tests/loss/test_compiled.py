@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import multiprocessing
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from classroomkd.loss.options import (
 pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
 
 import compiled
+from processes import context
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -33,8 +33,7 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 @pytest.fixture(scope="module")
 def compile_all():
     """Compile in fresh processes, since this one may be interpreting the kernels."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:
         yield lambda function, jobs: list(pool.map(function, jobs))
 
 
@@ -259,8 +258,7 @@ def test_the_reader_sees_spills_and_narrow_loads(compile_all):
     assert narrow["classroom"].loads.keys() == {4, 8}
     assert narrow["classroom"].loads[8] == 1
     one_warp = {"ROWS": 1, "num_warps": 1, "V": 4}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:  # they are not as they were, after
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:  # they are not as they were, after
         squeezed = [
             pool.submit(
                 _compile_squeezed, "cuda:90", {**one_warp, "BLOCK_C": 1024, "max_registers": 32}

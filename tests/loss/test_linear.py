@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from torch import distributed
+from torch import distributed, multiprocessing
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from classroomkd import classroom_loss, fused_linear_classroom_loss
 from classroomkd.loss import cut_vocabulary, linear_operators
 from classrooms import OPTIONS
+from processes import context
 
 N, V, H = 13, 37, 8
 
@@ -389,7 +390,10 @@ def one_of_two_processes(rank, folder):
 def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):
     """DDP averages them over the processes: half the gradients of the sum over all rows."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
+    context()
+    multiprocessing.start_processes(
+        one_of_two_processes, (str(tmp_path),), 2, start_method="forkserver"
+    )
     for ranking in ("sample", "batch"):
         expected = [grad / 2 for grad in tied_gradients(Tied(), slice(None), ranking=ranking)]
         for rank in range(2):

@@ -16,6 +16,7 @@ from classroomkd import (
 )
 from classroomkd.loss import fused, operators
 from classrooms import classroom
+from processes import context
 
 # No Triton here: spawned processes import this module before they choose how to run kernels.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -525,4 +526,7 @@ def in_two_processes(rank, folder):
 
 @pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
-    multiprocessing.spawn(in_two_processes, (str(tmp_path),), nprocs=2)
+    context()
+    multiprocessing.start_processes(
+        in_two_processes, (str(tmp_path),), 2, start_method="forkserver"
+    )
