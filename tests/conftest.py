@@ -83,6 +83,9 @@ def pytest_collection_modifyitems(config, items):
     left_out = set(_ptx_to_leave_out(items, config.getoption("every_ptx")))
     config.hook.pytest_deselected(items=[*left_out])
     items[:] = [item for item in items if item not in left_out]
+    # Files with long tests come first, so that processes side by side end together.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if share := config.getoption("share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]

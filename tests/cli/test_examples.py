@@ -80,6 +80,7 @@ def run_example(monkeypatch, capsys, example: Path, *arguments: str) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(LESS))
 def test_example_learns(output_of, name):
     length, at_least = LESS[name]
