@@ -51,6 +51,9 @@ def test_wide_loads_and_no_spill(compile_all, n_classes, dtype):
     halves, but for the student's, which is still there.
     """
     n_mentors, n_lanes = 6, 8
+    # On H100 all four; each of the others has both sizes, and both dtypes.
+    alike = (n_classes == 100) == (dtype == torch.float32)
+    targets = ("cuda:90", "cuda:80") if alike else ("cuda:90", "cuda:100", "hip:gfx942")
     jobs = [
         {
             "n_classes": n_classes,
@@ -60,9 +63,9 @@ def test_wide_loads_and_no_spill(compile_all, n_classes, dtype):
             "gradient": "autograd",
             "reduction": "none",  # nothing but the rows: no counting, no summing
         }
-        for target in TARGETS
+        for target in targets
     ]
-    for target, kernels in zip(TARGETS, compile_all(_compile, jobs), strict=True):
+    for target, kernels in zip(targets, compile_all(_compile, jobs), strict=True):
         got = kernels["classroom"]
         assert got.spilled_bytes == 0, target
         cut = got.blocks
@@ -234,7 +237,7 @@ def test_class_probabilities_compile_over_tiles(compile_all):
             "targets": torch.float32,
             "ranking": "batch",
         }
-        for target in TARGETS
+        for target in ("cuda:80", "hip:gfx942")
     ]
     for job, got in zip(jobs, compile_all(_compile, jobs), strict=True):
         assert got.keys() == {"confidence", "classroom"}
