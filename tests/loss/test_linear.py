@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from classroomkd import classroom_loss, fused_linear_classroom_loss
-from classroomkd.loss import cut_vocabulary, linear_operators
+from classroomkd.loss import cut_vocabulary, fused, linear_operators
 from classrooms import OPTIONS
 from processes import context
 
@@ -72,8 +72,13 @@ def assert_right(student, mentors, targets, tolerance, **options):
         assert grad.dtype == part.dtype
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 5, N, 100])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "chunk_rows"),
+    [
+        *((name, 5) for name in OPTIONS),
+        *((name, rows) for name in ("defaults", "batch", "rows") for rows in (1, N, 100)),
+    ],
+)
 def test_whole_logits_in_float64(name, chunk_rows):
     assert_right(*heads(torch.float64), 1e-11, chunk_rows=chunk_rows, **OPTIONS[name])
 
@@ -87,7 +92,8 @@ def test_whole_logits(device, name):
 def test_bfloat16_is_no_worse_than_whole_logits(device, name):
     """Gradients at hidden states, weight and bias, against those of whole bfloat16 logits."""
     errors = torch.zeros(2, 3)
-    for seed in range(8):
+    # What differs from device to device are the logits' gradients; the products are PyTorch's.
+    for seed in range(2 if fused._INTERPRET else 8):
         student, mentors, targets = heads(torch.bfloat16, device, n_rows=24, seed=seed)
         options = OPTIONS[name]
         # The logits of the truth are those that both have, rounded to bfloat16.
@@ -107,7 +113,7 @@ def test_bfloat16_is_no_worse_than_whole_logits(device, name):
         for row, grads in enumerate((chunked, usual)):
             for column, (grad, leaf) in enumerate(zip(grads, leaves, strict=True)):
                 errors[row, column] += (grad.double() - leaf.grad).norm() / leaf.grad.norm()
-    assert (errors[0] <= 1.1 * errors[1]).all(), errors / 8
+    assert (errors[0] <= 1.1 * errors[1]).all(), errors
 
 
 def test_ignored_rows_may_hold_anything(device):
@@ -219,8 +225,8 @@ def test_chunk_rows_follow_the_budget():
     assert _rows_per_chunk(None, 2**20, student, mentors, torch.float16) == 2**20 // 6000
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_compile(device, backend):
+def test_compile(device):
+    backend = "aot_eager" if fused._INTERPRET else "inductor"
     student, mentors, targets = heads(device=device)
 
     def step(hidden, weight, mentors, targets):
