@@ -83,7 +83,14 @@ def test_whole_logits_in_float64(name, chunk_rows):
     assert_right(*heads(torch.float64), 1e-11, chunk_rows=chunk_rows, **OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# Every option on the passes that take no time; what the kernels make of it has tests of its own.
+ON_DEVICES = [("cpu", name) for name in OPTIONS]
+ON_DEVICES += [pytest.param("gpu", name, marks=pytest.mark.gpu) for name in OPTIONS]
+for name in ("defaults", "batch", "correct_and_better", "dtkd", "rows", "smoothed_batch_dtkd"):
+    ON_DEVICES += [("interpreter", name), pytest.param("ptx", name, marks=pytest.mark.ptx)]
+
+
+@pytest.mark.parametrize(("device", "name"), ON_DEVICES, indirect=["device"])
 def test_whole_logits(device, name):
     assert_right(*heads(device=device), 1e-5, chunk_rows=5, **OPTIONS[name])
 
