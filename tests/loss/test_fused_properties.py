@@ -53,7 +53,7 @@ def drawn(n, **strategies):
 
     def decorate(check):
         def test(device):
-            many = n if fused.implementation(device.type) is fused_cases.launch else 40 * n
+            many = n if fused.implementation(device.type) is fused_cases.launch else 20 * n
 
             @settings(
                 max_examples=many,
