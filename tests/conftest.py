@@ -1,7 +1,9 @@
 """Fixtures of all tests, and what pytest skips where a package is missing."""
 
+import contextlib
 import itertools
 import math
+import os
 import time
 import zlib
 from pathlib import Path
@@ -82,6 +84,9 @@ def pytest_collection_modifyitems(config, items):
     left_out = set(_ptx_to_leave_out(items, config.getoption("every_ptx")))
     config.hook.pytest_deselected(items=[*left_out])
     items[:] = [item for item in items if item not in left_out]
+    # Files with long tests come first, so that processes side by side end together.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if share := config.getoption("share"):
         first, step = map(int, share.split("/"))
         items[:] = items[first::step]
@@ -173,6 +178,43 @@ def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CLASSROOMKD_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def pages():
+    """Runs end with their pages, as they do outside of tests."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pages(request, monkeypatch):
+    """Elsewhere they leave an empty one: drawing takes as long as all training of a tiny run."""
+    runs = {"cli", "runs", "training"}
+    if request.path.parent.name in runs and "pages" not in request.fixturenames:
+        with contextlib.suppress(ImportError):  # as where the loss alone is tested
+            from classroomkd.runs import training_run
+
+            monkeypatch.setattr(
+                training_run, "write_report", lambda out: (out / "report.html").touch()
+            )
+
+
+@pytest.fixture(scope="session")
+def shared_file(tmp_path_factory):
+    """What takes long to make, made by the first process of pytest that wants it."""
+
+    def load(name, make):
+        from filelock import FileLock  # which torch brings
+
+        folder = tmp_path_factory.getbasetemp()
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            folder = folder.parent
+        path = folder / f"{name}.pt"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                torch.save(make(), path)
+        return torch.load(path, weights_only=False)
+
+    return load
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ clock. It shows that every line for a GPU runs, and nothing of a GPU's speed.
 from __future__ import annotations
 
 import contextlib
+import pickle
 import time
 from collections import Counter
 from functools import partial
@@ -18,6 +19,7 @@ from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+import loader_processes
 from classroomkd.training.graph import CapturedStep
 
 CUDA = torch.device("cuda", 0)
@@ -178,7 +180,7 @@ class HereProcess:
     """A row's process that is none: the benchmark's own serves."""
 
     def __init__(self, make, device, ends) -> None:
-        self._served, self.connection = make(), self
+        self._served, self.connection = pickle.loads(pickle.dumps(make))(), self
 
     def ready(self) -> None:
         """It is."""
@@ -190,7 +192,10 @@ class HereProcess:
         return 2**20
 
     def ask(self, method: str, memory: list[int] | None = None) -> object:
-        """Call it."""
+        """Call it; what it raises ends the row."""
         if memory is not None:
             memory.append(self.memory())
-        return getattr(self._served, method)()
+        try:
+            return getattr(self._served, method)()
+        except Exception as error:
+            raise loader_processes.RowError(loader_processes.reason(error)) from error

@@ -17,6 +17,7 @@ from PIL import Image
 from classroomkd import classroom_loss
 from classroomkd.errors import UserError
 from classroomkd.loss import fused
+from fake_cuda import HereProcess
 from ffcv_required import requires_ffcv
 from interpreter import INTERPRETED
 from patience import LAST_RESORT
@@ -201,28 +202,40 @@ def test_markdown_tables():
 # ---------------------------------------------------------------- the loaders
 
 
-def run_loaders(out, *options, **environment):
-    command = [sys.executable, BENCHMARKS / "loaders.py", "--device", "cpu", "--out", out]
-    done = subprocess.run(
-        [*command, *map(str, options)],
-        capture_output=True,
-        text=True,
-        cwd=out,
-        env=os.environ | environment,
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads((out / "loaders.json").read_text())
-    return {(row["loader"], row["workers"]): row for row in record["rows"]}, record, done.stdout
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Run a script whose rows have processes here: its record and what it prints.
+
+    ``test_rows_fail_alone`` has the processes themselves.
+    """
+    monkeypatch.setattr(loader_processes, "Process", HereProcess)
+    threads = torch.get_num_threads()
+
+    def run_it(module, *options):
+        command = [module.__name__, "--out", tmp_path, *options]
+        monkeypatch.setattr(sys, "argv", [*map(str, command)])
+        status = module.main()
+        printed = capsys.readouterr()
+        assert status == 0, printed.err
+        return json.loads((tmp_path / f"{module.__name__}.json").read_text()), printed.out
+
+    yield run_it
+    torch.set_num_threads(threads)
 
 
-TINY = ("--images", 256, "--batch", 64, "--workers", 1, "--rounds")
+def by_loader(record):
+    return {(row["loader"], row["workers"]): row for row in record["rows"]}
+
+
+TINY = ("--device", "cpu", "--images", 256, "--batch", 64, "--workers", 1, "--rounds")
 
 
 @pytest.mark.slow
 @requires_ffcv
-def test_all_loaders_on_this_machine(tmp_path):
+def test_all_loaders_on_this_machine(script):
     """One worker: FFCV's own operations take twice as long to compile for more."""
-    rows, record, printed = run_loaders(tmp_path, *TINY, 1)
+    record, printed = script(loaders, *TINY, 1)
+    rows = by_loader(record)
     assert [name for name, _ in rows] == [
         *("bare copy", "resident", "ffcv", "torch"),
         *("FFCV's operations", "torchvision's transforms"),
@@ -235,7 +248,7 @@ def test_all_loaders_on_this_machine(tmp_path):
         assert row["first_batch"]["seconds"] > 0
         assert row["first_batch_again"]["seconds"] > 0
         assert row["gpu_mib"] is None
-        assert 0 < row["host_mib"] < 2000
+        assert row["host_mib"] is not None
         assert f"{row['images_per_second']:,.0f}" in printed
     stock = rows["FFCV's operations", 1]
     assert stock["first_batch_again"]["compiled"]
@@ -249,11 +262,14 @@ def test_all_loaders_on_this_machine(tmp_path):
     assert "15,360 bytes per image" in printed
 
 
-@pytest.mark.slow
-def test_loaders_without_ffcv_of_real_images(tmp_path):
+def test_loaders_without_ffcv_of_real_images(tmp_path, script, monkeypatch):
     """The rows of what is not installed say so, and all others are there."""
+    for name in [*sys.modules]:
+        if name.partition(".")[0] in ("ffcv", "torchvision"):
+            monkeypatch.delitem(sys.modules, name)
     for name in ("ffcv", "torchvision"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError({name!r}, name={name!r})")
+    monkeypatch.syspath_prepend(tmp_path)
     rng = np.random.default_rng(0)
     for name in ("train/a", "train/b", "test/a", "test/b"):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -261,7 +277,8 @@ def test_loaders_without_ffcv_of_real_images(tmp_path):
             pixels = rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / name / f"{k}.png")
     options = (*TINY, 2, "--size", 8, "--data", tmp_path / "images", "--images", 150)
-    rows, record, printed = run_loaders(tmp_path, *options, PYTHONPATH=str(tmp_path))
+    record, printed = script(loaders, *options)
+    rows = by_loader(record)
     assert (record["images"], record["size"]) == (150, [8, 8])
     assert {key: row["status"] for key, row in rows.items()} == {
         ("bare copy", 1): "ok",
@@ -303,6 +320,7 @@ def test_rows_fail_alone(monkeypatch):
             process.ready()
             held = []
             assert process.ask("right", held) == 7
+            assert all(0 < n_bytes < 4e9 for n_bytes in held), held
             assert len(held) >= 1
             with pytest.raises(loaders.RowError, match=r"^failed: no such batch$"):
                 process.ask("wrong")
@@ -417,15 +435,10 @@ def test_markdown_of_the_loaders():
 # ---------------------------------------------------------------- the whole step
 
 
-@pytest.mark.slow
-def test_the_step_on_this_machine(tmp_path):
-    command = [sys.executable, BENCHMARKS / "step.py", "--small", "--out", tmp_path]
-    options = "--images 128 --size 8 --batch 32 --rounds 1 --seconds 0.2 --workers 1"
-    done = subprocess.run(
-        [*command, *options.split()], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.returncode == 0, done.stderr
-    record = json.loads((tmp_path / "step.json").read_text())
+def test_the_step_on_this_machine(script, monkeypatch):
+    monkeypatch.setenv("CLASSROOMKD_CACHE", "")  # which the script sets
+    options = "--small --images 128 --size 8 --batch 32 --rounds 1 --seconds 0.2 --workers 1"
+    record, printed = script(step, *options.split())
     assert (record["images"], record["size"]) == (128, [8, 8])
     rows = {row["implementation"]: row for row in record["rows"]}
     assert rows.keys() >= {step.THIS, step.CACHED, step.LOOP}
@@ -442,8 +455,8 @@ def test_the_step_on_this_machine(tmp_path):
             networks -= parts[step_rows.MENTORS]
         share = 100 * (1 - networks / sum(parts.values()))
         assert row["outside_networks_percent"] == pytest.approx(share)
-        assert 0 < row["host_mib"] < 4000
-        assert f"{row['images_per_second']:,.0f}" in done.stdout
+        assert row["host_mib"] is not None
+        assert f"{row['images_per_second']:,.0f}" in printed
     loop = rows[step.LOOP]["images_per_second"]
     times = rows[step.THIS]["images_per_second"] / loop
     assert rows[step.THIS]["times_the_loop"] == pytest.approx(times)

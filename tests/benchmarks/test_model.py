@@ -2,7 +2,6 @@
 
 import json
 import math
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -20,6 +19,7 @@ import model  # noqa: E402
 import sass  # noqa: E402
 import simulator  # noqa: E402
 import walk  # noqa: E402
+from processes import context  # noqa: E402
 from registers import Registers  # noqa: E402
 from sass import UNITS, Instruction  # noqa: E402
 
@@ -156,8 +156,7 @@ def test_registers_are_those_of_a_scheduler():
 @pytest.fixture(scope="module")
 def fresh():
     """Call in fresh processes, since this one may be interpreting the kernels."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:
         yield pool.map
 
 

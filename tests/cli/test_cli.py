@@ -86,6 +86,7 @@ def measured(output: str) -> dict[str, float]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("pages")
 def test_the_quickstart_and_its_evaluation(tmp_path: Path, capsys, monkeypatch):
     """What it prints and leaves; ``.ci/run`` has it in a process of its own, as the README does."""
     monkeypatch.chdir(tmp_path)
@@ -306,80 +307,80 @@ def test_config_lists_the_values_of_a_recipe(tmp_path, capsys):
     assert "the nearest are small-large-batch" in capsys.readouterr().err
 
 
-def test_report_looks_at_its_folders_first(tmp_path):
-    result = without_torch("report", "nope", cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "no run folder at nope" in result.stderr
-
-
-def without_torch(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """The command in a process in which torch, and what else takes long, cannot be imported."""
+def without_torch(*commands: str, cwd: Path) -> list[tuple[int, str, str]]:
+    """Status and output of each, where torch, and what else takes long, cannot be imported."""
     blocked = ("torch", "torchvision", "triton", "numba", "sklearn", "timm", "matplotlib")
-    code = (
-        f"import sys; sys.modules |= dict.fromkeys({blocked}); "
-        "from classroomkd.cli import main; sys.exit(main())"
+    code = f"""
+import contextlib, io, json, sys
+sys.modules |= dict.fromkeys({blocked})
+from classroomkd.cli import main
+for command in {commands}:
+    outputs = out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main(command.split())
+        except SystemExit as ended:
+            status = ended.code
+    print(json.dumps((status, *(output.getvalue() for output in outputs))))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=LAST_RESORT
     )
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=LAST_RESORT,
-    )
+    assert done.returncode == 0, done.stderr
+    return [tuple(json.loads(line)) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "--help",
-        "--version",
-        "train --help",
-        "reproduce --help",
-        "recipes",
-        "models",
-        "methods",
-        "config",
-        "config cifar100/large-batch",
-        *(f"reproduce {table} --plan" for table in TABLES),
-        "reproduce main --plan --devices cpu cpu --classrooms small --seeds 0",
-    ],
-)
-def test_what_needs_no_torch_does_not_import_it(tmp_path, command):
-    done = without_torch(*command.split(), cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout
+WITHOUT_TORCH = [
+    "--help",
+    "--version",
+    "train --help",
+    "reproduce --help",
+    "recipes",
+    "models",
+    "methods",
+    "config",
+    "config cifar100/large-batch",
+    *(f"reproduce {table} --plan" for table in TABLES),
+    "reproduce main --plan --devices cpu cpu --classrooms small --seeds 0",
+]
 
 
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        ("train --data absent {networks}", "no such folder: {cwd}/absent"),
-        ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),
-        (
-            "train --data {data} --student resnet9 --mentors resnet8",
-            "called 'resnet9'; the nearest",
-        ),
-        ("train --data {data} {networks} --out used", "used is not empty"),
-        ("train --data {data} {networks} temperature=4", "did you mean loss.temperature=4?"),
-        ("train --data {data} {networks} loss.temperature=0", "temperature must be"),
-        ("train --method kd", "given as method=kd (see"),
-        ("train --resume absent", "no run to go on with in absent"),
-        ("mentors --data absent --mentors resnet8 --at-once 2", "no such folder: {cwd}/absent"),
-        ("evaluate absent --data {data}", "there is no checkpoint absent"),
-        ("evaluate used --data absent", "no such folder: absent"),
-        ("evaluate used", "--data is required: used lies in no run folder"),
-        ("reproduce main --data absent", "no folder at {cwd}/absent"),
-        ("data info absent", "no such folder: absent"),
-    ],
-)
-def test_a_bad_path_is_found_without_torch(split, tmp_path, command, message):
+def test_what_needs_no_torch_does_not_import_it(tmp_path):
+    results = without_torch(*WITHOUT_TORCH, cwd=tmp_path)
+    for command, (status, out, err) in zip(WITHOUT_TORCH, results, strict=True):
+        assert (status or 0, err) == (0, ""), command
+        assert out, command
+
+
+BAD_PATHS = [
+    ("report nope", "no run folder at nope"),
+    ("train --data absent {networks}", "no such folder: {cwd}/absent"),
+    ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),
+    ("train --data {data} --student resnet9 --mentors resnet8", "called 'resnet9'; the nearest"),
+    ("train --data {data} {networks} --out used", "used is not empty"),
+    ("train --data {data} {networks} temperature=4", "did you mean loss.temperature=4?"),
+    ("train --data {data} {networks} loss.temperature=0", "temperature must be"),
+    ("train --method kd", "given as method=kd (see"),
+    ("train --resume absent", "no run to go on with in absent"),
+    ("mentors --data absent --mentors resnet8 --at-once 2", "no such folder: {cwd}/absent"),
+    ("evaluate absent --data {data}", "there is no checkpoint absent"),
+    ("evaluate used --data absent", "no such folder: absent"),
+    ("evaluate used", "--data is required: used lies in no run folder"),
+    ("reproduce main --data absent", "no folder at {cwd}/absent"),
+    ("data info absent", "no such folder: absent"),
+]
+
+
+def test_a_bad_path_is_found_without_torch(split, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").touch()
     values = {"data": split, "cwd": tmp_path, "networks": "--student resnet8 --mentors resnet20"}
-    done = without_torch(*command.format(**values).split(), cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert message.format(**values) in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+    commands = [command.format(**values) for command, _ in BAD_PATHS]
+    results = without_torch(*commands, cwd=tmp_path)
+    for (command, message), (status, out, err) in zip(BAD_PATHS, results, strict=True):
+        assert (status, out) == (2, ""), command
+        assert message.format(**values) in err, command
+        assert len(err.splitlines()) == 1, command
 
 
 def test_the_package_itself_takes_nothing_and_its_loss_torch_alone():
@@ -591,6 +592,7 @@ def test_a_table_is_all_that_reproduce_wants(capsys):
     assert "required: TABLE (see" in error_of(capsys, cli.main(["reproduce"]))
 
 
+@pytest.mark.usefixtures("pages")
 def test_resuming_a_finished_run_writes_its_page_if_that_is_missing(split, tmp_path, capsys):
     out = tmp_path / "run"
     assert train(split, out, "alone=false") == 0

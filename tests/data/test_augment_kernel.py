@@ -1,6 +1,5 @@
 """The kernel of the resident loader, bit by bit against one pixel after another in plain Python."""
 
-import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from classroomkd.data.augmentation import AUGMENT, CUTOUT, normalisation_table, stream_key
+from processes import context
 from slow_augmentation import SEEDS, slow_augment, slow_cutout
 
 pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
@@ -105,12 +105,14 @@ def test_every_bit_is_that_of_the_slow_way(device, size, dtype):
     """Stores of each width, images of one program and of two, programs that overhang."""
     images, targets = make_set(3, *size)
     order = torch.tensor([2, 0, 2, 1], device=device)
-    for recipe in (
+    recipes = (
         Recipe(padding=4, flip=True, cutout=max(1, size[1] // 2)),
-        Recipe(padding=1, flip=False, seed=BIG_SEED, epoch=BIG_EPOCH),
         Recipe(padding=0, flip=True),
+        Recipe(padding=1, flip=False, seed=BIG_SEED, epoch=BIG_EPOCH),
         Recipe(padding=0, flip=False, cutout=0),
-    ):
+    )
+    first = (SIZES.index(size) + DTYPES.index(dtype)) % 2  # each with each size, and each dtype
+    for recipe in recipes[first::2]:
         check(device, recipe, images, targets, order, dtype)
 
 
@@ -222,7 +224,7 @@ def test_no_epoch_and_no_batch_compiles_anew(monkeypatch):
 @pytest.fixture(scope="module")
 def fresh_processes():
     """Processes that compile, since this one may be interpreting the kernels."""
-    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:
         yield pool
 
 
@@ -239,11 +241,13 @@ CASES = [
 @pytest.mark.parametrize("target", TARGETS)
 def test_each_byte_is_read_once_and_stores_are_wide(fresh_processes, target):
     """A thread has 24 elements, whatever the image's size."""
+    # The older and the newer of NVIDIA's have half of them each.
+    cases = {"cuda:80": CASES[::2], "cuda:100": CASES[1::2]}.get(target, CASES)
     jobs = [
         fresh_processes.submit(compile_augmentation, height, width, target=target, **options)
-        for height, width, options, _ in CASES
+        for height, width, options, _ in cases
     ]
-    for case, job in zip(CASES, jobs, strict=True):
+    for case, job in zip(cases, jobs, strict=True):
         got = job.result()
         assert got.spilled_bytes == 0, case
         assert got.registers <= 64, case  # 8 programs of 128 threads a multiprocessor

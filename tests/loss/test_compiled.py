@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import multiprocessing
 import sys
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +25,7 @@ from classroomkd.loss.options import (
 pytest.importorskip("triton", "3.3", reason="needs Triton 3.3")
 
 import compiled
+from processes import context
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
@@ -33,8 +33,7 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 @pytest.fixture(scope="module")
 def compile_all():
     """Compile in fresh processes, since this one may be interpreting the kernels."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:
         yield lambda function, jobs: list(pool.map(function, jobs))
 
 
@@ -52,6 +51,9 @@ def test_wide_loads_and_no_spill(compile_all, n_classes, dtype):
     halves, but for the student's, which is still there.
     """
     n_mentors, n_lanes = 6, 8
+    # On H100 all four; each of the others has both sizes, and both dtypes.
+    alike = (n_classes == 100) == (dtype == torch.float32)
+    targets = ("cuda:90", "cuda:80") if alike else ("cuda:90", "cuda:100", "hip:gfx942")
     jobs = [
         {
             "n_classes": n_classes,
@@ -61,9 +63,9 @@ def test_wide_loads_and_no_spill(compile_all, n_classes, dtype):
             "gradient": "autograd",
             "reduction": "none",  # nothing but the rows: no counting, no summing
         }
-        for target in TARGETS
+        for target in targets
     ]
-    for target, kernels in zip(TARGETS, compile_all(_compile, jobs), strict=True):
+    for target, kernels in zip(targets, compile_all(_compile, jobs), strict=True):
         got = kernels["classroom"]
         assert got.spilled_bytes == 0, target
         cut = got.blocks
@@ -235,7 +237,7 @@ def test_class_probabilities_compile_over_tiles(compile_all):
             "targets": torch.float32,
             "ranking": "batch",
         }
-        for target in TARGETS
+        for target in ("cuda:80", "hip:gfx942")
     ]
     for job, got in zip(jobs, compile_all(_compile, jobs), strict=True):
         assert got.keys() == {"confidence", "classroom"}
@@ -259,8 +261,7 @@ def test_the_reader_sees_spills_and_narrow_loads(compile_all):
     assert narrow["classroom"].loads.keys() == {4, 8}
     assert narrow["classroom"].loads[8] == 1
     one_warp = {"ROWS": 1, "num_warps": 1, "V": 4}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, mp_context=context) as pool:  # they are not as they were, after
+    with ProcessPoolExecutor(2, mp_context=context()) as pool:  # they are not as they were, after
         squeezed = [
             pool.submit(
                 _compile_squeezed, "cuda:90", {**one_warp, "BLOCK_C": 1024, "max_registers": 32}

@@ -108,6 +108,7 @@ def test_image_sets_give_the_very_weights_of_the_command_line(tmp_path):
         ("fitnet", {"method_options": {"student_layers": "1", "teacher_layers": "1"}}),
     ],
 )
+@pytest.mark.usefixtures("pages")
 def test_batches_of_tensors_train_by_every_method_with_records_and_report(
     tmp_path, method, options
 ):

@@ -3,13 +3,9 @@
 import filecmp
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -30,10 +26,9 @@ from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.training_run import TrainingRun
 from classroomkd.training.logits_files import logits_folder
 from classroomkd.training.mentor_bank import MentorBank
-from patience import LAST_RESORT
+from processes import Running
 from small_runs import colours, recipe, records, same
 
-TESTS = Path(__file__).parents[1]
 COUNT, STEPS = 28, 3  # images, and steps of an epoch
 BASE = ("store=true", "alone=false", "mentor_training.epochs=1", "mentors=[resnet8,resnet14]")
 CACHED = "mentor_cache.dtype=float32"
@@ -124,15 +119,15 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypat
     assert not list(logits_folder().iterdir())
 
 
-KILLED = f"""
+KILLED = """
     import os, signal, sys
     from pathlib import Path
-    sys.path.insert(0, {str(TESTS)!r})
     from rich.console import Console
     from small_runs import colours, recipe
-    from classroomkd.runs.training_run import TrainingRun
+    from classroomkd.runs import training_run
     from classroomkd.training.logits_files import KeptLogits
 
+    training_run.write_report = lambda out: None
     out, number = Path(sys.argv[1]), int(sys.argv[2])
     hashed, calls = KeptLogits._hash, 0
 
@@ -147,8 +142,8 @@ KILLED = f"""
     made = recipe(*sys.argv[3:])
     resume = (out / "inputs.json").exists()
     with open(os.devnull, "w") as nothing:
-        run = TrainingRun(made, Console(file=nothing))
-        run.run(colours({COUNT}), colours(13, 1), out, resume)
+        run = training_run.TrainingRun(made, Console(file=nothing))
+        run.run(colours(28), colours(13, 1), out, resume)
 """
 
 
@@ -160,11 +155,7 @@ def test_a_killed_run_goes_on_to_the_same_student(tmp_path):
     out = tmp_path / "killed"
 
     def run(number):
-        command = [sys.executable, "-c", textwrap.dedent(KILLED), str(out), str(number)]
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            [*command, *overrides, CACHED], timeout=LAST_RESORT, env=environment
-        ).returncode
+        return Running(KILLED, out, number, *overrides, CACHED).wait().returncode
 
     assert run(3) == -signal.SIGKILL
     assert run(5) == -signal.SIGKILL
@@ -184,6 +175,7 @@ def own(folder, name="own.npy", epochs=1, count=COUNT, classes=3):
     return folder / name
 
 
+@pytest.mark.usefixtures("pages")
 def test_logits_of_ones_own_teach(tmp_path, asked):
     """In the recipe's order, beside a network, and in the report."""
     file = own(tmp_path)

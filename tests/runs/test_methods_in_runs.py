@@ -3,7 +3,6 @@
 import copy
 import errno
 import io
-import multiprocessing
 import os
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -13,6 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import processes
 from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.models import load_network
@@ -290,7 +290,7 @@ def _train_mentors(folder: Path) -> str:
 
 @pytest.mark.slow
 def test_two_processes_train_a_mentor_once(tmp_path, store):
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, processes.context()) as pool:
         both = [pool.submit(_train_mentors, tmp_path) for _ in range(2)]
         texts = [training.result(LAST_RESORT) for training in both]  # or its error, at once
     assert sum("taken from" in text for text in texts) == 1

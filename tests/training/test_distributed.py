@@ -1,21 +1,14 @@
 """Two gloo processes train as one process with the whole batch does."""
 
 import json
-import os
 import socket
-import subprocess
-import sys
-import textwrap
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 
 from image_folders import write_classes
-from patience import LAST_RESORT
-
-TESTS = Path(__file__).parents[1]
+from processes import COMMAND, Running
 
 KINDS = ("alone", "sample", "batch", "scaled", "clipped")
 
@@ -23,7 +16,6 @@ KINDS = ("alone", "sample", "batch", "scaled", "clipped")
 # loss; argv: where to save, batch size of each process.
 SCRIPT = f"""
     import sys
-    sys.path.insert(0, {str(TESTS)!r})
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -90,49 +82,35 @@ SCRIPT = f"""
 
 
 def launch(script, processes, *arguments, cwd=None):
-    """Run ``script`` in so many processes, as torchrun would; returns what they print to stderr."""
+    """Run ``script`` in so many processes, as torchrun would; returns what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, *script, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if processes > 1:
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment |= {"WORLD_SIZE": str(processes), "GLOO_SOCKET_IFNAME": "lo"}
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    environment = together | {"GLOO_SOCKET_IFNAME": "lo"} if processes > 1 else {}
     started = [
-        subprocess.Popen(
-            command,
-            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            cwd=cwd,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Running(script, *arguments, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **environment)
         for rank in range(processes)
     ]
 
-    def outcome(process):
-        try:
-            return process.communicate(timeout=LAST_RESORT)
-        finally:
-            if process.returncode != 0:  # the others would wait for it
-                for other in started:
-                    other.kill()
+    def ended(process):
+        if process.wait().returncode != 0:  # the others would wait for it
+            for other in started:
+                other.kill()
 
     with ThreadPoolExecutor(processes) as pool:
-        outcomes = list(pool.map(outcome, started))
+        list(pool.map(ended, started))
     codes = [process.returncode for process in started]
-    assert not any(codes), (codes, [errors for _, errors in outcomes])
-    return [output for output, _ in outcomes]
+    assert not any(codes), (codes, [process.stderr for process in started])
+    return [process.stdout for process in started]
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """What one process trains, and what two do with half the batch each: by kind, by name."""
     folder = tmp_path_factory.mktemp("trained")
-    script = ["-c", textwrap.dedent(SCRIPT)]
-    launch(script, 1, folder / "one.pt", 16)
-    launch(script, 2, folder / "two.pt", 8)
+    launch(SCRIPT, 1, folder / "one.pt", 16)
+    launch(SCRIPT, 2, folder / "two.pt", 8)
     return [torch.load(folder / f"{name}.pt") for name in ("one", "two")]
 
 
@@ -156,7 +134,7 @@ def test_a_whole_run_in_two_processes(tmp_path):
     write_classes(tmp_path / "data" / "val", 5, seed=1)
     options = ["--data", "data", "--student", "resnet8", "--mentors", "resnet8", "--out", "run"]
     options += ["--epochs", "1", "--batch-size", "8", "--image-size", "8", "store=false"]
-    (main, other) = launch(["-m", "classroomkd"], 2, "train", *options, cwd=tmp_path)
+    (main, other) = launch(COMMAND, 2, "train", *options, cwd=tmp_path)
     assert "report: run/report.html" in main
     assert other == ""
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
@@ -168,12 +146,14 @@ def test_a_whole_run_in_two_processes(tmp_path):
     assert summary["data"]["test_images"] == 15
 
 
-STORE = f"""
+STORE = """
     import os, sys
     from pathlib import Path
     os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache" + os.environ.get("RANK", "0")
-    sys.path.insert(0, {str(TESTS)!r})
     from small_runs import stored_run
+    from classroomkd.runs import training_run
+
+    training_run.write_report = lambda out: None
     for run in ("first", "second"):
         _, text = stored_run(Path(sys.argv[1]) / run, "alone=false", "training.batch_size=8")
         print(run, "taken from" in text)
@@ -183,22 +163,22 @@ STORE = f"""
 @pytest.mark.slow
 def test_the_main_processs_store_serves_all(tmp_path):
     """Each machine may have a cache of its own: a mentor is in one of them, and taken by all."""
-    main, _ = launch(["-c", textwrap.dedent(STORE)], 2, tmp_path)
+    main, _ = launch(STORE, 2, tmp_path)
     assert main.split() == ["first", "False", "second", "True"]
     assert len(list((tmp_path / "cache0" / "mentors").glob("*.safetensors"))) == 1
     assert not (tmp_path / "cache1" / "mentors").exists()
 
 
-CACHED = f"""
+CACHED = """
     import os, sys
     from pathlib import Path
     os.environ["CLASSROOMKD_CACHE"] = sys.argv[1] + "/cache"
-    sys.path.insert(0, {str(TESTS)!r})
     from rich.console import Console
     from small_runs import colours, recipe
-    from classroomkd.runs.training_run import TrainingRun
+    from classroomkd.runs import training_run
     from classroomkd.training.mentor_bank import MentorBank
 
+    training_run.write_report = lambda out: None
     asked, ask = [], MentorBank.__call__
 
     def spy(self, images, names=None):
@@ -208,10 +188,10 @@ CACHED = f"""
     MentorBank.__call__ = spy
     for name in ("without", "first", "second"):
         asked.clear()
-        cache = "mentor_cache=" + ("null" if name == "without" else "{{}}")
+        cache = "mentor_cache=" + ("null" if name == "without" else "{}")
         made = recipe("alone=false", "mentors=[resnet8]", "store=true", cache)
         with open(os.devnull, "w") as nothing:
-            run = TrainingRun(made, Console(file=nothing))
+            run = training_run.TrainingRun(made, Console(file=nothing))
             run.run(colours(28), colours(13, 1), Path(sys.argv[1]) / name)
         print(name, asked)
 """
@@ -220,7 +200,7 @@ CACHED = f"""
 @pytest.mark.slow
 def test_processes_keep_and_read_each_its_share_of_logits(tmp_path):
     """The same bits as of as many processes without a cache."""
-    for printed in launch(["-c", textwrap.dedent(CACHED)], 2, tmp_path):
+    for printed in launch(CACHED, 2, tmp_path):
         whole = [4] * 6  # of three steps in each of two epochs
         assert printed == f"without {whole}\nfirst {whole}\nsecond []\n"
     files = [tmp_path / name / "student.safetensors" for name in ("without", "first", "second")]

@@ -21,9 +21,9 @@ def images():
 
 
 @pytest.fixture(scope="module")
-def trained(images):
+def trained(images, shared_file):
     """Every mentor with every seed."""
-    return mentor_check.trained(*images[0])
+    return shared_file("mentor_check", lambda: mentor_check.trained(*images[0]))
 
 
 def sample(images, n, seed):
@@ -56,9 +56,12 @@ def test_faults_are_found(trained, images, name, fault):
     found = 0
     for seed in SEEDS:
         sick = CheckedMentor(make(trained[name, seed], seed), *OWN)
-        checks = checked(trained, images, 400, seed, **{name: sick})
-        found += text in str(checks.pop(name))
-        assert not any(check.findings for check in checks.values())
+        if seed == SEEDS[0]:
+            checks = checked(trained, images, 400, seed, **{name: sick})
+            found += text in str(checks.pop(name))
+            assert not any(check.findings for check in checks.values())
+        else:  # beside the others it is checked as it is alone
+            found += text in str(check_mentors({name: sick}, *sample(images, 400, seed))[0])
     # Right in half the images, a mentor of 400 shows no swap of two classes beyond chance; nor does
     # a network without batch norm have a training mode.
     expected = {("weak", "two classes swapped"): 1, ("weak", "logits times 100"): 4}

@@ -576,6 +576,7 @@ def hold(out: Path, *overrides: str, resume: bool = False) -> dict:
     return classroom.run(colours(28), colours(13, seed=1), out, resume=resume)
 
 
+@pytest.mark.usefixtures("pages")
 def test_classroom_leaves_the_records_and_networks(tmp_path: Path, states_kept):
     out = tmp_path / "run"
     summary = hold(out)
