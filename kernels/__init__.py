@@ -1,11 +1,11 @@
 """Triton only: device functions, the kernels made of them, and their launch.
 
 Imported as ``classroomkd.kernels``. The loss is one kernel, ``classroom``: rows are ``held`` in
-registers or ``swept``, with their ``lessons``; ``ranks`` is what is done once a network, ``batch``
+registers or ``swept``, with their ``kd`` terms; ``ranks`` is what is done once a network, ``batch``
 what the rows of a batch do together, ``device`` the arithmetic that all share. ``scaling`` is
 autograd's backward, ``augment`` the resident loader's batches. ``blocks`` cuts the work up,
 ``launch`` makes the outputs, with the states of ``counters``; ``ahead_of_time`` compiles everything
-for GPUs that this machine need not have. ``report_layout`` is the order of a report's numbers.
+for GPUs that this machine does not have. ``report_layout`` is the order of a report's numbers.
 Nothing here checks arguments: they come checked from ``classroomkd.loss`` and ``classroomkd.data``.
 """
 

@@ -14,9 +14,9 @@ left, and add what they counted to the tally; before its gradient a program wait
 are in it. That cannot hang: whoever waits has left no slice untaken, and a program that has
 taken one runs. So each target is read once, and only the first programs to start read any.
 
-**Sums.** Each row leaves a line of numbers. The last program of a group sums the group's lines and
-leaves one line; the last group's sums those. Groups are consecutive programs, so that the order of
-all additions depends on the batch's size alone.
+**Sums.** Each row stores its statistics. The last program of a group to finish adds up those of the
+group and stores the sums, and the last of all groups adds up those sums. Groups are consecutive
+programs, so that the order of all additions depends on the batch's size alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTIC
 
 SLICE = tl.constexpr(512)
 _TICKETS, _TALLY, _GROUPS, _MEMBERS = (tl.constexpr(i) for i in (0, 1, 2, 4))
-# A row's line: its loss, whether it is valid, then the report's numbers in their order.
+# A row's statistics: its loss, whether it is valid, then the report's numbers in their order.
 _FIRST = tl.constexpr(2)
 _ACTIVE, _RANK, _TAU, _KL = (
     tl.constexpr(MENTOR_STATISTICS.index(name))
@@ -99,23 +99,23 @@ def gradient_factor(
 
 
 @triton.jit
-def store_line(lines_ptr, row, n_rows, number, values, N_STATS: tl.constexpr):
-    """Put values [R] at a place of the rows' lines."""
-    tl.store(lines_ptr + row * N_STATS + number, values, mask=row < n_rows)
+def store_stat(row_stats_ptr, row, n_rows, number, values, N_STATS: tl.constexpr):
+    """Store one statistic [R] of the rows."""
+    tl.store(row_stats_ptr + row * N_STATS + number, values, mask=row < n_rows)
 
 
 @triton.jit
 def store_lanes(
-    lines_ptr, row, n_rows, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr
+    row_stats_ptr, row, n_rows, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr
 ):
-    """Put the mentors' values of lanes [R, K] at M places of rows' lines, from ``number`` on."""
+    """Store M statistics of the rows from lanes [R, K], from ``number`` on."""
     place = row[:, None] * N_STATS + number - 1 + lane
-    tl.store(lines_ptr + place, values, mask=(row < n_rows)[:, None] & (lane > 0) & (lane <= M))
+    tl.store(row_stats_ptr + place, values, mask=(row < n_rows)[:, None] & (lane > 0) & (lane <= M))
 
 
 @triton.jit
 def store_report(
-    lines_ptr,
+    row_stats_ptr,
     row,
     n_rows,
     lane,
@@ -135,18 +135,18 @@ def store_report(
     tau = tl.where(valid[:, None], tau, 0.0)
     first: tl.constexpr = _FIRST
     store_lanes(
-        lines_ptr, row, n_rows, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS
+        row_stats_ptr, row, n_rows, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS
     )
-    store_lanes(lines_ptr, row, n_rows, first + _RANK * M, rank, lane, M, N_STATS)
-    store_lanes(lines_ptr, row, n_rows, first + _TAU * M, tau, lane, M, N_STATS)
-    store_lanes(lines_ptr, row, n_rows, first + _KL * M, kl, lane, M, N_STATS)
+    store_lanes(row_stats_ptr, row, n_rows, first + _RANK * M, rank, lane, M, N_STATS)
+    store_lanes(row_stats_ptr, row, n_rows, first + _TAU * M, tau, lane, M, N_STATS)
+    store_lanes(row_stats_ptr, row, n_rows, first + _KL * M, kl, lane, M, N_STATS)
     of_batch: tl.constexpr = _FIRST + _PER_MENTOR * M
     confidence = tl.where(valid, confidence, 0.0)
     cross_entropy = tl.where(valid, cross_entropy, 0.0)
     mentor_loss = tl.where(valid, mentor_loss, 0.0)
-    store_line(lines_ptr, row, n_rows, of_batch + _CONFIDENCE, confidence, N_STATS)
-    store_line(lines_ptr, row, n_rows, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
-    store_line(lines_ptr, row, n_rows, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
+    store_stat(row_stats_ptr, row, n_rows, of_batch + _CONFIDENCE, confidence, N_STATS)
+    store_stat(row_stats_ptr, row, n_rows, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
+    store_stat(row_stats_ptr, row, n_rows, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
 
 
 @triton.jit
@@ -164,24 +164,24 @@ def is_last(counter_ptr, n):
 
 
 @triton.jit
-def sum_lines(
-    lines_ptr, n_lines, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
+def sum_row_stats(
+    row_stats_ptr, n, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
-    """Sums [BLOCK_STATS] over lines [n_lines, N_STATS]."""
+    """Sums [BLOCK_STATS] over statistics [n, N_STATS]."""
     stat = tl.arange(0, BLOCK_STATS)
     sums = tl.zeros([BLOCK_R, BLOCK_STATS], tl.float32)
-    for start in range(0, n_lines, BLOCK_R):
-        line = start + tl.arange(0, BLOCK_R)
-        inside = (line < n_lines)[:, None] & (stat < N_STATS)[None, :]
-        offsets = line.to(tl.int64)[:, None] * N_STATS + stat[None, :]
+    for start in range(0, n, BLOCK_R):
+        index = start + tl.arange(0, BLOCK_R)
+        inside = (index < n)[:, None] & (stat < N_STATS)[None, :]
+        offsets = index.to(tl.int64)[:, None] * N_STATS + stat[None, :]
         # Other programs wrote these: read the cache that all of them share.
-        sums += tl.load(lines_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+        sums += tl.load(row_stats_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, 0)
 
 
 @triton.jit
 def sum_batch(
-    lines_ptr,  # [B + groups, N_STATS]
+    row_stats_ptr,  # [B + groups, N_STATS]
     state_ptr,
     n_rows,
     group_programs,
@@ -190,7 +190,7 @@ def sum_batch(
     BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Whether this is the last program of all, and then the sums [BLOCK_STATS] of all lines."""
+    """Whether this is the last program of all, and then the sums [BLOCK_STATS] of all rows."""
     group = tl.program_id(0) // group_programs
     n_groups = tl.cdiv(tl.num_programs(0), group_programs)
     first = group * group_programs
@@ -198,21 +198,21 @@ def sum_batch(
     last = is_last(state_ptr + _MEMBERS + group, members)
     sums = tl.zeros([BLOCK_STATS], tl.float32)
     if last:
-        n_lines = tl.minimum(members * ROWS, n_rows - first * ROWS)
-        start_ptr = lines_ptr + first.to(tl.int64) * ROWS * N_STATS
-        sums = sum_lines(start_ptr, n_lines, N_STATS, BLOCK_STATS, BLOCK_R)
+        n = tl.minimum(members * ROWS, n_rows - first * ROWS)
+        start_ptr = row_stats_ptr + first.to(tl.int64) * ROWS * N_STATS
+        sums = sum_row_stats(start_ptr, n, N_STATS, BLOCK_STATS, BLOCK_R)
         if n_groups > 1:
-            groups_ptr = lines_ptr + n_rows.to(tl.int64) * N_STATS
+            groups_ptr = row_stats_ptr + n_rows.to(tl.int64) * N_STATS
             stat = tl.arange(0, BLOCK_STATS)
             tl.store(groups_ptr + group * N_STATS + stat, sums, mask=stat < N_STATS)
             last = is_last(state_ptr + _GROUPS, n_groups)
             if last:
-                sums = sum_lines(groups_ptr, n_groups, N_STATS, BLOCK_STATS, BLOCK_R)
+                sums = sum_row_stats(groups_ptr, n_groups, N_STATS, BLOCK_STATS, BLOCK_R)
     return last, sums
 
 
 @triton.jit
-def finish_batch(
+def store_batch(
     sums,  # [BLOCK_STATS]
     loss_ptr,
     count_ptr,

@@ -91,12 +91,12 @@ def scaling_blocks(n_classes: int) -> Blocks:
 
 
 class SumBlocks(NamedTuple):
-    """How the rows' lines are summed: BLOCK_R lines of BLOCK_STATS numbers at a time."""
+    """How the rows' statistics are summed: BLOCK_R rows of BLOCK_STATS numbers at a time."""
 
     BLOCK_STATS: int
     BLOCK_R: int
     group_programs: int
-    """Programs whose lines the last of them sums, before the last group's sums those sums."""
+    """Programs whose rows the last of them adds up; the last group's adds up the sums of all."""
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:

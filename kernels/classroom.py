@@ -23,8 +23,8 @@ Between the two halves (all ℓ_k must be known before any r_m) the rows wait in
 (``held.py``), or are read again (``swept.py``). All exponentials are powers of two, of
 v = u · log2(e); what is summed in log2 units is multiplied by ln 2 at the end.
 
-Each row leaves its loss, and for a report its statistics, in a line of numbers, and the last
-program sums the lines (``batch.py``). So one launch gives the batch's loss, with the same bits on
+Each row stores its loss and, for a report, its statistics, and the last program adds them up
+(``batch.py``). So one launch gives the batch's loss, with the same bits on
 every run.
 """
 
@@ -35,27 +35,27 @@ import triton.language as tl
 
 from classroomkd.kernels.batch import (
     count_slices,
-    finish_batch,
     gradient_factor,
+    store_batch,
     store_lanes,
-    store_line,
     store_report,
+    store_stat,
     sum_batch,
 )
 from classroomkd.kernels.device import divergence, floored, lane_of
 from classroomkd.kernels.held import (
     held_confidences,
-    held_lessons,
+    held_kd_sums,
     store_held_gradient,
 )
-from classroomkd.kernels.lessons import (
-    row_lessons,
+from classroomkd.kernels.kd import (
+    one_step_kd,
     store_row_gradient,
     swept_gradient,
-    swept_lessons,
+    swept_kd_sums,
 )
 from classroomkd.kernels.pieces import load_pieces, load_student, load_targets
-from classroomkd.kernels.ranks import judge, lesson_terms, task_loss
+from classroomkd.kernels.ranks import gate_and_temperature, kd_terms, task_loss
 from classroomkd.kernels.swept import row_begins, swept_confidences
 
 
@@ -67,7 +67,7 @@ def classroom_kernel(
     mentor_weight_ptr,  # [M], or None for 1
     ell_sums_ptr,  # [M + 2], what SUMS gives, or None for ranking "sample"
     scale_ptr,  # one number, or None for 1
-    lines_ptr,  # float32 [B + groups, N_STATS], or None where nothing is summed
+    row_stats_ptr,  # float32 [B + groups, N_STATS], or None where nothing is summed
     grad_ptr,  # [B, C] contiguous, or None
     loss_ptr,  # float32 [], or [B] for reduction "none"; with SUMS [M + 2]
     count_ptr,  # float32 [], the valid rows, at least 1
@@ -77,7 +77,7 @@ def classroom_kernel(
     mentor_strides,  # M, likewise
     target_stride,  # likewise; None for class indices
     n_rows: tl.int32,  # B
-    group_programs: tl.int32,  # programs whose lines are summed together
+    group_programs: tl.int32,  # programs whose rows are summed together
     temperature,
     weight_scale,  # multiplies every mentor's term
     task_weight,  # a_s, or None for the student's confidence
@@ -172,11 +172,11 @@ def classroom_kernel(
     if SUMS:
         ell = tl.where(out_of_range[:, None], float("nan"), floored(row_ell))
         ell = tl.where(valid[:, None], ell, 0.0)
-        store_line(lines_ptr, row, n_rows, 0, tl.sum(tl.where(lane == 0, ell, 0.0), 1), N_STATS)
-        store_line(lines_ptr, row, n_rows, 1, valid.to(tl.float32), N_STATS)
-        store_lanes(lines_ptr, row, n_rows, 2, ell, lane, M, N_STATS)
+        store_stat(row_stats_ptr, row, n_rows, 0, tl.sum(tl.where(lane == 0, ell, 0.0), 1), N_STATS)
+        store_stat(row_stats_ptr, row, n_rows, 1, valid.to(tl.float32), N_STATS)
+        store_lanes(row_stats_ptr, row, n_rows, 2, ell, lane, M, N_STATS)
     else:
-        confidence, task, nonfinite, share, active, tau_m, tau_s, weight = judge(
+        confidence, task, nonfinite, share, active, tau_m, tau_s, weight = gate_and_temperature(
             row_ell,
             maxima,
             d_target,
@@ -198,11 +198,11 @@ def classroom_kernel(
         # Second half: the terms of the active mentors.
         if PIECES > 0:
             s_max = lane_of(maxima, lane, 0)
-            sum_m, sum_s, cross, es_m, es_s = held_lessons(
+            sum_m, sum_s, cross, es_m, es_s = held_kd_sums(
                 ds, students, s_max, tau_m, tau_s, MENTORING != "dtkd"
             )
         elif ONE_TILE:
-            kl, row_grad = row_lessons(
+            kl, row_grad = one_step_kd(
                 begins,
                 maxima,
                 tau_m,
@@ -219,24 +219,24 @@ def classroom_kernel(
                 MENTORING != "dtkd",
             )
         else:
-            sum_m, sum_s, cross = swept_lessons(
+            sum_m, sum_s, cross = swept_kd_sums(
                 begins, maxima, tau_m, tau_s, active, lane, C, BLOCK_C, V, MENTORING != "dtkd"
             )
         if PIECES > 0 or not ONE_TILE:
             kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
-        mentor_loss = tl.sum(lesson_terms(active, weight, tau_s, kl), 1)
+        mentor_loss = tl.sum(kd_terms(active, weight, tau_s, kl), 1)
         own_ell = tl.sum(tl.where(lane == 0, row_ell, 0.0), 1)
         loss = task_loss(tl.sum(task, 1), own_ell) + mentor_loss
         loss = tl.where(nonfinite, float("nan"), loss)
         loss = tl.where(valid, loss, 0.0)
         if REDUCTION == "none":
             tl.store(loss_ptr + row, loss, mask=row < n_rows)
-        if lines_ptr is not None:
-            store_line(lines_ptr, row, n_rows, 0, loss, N_STATS)
-            store_line(lines_ptr, row, n_rows, 1, valid.to(tl.float32), N_STATS)
+        if row_stats_ptr is not None:
+            store_stat(row_stats_ptr, row, n_rows, 0, loss, N_STATS)
+            store_stat(row_stats_ptr, row, n_rows, 1, valid.to(tl.float32), N_STATS)
         if report_ptr is not None:
             store_report(
-                lines_ptr,
+                row_stats_ptr,
                 row,
                 n_rows,
                 lane,
@@ -322,9 +322,9 @@ def classroom_kernel(
                     SOFT,
                     MENTORING != "dtkd",
                 )
-    if lines_ptr is not None:
+    if row_stats_ptr is not None:
         last, sums = sum_batch(
-            lines_ptr, state_ptr, n_rows, group_programs, ROWS, N_STATS, BLOCK_STATS, BLOCK_R
+            row_stats_ptr, state_ptr, n_rows, group_programs, ROWS, N_STATS, BLOCK_STATS, BLOCK_R
         )
         if last:
             if SUMS:
@@ -332,7 +332,7 @@ def classroom_kernel(
                 place = tl.where(stat == 0, 0, tl.where(stat == 1, M + 1, stat - 1))
                 tl.store(loss_ptr + place, sums, mask=stat < N_STATS)
             else:
-                finish_batch(
+                store_batch(
                     sums,
                     loss_ptr,
                     count_ptr,

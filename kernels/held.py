@@ -3,7 +3,7 @@
 A row is cut into pieces of L columns, of which a thread has four (a 16-byte load of float32), and
 K networks lie side by side in a warp's threads. So a sum over columns is mostly within a thread,
 and what is done once a network is done in one thread, not in each. The student is lane 0: its
-softmax costs nothing extra, and its cross-entropy's gradient is that of one more lesson, at τ = 1.
+softmax costs nothing extra, and its cross-entropy's gradient is that of one more KD term, at τ = 1.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def held_confidences(
 
 
 @triton.jit
-def held_lessons(ds, students, s_max, tau_m, tau_s, SAME_TAU: tl.constexpr):
+def held_kd_sums(ds, students, s_max, tau_m, tau_s, SAME_TAU: tl.constexpr):
     """The sums of e_m, of e_s and of the cross terms of each lane [R, K], and the pieces of e_m and
     e_s.
     """
@@ -110,9 +110,9 @@ def store_held_gradient(
     for first in tl.static_range(0, PIECES, K):
         grad = tl.zeros_like(es_m[0])
         for i in tl.static_range(first, PIECES if first + K > PIECES else first + K):
-            lessons = es_s[i] * coef_s[:, :, None] - es_m[i] * coef_m[:, :, None]
+            terms = es_s[i] * coef_s[:, :, None] - es_m[i] * coef_m[:, :, None]
             here = (lane == i - first)[:, :, None]
-            grad = tl.where(here, tl.sum(lessons, 1)[:, None, :], grad)
+            grad = tl.where(here, tl.sum(terms, 1)[:, None, :], grad)
         at = column + (lane + first)[:, :, None] * column.shape[2]
         inside = (row < n_rows)[:, None, None] & (at < C)
         if target_stride is None:

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
     values: dict[str, Any]
     """By name, every argument of the kernel that is not a tensor."""
     blocks: Blocks
-    lines: int = 0
+    row_stats: int = 0
     """The numbers that the rows leave to be summed."""
 
 
@@ -146,24 +146,26 @@ def classroom_plan(
         "SCALE_GRAD": scale_grad,
         "SUMS": sums,
     }
-    lines = n_stats * (n_rows + triton.cdiv(n_programs, summing.group_programs)) if summed else 0
-    return Plan(classroom_kernel, (n_programs,), values, cut, lines)
+    row_stats = (
+        n_stats * (n_rows + triton.cdiv(n_programs, summing.group_programs)) if summed else 0
+    )
+    return Plan(classroom_kernel, (n_programs,), values, cut, row_stats)
 
 
 def _tensors(
     plan: Plan, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, **others: Tensor | None
 ) -> dict[str, Any]:
     """By name, every argument of `classroom_kernel` that is a tensor."""
-    lines = state = None
-    if plan.lines:
-        lines = student.new_empty(plan.lines, dtype=torch.float32)
+    row_stats = state = None
+    if plan.row_stats:
+        row_stats = student.new_empty(plan.row_stats, dtype=torch.float32)
         state = launch_state(student.device)
     names = ("mentor_weight", "ell_sums", "scale", "grad", "loss", "count", "report")
     return {
         "student_ptr": student,
         "mentor_ptrs": tuple(mentors),
         "target_ptr": targets,
-        "lines_ptr": lines,
+        "row_stats_ptr": row_stats,
         "state_ptr": state,
         **{f"{name}_ptr": others.get(name) for name in names},
     }

@@ -1,4 +1,4 @@
-"""Device functions for who teaches, how softly and with what weight: what is done once a network.
+"""Device functions for the gate, the temperatures and the weights: what is done once a network.
 
 Networks are lanes [R, K]: the student in lane 0, mentor m (from 1) in lane m.
 """
@@ -43,7 +43,7 @@ def _rank_shares(ell, lane, share_scale, M: tl.constexpr):
 
 
 @triton.jit
-def _teaches(
+def _active(
     ell,  # [R, K], as are share and correct
     share,
     correct,
@@ -93,14 +93,14 @@ def _temperatures(ell, share, maxima, lane, temperature, share_scale, MENTORING:
         else:
             tau_m = tl.zeros_like(ell) + 1.0
         tau_s = tau_m
-    # A GPU's maximum of NaN and a number is the number, which would hide a sick row in the report.
+    # A GPU's maximum of NaN and a number is the number, which would hide a nonfinite row.
     tau_m = tl.maximum(tau_m, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
     tau_s = tl.maximum(tau_s, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(lane == 0, 1.0, tau_m), tau_s
 
 
 @triton.jit
-def _lesson_weights(
+def _kd_weights(
     tau_m,
     ell,
     share,
@@ -138,7 +138,7 @@ def _task_weights(ell_s, task_weight):
 
 
 @triton.jit
-def judge(
+def gate_and_temperature(
     row_ell,  # [R, K], as are maxima and d_target
     maxima,
     d_target,
@@ -160,12 +160,12 @@ def judge(
     row is not finite [R]; and [R, K] shares, active, τ_m, τ_s, and the weights g_m · r_m · τ_m.
     """
     ell = _network_ells(row_ell, lane, ell_sums_ptr, M)
-    sick = (lane <= M) & ((ell != ell) | ((lane == 0) & (row_ell != row_ell)))
-    nonfinite = out_of_range | (tl.max(sick.to(tl.int32), 1) > 0)
+    is_nan = (lane <= M) & ((ell != ell) | ((lane == 0) & (row_ell != row_ell)))
+    nonfinite = out_of_range | (tl.max(is_nan.to(tl.int32), 1) > 0)
     share = _rank_shares(ell, lane, share_scale, M)
-    active = _teaches(ell, share, d_target == 0.0, valid, lane, share_scale, M, KNOWLEDGE_FILTER)
+    active = _active(ell, share, d_target == 0.0, valid, lane, share_scale, M, KNOWLEDGE_FILTER)
     tau_m, tau_s = _temperatures(ell, share, maxima, lane, temperature, share_scale, MENTORING)
-    weight = _lesson_weights(tau_m, ell, share, lane, weight_scale, mentor_weight_ptr, M, WEIGHTING)
+    weight = _kd_weights(tau_m, ell, share, lane, weight_scale, mentor_weight_ptr, M, WEIGHTING)
     ell_s = lane_of(ell, lane, 0)
     task = _task_weights(ell_s, task_weight)
     return tl.exp2(ell_s * LOG2E), task, nonfinite, share, active, tau_m, tau_s, weight
@@ -178,7 +178,7 @@ def task_loss(task, row_ell):
 
 
 @triton.jit
-def lesson_terms(active, weight, tau_s, kl):
+def kd_terms(active, weight, tau_s, kl):
     """The mentors' terms of the loss; 0 where the weight is 0, even if KL is infinite."""
     weight = weight * tau_s
     return tl.where(active & (weight != 0.0), weight * kl, 0.0)

@@ -7,7 +7,7 @@ Each thread keeps a running maximum and a running sum of every network, of its o
 and only after the loop are the threads' joined, all networks' in one reduction. So no loop has a
 barrier or a reduction across threads in it, and all rows' loads are under way together; a mentor
 that does not teach is masked out of them, not branched around. The first sweep takes the
-confidences, the second the sums of the lessons, the third the gradient. Rows that fit are in a
+confidences, the second the sums of the KD terms, the third the gradient. Rows that fit are in a
 cache by then.
 
 Tiles are [L, V]: V neighbouring columns, as a load takes them, for each of L running values.

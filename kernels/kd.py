@@ -1,4 +1,4 @@
-"""The lessons of rows in sweeps: the second sweep and the third, or both in one.
+"""The KD terms of swept rows: the second sweep and the third, or both in one.
 
 A row of one tile, whose gradient fits registers, needs no third: its mentors are read again one
 after another, and each one's numerators, once summed, are still there for the gradient. That saves
@@ -15,7 +15,7 @@ from classroomkd.kernels.swept import in_lanes, numbers_of
 
 
 @triton.jit
-def _sums_of_lesson(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
+def _kd_sums(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
     """Σ e_m, Σ e_s and Σ cross of tiles [BLOCK_C], in one reduction across threads."""
     of_m = tl.sum(tl.reshape(e_m, [L, V]), 1)
     of_s = tl.sum(tl.reshape(e_s, [L, V]), 1)
@@ -25,7 +25,7 @@ def _sums_of_lesson(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def row_lessons(
+def one_step_kd(
     begins,
     maxima,  # [1, K], as are all down to active
     tau_m,
@@ -41,7 +41,7 @@ def row_lessons(
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Both sweeps in one, for a row of one tile: one mentor after another is read again and taught.
+    """Both sweeps in one, for a row of one tile: one mentor after another is read again.
 
     KL_m in lanes [1, K], and the gradient [BLOCK_C] but for the target's − a_s · t.
     """
@@ -72,17 +72,17 @@ def row_lessons(
             e_m = tl.exp2(exponents(d_m, scale_m))
             e_s = tl.exp2(exponents(d_s, scale_s))
             cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
-            sums = _sums_of_lesson(e_m, e_s, cross, L, V)
+            sums = _kd_sums(e_m, e_s, cross, L, V)
             grad += e_s * (weights[m] / sums[1])
             grad -= e_m * (weights[m] / sums[0])
             kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
             kl = tl.where(lane == m, kl_m, kl)
-    # The student's own term comes last: lessons that cancel then leave it as it is.
+    # The student's own term comes last: terms that cancel then leave it as it is.
     return kl, grad + tl.exp2(d_s * LOG2E) * own
 
 
 @triton.jit
-def swept_lessons(
+def swept_kd_sums(
     begins,
     maxima,  # [1, K], as are tau_m, tau_s and active
     tau_m,
@@ -143,8 +143,8 @@ def swept_lessons(
 @triton.jit
 def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
     """Store columns of a row's gradient times the factor, in its own dtype; row and valid [1]."""
-    sick = tl.max(nonfinite.to(tl.int32), 0) > 0
-    grad = tl.where(sick, float("nan"), grad * factor)
+    is_nan = tl.max(nonfinite.to(tl.int32), 0) > 0
+    grad = tl.where(is_nan, float("nan"), grad * factor)
     grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)
     tl.store(grad_ptr + tl.sum(row, 0) * C + column, grad.to(grad_ptr.dtype.element_ty), inside)
 
@@ -152,7 +152,7 @@ def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C:
 @triton.jit
 def store_row_gradient(
     grad_ptr,
-    grad,  # [BLOCK_C], of `row_lessons`
+    grad,  # [BLOCK_C], of `one_step_kd`
     target_ptr,
     label_smoothing,
     row,  # [1]
