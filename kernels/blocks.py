@@ -59,8 +59,7 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
         pieces = triton.cdiv(n_classes, piece)
         rows = max(1, 4 * warp_size // (n_lanes * piece))
         if rows * n_lanes * piece * pieces <= _MAX_VALUES_HELD * warp_size * num_warps:
-            limit = 128 if warp_size == 32 else None
-            return Blocks(piece, rows, num_warps, pieces, max_registers=limit)
+            return Blocks(piece, rows, num_warps, pieces)
         num_warps *= 2
     return None
 
