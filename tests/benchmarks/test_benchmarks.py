@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -202,13 +203,20 @@ def test_markdown_tables():
 # ---------------------------------------------------------------- the loaders
 
 
+class PickledHere(HereProcess):
+    """What a row's process would be given is pickled, as it is for a process of its own."""
+
+    def __init__(self, make, device, ends):
+        super().__init__(pickle.loads(pickle.dumps(make)), device, ends)
+
+
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     """Run a script whose rows have processes here: its record and what it prints.
 
     ``test_rows_fail_alone`` has the processes themselves.
     """
-    monkeypatch.setattr(loader_processes, "Process", HereProcess)
+    monkeypatch.setattr(loader_processes, "Process", PickledHere)
     threads = torch.get_num_threads()
 
     def run_it(module, *options):
