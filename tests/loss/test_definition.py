@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd import (
+    classroom_loss,
+    fused_classroom_loss,
+    fused_classroom_loss_and_grad,
+    fused_linear_classroom_loss,
+)
 from classroomkd.limits import MAX_TEMPERATURE
 from classroomkd.loss import automatic_mentor_weight
 from classroomkd.loss.definition import classroom_weights, weighted_row_loss
@@ -511,6 +516,12 @@ def test_signatures_have_every_option(function):
     others |= {"process_group", "return_report"}
     assert {*parameters} - {*defaults, "scale"} == others
     assert {*OptionValues.__annotations__} == {*defaults} - {"mentor_weight"}
+
+
+def test_the_signature_for_linear_heads_has_every_option():
+    parameters = inspect.signature(fused_linear_classroom_loss).parameters
+    defaults = {field.name: field.default for field in fields(LossOptions)}
+    assert {name: parameters[name].default for name in defaults if name in parameters} == defaults
 
 
 def test_options_are_made_once():
