@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "table",
         metavar="TABLE",
-        choices=("main", "ablation", "methods", "temperature", "peers", "multi-teacher"),
+        choices=("main", "ablation", "methods", "ca_mkd", "temperature", "peers", "multi-teacher"),
         help="%(choices)s",
     )
     parser.add_argument(
