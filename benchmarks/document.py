@@ -168,8 +168,9 @@ def _one_change(record: Record) -> str:
         rows.append([*row, str(len(values))])
     table = markdown_table(["one change", *(f"on the {part}" for part in parts), "seeds"], rows)
     return (
-        "Differences of *last*, paired by seed, in percentage points, with their 95 % confidence "
-        f"intervals by Student's t over the seeds:\n\n{table}"
+        "### One change at a time\n\nDifferences of *last*, paired by seed, in percentage points, "
+        "with their 95 % confidence intervals by Student's t over the seeds:\n\n"
+        f"{table}"
     )
 
 
