@@ -22,6 +22,7 @@ import teaching as teaching_tables
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.markup import markdown_table
+from classroomkd.report.numbers import differences, percent
 from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.report.table_page import markdown as reproduction_markdown
 from classroomkd.reproduce.tables import TABLES
@@ -141,8 +142,36 @@ def reproduction(text: str, devices: Records) -> str:
         for name in filter(records.__contains__, REPRODUCTIONS):
             table = TABLES[records[name]["table"]]
             blocks.append(reproduction_markdown(records[name], table.title))
+            if name == "reproduction-ca_mkd":
+                blocks.append(_one_change(records[name]))
             blocks.append(f"From {_link(device, name)}.")
     return _joined(blocks)
+
+
+def _one_change(record: Record) -> str:
+    """What each change of the classroom, or of CA-MKD, makes of the accuracy."""
+    parts = {"test images": "last", "validation images": "validation_last"}
+    top1: dict[tuple[str, str], dict[int, float]] = {}
+    for run in record["runs"]:
+        for key in parts.values():
+            top1.setdefault((run["variant"], key), {})[run["seed"]] = run[key]
+    rows = []
+    for variant in dict.fromkeys(run["variant"] for run in record["runs"]):
+        origin, _, change = variant.partition("+")
+        origin = "classroom" if variant == "ca_mkd" else origin
+        if origin == variant:  # alone and classroom, which others are compared with
+            continue
+        row = [f"{origin} → {variant}" if not change else f"{origin} + {change}"]
+        for key in parts.values():
+            values = differences(top1[variant, key], top1[origin, key])
+            row.append(percent(teaching_tables.interval(values), signed=True))
+        rows.append([*row, str(len(values))])
+    table = markdown_table(["one change", *(f"on the {part}" for part in parts), "seeds"], rows)
+    return (
+        "### One change at a time\n\nDifferences of *last*, paired by seed, in percentage points, "
+        "with their 95 % confidence intervals by Student's t over the seeds:\n\n"
+        f"{table}"
+    )
 
 
 def teaching(text: str, devices: Records) -> str:

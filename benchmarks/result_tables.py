@@ -157,15 +157,14 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
 
 def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     """For each classroom the rates and the breakdown; then the whole epochs."""
-    height, width = record["size"]
-    about = f"{record['images']:,} images of {height}×{width}"
     found = []
     for classroom in dict.fromkeys(row["classroom"] for row in record["rows"]):
         rows = [row for row in record["rows"] if row["classroom"] == classroom]
         headings = ["batch", "implementation", "loader", "dtype"]
         headings += [heading for heading, _, _ in STEP_COLUMNS]
         headings.insert(5, "slowest–fastest round")
-        found.append((f"{classroom}: {about}", headings, [_step_cells(row) for row in rows]))
+        title = f"{classroom}: {_images_of(rows[0])}"
+        found.append((title, headings, [_step_cells(row) for row in rows]))
         timed = [row for row in rows if "parts_status" in row]
         parts = next((list(row["parts_ms"]) for row in timed if "parts_ms" in row), [])
         body = [
@@ -175,13 +174,19 @@ def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
         headings = ["batch", "implementation", *parts, "ms per step", "outside the networks %"]
         found.append((f"{classroom}: breakdown of a step", headings, body))
     if record["whole"]:
-        headings = ["classroom", "batch", "epochs", "min", "evaluation min", "status"]
+        headings = ["classroom", "images", "batch", "epochs", "min", "evaluation min", "status"]
         body = [
-            [row["classroom"], str(row["batch"]), *_whole_cells(row)] for row in record["whole"]
+            [row["classroom"], _images_of(row), str(row["batch"]), *_whole_cells(row)]
+            for row in record["whole"]
         ]
-        title = f"Whole epochs of the trainer: {about}, evaluated on a fifth as many"
+        title = "Whole epochs of the trainer, evaluated on a fifth as many images"
         found.append((title, headings, body))
     return found
+
+
+def _images_of(row: Row) -> str:
+    height, width = row["size"]
+    return f"{row['images']:,} images of {height}×{width}"
 
 
 def _step_cells(row: Row) -> list[str]:

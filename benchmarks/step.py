@@ -8,8 +8,9 @@ is an epoch, loader included, or its first --seconds seconds. Every row has its 
 rows of one classroom and batch size are prepared together, then timed in rounds, interleaved, and
 then profiled in further steps. --whole trains and evaluates whole epochs of each classroom at its
 smallest batch size. With cached mentors, their logits for one augmentation of every image are kept
-beforehand. Prints the tables and writes step.json after every round. On a CPU, --small is the
-default; the classroom of resnet20 is measured by
+beforehand. Prints the tables and writes step.json after every round; of a step.json that is there,
+from the same machine and versions, the rows of other classrooms and batch sizes are kept. On a CPU,
+--small is the default; the classroom of resnet20 is measured by
 
     python benchmarks/step.py --no-small --student resnet20 --batch 64 --images 4096 --out FOLDER
 """
@@ -18,13 +19,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import math
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,8 @@ class StepRow(ProcessRow):
             classroom=case.classroom,
             batch=case.batch,
             implementation=name,
+            images=setting.count,
+            size=setting.shape[:2],
         )
 
     def prepare(self) -> None:
@@ -208,8 +212,6 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     record = {
         "benchmark": "step",
         "environment": environment() | versions(),
-        "images": setting.count,
-        "size": setting.shape[:2],
         "workers": setting.workers,
         "seconds_a_round": arguments.seconds,
         "rows": [],
@@ -240,6 +242,27 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     return record
 
 
+def kept_rows(out: Path, record: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The rows in the step.json of ``out`` that ``record``, of the same machine, is not about."""
+    kept: dict[str, list[dict[str, Any]]] = {"rows": [], "whole": []}
+    path = out / "step.json"
+    if not path.exists():
+        return kept
+    earlier = json.loads(path.read_text(encoding="utf-8"))
+    passing = {"date", "load_average"}
+    then, now = (
+        {key: value for key, value in of["environment"].items() if key not in passing}
+        for of in (earlier, record)
+    )
+    if then != now:
+        return kept
+    measured = {(row["classroom"], row["batch"]) for row in record["rows"]}
+    return {
+        kind: [row for row in earlier[kind] if (row["classroom"], row["batch"]) not in measured]
+        for kind in kept
+    }
+
+
 def main() -> int:
     """Run the benchmark; return 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -266,7 +289,10 @@ def main() -> int:
 
     def report(record: dict[str, Any]) -> None:
         if arguments.out:
-            write_json(arguments.out, "step", record)
+            kept = kept_rows(arguments.out, record)
+            write_json(
+                arguments.out, "step", record | {kind: kept[kind] + record[kind] for kind in kept}
+            )
 
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
         os.environ["CLASSROOMKD_CACHE"] = f"{folder}/cache"  # for FFCV's files

@@ -62,6 +62,14 @@ def _gradients(rows: Sequence[Row]) -> Iterator[str]:
     )
 
 
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean, and half of its 95 % confidence interval; None in its place for one value."""
+    if len(values) < 2:
+        return mean(values), None
+    quantile = student_t.ppf(0.975, len(values) - 1)
+    return mean(values), float(quantile * stdev(values) / math.sqrt(len(values)))
+
+
 def _name(row: Row) -> str:
     """The name of a row's loss."""
     if row.get("loss", row.get("method")) != "classroom":
@@ -141,12 +149,8 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
             for column in ("validation_top1", "top1"):
                 cells.append(percent(spread([row[column] for row in group])))
                 found = differences(_by_seed(group, column), _by_seed(alone, column))
-                half = None
-                if len(found) > 1:
-                    quantile = student_t.ppf(0.975, len(found) - 1)
-                    half = quantile * stdev(found) / math.sqrt(len(found))
                 is_alone = group[0]["method"] == "alone"
-                cells.append("" if is_alone else percent([mean(found), half], signed=True))
+                cells.append("" if is_alone else percent(interval(found), signed=True))
             lines.append([*cells, str(len(group))])
     headings = (
         *("set", "images per class", "student", "method"),

@@ -33,7 +33,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "table",
         metavar="TABLE",
-        choices=("main", "ablation", "methods", "temperature", "peers", "multi-teacher"),
+        choices=("main", "ablation", "methods", "ca_mkd", "temperature", "peers", "multi-teacher"),
         help="%(choices)s",
     )
     parser.add_argument(
@@ -232,7 +232,7 @@ def _print_saved(plan: Plan, console: Console) -> None:
         share = saved / (saved + sum(run.work for run in plan.runs))
         console.print(
             f"mentor cache: mentors answer once for all runs with the same batches, which saves "
-            f"{share:.0%} of the runs' operations",
+            f"{share:.0%} of the runs' operations{_kept(plan)}",
             highlight=False,
             soft_wrap=True,
         )
@@ -243,6 +243,16 @@ def _print_saved(plan: Plan, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _kept(plan: Plan) -> str:
+    """How much the mentor cache takes, in words, if the plan says of which data."""
+    if not all(run.recipe.data.source for run in plan.runs):
+        return ""
+    from classroomkd.reproduce.sharing import cache_bytes
+    from classroomkd.training.logits_files import words
+
+    return f" and takes {words(cache_bytes(plan.runs))}"
 
 
 def _print_results(results: Mapping[str, Any], console: Console) -> None:

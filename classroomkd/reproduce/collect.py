@@ -22,6 +22,7 @@ def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, 
     Rows follow ``order``, a list of task ids; other runs come after them. ``last``, ``best`` and
     ``chosen`` are top-1 on the held-out images, as fractions: after the last epoch, the highest of
     any epoch, and that of the epoch that is best on the validation images (None without any).
+    ``validation_last`` is top-1 on these, after the last epoch.
 
     Raises UserError if runs that should differ only in the seed differ in more.
     """
@@ -59,7 +60,7 @@ def _row(
     mentors = [result for result in summary["results"] if result["phase"] == "mentor"]
     # The student alone, if any, comes before the student with mentors.
     *_, student = (result for result in summary["results"] if result["phase"] != "mentor")
-    data = summary["data"]
+    data, records = summary["data"], own_records(folder, mentors=False)
     return {
         "table": table,
         "classroom": classroom,
@@ -80,9 +81,10 @@ def _row(
         "last": student["top1"],
         "best": student["best_test_top1"],
         "chosen": student.get("chosen_top1"),
+        "validation_last": records[-1].get("validation_top1"),
         "teacher_last": mentors[0]["top1"] if mentors else None,
         "mentors_last": " ".join(f"{mentor['name']}={mentor['top1']:.4f}" for mentor in mentors),
-        "seconds": sum(line["seconds"] for line in own_records(folder, mentors=False)),
+        "seconds": sum(line["seconds"] for line in records),
         "device": summary["device"],
         **summary["versions"],
     }

@@ -42,7 +42,8 @@ class Task:
     ``id`` is the run folder within the table's. ``arguments`` are those of ``classroomkd``, and
     ``recipe`` is their result. ``epochs`` is the number of epochs it trains, ``work`` their
     floating-point operations per training image, and ``needs`` the ids of tasks to run before.
-    ``saved`` are operations that the mentor cache spares it.
+    ``saved`` are operations that the mentor cache spares it, and ``kept`` the epochs that it adds
+    to the cache, of all its mentors together.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Task:
     work: float
     needs: tuple[str, ...] = ()
     saved: float = 0.0
+    kept: int = 0
 
 
 @dataclass(frozen=True)

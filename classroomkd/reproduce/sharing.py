@@ -6,12 +6,16 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
 
+from classroomkd.data import NAMED_SOURCES, ImageFiles, ImageSet, Parts, cifar
+from classroomkd.data.sources import list_parts, load_parts, split_mask
 from classroomkd.loss.methods import method_names
 from classroomkd.models.network_names import label
 from classroomkd.reproduce.plan import Task, forward_flops
 from classroomkd.runs.identity import mentor_values, values_without
-from classroomkd.runs.recipe import Recipe, kept_epochs, mentor_seed, teaching
+from classroomkd.runs.recipe import Recipe, kept_epochs, mentor_seed, split_seed, teaching
 
 
 def with_cached_mentors(runs: Sequence[Task]) -> list[Task]:
@@ -19,16 +23,54 @@ def with_cached_mentors(runs: Sequence[Task]) -> list[Task]:
     kept: set[str] = set()
     result = []
     for run in runs:
-        recipe, saved = run.recipe, 0.0
+        recipe, saved, new = run.recipe, 0.0, 0
         if recipe.mentor_cache and not method_names.entry(recipe.method).uses_features:
             keys = _keys(recipe)
             for mentor, key in zip(teaching(recipe), keys, strict=True):
                 asked = 0 if key in kept else kept_epochs(recipe)
+                new += asked
                 flops = forward_flops(mentor.source, recipe.data.image_size)
                 saved += flops * (recipe.training.epochs - asked)
             kept |= set(keys)
-        result.append(replace(run, work=run.work - saved, saved=saved))
+        result.append(replace(run, work=run.work - saved, saved=saved, kept=new))
     return result
+
+
+def cache_bytes(runs: Sequence[Task]) -> int:
+    """The size of what ``runs`` keep in the mentor cache. Their data is read or listed.
+
+    Raises UserError as `load_parts` does.
+    """
+    from classroomkd.training.logits_files import size
+
+    total = 0
+    for run in runs:
+        if run.kept:
+            assert run.recipe.mentor_cache is not None
+            shape = run.kept, *_training_images(run.recipe)
+            total += size(shape, run.recipe.mentor_cache.dtype)
+    return total
+
+
+def _training_images(recipe: Recipe) -> tuple[int, int]:
+    """How many images a recipe trains on, and of how many classes."""
+    data = recipe.data
+    return _counted(data.source, split_seed(recipe), data.test_share, data.validation)
+
+
+@cache
+def _counted(source: str, seed: int, test_share: float, validation: float) -> tuple[int, int]:
+    parts: Parts[ImageSet] | Parts[ImageFiles]
+    if source in NAMED_SOURCES:
+        parts = Parts(*NAMED_SOURCES[source].read(seed, test_share))
+    elif cifar.find(Path(source)):
+        parts = load_parts(source)
+    else:
+        parts = list_parts(source, seed, test_share)
+    count = len(parts.train)
+    if validation and parts.validation is None:
+        count -= int(split_mask(parts.train, validation, seed).sum())
+    return count, len(parts.train.classes)
 
 
 def _keys(recipe: Recipe) -> list[str]:

@@ -94,6 +94,36 @@ def _ablation(recipe: Recipe) -> list[Variant]:
     ]
 
 
+def _towards_ca_mkd(recipe: Recipe) -> list[Variant]:
+    """What tells the classroom from CA-MKD, one change at a time, from either side."""
+    ca_mkd = {
+        "weighting": "confidence",
+        "knowledge_filter": "none",
+        "mentoring": "fixed",
+        "temperature": "4.0",
+        "task_weight": "1.0",
+    }
+    # The names of the variants say which of the options are CA-MKD's.
+    temperatures = {"mentoring", "temperature"}
+    taken = {
+        "classroom+weights": {"weighting"},
+        "classroom+task-weight": {"task_weight"},
+        "classroom+temperature": temperatures,
+        "classroom+no-filter": {"knowledge_filter"},
+        "ca_mkd+filter": ca_mkd.keys() - {"knowledge_filter"},
+        "ca_mkd+mentoring": ca_mkd.keys() - temperatures,
+        "ca_mkd+task-weight": ca_mkd.keys() - {"task_weight"},
+        "ca_mkd+ranks": ca_mkd.keys() - {"weighting"},
+    }
+    return [
+        *(Variant(name, name) for name in ("alone", "classroom", "ca_mkd")),
+        *(
+            Variant(name, overrides=tuple(f"loss.{key}={ca_mkd[key]}" for key in sorted(keys)))
+            for name, keys in taken.items()
+        ),
+    ]
+
+
 def _temperatures(recipe: Recipe) -> list[Variant]:
     return [Variant(f"T{t}", overrides=(f"loss.temperature={t}",)) for t in (4, 8, 12, 20)]
 
@@ -142,6 +172,7 @@ TABLES = {
     "main": Table("Every classroom", _rows(_MAIN, _methods)),
     "ablation": Table("The parts of the loss", _rows("resnet50-mobilenetv2", _ablation)),
     "methods": Table("Methods", _rows("resnet56-resnet20", _all_methods)),
+    "ca_mkd": Table("From the classroom to CA-MKD", _rows("resnet56-resnet20", _towards_ca_mkd)),
     "temperature": Table("Temperatures", _rows("resnet56-resnet20", _temperatures)),
     "peers": Table(
         "Weak, strong and equal peers",

@@ -54,25 +54,34 @@ def read_images(data: DataConfig, seed: int, download: str | None = None) -> Set
     )
 
 
-def split_validation(
+def sets_of_run(
     train_set: AnyPart,
     test_set: AnyPart,
     validation_set: AnyPart | None,
+    *,
     share: float,
     seed: int,
+    world_size: int,
 ) -> ImageSets:
     """The parts of a run by name.
 
-    Without a ``validation_set`` it is a ``share`` of the training images; with a share of 0 there
-    is none, in any case.
+    Without a ``validation_set`` it is a ``share`` of the training images, by ``seed``; with a share
+    of 0 there is none, in any case. Raises UserError if a part cannot be split, or has fewer images
+    than there are processes.
     """
-    if not share:
-        return {"train": train_set, "test": test_set}
-    if validation_set is None:
-        if isinstance(train_set, Batches):
-            raise UserError("a DataLoader's batches cannot be split: give validation, or 0")
-        train_set, validation_set = split_off(train_set, share, seed)
-    return {"train": train_set, "test": test_set, "validation": validation_set}
+    sets = {"train": train_set, "test": test_set}
+    if share:
+        if validation_set is None:
+            if isinstance(train_set, Batches):
+                raise UserError("a DataLoader's batches cannot be split: give validation, or 0")
+            sets["train"], validation_set = split_off(train_set, share, seed)
+        sets["validation"] = validation_set
+    for name, images in sets.items():
+        if len(images) < world_size:
+            raise UserError(
+                f"{len(images)} {name} images cannot be shared out among {world_size} processes"
+            )
+    return sets
 
 
 def open_loaders(

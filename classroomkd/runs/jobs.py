@@ -82,6 +82,21 @@ class TrainingJob:
         }
 
 
+def student_jobs(recipe: Recipe) -> list[TrainingJob]:
+    """The trainings of the student, in order: alone, and by the recipe's method."""
+    wanted = {
+        "alone": recipe.alone or recipe.method == "alone",
+        "student": recipe.method != "alone",
+    }
+    name = network_names.label(recipe.student)
+    epochs, weights = recipe.training.epochs, recipe.init
+    return [
+        TrainingJob(phase, name, recipe.student, epochs, weights=weights)
+        for phase in wanted
+        if recipe.student and wanted[phase]
+    ]
+
+
 def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What epochs that are chosen afterwards would have given, for the summary.
 

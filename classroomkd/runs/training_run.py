@@ -22,12 +22,7 @@ from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
-from classroomkd.models.network_names import (
-    PRETRAINED,
-    is_checkpoint,
-    is_logits,
-    label,
-)
+from classroomkd.models.network_names import is_logits
 from classroomkd.report import write_report
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.given_mentors import check_given
@@ -37,10 +32,11 @@ from classroomkd.runs.images import (
     counts,
     example_of,
     open_loaders,
-    split_validation,
+    sets_of_run,
 )
+from classroomkd.runs.inputs import input_digests
 from classroomkd.runs.interrupts import Interrupts
-from classroomkd.runs.jobs import TrainingJob
+from classroomkd.runs.jobs import TrainingJob, student_jobs
 from classroomkd.runs.machine import (
     device_name,
     find_device,
@@ -49,18 +45,11 @@ from classroomkd.runs.machine import (
     versions,
 )
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
-from classroomkd.runs.mentor_setup import (
-    Mentor,
-    find_mentors,
-    fit_mentor,
-    mentor_trainings,
-    weights_digest,
-)
+from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress
 from classroomkd.runs.recipe import (
     Recipe,
-    code_sources,
     split_seed,
     teaching,
     to_dict,
@@ -148,7 +137,16 @@ class TrainingRun:
             else f"classroomkd train --resume {out}"
         )
         with errors_name_run(out, resuming):
-            sets = self._sets(train_set, test_set, validation_set, folders)
+            share = self.recipe.data.validation
+            if validation_set is not None and not share:
+                name = folders.get("validation", "the validation part")
+                self._print(f"{name} is not used: data.validation is 0")
+            sets = sets_of_run(
+                *(train_set, test_set, validation_set),
+                share=share,
+                seed=split_seed(self.recipe),
+                world_size=self.processes.world_size,
+            )
             classes = len(info.classes)
             fit_own(self.own_logits, train_set, classes, self.recipe, validation_set is None)
             self._check_mentors(sets, info)
@@ -186,29 +184,6 @@ class TrainingRun:
             assert isinstance(train_set, ImageSet)  # for photographs the recipe has them
             mean, std = channel_statistics(train_set)
         return NetworkInfo(self.recipe.student, train_set.classes, mean, std, data.image_size)
-
-    def _sets(
-        self,
-        train_set: AnyPart,
-        test_set: AnyPart,
-        validation_set: AnyPart | None,
-        folders: Mapping[str, str],
-    ) -> ImageSets:
-        """The images by part; UserError if one has too few for the processes."""
-        share, seed = self.recipe.data.validation, split_seed(self.recipe)
-        if validation_set is not None and not share:
-            self._print(
-                f"{folders.get('validation', 'the validation part')} is not used: "
-                "data.validation is 0"
-            )
-        sets = split_validation(train_set, test_set, validation_set, share, seed)
-        for name, images in sets.items():
-            if len(images) < self.processes.world_size:
-                raise UserError(
-                    f"{len(images)} {name} images cannot be shared out among "
-                    f"{self.processes.world_size} processes"
-                )
-        return sets
 
     def _open(
         self,
@@ -281,7 +256,8 @@ class TrainingRun:
             tensorboard=self.recipe.tensorboard,
         )
         opened.callback(run.close)
-        run.require_same(self._inputs(digests))
+        inputs = input_digests(self.recipe, self.mentors, self.own_logits, self.builder)
+        run.require_same({f"the {name} images": digests[name] for name in digests} | inputs)
         run.begin(start(self.device, self.processes.world_size))
         self.processes.wait()
         return run
@@ -327,7 +303,7 @@ class TrainingRun:
             for mentor in self.mentors
             if mentor.name in networks
         }
-        trainings, students = mentor_trainings(self.mentors), self._student_jobs()
+        trainings, students = mentor_trainings(self.mentors), student_jobs(self.recipe)
         steps = sum(map(trainer.steps, trainings))
         trainer.progress.begin_run(steps + sum(trainer.steps([student]) for student in students))
         for jobs in trainings:
@@ -381,21 +357,6 @@ class TrainingRun:
             notify=self._print,
         )
 
-    def _student_jobs(self) -> list[TrainingJob]:
-        """The trainings of the student, in order: alone, and by the recipe's method."""
-        recipe = self.recipe
-        wanted = {
-            "alone": recipe.alone or recipe.method == "alone",
-            "student": recipe.method != "alone",
-        }
-        name = label(recipe.student)
-        epochs, weights = recipe.training.epochs, recipe.init
-        return [
-            TrainingJob(phase, name, recipe.student, epochs, weights=weights)
-            for phase in wanted
-            if recipe.student and wanted[phase]
-        ]
-
     def _method(self) -> Method:
         recipe = self.recipe
         if recipe.method != "classroom":
@@ -406,18 +367,6 @@ class TrainingRun:
             **vars(recipe.loss),
             process_group=dist.group.WORLD if across else None,
         )
-
-    def _inputs(self, digests: Mapping[str, str]) -> dict[str, str]:
-        """The digests of all that the run reads."""
-        given = [self.recipe.init, *(mentor.weights for mentor in teaching(self.recipe))]
-        given += [mentor.source for mentor in self.mentors if is_checkpoint(mentor.source)]
-        given += [str(logits.path) for logits in self.own_logits.values()]
-        files = {name: weights_digest(name) for name in given if name not in (None, PRETRAINED)}
-        codes = {name: self.builder.code(name) for name in code_sources(self.recipe)}
-        files |= {name: code for name, code in codes.items() if code is not None}
-        files |= self.builder.digests()
-        images = {f"the {name} images": digest for name, digest in digests.items()}
-        return images | files
 
     def _measure_given(
         self, mentor: Mentor, network: nn.Module, trainer: NetworkTrainer

@@ -138,15 +138,15 @@ def gpu_records(monkeypatch):
             row |= {"status": "ok", "rounds": [800.0], "images_per_second": 800.0}
             row |= {"projected_minutes": 7.5, "times_the_loop": 16.0, "start_seconds": 1.0}
             row |= {"parts_status": "ok", "parts_ms": parts, "outside_networks_percent": 12.0}
+            row |= {"images": 50_000, "size": [32, 32]}
             steps.append(row | {"loader": "ffcv", "dtype": "bfloat16"})
-    whole = {"classroom": steps[0]["classroom"], "batch": 64, "status": "ok"}
+    whole = {key: steps[0][key] for key in ("classroom", "batch", "status", "images", "size")}
     whole |= {"epochs": 5, "train_seconds": 8.0, "evaluation_seconds": 0.5}
     return {
         "roofline": {"benchmark": "roofline"} | common,
         "loss": {"benchmark": "loss", "rows": rows} | common,
         "loaders": loaders,
-        "step": {"benchmark": "step", "images": 50_000, "size": [32, 32], "rows": steps}
-        | {"environment": H100, "whole": [whole]},
+        "step": {"benchmark": "step", "rows": steps} | {"environment": H100, "whole": [whole]},
         "reproduction-methods": {"table": "methods", "groups": [], "runs": []},
     }
 

@@ -447,12 +447,12 @@ def test_the_step_on_this_machine(script, monkeypatch):
     monkeypatch.setenv("CLASSROOMKD_CACHE", "")  # which the script sets
     options = "--small --images 128 --size 8 --batch 32 --rounds 1 --seconds 0.2 --workers 1"
     record, printed = script(step, *options.split())
-    assert (record["images"], record["size"]) == (128, [8, 8])
     rows = {row["implementation"]: row for row in record["rows"]}
     assert rows.keys() >= {step.THIS, step.CACHED, step.LOOP}
     for row in rows.values():
         assert (row["status"], row["parts_status"]) == ("ok", "ok"), row
         assert (row["classroom"], row["batch"]) == ("resnet8 ← resnet14 resnet8", 32)
+        assert (row["images"], row["size"]) == (128, [8, 8])
         assert row["rounds"] == [row["images_per_second"]]
         minutes = 240 * 50_000 / row["images_per_second"] / 60
         assert row["projected_minutes"] == pytest.approx(minutes)
@@ -469,6 +469,20 @@ def test_the_step_on_this_machine(script, monkeypatch):
     times = rows[step.THIS]["images_per_second"] / loop
     assert rows[step.THIS]["times_the_loop"] == pytest.approx(times)
     assert rows[step.LOOP]["loader"] == "torchvision"
+
+
+def test_a_step_record_keeps_other_classrooms(tmp_path):
+    machine = {"device": "cpu", "torch": "2.13", "date": "yesterday", "load_average": 0.5}
+    rows = [{"classroom": name, "batch": 64, "status": name} for name in ("a", "b")]
+    earlier = {"environment": machine, "rows": rows, "whole": rows[1:]}
+    now = {"environment": machine | {"date": "today"}, "rows": [{"classroom": "a", "batch": 64}]}
+    assert step.kept_rows(tmp_path, now) == {"rows": [], "whole": []}
+    (tmp_path / "step.json").write_text(json.dumps(earlier))
+    assert step.kept_rows(tmp_path, now) == {"rows": rows[1:], "whole": rows[1:]}
+    now["rows"][0]["batch"] = 256
+    assert step.kept_rows(tmp_path, now)["rows"] == rows
+    now["environment"]["torch"] = "2.14"
+    assert step.kept_rows(tmp_path, now) == {"rows": [], "whole": []}
 
 
 STEP_CASE = step_rows.StepCase("resnet8", ("resnet14", "resnet8"), 32)

@@ -7,6 +7,9 @@ from statistics import mean, stdev
 
 import pytest
 
+from classroomkd import recipes
+from classroomkd.runs.recipe import load_recipe
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TUTORIAL = (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
@@ -54,13 +57,21 @@ def test_the_quickstarts_means_are_the_record():
 
 def test_the_table_over_seeds_is_the_record():
     record = json.loads((ROOT / "benchmarks/results/cpu/reproduction-methods.json").read_text())
-    runs = [run for run in record["runs"] if run["classroom"] == "small"]
-    assert {(run["epochs"], run["test_images"], run["classes"]) for run in runs} == {(30, 1000, 20)}
-    shown = re.findall(r"^\|.*\| (\d+\.\d\d) ± (\d+\.\d\d) \|$", README, re.MULTILINE)
-    for numbers, variant in zip(shown, ("alone", "kd", "ca_mkd", "classroom"), strict=True):
-        last = [100 * run["last"] for run in runs if run["variant"] == variant]
-        assert len(last) == 3
-        assert numbers == (f"{mean(last):.2f}", f"{stdev(last):.2f}")
+    number = r"(\d+\.\d\d) ± (\d+\.\d\d)"
+    shown = re.findall(rf"^\|[^|]*\| {number} \| {number} \|$", README, re.MULTILINE)
+    columns = (("small", (30, 1000, 20, 16), 3), ("small-100", (5, 2500, 100, 12), 5))
+    variants = ("alone", "kd", "dkd", "ca_mkd", "classroom")
+    for column, (classroom, (epochs, images, classes, side), seeds) in enumerate(columns):
+        assert f"{classes} classes, {side}×{side}, {epochs} epochs, {seeds} seeds" in README
+        assert load_recipe(recipes.find(classroom)).data.image_size == side
+        runs = [run for run in record["runs"] if run["classroom"] == classroom]
+        kinds = {(run["epochs"], run["test_images"], run["classes"]) for run in runs}
+        assert kinds == {(epochs, images, classes)}
+        for numbers, variant in zip(shown, variants, strict=True):
+            last = [100 * run["last"] for run in runs if run["variant"] == variant]
+            assert len(last) == seeds
+            own = numbers[2 * column : 2 * column + 2]
+            assert own == (f"{mean(last):.2f}", f"{stdev(last):.2f}")
 
 
 def test_links_lead_somewhere():

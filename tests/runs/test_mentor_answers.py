@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from classroomkd import distill
+from classroomkd import cli, distill
 from classroomkd.data.sources import split_off
 from classroomkd.errors import UserError
 from classroomkd.models import create
@@ -320,6 +321,31 @@ def test_a_plan_says_what_the_cache_saves():
     assert {run.recipe.data_seed for run in shared.runs} == {0}
     assert {run.recipe.data_seed for run in one_seed.runs} == {None}
     assert [task.id for task in shared.mentors] == [task.id for task in plain.mentors]
+
+
+def test_a_plan_says_what_the_cache_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of each mentor epochs · N · (C · itemsize + 4) bytes, once, or once for each seed."""
+    counts = [n - round(0.2 * n) for n in np.bincount(load_digits().target)]  # to train on
+    command = ["reproduce", "methods", "--data", "digits", "--classrooms", "small", "--plan"]
+    command += ["--methods", "classroom", "kd", "--out", str(tmp_path)]
+    assert cli.main([*command, "--mentor-cache", "float16"]) == 0
+    assert _takes(capsys) == f"{3 * 30 * sum(counts) * (10 * 2 + 4) / 1e6:.1f} MB"
+    # Three seeds' own, of the images that are not for validation, in one augmentation.
+    each = ["mentor_cache.epochs=1", "data.validation=0.1", "training.epochs=2"]
+    assert cli.main([*command, *each]) == 0
+    rest = sum(n - round(0.1 * n) for n in counts)
+    assert _takes(capsys) == f"{3 * 3 * rest * (10 * 4 + 4) / 1e6:.1f} MB"
+    assert cli.main(["reproduce", "methods", "--mentor-cache", "float16", "--plan"]) == 0
+    assert _takes(capsys) == ""  # nobody knows of which images
+
+
+def _takes(capsys: pytest.CaptureFixture[str]) -> str:
+    """What the mentor cache takes by the plan that was printed."""
+    found = re.search(
+        r"of the runs' operations(?: and takes (.*))?$", capsys.readouterr().out, re.M
+    )
+    assert found
+    return found[1] or ""
 
 
 def test_a_plan_counts_the_epochs_whose_augmentation_repeats():

@@ -71,6 +71,13 @@ def test_the_large_batch_takes_an_eighth_of_the_steps():
     assert (large.mentors, large.data, large.loss) == (small.mentors, small.data, small.loss)
 
 
+def test_the_recipe_chosen_on_validation_images_changes_the_task_weight():
+    start, chosen = (load_recipe(recipes.find(f"small-100{end}")) for end in ("", "-task-weight"))
+    assert (start.loss.task_weight, chosen.loss.task_weight) == ("confidence", 1.0)
+    start.loss.task_weight = 1.0
+    assert start == chosen
+
+
 # The training differs in these; each network takes its steps in tests/models/test_models.py.
 @pytest.mark.parametrize(
     "name", ["cifar100/resnet56-resnet20", "cifar100/large-batch", "small-large-batch"]

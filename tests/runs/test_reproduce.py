@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.files import lock
+from classroomkd.loss import methods
 from classroomkd.models import create
 from classroomkd.recipes import find
 from classroomkd.report.published import PUBLISHED
@@ -88,6 +89,7 @@ def planned(task):
         ("main", 12 * 3, 12),
         ("ablation", 12, 6),
         ("methods", 13, 6),
+        ("ca_mkd", 11, 6),
         ("temperature", 4, 6),
         ("peers", 4 + 8 * 3, 6),
         ("multi-teacher", 4 * 6, 8),
@@ -113,6 +115,38 @@ def test_the_plan_of_a_table(table, rows, mentors):
         assert planned(task).mentors == task.recipe.mentors
     for run in plan.runs[-1:0:-19]:
         assert planned(run) == run.recipe
+
+
+def test_the_variants_towards_ca_mkd_change_one_thing():
+    """From the classroom to CA-MKD's loss, or from there to the classroom."""
+    losses = {
+        run.id.split("/")[-2]: vars(run.recipe.loss)
+        for run in whole_plan("ca_mkd", seeds=(0,)).runs
+        if run.recipe.method == "classroom"
+    }
+    classroom = losses["classroom"]
+    ca_mkd = classroom | {"knowledge_filter": "none", "mentoring": "fixed", "temperature": 4.0}
+    ca_mkd |= {"weighting": "confidence", "task_weight": 1.0}
+    torch.manual_seed(0)
+    student, *mentors = (methods.Outputs(logits) for logits in 3 * torch.randn(4, 8, 100))
+    targets = torch.randint(100, (8,))
+    ours, theirs = methods.create("classroom", **ca_mkd), methods.create("ca_mkd")
+    assert torch.equal(ours(student, mentors, targets), theirs(student, mentors, targets))
+    one = {
+        "weights": {"weighting"},
+        "ranks": {"weighting"},
+        "task-weight": {"task_weight"},
+        "filter": {"knowledge_filter"},
+        "no-filter": {"knowledge_filter"},
+        "temperature": {"mentoring", "temperature"},
+        "mentoring": {"mentoring", "temperature"},
+    }
+    assert len(losses) == 9
+    for name, loss in losses.items():
+        origin, _, change = name.partition("+")
+        start, end = (classroom, ca_mkd) if origin == "classroom" else (ca_mkd, classroom)
+        changed = one[change] if change else set()
+        assert loss == start | {key: end[key] for key in changed}, name
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
