@@ -605,21 +605,22 @@ def test_steps_that_fail_are_told_apart(step_setting, monkeypatch):
 
 def test_markdown_of_the_steps():
     parts = {"mentors": 1.5, "student forward": 0.5, "loader and between": 0.25}
-    row = {"classroom": "a ← b c", "batch": 64, "implementation": "trainer", "status": "ok"}
+    case = {"classroom": "a ← b c", "batch": 64, "images": 50_000, "size": [32, 32]}
+    row = case | {"implementation": "trainer", "status": "ok"}
     row |= {"loader": "ffcv", "dtype": "bfloat16", "rounds": [900.4, 1200.0], "host_mib": None}
     row |= {"images_per_second": 1050.2, "times_the_loop": 9.87, "projected_minutes": 190.44}
     row |= {"start_seconds": 3.21, "gpu_mib": 2048.0}
     row |= {"parts_status": "ok", "parts_ms": parts, "outside_networks_percent": 11.1}
-    large = {"classroom": "a ← b c", "batch": 256, "implementation": "trainer", "rounds": []}
+    large = case | {"batch": 256, "implementation": "trainer", "rounds": []}
     large |= {"status": "out of memory"}
     broken = row | {"batch": 1024, "parts_status": "failed: oh"}
     del broken["parts_ms"]
-    whole = {"classroom": "a ← b c", "batch": 64, "status": "ok", "epochs": 240}
+    whole = case | {"status": "ok", "epochs": 240}
     whole |= {"train_seconds": 300.0, "evaluation_seconds": 60.0}
     record = {
         "benchmark": "step",
         "environment": {"device": "A GPU", "torch": "2.6", "triton": "3.3", "date": "2026-01-01"},
-        **{"images": 50_000, "size": [32, 32], "rows": [row, large, broken], "whole": [whole]},
+        **{"rows": [row, large, broken], "whole": [whole]},
     }
     text = result_tables.markdown(record)
     assert "**a ← b c: 50,000 images of 32×32**" in text
@@ -627,7 +628,7 @@ def test_markdown_of_the_steps():
     assert "| 256 | trainer |  |  | out of memory |  |" in text
     assert "| 64 | trainer | 1.500 | 0.500 | 0.250 | 2.250 | 11 |" in text
     assert "| 1024 | trainer | failed: oh |  |  |  |  |" in text
-    assert "| a ← b c | 64 | 240 | 6.00 | 1.00 | ok |" in text
+    assert "| a ← b c | 50,000 images of 32×32 | 64 | 240 | 6.00 | 1.00 | ok |" in text
     widths = {line.count("|") for line in text.split("**")[2].strip().splitlines()}
     assert len(widths) == 1
     assert "Whole epochs of the trainer" in result_tables.terminal(record)
