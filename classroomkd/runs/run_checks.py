@@ -63,7 +63,7 @@ class RunChecks:
                 outputs = outputs_of(network, example, f"the student {student}")
             if outputs != classes:
                 raise UserError(
-                    f"the student {student} gives {outputs} outputs where there are {classes} "
+                    f"the student {student} has {outputs} outputs for {classes} "
                     "classes"
                 )
 

@@ -255,7 +255,7 @@ class Stream(torch.utils.data.IterableDataset):
         ({"mentors": []}, "method classroom needs mentors: give some, or method='alone'"),
         (
             {"student": nn.Linear(12, 5), "train": named(train())},
-            "the student Linear gives 5 outputs where there are 4",
+            "the student Linear has 5 outputs for 4",
         ),
         ({"student": nn.Linear(7, 4)}, "the student Linear cannot take a batch [2, 12]"),
         ({"student": nn.LSTM(12, 4)}, "the student LSTM returns a tuple, not logits"),
