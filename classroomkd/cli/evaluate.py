@@ -143,7 +143,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
             f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
         )
     if is_external(name) and len(info.classes) == len(test_set.classes):
-        print(f"{student}: its classes are taken to be the data's, in their order")
+        print(f"{student}: assuming that its classes are the data's, in the same order")
         info = replace(info, classes=test_set.classes)
     info = replace(info, image_size=image_size)
     fit_to_data(network, info, replace(info, classes=test_set.classes), student)

@@ -86,8 +86,8 @@ def _resume(out: Path) -> None:
     recipe = load_recipe(unfinished(out), of_run=True)
     if not recipe.data.source:
         raise UserError(
-            f"the run in {out} was begun in Python: classroomkd.distill(…, out={str(out)!r}, "
-            "resume=True) goes on"
+            f"the run in {out} was started in Python: classroomkd.distill(…, out={str(out)!r}, "
+            "resume=True) resumes it"
         )
     require_images(recipe.data.source)
     run = _run_of(recipe)

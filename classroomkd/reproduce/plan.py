@@ -311,7 +311,7 @@ def _require_same_code(recipe: Recipe, folder: Path) -> None:
     for source in code_sources(with_absolute_paths(recipe)):
         if inputs.get(source, digest := code_digest(source)) != digest:
             raise UserError(
-                f"{source} has changed since {folder} was begun: give --out a new folder"
+                f"{source} has changed since {folder} was started: give --out a new folder"
             )
 
 

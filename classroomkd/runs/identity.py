@@ -33,7 +33,7 @@ def marked(mark: Mark = "recipe", *, mentors: bool = False) -> dict[str, Any]:
 
 @cache
 def marks(section: type) -> dict[str, Mark]:
-    """The marks of a dataclass's fields by dotted name; the mark of a section is that of all its fields."""
+    """The marks of a dataclass's fields by dotted name; a section's mark applies to its fields."""
     found: dict[str, Mark] = {}
     hints = get_type_hints(section)
     for own in fields(section):

@@ -192,7 +192,7 @@ def test_signals_save_first(tmp_path, monkeypatch, capsys, tiny_training, number
     os.kill(process.pid, number)
     process.wait()
     assert process.returncode == 128 + number, process.stderr
-    assert "classroomkd train --resume run goes on" in process.stderr
+    assert "classroomkd train --resume run continues" in process.stderr
     state = Checkpoints(tmp_path / "run" / "checkpoints" / "mentor-resnet8").load(print)
     assert 1 <= len(state["records"]) < 25
     monkeypatch.chdir(tmp_path)
