@@ -53,7 +53,7 @@ def remedies(recipe: Recipe, phase: str, n_classes: int, n_mentors: int) -> str:
     section = "mentor_training" if phase == "mentor" else "training"
     tries, taught = [], phase == "student" and recipe.method == "classroom"
     if taught and recipe.loss.task_weight == "confidence":
-        # A student that gives the true classes no probability then has almost no loss to learn from.
+        # A student that gives true classes no probability then has almost no loss, and is stuck.
         tries.append("loss.task_weight=1")
     tries.append(f"a lower {section}.learning_rate")
     if getattr(recipe, section).clip_norm is None:

@@ -114,7 +114,7 @@ class NetworkTrainer:
         part: str,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Evaluation:
-        """Measure ``network`` on a held-out part; ``watch`` gets the logits and targets of batches."""
+        """Measure ``network`` on a held-out part; ``watch`` gets each batch's logits, targets."""
         self.processes.align(network)
         return evaluate(network, self.held_out[part], self.processes, watch)
 

@@ -140,7 +140,7 @@ def test_a_method_that_takes_no_mixed_labels_is_told_before_anything_is_read(alp
         TrainingRun(recipe("method=dkd", f"training.{alpha}=0.2"), Console(file=io.StringIO()))
     assert str(raised.value) == (
         f"method dkd needs one class per image, which training.{alpha}=0.2 rules out: set it "
-        "to 0 or take another method"
+        "to 0 or use another method"
     )
     # Its mentors learn alone.
     TrainingRun(recipe("method=dkd", f"mentor_training.{alpha}=0.2"), Console(file=io.StringIO()))
