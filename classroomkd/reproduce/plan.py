@@ -42,7 +42,7 @@ class Task:
     ``id`` is the run folder within the table's. ``arguments`` are those of ``classroomkd``, and
     ``recipe`` is their result. ``epochs`` is the number of epochs it trains, ``work`` their
     floating-point operations per training image, and ``needs`` the ids of tasks to run before.
-    ``saved`` are operations that the mentor cache spares it.
+    ``saved`` are the operations that the mentor cache saves.
     """
 
     id: str
@@ -304,7 +304,7 @@ def require_same_recipe(task: Task, folder: Path) -> None:
 
 
 def _require_same_code(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError if a network of one's own has changed since the run in ``folder`` began."""
+    """Raise UserError if a user-defined network has changed since the run in ``folder`` started."""
     inputs: dict[str, str] = {}
     with suppress(OSError, ValueError):
         inputs = json.loads((folder / "inputs.json").read_bytes())
@@ -316,7 +316,7 @@ def _require_same_code(recipe: Recipe, folder: Path) -> None:
 
 
 def difference(begun: dict, now: dict) -> str:
-    """The first difference between two recipes' `_values`, in words; empty if there is none."""
+    """The first difference between two recipes' `_values`, as text; empty if there is none."""
     for key, value in begun.items():
         if isinstance(value, dict):
             if inner := difference(value, now[key]):

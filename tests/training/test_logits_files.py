@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_short_is_begun_again(opened, cut):
 
 def test_another_key_is_refused_with_what_differs(opened):
     opened().close()
-    with pytest.raises(UserError, match=r'is of another key: seed 3, not 4, images null, not "a"'):
+    with pytest.raises(UserError, match=r'has another key: seed 3, not 4, images null, not "a"'):
         opened(seed=4, images="a")
 
 
