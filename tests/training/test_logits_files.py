@@ -180,6 +180,6 @@ def test_the_command_lists_verifies_and_removes(tmp_path, monkeypatch, capsys):
     (logits_folder() / "resnet8-2" / "key.json").write_text(json.dumps(key())[:9])
     capsys.readouterr()
     assert cli.main(["cache"]) == 0
-    assert "resnet8-2: not begun, or damaged: remove it" in capsys.readouterr().out
+    assert "resnet8-2: empty or damaged: remove it" in capsys.readouterr().out
     assert cli.main(["cache", "remove", "resnet8-1"]) == 0
     assert [path.name for path in logits_folder().iterdir()] == ["resnet8-2"]
