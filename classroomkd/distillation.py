@@ -282,8 +282,8 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
     for was, now in zip(one, other, strict=False):
         if was != now:
             raise UserError(
-                f"{folder} was started with {was.strip()}, which is {now.strip()} now: give the same "
-                "arguments, or another out"
+                f"{folder} was started with {was.strip()}, which is {now.strip()} now: give the "
+                "same arguments, or another out"
             )
 
 
