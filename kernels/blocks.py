@@ -94,7 +94,7 @@ class SumBlocks(NamedTuple):
     BLOCK_STATS: int
     BLOCK_R: int
     group_programs: int
-    """The number of programs in a group, whose rows the last of them sums."""
+    """Programs whose rows the last of them adds up; the last group's adds up the sums of all."""
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
