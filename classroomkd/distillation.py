@@ -81,11 +81,11 @@ def distill(
         method: what ``classroomkd methods`` lists.
         method_options: its options.
         loss: those of the method "classroom", like {"temperature": 4.0}.
-        seed: of first weights, batches, augmentation and splits.
+        seed: of initial weights, batches, augmentation and splits.
         device: as torch names it; None is the GPU if there is one.
         validation: what the best epoch is chosen on; None splits off ``data.validation`` of
             ``train``, not of a DataLoader.
-        resume: whether to go on with the run in ``out``, if there is one, or give its result if it
+        resume: whether to resume the run in ``out``, if there is one, or give its result if it
             is finished; the arguments must be the same.
         quiet: print nothing.
         **recipe: other keys of a recipe, like training={"batch_size": 128, "learning_rate": 0.1},
@@ -273,7 +273,7 @@ def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart])
 
 
 def _require_same(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError if the run in ``folder`` was begun with other arguments."""
+    """Raise UserError if the run in ``folder`` was started with other arguments."""
     begun = load_recipe(folder / "config.yaml", of_run=True)
     one, other = (
         yaml.safe_dump(values_without(with_absolute_paths(each), "machine", "place")).splitlines()
@@ -282,8 +282,8 @@ def _require_same(recipe: Recipe, folder: Path) -> None:
     for was, now in zip(one, other, strict=False):
         if was != now:
             raise UserError(
-                f"{folder} was begun with {was.strip()}, which is {now.strip()} now: give the same "
-                "arguments, or another out"
+                f"{folder} was started with {was.strip()}, which is {now.strip()} now: give the "
+                "same arguments, or another out"
             )
 
 

@@ -1,19 +1,19 @@
-"""Triton only: device functions, the kernels made of them, and their launch.
+"""The Triton code: device functions, kernels and their launch.
 
 Imported as ``classroomkd.kernels``. The loss is one kernel, ``classroom``: rows are ``held`` in
-registers or ``swept``, with their ``kd`` terms; ``ranks`` is what is done once a network, ``batch``
-what the rows of a batch do together, ``device`` the arithmetic that all share. ``scaling`` is
-autograd's backward, ``augment`` the resident loader's batches. ``blocks`` cuts the work up,
-``launch`` makes the outputs, with the states of ``counters``; ``ahead_of_time`` compiles everything
-for GPUs that this machine does not have. ``report_layout`` is the order of a report's numbers.
-Nothing here checks arguments: they come checked from ``classroomkd.loss`` and ``classroomkd.data``.
+registers or ``swept``, with their ``kd`` terms. ``ranks`` has the work per network (gate,
+temperatures, weights), ``batch`` the work across rows (valid count, sums), and ``device`` shared
+arithmetic. ``scaling`` is autograd's backward, and ``augment`` makes the resident loader's batches.
+``blocks`` chooses tile sizes, and ``launch`` allocates outputs and launches, with the states of
+``counters``; ``ahead_of_time`` cross-compiles. ``report_layout`` is the order of a report's
+numbers. Nothing here checks arguments: ``classroomkd.loss`` and ``classroomkd.data`` have done so.
 """
 
 from __future__ import annotations
 
 
 def triton_obstacle(major: int, minor: int) -> str | None:
-    """What keeps kernels that need this Triton, or a newer one, from running; None if nothing."""
+    """Why kernels that need at least this Triton version cannot run; None if they can."""
     try:
         import triton
     except ImportError:

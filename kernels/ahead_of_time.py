@@ -46,7 +46,7 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel became on one target."""
+    """A kernel compiled for one target."""
 
     registers: int
     """A thread's; on AMD, vector registers."""
@@ -97,17 +97,17 @@ def call_launches(
     with_report: bool = False,
     **options: Any,
 ) -> dict[str, Launch]:
-    """What a call of the loss would launch, with tensors that have no memory.
+    """The launches of a call of the loss, with tensors that have no memory.
 
     Args:
-        dtype: of the student's logits, and of the mentors' unless ``mentor_dtypes`` names theirs,
-            in turn.
+        dtype: of the student's logits, and of the mentors' unless given by ``mentor_dtypes``, in
+            order.
         targets: an integer type for class indices, a floating-point one for class probabilities.
         row_padding: elements before each row of the logits, and of class probabilities.
-        mentor_weight: its dtype, if there is one; scale: that of the scale of "scaled".
-        gradient: "none"; "autograd", which has a kernel for the backward; "finished", of
-            `fused_classroom_loss_and_grad`; "scaled", that with a scale.
-        options: further ones of the loss; None stands for the default.
+        mentor_weight: its dtype, if given as a tensor; scale: the dtype of the scale for "scaled".
+        gradient: "none"; "autograd", with a backward kernel; "finished", as in
+            `fused_classroom_loss_and_grad`; "scaled", the same with a scale.
+        options: further options of the loss; None stands for the default.
 
     Returns:
         By name: "confidence" (ranking "batch"), "classroom", "scale_rows" (autograd's backward).
@@ -168,7 +168,7 @@ def compile_augmentation(
     flip: bool = True,
     cutout: int = 0,
 ) -> Compiled:
-    """Compile the kernel of the resident loader for images of this size; the rest as above."""
+    """Compile the resident loader's kernel for images of this size; other arguments as above."""
     cut = tiles(width, tl.dtype(dtype).primitive_bitwidth // 8, _gpu(target).warp_size)
     arguments = {
         "image_ptr": "*u8 of 16",
@@ -207,7 +207,7 @@ def _compile(
 
 
 class MachineCode(NamedTuple):
-    """A launch on an NVIDIA GPU, as its machine code sees it."""
+    """A launch on an NVIDIA GPU, in terms of its machine code."""
 
     name: str
     cubin: bytes
@@ -234,7 +234,7 @@ def kernel_code(
     options: dict[str, int],
     target: str,
 ) -> MachineCode:
-    """Compile any kernel for an NVIDIA GPU, with arguments by name, tensors without memory."""
+    """Compile any kernel for an NVIDIA GPU; arguments by name, tensors without memory."""
     types = _described(kernel, arguments)
     compiled = _compiled(kernel, types, target, options)
     taken = []
@@ -257,7 +257,7 @@ def _compiled(
 
 
 def _described(kernel: triton.JITFunction, given: Mapping[str, Any]) -> dict[str, object]:
-    """Arguments as `_source` takes them, specialised as Triton would at the launch."""
+    """Arguments in the form of `_source`, specialised as Triton does at launch."""
     arguments = {}
     for parameter in kernel.params:
         value = given[parameter.name]
@@ -273,8 +273,8 @@ def _described(kernel: triton.JITFunction, given: Mapping[str, Any]) -> dict[str
 
 
 def _type_of(value: object) -> object:
-    """A type, with what is known of the value; 1 and None are constants."""
-    if isinstance(value, Tensor):  # on no device, so that its memory would begin where it likes
+    """The type of a value, with its divisibility; 1 and None are constants."""
+    if isinstance(value, Tensor):  # a meta tensor, whose alignment is unknown
         aligned = value.storage_offset() * value.element_size() % 16 == 0
         return f"*{TYPES[value.dtype]}" + (" of 16" if aligned else "")
     if isinstance(value, float):
@@ -286,7 +286,7 @@ def _type_of(value: object) -> object:
 
 
 def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSource:
-    """Describe a call: strings are types, "of 16" where divisible by it; all else are constants."""
+    """Describe a call: strings are types, "of 16" if divisible by 16; the rest are constants."""
     signature, constants, aligned = {}, {}, {}
 
     def describe(place: tuple[int, ...], value: object) -> str:

@@ -1,22 +1,22 @@
-"""One pass over a batch of images: gathered, cropped, flipped, normalised, cut out and cast.
+"""One pass over a batch of images: gather, crop, flip, normalise, cut out and cast.
 
-The arithmetic, bit by bit: ``classroomkd/data/augmentation.py``. The work is laid
-out so that little of it is index arithmetic:
+``classroomkd/data/augmentation.py`` specifies the arithmetic, bit by bit. The layout minimises
+index arithmetic:
 
-- A thread owns groups of neighbouring pixels of a row, as many as make its three stores of a group
-  16 bytes wide each. So every element's channel and place in its group are constants of the
-  compiled code, and a pixel is one address and three loads. The price: neighbouring threads store
-  48 bytes apart, half a sector at a time, for the L2 cache to put together.
-- The crop's offset, the flip's direction and the cutout's corner are one for an image. Each thread
-  hashes the sample's index anew, some 30 instructions, rather than wait for another.
-- A pixel of the black border takes its address from three bytes known to be 0, in the upper half
-  of its own sample's index: one selection a pixel instead of one an element.
-- The table comes to shared memory while the index is on its way: a lookup is a shift and a load
-  there, and no line of the table is waited for behind the bytes.
+- A thread processes groups of adjacent pixels of a row, sized so that its three stores per group
+  are 16 bytes wide. So each element's channel and position in its group are compile-time constants,
+  and a pixel takes one address and three loads. The price: adjacent threads store 48 bytes apart,
+  half a sector at a time, which the L2 cache merges.
+- Crop offset, flip direction and cutout corner are the same for a whole image. Each thread hashes
+  the sample index itself, about 30 instructions, instead of waiting for another thread.
+- A pixel of the black border is loaded from three bytes known to be 0, in the upper half of its
+  sample's index: one select per pixel instead of one per element.
+- The table is loaded into shared memory while the index load is in flight: a lookup is a shift and
+  a shared load, and does not wait for a cache line after the pixel bytes arrive.
 
-The floor is the traffic: 3·H·W bytes read and as many numbers written, each once. For 32×32
-images to bfloat16 that is 3072 + 6144 = 9216 bytes, at an assumed 3 TB/s 325 million images/s.
-Instructions an element (the whole machine code for cuda:90 at 32×32, over 24 elements a thread):
+The lower bound is memory traffic: 3·H·W bytes read and as many numbers written, each once. For
+32×32 images to bfloat16 that is 3072 + 6144 = 9216 bytes, at an assumed 3 TB/s 325 million
+images/s. Instructions per element (machine code for cuda:90 at 32×32, 24 elements per thread):
 
     ============================  ========  =======
     .                             bfloat16  float32
@@ -24,16 +24,16 @@ Instructions an element (the whole machine code for cuda:90 at 32×32, over 24 e
     crop, flip and cutout             12.5     11.6
     neither                            5.8      5.8
 
-An image is one program of 4 warps. On 132 multiprocessors at an assumed 1.7 GHz it takes one
+An image is one program of 4 warps. On 132 multiprocessors at an assumed 1.7 GHz, an image takes
 
     issue      4 warps · 240 instructions / 4 schedulers      240 clocks   935 million images/s
     lookups    96 a warp wide, 2.8 clocks each: random banks  270 clocks   830
     loads      96 a warp wide, of single bytes                 96 clocks  2300
 
-so that many images should be bound by the traffic. A batch of 512 is four images a multiprocessor,
-all in flight at once, and 1.6 µs of traffic; there latency should bind, one chain of index, bytes,
-lookup and store, an estimated 2.5 to 3.5 µs: 150 to 200 million images/s. Hence all 24 bytes of a
-thread are asked for before any is used. None of these times has been measured yet.
+so large batches should be bound by traffic. A batch of 512 is four images per multiprocessor, all
+in flight at once, and 1.6 µs of traffic; it should be bound by latency: one chain of index, bytes,
+lookup and store, an estimated 2.5 to 3.5 µs, or 150 to 200 million images/s. Hence a thread issues
+the loads of all its 24 bytes before using any. None of these times has been measured yet.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _THREADS = 128  # of a program, with 8 pixels each
 
 
 class Tiles(NamedTuple):
-    """How an image is cut up: GROUPS groups of GROUP pixels for num_warps warps."""
+    """The tiling of an image: GROUPS groups of GROUP pixels for num_warps warps."""
 
     GROUP: int
     GROUPS: int
@@ -64,11 +64,11 @@ class Tiles(NamedTuple):
 
 
 def tiles(width: int, itemsize: int, warp_size: int) -> Tiles:
-    """Groups within rows, of the power of two of pixels that 16-byte stores call for.
+    """Groups within rows, of the power of two of pixels needed for 16-byte stores.
 
-    Where that does not divide the width, rows do not begin at multiples of 16 bytes, and the
-    largest that does sets the width of the stores. Programs are as large for small images: fewer
-    warps would look up by shuffles, and fewer pixels a thread would store less at a time.
+    If that does not divide the width, rows are not aligned to 16 bytes, and the largest power of
+    two that does is used. Programs are not smaller for small images: with fewer warps lookups would
+    become shuffles, and with fewer pixels per thread stores would be narrower.
     """
     group = math.gcd(width, 16 // itemsize)
     return Tiles(group, 8 * _THREADS // group, _THREADS // warp_size)
@@ -103,7 +103,7 @@ def _within(at, first, length):
     return (at - first).to(tl.uint32, bitcast=True) < length
 
 
-# Neither an epoch's keys nor where in its order a batch begins may compile anew.
+# A new epoch key or position of the batch in the order must not trigger a compilation.
 @triton.jit(
     do_not_specialize=["augment_key", "cutout_key"],
     do_not_specialize_on_alignment=["order_ptr"],
@@ -126,9 +126,9 @@ def gather_augment_kernel(
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """GROUPS groups of pixels of one image a program; its first program takes the target too.
+    """GROUPS groups of pixels of one image per program; its first program copies the target too.
 
-    Offsets within an image are 32 bits wide, those of images 64.
+    Offsets within an image have 32 bits, those of images 64.
     """
     N_GROUPS: tl.constexpr = H * W // GROUP
     PROGRAMS: tl.constexpr = (N_GROUPS + GROUPS - 1) // GROUPS
@@ -146,7 +146,7 @@ def gather_augment_kernel(
     y = group // (W // GROUP)
     x = group % (W // GROUP) * GROUP
 
-    # Where each group's first pixel comes from, and which way the others follow.
+    # The source of each group's first pixel, and the direction of the others.
     row, column, step = y, x, 1
     if PADDING > 0 or FLIP:
         word = _word(index, augment_key)
@@ -173,8 +173,8 @@ def gather_augment_kernel(
         value = tl.load(pixel_ptr + channel).to(tl.int32)
         entries = entries + (value + channel * 256,)
 
-    # One gather for all three, as each would bring the table to shared memory anew; the fourth
-    # makes a power of two of them, and the compiler drops it.
+    # One gather for all three, because each would load the table into shared memory again; the
+    # fourth pads to a power of two and is eliminated by the compiler.
     joined = tl.join(tl.join(entries[0], entries[1]), tl.join(entries[2], entries[2]))
     looked_up = tl.gather(table, joined.reshape(GROUPS * GROUP * 4), 0)
     first, second = tl.split(looked_up.reshape(GROUPS, GROUP, 2, 2))
@@ -210,17 +210,17 @@ def gather_augment(
 ) -> tuple[Tensor, Tensor]:
     """A batch of augmented, normalised images and their targets, in one launch.
 
-    Compiles once for each image size, dtype, padding, flip and cutout. Nothing is checked, and
-    nothing is read off the device: an index outside 0..N−1 reads out of bounds.
+    Compiles once per image size, dtype, padding, flip and cutout. Nothing is checked, and the host
+    does not wait for the device: an index outside 0..N−1 reads out of bounds.
 
     Args:
         images: uint8 [N, H, W, 3], contiguous; H, W ≤ 1024.
         targets: int64 [N], contiguous.
-        order: the samples' indices, int64 [B], of any stride.
+        order: the sample indices, int64 [B], any stride.
         table: the normalised value of each channel's pixel values, [3, 256], contiguous, float32,
             float16 or bfloat16.
-        padding: pixels of the black border that crops are taken from, 0 for no crop; flip: whether
-            to flip half of the images; cutout: side of the square set to 0 in pixels, 0 for none.
+        padding: width in pixels of the black border for crops, 0 for no crop; flip: whether to flip
+            half of the images; cutout: side in pixels of the square set to 0, 0 for none.
         augment_key: the epoch's key for crop and flip, 0 ≤ key < 2³²; cutout_key: for cutout.
 
     Returns:
@@ -257,5 +257,5 @@ def gather_augment(
 
 
 def _signed(key: int) -> int:
-    """The int32 of the same 32 bits: Triton would take a key from 2³¹ on as a 64-bit integer."""
+    """The int32 with the same 32 bits: Triton types keys from 2³¹ on as 64-bit integers."""
     return key - 2**32 if key >= 2**31 else key

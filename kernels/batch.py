@@ -1,22 +1,22 @@
-"""What rows of a batch do together: counting the valid ones, and the sums of the last program.
+"""Operations across the rows of a batch: counting valid rows, and sums in the last program.
 
-Both use ``state``, int64 numbers that are 0 before a launch and after:
+Both use ``state``, int64 numbers that are 0 before and after a launch:
 
-    0  slices of the targets that a program has taken to count
-    1  the tally: slices counted · 2³² + valid rows among them
-    2  groups of programs whose sums are made
-    4… of each group, programs that are done
+    0  slices of the targets taken by programs for counting
+    1  the tally: slices counted · 2³² + valid rows in them
+    2  groups of programs whose sums are finished
+    4… for each group, the number of finished programs
 
-**Counting.** The mean's gradient is divided by the number of valid rows, which so must be known
-before the first gradient is written. Up to SLICE rows every program counts them all, in one load
-that waits for nothing. Beyond, programs take slices of the targets, SLICE rows each, until none is
-left, and add what they counted to the tally; before its gradient a program waits until all slices
-are in it. That cannot hang: whoever waits has left no slice untaken, and a program that has
-taken one runs. So each target is read once, and only the first programs to start read any.
+**Counting.** The mean's gradient is divided by the number of valid rows, which must therefore be
+known before the first gradient is written. Up to SLICE rows, every program counts them all, with
+one load and no waiting. For more rows, programs take slices of SLICE targets until none is left,
+and add their counts to the tally; before writing its gradient a program waits until all slices are
+counted. This cannot deadlock: when a program waits, all slices have been taken, each by a program
+that is already running. So each target is read once, by the first programs to start.
 
-**Sums.** Each row stores its statistics. The last program of a group to finish adds up those of the
-group and stores the sums, and the last of all groups adds up those sums. Groups are consecutive
-programs, so that the order of all additions depends on the batch's size alone.
+**Sums.** Each row stores its statistics. The last program of a group to finish sums those of the
+group and stores the result, and the last program overall sums the groups. Groups are consecutive
+programs, so that the order of all additions depends only on the batch size.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
 
 @triton.jit
 def _count_slice(target_ptr, ignore_index, n_rows, slice):
-    """The valid rows of a slice."""
+    """The number of valid rows in a slice."""
     row = slice * SLICE + tl.arange(0, SLICE)
     target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
     return tl.sum(((row < n_rows) & (target != ignore_index)).to(tl.int32), 0)
@@ -51,8 +51,8 @@ def _count_slice(target_ptr, ignore_index, n_rows, slice):
 
 @triton.jit
 def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
-    """The valid rows of a batch of one slice; of a larger one the programs' tally is begun, and
-    the result is 0.
+    """The number of valid rows if the batch is one slice. Otherwise, starts the tally and returns
+    0.
     """
     count = 0
     n_slices = tl.cdiv(n_rows, SLICE)
@@ -69,7 +69,7 @@ def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
 
 @triton.jit
 def _counted(state_ptr, n_rows):
-    """Wait for the tally; the number of valid rows."""
+    """Wait for the tally and return the number of valid rows."""
     n_slices = tl.cdiv(n_rows, SLICE)
     tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
     while (tally >> 32) < n_slices:
@@ -81,9 +81,9 @@ def _counted(state_ptr, n_rows):
 def gradient_factor(
     scale_ptr, state_ptr, count, n_rows, MEAN: tl.constexpr, SCALE_GRAD: tl.constexpr
 ):
-    """What every row's gradient is multiplied by: the scale, and for the mean 1 / valid rows.
+    """The factor of every row's gradient: the scale, and for the mean 1 / valid rows.
 
-    ``count`` is what `count_slices` gave, or None where all rows are valid.
+    ``count`` is the result of `count_slices`, or None if all rows are valid.
     """
     factor = 1.0
     if SCALE_GRAD:
@@ -108,7 +108,7 @@ def store_stat(row_stats_ptr, row, n_rows, number, values, N_STATS: tl.constexpr
 def store_lanes(
     row_stats_ptr, row, n_rows, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr
 ):
-    """Store M statistics of the rows from lanes [R, K], from ``number`` on."""
+    """Store M statistics of the rows from lanes [R, K], starting at ``number``."""
     place = row[:, None] * N_STATS + number - 1 + lane
     tl.store(row_stats_ptr + place, values, mask=(row < n_rows)[:, None] & (lane > 0) & (lane <= M))
 
@@ -130,7 +130,7 @@ def store_report(
     M: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
-    """A row's numbers for the report; all 0 in rows that are not valid."""
+    """A row's numbers for the report; all 0 for invalid rows."""
     rank = tl.where(valid[:, None], share * M, 0.0)
     tau = tl.where(valid[:, None], tau, 0.0)
     first: tl.constexpr = _FIRST
@@ -151,10 +151,10 @@ def store_report(
 
 @triton.jit
 def is_last(counter_ptr, n):
-    """True in the last of n programs to arrive here; by then it can read what the others wrote.
+    """True in the last of n programs to arrive here, which can then read the others' writes.
 
-    The barrier puts this program's writes before its thread's release, and that thread's acquire
-    before whatever follows. The counter is left at 0 for the next launch.
+    The barrier orders this program's writes before its thread's release, and that thread's acquire
+    before everything that follows. The counter is reset to 0 for the next launch.
     """
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == n - 1
@@ -174,7 +174,7 @@ def sum_row_stats(
         index = start + tl.arange(0, BLOCK_R)
         inside = (index < n)[:, None] & (stat < N_STATS)[None, :]
         offsets = index.to(tl.int64)[:, None] * N_STATS + stat[None, :]
-        # Other programs wrote these: read the cache that all of them share.
+        # Other programs wrote these: read from the shared L2 cache.
         sums += tl.load(row_stats_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, 0)
 
@@ -190,7 +190,7 @@ def sum_batch(
     BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Whether this is the last program of all, and then the sums [BLOCK_STATS] of all rows."""
+    """Whether this is the last program overall, and if so the sums [BLOCK_STATS] over all rows."""
     group = tl.program_id(0) // group_programs
     n_groups = tl.cdiv(tl.num_programs(0), group_programs)
     first = group * group_programs
@@ -223,7 +223,7 @@ def store_batch(
     N_STATS: tl.constexpr,
     BLOCK_STATS: tl.constexpr,
 ):
-    """The last program's part: the batch's loss, count and report, and a clean state."""
+    """Finish the batch in the last program: loss, count, report, and reset of the state."""
     tl.store(state_ptr + _TICKETS, 0)
     tl.store(state_ptr + _TALLY, 0)
     stat = tl.arange(0, BLOCK_STATS)
@@ -233,7 +233,7 @@ def store_batch(
         loss = sums / n_valid if REDUCTION == "mean" else sums
         tl.store(loss_ptr + stat, loss, mask=stat == 0)
     if report_ptr is not None:
-        # KL is a mean over the rows where the mentor is active, which its first number counts.
+        # KL is a mean over the rows with the mentor active, counted by its first number.
         is_kl = (stat >= _FIRST + _KL * M) & (stat < _FIRST + (_KL + 1) * M)
         active = tl.gather(sums, tl.where(is_kl, stat - (_KL - _ACTIVE) * M, stat), 0)
         rows = tl.where(is_kl, tl.maximum(active, 1.0), n_valid)

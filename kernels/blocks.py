@@ -1,4 +1,4 @@
-"""How the kernels' work is cut up among programs, threads and steps."""
+"""Choose how the kernels' work is divided among programs, threads and steps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import triton
 
 from classroomkd.kernels.counters import MAX_GROUPS
 
-# Values of a tile [R, K, L] in pieces that a thread may hold. Two such tiles live at once, of the
-# softmax numerators, and what the compiler needs besides.
+# Values of a tile [R, K, L] in pieces that a thread may hold. Two such tiles, of softmax
+# numerators, are live at once, besides the compiler's temporaries.
 _MAX_VALUES_HELD = 32
 _MAX_WARPS_HELD = 4
 _MAX_CLASSES_HELD = 128
@@ -18,11 +18,10 @@ _MAX_MENTORS_LIMITED = 7
 
 
 class Blocks(NamedTuple):
-    """How a kernel is cut up: ROWS rows a program of num_warps warps, BLOCK_C columns a step.
+    """A kernel's tiling: ROWS rows per program of num_warps warps, BLOCK_C columns per step.
 
-    A row is held in PIECES pieces; 0 if it is swept. A load takes V columns.
-    ``max_registers`` a thread is what the compiler may use on NVIDIA's GPUs; None for as many as
-    it likes.
+    A row is held in PIECES pieces; 0 if it is swept. A load has V columns. ``max_registers`` is the
+    compiler's limit per thread on NVIDIA GPUs; None for no limit.
     """
 
     BLOCK_C: int
@@ -39,7 +38,7 @@ class Blocks(NamedTuple):
 
 
 def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
-    """Blocks for rows of so many classes, in elements of ``itemsize`` bytes (the widest)."""
+    """Blocks for rows of ``n_classes``; ``itemsize`` is that of the widest dtype, in bytes."""
     return held_blocks(n_classes, n_mentors, warp_size) or swept_blocks(
         n_classes, n_mentors, itemsize, warp_size
     )
@@ -48,8 +47,8 @@ def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blo
 def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
     """Blocks for rows in registers; None if they do not fit, or a sweep is faster.
 
-    A thread has four columns of a piece, the widest float32 load. Rows so short that a warp is
-    not full come several a program.
+    A thread has four columns of a piece, the widest float32 load. If a row does not fill a warp, a
+    program has several rows.
     """
     n_lanes = triton.next_power_of_2(n_mentors + 1)
     columns = triton.next_power_of_2(n_classes)
@@ -65,7 +64,7 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
 
 
 def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
-    """Blocks for rows in sweeps, a load of 16 bytes of each row a thread and step.
+    """Blocks for rows in sweeps, with a 16-byte load of each row per thread and step.
 
     A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
@@ -86,13 +85,13 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
 
 
 def scaling_blocks(n_classes: int) -> Blocks:
-    """Blocks of 1024 elements for the elementwise backward, eight a thread."""
+    """Blocks of 1024 elements for the elementwise backward, eight per thread."""
     block_c = min(triton.next_power_of_2(n_classes), 1024)
     return Blocks(block_c, 1024 // block_c, num_warps=4)
 
 
 class SumBlocks(NamedTuple):
-    """How the rows' statistics are summed: BLOCK_R rows of BLOCK_STATS numbers at a time."""
+    """The tiling for summing statistics: BLOCK_R rows of BLOCK_STATS numbers at a time."""
 
     BLOCK_STATS: int
     BLOCK_R: int
@@ -101,7 +100,7 @@ class SumBlocks(NamedTuple):
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
-    """Blocks for the sums of so many numbers a row, 32 of them a thread at a time."""
+    """Blocks for sums over rows of statistics, 32 numbers per thread at a time."""
     block_stats = triton.next_power_of_2(n_stats)
     block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)
     group = max(triton.cdiv(block_r, cut.ROWS), triton.cdiv(n_programs, MAX_GROUPS))

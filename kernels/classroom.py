@@ -1,7 +1,7 @@
 """One pass over student and mentors: every row's loss and its gradient.
 
-For a row b with student logits z_s, mentor logits z_1 … z_M and target distribution t, k running
-over s, 1 … M (the definition in words and symbols: ``classroomkd/loss/definition.py``):
+For a row b with student logits z_s, mentor logits z_1 … z_M and target distribution t, with k in
+s, 1 … M (symbols are defined in ``classroomkd/loss/definition.py``):
 
     ℓ_k  = Σ_c t_c (z_k[c] − max z_k) − Σ_c t_c · log Σ_c exp(z_k[c] − max z_k)
     r_m  = M · exp(ℓ_m) / Σ_j exp(ℓ_j)
@@ -14,18 +14,17 @@ u_k = (z_k − max z_k)/τ, e_k = exp(u_k) and S_k = Σ_c e_k[c]
     KL_m = Σ_c (e_m/S_m) · ((u_m − log S_m) − (u_s − log S_s))
          = (1/S_m) Σ_c e_m · (u_m − u_s) − log(S_m/S_s),
 
-three sums in one sweep; where student and mentor agree the logarithm is of a number near 1, so
+three sums in one sweep; if student and mentor agree, the logarithm's argument is near 1, so
 nothing cancels. Differentiating, with the weights held constant,
 
     ∂loss/∂z_s = a_s (softmax(z_s) Σ_c t − t) + Σ_m active_m g_m r_m τ_m (e_s/S_s − e_m/S_m).
 
-Between the two halves (all ℓ_k must be known before any r_m) the rows wait in registers
-(``held.py``), or are read again (``swept.py``). All exponentials are powers of two, of
-v = u · log2(e); what is summed in log2 units is multiplied by ln 2 at the end.
+Between the two halves (all ℓ_k must be known before any r_m) the rows stay in registers
+(``held.py``) or are read again (``swept.py``). All exponentials are powers of two, of
+v = u · log2(e); sums in log2 units are multiplied by ln 2 at the end.
 
-Each row stores its loss and, for a report, its statistics, and the last program adds them up
-(``batch.py``). So one launch gives the batch's loss, with the same bits on
-every run.
+Each row stores its loss and, for a report, its statistics, and the last program sums them
+(``batch.py``). So one launch computes the batch's loss, with the same bits on every run.
 """
 
 from __future__ import annotations
@@ -65,19 +64,19 @@ def classroom_kernel(
     mentor_ptrs,  # M of [B, C], likewise
     target_ptr,  # class indices [B], or probabilities [B, C]
     mentor_weight_ptr,  # [M], or None for 1
-    ell_sums_ptr,  # [M + 2], what SUMS gives, or None for ranking "sample"
+    ell_sums_ptr,  # [M + 2], computed with SUMS, or None for ranking "sample"
     scale_ptr,  # one number, or None for 1
-    row_stats_ptr,  # float32 [B + groups, N_STATS], or None where nothing is summed
+    row_stats_ptr,  # float32 [B + groups, N_STATS], or None if nothing is summed
     grad_ptr,  # [B, C] contiguous, or None
     loss_ptr,  # float32 [], or [B] for reduction "none"; with SUMS [M + 2]
     count_ptr,  # float32 [], the valid rows, at least 1
     report_ptr,  # float32 [3 + 4M], or None
-    state_ptr,  # int64, 0: see ``batch.py``; None where nothing is summed
+    state_ptr,  # int64, 0: see ``batch.py``; None if nothing is summed
     student_stride,  # of rows, in units of ALIGN elements
     mentor_strides,  # M, likewise
     target_stride,  # likewise; None for class indices
     n_rows: tl.int32,  # B
-    group_programs: tl.int32,  # programs whose rows are summed together
+    group_programs: tl.int32,  # programs per group of sums
     temperature,
     weight_scale,  # multiplies every mentor's term
     task_weight,  # a_s, or None for the student's confidence
@@ -102,11 +101,11 @@ def classroom_kernel(
     SCALE_GRAD: tl.constexpr,
     SUMS: tl.constexpr,
 ):
-    """Loss, gradient and report of a batch. An argument None costs nothing.
+    """Loss, gradient and report of a batch. An argument that is None costs nothing.
 
-    The gradient is each row's own; with SCALE_GRAD it is multiplied by the scale and, for the mean,
-    divided by the number of valid rows. With SUMS there are only, for ranking "batch", Σ_b ℓ_k over
-    the valid rows, the student's first, and their number.
+    The gradient is that of each row's loss; with SCALE_GRAD it is multiplied by the scale and, for
+    the mean, divided by the number of valid rows. With SUMS, for ranking "batch", the only outputs
+    are Σ_b ℓ_k over the valid rows, the student's first, and the number of these rows.
     """
     M: tl.constexpr = len(mentor_ptrs)
     ONE_CLASS: tl.constexpr = (target_stride is None) and (label_smoothing is None)

@@ -1,4 +1,4 @@
-"""The numbers by which the programs of a launch know of each other: the state of ``batch.py``."""
+"""Allocate the counters shared by the programs of a launch: the ``state`` of ``batch.py``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _SIZE = 4 + MAX_GROUPS
 
 
 class _States:
-    """The states of launches, in a device's memory: int64 numbers, 0 before a launch and after.
+    """The states of launches in a device's memory: int64 numbers, 0 before and after each launch.
 
-    Launches that may overlap must not share one: each stream has its own, and so has each launch
-    captured into a CUDA graph, which may be replayed on any stream, for good. Captured launches
-    take theirs from a block that was zeroed before the capture began; were it zeroed in the graph,
-    every replay would do it again.
+    Launches that may overlap must not share a state. Each stream has one, and so does each launch
+    captured into a CUDA graph, permanently, because the graph may be replayed on any stream.
+    Captured launches use a block that was zeroed before the capture; otherwise the graph would
+    contain the zeroing, and every replay would repeat it.
     """
 
     _IN_A_BLOCK = 4096
@@ -27,7 +27,7 @@ class _States:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._of_stream: dict[int, Tensor] = {}
-        self._blocks: list[Tensor] = []  # all of them: graphs hold addresses in them
+        self._blocks: list[Tensor] = []  # all are kept: graphs hold addresses in them
         self._taken = self._IN_A_BLOCK
 
     def take(self, stream: torch.cuda.Stream) -> Tensor:

@@ -17,7 +17,7 @@ FLOOR = tl.constexpr(-3.4028234663852886e38)  # log-confidence of a probability 
 
 @triton.jit
 def lane_of(values, lane, k):
-    """Of lanes [R, K] the one of network k, [R, 1]."""
+    """Lane k of lanes [R, K], as [R, 1]."""
     bits = values.to(tl.int32, bitcast=True)
     return tl.sum(tl.where(lane == k, bits, 0), 1)[:, None].to(tl.float32, bitcast=True)
 
@@ -39,7 +39,7 @@ def smoothed(t, label_smoothing, inside, C: tl.constexpr):
 
 @triton.jit
 def round_half_even(x):
-    """Nearest integer to x ≥ 0, halves to the even one, as torch.round does."""
+    """The nearest integer to x ≥ 0, ties to even, as torch.round does."""
     low = tl.floor(x)
     above = x - low
     odd = low - 2.0 * tl.floor(low * 0.5)
@@ -48,7 +48,7 @@ def round_half_even(x):
 
 @triton.jit
 def one_minus_exp(d):
-    """1 − exp(−d) for d ≥ 0; by its series where the subtraction would cancel."""
+    """1 − exp(−d) for d ≥ 0; by its series if the subtraction would cancel."""
     series = 1.0 - d * (1.0 / 4) * (1.0 - d * (1.0 / 5))
     series = d * (1.0 - d * (1.0 / 2) * (1.0 - d * (1.0 / 3) * series))
     return tl.where(d < 0.125, series, 1.0 - tl.exp2(-d * LOG2E))
@@ -58,8 +58,8 @@ def one_minus_exp(d):
 def log_in_parts(x):
     """n and log(1 + f) of a normal number x = 2^n · (1 + f), −1/3 ≤ f < 1/3; NaN is kept.
 
-    log(1 + f) is f · P(f), P being the polynomial that meets log(1 + f) / f in ten Chebyshev
-    points; so near 1 it is as precise as it is small. 20 instructions; tl.log2 has 32.
+    log(1 + f) is f · P(f), where P interpolates log(1 + f) / f at ten Chebyshev points, so the
+    relative precision holds near 1. 20 instructions; tl.log2 has 32.
     """
     bits = x.to(tl.int32, bitcast=True)
     exponent = (bits - 0x3F2AAAAB) & -8388608
@@ -78,9 +78,9 @@ def log_in_parts(x):
 
 @triton.jit
 def log_confidence(picked, t_sum, e_sum):
-    """ℓ of Σ_c t_c (z − max z), Σ_c t_c and Σ_c exp(z − max z); −inf is kept.
+    """ℓ from Σ_c t_c (z − max z), Σ_c t_c and Σ_c exp(z − max z); −inf is kept.
 
-    n · LN2_HIGH is exact, so that ℓ has little more than its own last rounding.
+    n · LN2_HIGH is exact, so that ℓ has little more error than its final rounding.
     """
     n, rest = log_in_parts(e_sum)
     return (picked - t_sum * (n * LN2_HIGH)) - t_sum * (n * LN2_LOW + rest)
@@ -88,20 +88,20 @@ def log_confidence(picked, t_sum, e_sum):
 
 @triton.jit
 def exponents(d, scale):
-    """log2 of the softmax numerators, d · scale, of d = z − max z and scale = log2(e) / τ.
+    """log2 of the softmax numerators, d · scale, for d = z − max z and scale = log2(e) / τ.
 
-    The subtraction comes first, so that the largest gives exactly 0: confidences that float32
-    cannot tell from 1 are equal, and so are the sums of two distributions that it cannot tell
-    from one class.
+    The subtraction comes first, so that the largest value is exactly 0: confidences that round to
+    1 in float32 are equal, and so are the sums of two distributions that round to one-hot.
     """
     return d * scale
 
 
 @triton.jit
 def cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU: tl.constexpr):
-    """e_m · (v_m − v_s) / scale_m, and 0 where e_m is 0, whatever the student says: 0 · log 0 is 0.
+    """e_m · (v_m − v_s) / scale_m, and 0 if e_m is 0, for any student: 0 · log 0 is 0.
 
-    Of one temperature it is e_m · (d_m − d_s): a rounding less, which high temperatures multiply.
+    With a common temperature it is e_m · (d_m − d_s), which avoids a rounding error that high
+    temperatures would multiply.
     """
     if SAME_TAU:
         difference = d_m - d_s
@@ -112,7 +112,7 @@ def cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU: tl.constexpr):
 
 @triton.jit
 def divergence(cross, tau_m, sum_m, sum_s):
-    """KL_m in nats from the sums of `cross_terms`, of e_m and of e_s."""
+    """KL_m in nats from the sums of `cross_terms`, e_m and e_s."""
     n, rest = log_in_parts(sum_m / sum_s)
     kl = cross / (sum_m * tau_m) - (n * LN2_HIGH + (n * LN2_LOW + rest))
     return tl.where(kl < 0.0, 0.0, kl)  # which rounding would make it

@@ -1,4 +1,4 @@
-"""What a compiled kernel needs and how wide it loads and stores, read from its machine code."""
+"""A compiled kernel's resources and the widths of its loads and stores, from its machine code."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Rows in registers: student and mentors are lanes of one tile, [R, K, L], for few classes.
 
-A row is cut into pieces of L columns, of which a thread has four (a 16-byte load of float32), and
-K networks lie side by side in a warp's threads. So a sum over columns is mostly within a thread,
-and what is done once a network is done in one thread, not in each. The student is lane 0: its
-softmax costs nothing extra, and its cross-entropy's gradient is that of one more KD term, at τ = 1.
+A row is split into pieces of L columns, four per thread (a 16-byte load of float32), and the K
+networks are spread over a warp's threads. So a sum over columns is mostly within a thread, and the
+work per network is done by one thread instead of all. The student is lane 0: its softmax costs
+nothing extra, and the gradient of its cross-entropy is that of one more KD term, at τ = 1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from classroomkd.kernels.device import (
 def held_confidences(
     pieces, ts, target, t_sum, lane, column, M: tl.constexpr, ONE_CLASS: tl.constexpr
 ):
-    """Of all lanes [R, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the target class;
+    """For all lanes [R, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the target class;
     and the pieces of z − max z.
     """
     largest = pieces[0]
@@ -102,8 +102,8 @@ def store_held_gradient(
 ):
     """Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, times the factor.
 
-    Each sum over lanes comes out in all of them; lane i takes that of piece i, so that the rest is
-    done once a column and is one store.
+    Each sum over lanes is available in all of them; lane i takes that of piece i, so that the rest
+    is done once per column, with one store.
     """
     K: tl.constexpr = lane.shape[1]
     PIECES: tl.constexpr = len(es_m)

@@ -1,8 +1,8 @@
-"""The KD terms of swept rows: the second sweep and the third, or both in one.
+"""The KD terms of swept rows: the second and the third sweep, or both in one.
 
-A row of one tile, whose gradient fits registers, needs no third: its mentors are read again one
-after another, and each one's numerators, once summed, are still there for the gradient. That saves
-1 + 2M exponentials a class, and takes M reductions, one after another, for two.
+A row of one tile, whose gradient fits in registers, needs no third sweep: its mentors are read
+again one by one, and the numerators of each are still in registers when their sums are known. This
+saves 1 + 2M exponentials per class, but needs M sequential reductions instead of two.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ def one_step_kd(
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Both sweeps in one, for a row of one tile: one mentor after another is read again.
+    """Both sweeps in one, for a row of one tile: mentors are read again one by one.
 
-    KL_m in lanes [1, K], and the gradient [BLOCK_C] but for the target's − a_s · t.
+    Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
     """
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
@@ -77,7 +77,7 @@ def one_step_kd(
             grad -= e_m * (weights[m] / sums[0])
             kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
             kl = tl.where(lane == m, kl_m, kl)
-    # The student's own term comes last: terms that cancel then leave it as it is.
+    # The student's term comes last, so that terms that cancel do not perturb it.
     return kl, grad + tl.exp2(d_s * LOG2E) * own
 
 
@@ -94,7 +94,7 @@ def swept_kd_sums(
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Second sweep: the sums of e_m, of e_s and of the cross terms in each mentor's lane [1, K]."""
+    """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [1, K]."""
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
@@ -142,7 +142,7 @@ def swept_kd_sums(
 
 @triton.jit
 def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
-    """Store columns of a row's gradient times the factor, in its own dtype; row and valid [1]."""
+    """Store columns of a row's gradient times the factor, in its dtype; row and valid [1]."""
     is_nan = tl.max(nonfinite.to(tl.int32), 0) > 0
     grad = tl.where(is_nan, float("nan"), grad * factor)
     grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)
@@ -165,7 +165,7 @@ def store_row_gradient(
     BLOCK_C: tl.constexpr,
     SOFT: tl.constexpr,
 ):
-    """The gradient's last term, and its way to memory."""
+    """Add the gradient's last term and store the gradient."""
     column = tl.arange(0, BLOCK_C)
     inside = column < C
     if SOFT:
@@ -200,7 +200,7 @@ def swept_gradient(
     SOFT: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's own in lane 0."""
+    """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's term in lane 0."""
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
     scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)

@@ -1,6 +1,6 @@
-"""Launching the kernels: block sizes, strides, outputs. Nothing here reads a value off the device.
+"""Launch the kernels: block sizes, strides, outputs. The host never waits for the device.
 
-Tensors come checked (``classroomkd/loss/inputs.py``) and are float32, float16 or bfloat16.
+``classroomkd/loss/inputs.py`` has checked the tensors; they are float32, float16 or bfloat16.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class LaunchOutputs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A launch without its tensors: what follows from shapes, strides, dtypes and options alone."""
+    """A launch without its tensors: determined by shapes, strides, dtypes and options alone."""
 
     kernel: triton.JITFunction
     grid: tuple[int, ...]
@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A plan with tensors: to be run here, or compiled for another GPU."""
+    """A plan with tensors, to be run here or compiled for another GPU."""
 
     plan: Plan
     tensors: dict[str, Any]
@@ -77,16 +77,17 @@ def start(
     options: dict[str, int],
     device: torch.device,
 ) -> None:
-    """Run a kernel on that device's current stream. Every launch of the project comes through here.
+    """Run a kernel on that device's current stream. All launches of the project use this function.
 
-    ``options`` are the compiler's. Tests replace this with what executes compiled kernels on a CPU.
+    ``options`` are the compiler's. Tests replace this function to execute compiled kernels on a
+    CPU.
     """
     with on_device(device):
         kernel[grid](**arguments, **options)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Select the tensors' device: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -177,7 +178,10 @@ def confidence_sums(
     targets: Tensor,
     options: LossOptions,
 ) -> Tensor:
-    """Sums over the valid rows of ℓ_k, the student's first, and their number: float32 [M + 2]."""
+    """Sums of ℓ_k over the valid rows, the student's first, and the number of these rows.
+
+    float32 [M + 2].
+    """
     if student.shape[0] == 0:
         return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
     sums, launch = confidence_launch(student, mentors, targets, options)
@@ -232,11 +236,11 @@ def classroom_launch(
     scale: Tensor | None = None,
     warp_size: int = WARP_SIZE,
 ) -> tuple[LaunchOutputs, Launch | None]:
-    """The outputs, still to be written, and the launch that writes them; None if nothing is to be.
+    """The outputs, not yet written, and the launch that writes them; None if there is none.
 
     Args:
-        student: [B, C]; mentors: M tensors [B, C]; any row stride, which is used as it is, and
-            any class stride, which is made 1 by a copy if it is not.
+        student: [B, C]; mentors: M tensors [B, C]; any row stride, used without a copy, and any
+            class stride, copied if it is not 1.
         ell_sums: `confidence_sums` for ranking "batch", None for ranking "sample".
         with_grad: whether to compute the gradient; with_report: likewise.
         scale_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the

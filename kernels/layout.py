@@ -1,4 +1,4 @@
-"""How the tensors of a launch lie in memory."""
+"""The memory layout of a launch's tensors."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor
 
 
 def alignment(tensors: Sequence[Tensor]) -> int:
-    """Largest power of two up to 16 of elements to which every row of these matrices is aligned.
+    """The largest power of two of elements, up to 16, to which every row of these is aligned.
 
-    Strides reach the kernels as multiples of it, for only then does the compiler know how the
-    rows are aligned, and loads 16 bytes at a time where it may.
+    Strides are passed to the kernels as multiples of it, so that the compiler knows the alignment
+    of the rows and can load 16 bytes at a time.
     """
     common = 16
     for tensor in tensors:
         size = tensor.element_size()
-        # A tensor on no device would begin where it likes, but for its offset.
+        # A meta tensor has no address, only an offset.
         begin = tensor.storage_offset() * size if tensor.is_meta else tensor.data_ptr()
         while tensor.stride(0) % common or begin % (common * size):
             common //= 2
@@ -26,7 +26,7 @@ def alignment(tensors: Sequence[Tensor]) -> int:
 def unit_strides(
     student: Tensor, mentors: Sequence[Tensor], targets: Tensor
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The same with unit stride on classes; copies only where it is another."""
+    """The same tensor with unit class stride; copied only if it has another."""
 
     def rows(values: Tensor) -> Tensor:
         return values if values.dim() == 2 and values.stride(1) == 1 else values.contiguous()

@@ -10,7 +10,7 @@ from classroomkd.kernels.device import smoothed
 
 @triton.jit
 def _inside(rows, column, i, C: tl.constexpr):
-    """The mask of piece i; only a piece that the row ends in needs to look at the columns."""
+    """The mask of piece i; only the piece in which the row ends depends on the columns."""
     if (i + 1) * column.shape[2] <= C:
         return rows & (column >= 0)
     else:
@@ -28,7 +28,7 @@ def _rows_of_type(
     ALIGN: tl.constexpr,
     TYPE: tl.constexpr,
 ):
-    """Where the rows of the lanes with this type begin [R, K], and which lanes they are."""
+    """The row pointers [R, K] of the lanes with this dtype, and the mask of these lanes."""
     size: tl.constexpr = TYPE.primitive_bitwidth // 8
     begin = student_ptr.to(tl.int64) + (row * ALIGN * student_stride * size)[:, None] + lane * 0
     mine = (lane == 0) & (student_ptr.dtype.element_ty == TYPE)
@@ -57,7 +57,7 @@ def _pieces_of_type(
     TYPE: tl.constexpr,
     before,
 ):
-    """The pieces [R, K, L] of the lanes with this type; in others what was there before."""
+    """The pieces [R, K, L] of the lanes with this dtype; other lanes keep their values."""
     begin, mine = _rows_of_type(
         student_ptr, mentor_ptrs, student_stride, mentor_strides, row, lane, ALIGN, TYPE
     )
@@ -88,7 +88,7 @@ def load_pieces(
     ALIGN: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """PIECES tiles [R, K, L] of float32, −inf where there is nothing."""
+    """PIECES tiles [R, K, L] of float32, −inf outside the row."""
     if MIXED:
         pieces = ()
         for i in tl.static_range(3):
@@ -138,7 +138,7 @@ def load_student(
     PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The student's row beside each lane: PIECES tiles [R, K, L], −inf outside."""
+    """The student's row in every lane: PIECES tiles [R, K, L], −inf outside the row."""
     begin = (row * ALIGN * stride)[:, None, None] + (lane * 0)[:, :, None]
     pieces = ()
     for i in tl.static_range(PIECES):
@@ -163,9 +163,9 @@ def load_targets(
     PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
-    """The targets of rows: valid [R], out_of_range [R] (a class index that names no class), the
-    target class [R] (0 where there is none), t in pieces [R, 1 or K, L] (none where it is one
-    class), and Σ_c t(c) [R, 1].
+    """The targets of rows: valid [R], out_of_range [R] (an invalid class index), the target class
+    [R] (0 if there is none), t in pieces [R, 1 or K, L] (none if it is one class), and Σ_c t(c)
+    [R, 1].
     """
     in_range = row < n_rows
     pieces = ()

@@ -1,4 +1,4 @@
-"""Device functions for the gate, the temperatures and the weights: what is done once a network.
+"""Device functions for the work per network: gate, temperatures and weights.
 
 Networks are lanes [R, K]: the student in lane 0, mentor m (from 1) in lane m.
 """
@@ -21,7 +21,7 @@ from classroomkd.kernels.device import (
 
 @triton.jit
 def _network_ells(row_ell, lane, ell_sums_ptr, M: tl.constexpr):
-    """ℓ of each network, floored: the row's own, or with ranking "batch" the mean of all rows."""
+    """ℓ of each network, floored: that of the row, or with ranking "batch" the mean over rows."""
     if ell_sums_ptr is None:
         return floored(row_ell)
     else:
@@ -74,7 +74,7 @@ def _temperatures(ell, share, maxima, lane, temperature, share_scale, MENTORING:
     if MENTORING == "dtkd":
         s_max = lane_of(maxima, lane, 0)
         both_positive = (s_max > 0.0) & (maxima > 0.0)
-        # Of 2 · T · x_m / (x_s + x_m) the sum may be beyond float32, and its half may be 0.
+        # In 2 · T · x_m / (x_s + x_m) the sum may overflow float32, and its half may be 0.
         tau_m = 2.0 * temperature / (1.0 + s_max / maxima)
         tau_s = 2.0 * temperature / (1.0 + maxima / s_max)
         tau_m = tl.where(both_positive, tau_m, temperature)
@@ -93,7 +93,7 @@ def _temperatures(ell, share, maxima, lane, temperature, share_scale, MENTORING:
         else:
             tau_m = tl.zeros_like(ell) + 1.0
         tau_s = tau_m
-    # A GPU's maximum of NaN and a number is the number, which would hide a nonfinite row.
+    # On a GPU the maximum of NaN and a number is the number, which would hide a nonfinite row.
     tau_m = tl.maximum(tau_m, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
     tau_s = tl.maximum(tau_s, MIN_TAU, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(lane == 0, 1.0, tau_m), tau_s
@@ -110,7 +110,7 @@ def _kd_weights(
     M: tl.constexpr,
     WEIGHTING: tl.constexpr,
 ):
-    """g_m · r_m · τ_m [R, K]: times τ_s the weight of KL_m, alone that of its gradient."""
+    """g_m · r_m · τ_m [R, K]: the weight of KL_m's gradient, and times τ_s that of KL_m."""
     weight = tau_m * weight_scale
     if WEIGHTING == "rank":
         weight = weight * (share * M)
@@ -130,7 +130,7 @@ def _kd_weights(
 
 @triton.jit
 def _task_weights(ell_s, task_weight):
-    """a_s, shaped as ell_s: the confidence, or the number given."""
+    """a_s, with the shape of ell_s: the confidence, or the given number."""
     if task_weight is None:
         return tl.exp2(ell_s * LOG2E)
     else:
@@ -156,8 +156,8 @@ def gate_and_temperature(
     MENTORING: tl.constexpr,
     WEIGHTING: tl.constexpr,
 ):
-    """Rank all networks. Returns the student's confidence and its weight a_s [R, 1]; whether the
-    row is not finite [R]; and [R, K] shares, active, τ_m, τ_s, and the weights g_m · r_m · τ_m.
+    """Rank all networks. Returns the student's confidence and its weight a_s [R, 1]; the mask of
+    nonfinite rows [R]; and [R, K] shares, active, τ_m, τ_s, and the weights g_m · r_m · τ_m.
     """
     ell = _network_ells(row_ell, lane, ell_sums_ptr, M)
     is_nan = (lane <= M) & ((ell != ell) | ((lane == 0) & (row_ell != row_ell)))
@@ -173,7 +173,7 @@ def gate_and_temperature(
 
 @triton.jit
 def task_loss(task, row_ell):
-    """a_s · CE. 0 · log 0 is 0: a confidence of 0 takes an infinite cross-entropy with it."""
+    """a_s · CE. 0 · log 0 is 0: with a confidence of 0 an infinite cross-entropy counts as 0."""
     return tl.where(task == 0.0, 0.0, task * -row_ell)
 
 

@@ -1,4 +1,4 @@
-"""Autograd's backward of the loss: each row's own gradient times what comes in."""
+"""Autograd's backward of the loss: each row's gradient times the incoming gradient."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Rows in sweeps: one row a program, read three times, for many classes.
+"""Rows in sweeps: one row per program, read three times, for many classes.
 
-Each thread keeps a running maximum and a running sum of every network, of its own columns alone:
+Each thread keeps a running maximum and a running sum for every network, over its own columns only:
 
     S ← S · exp(max_old − max_new) + Σ exp(z − max_new),
 
-and only after the loop are the threads' joined, all networks' in one reduction. So no loop has a
-barrier or a reduction across threads in it, and all rows' loads are under way together; a mentor
-that does not teach is masked out of them, not branched around. The first sweep takes the
-confidences, the second the sums of the KD terms, the third the gradient. Rows that fit are in a
-cache by then.
+which are combined across threads after the loop, for all networks in one reduction. So no loop
+contains a barrier or a reduction across threads, and the loads of all rows are in flight together;
+an inactive mentor is masked out of them instead of being branched around. The first sweep computes
+the confidences, the second the sums of the KD terms, the third the gradient. In later sweeps, rows
+that fit are read from a cache.
 
-Tiles are [L, V]: V neighbouring columns, as a load takes them, for each of L running values.
+Tiles are [L, V]: V adjacent columns, the width of a load, for each of L running values.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def in_lanes(tiles, K: tl.constexpr):
 
 @triton.jit
 def numbers_of(lanes, lane, N: tl.constexpr):
-    """Of lanes [1, K] the first N, each a number."""
+    """The first N of lanes [1, K], as scalars."""
     bits = lanes.to(tl.int32, bitcast=True)  # of which 0 + x is x to the compiler too
     numbers = ()
     for k in tl.static_range(N):
@@ -64,7 +64,7 @@ def numbers_of(lanes, lane, N: tl.constexpr):
 
 @triton.jit
 def row_begins(student_ptr, mentor_ptrs, student_stride, mentor_strides, row, ALIGN: tl.constexpr):
-    """Where the row of each network begins, the student's first; ``row`` is a number."""
+    """The pointer to the row of each network, the student's first; ``row`` is a scalar."""
     begins = (student_ptr + row * ALIGN * student_stride,)
     for m in tl.static_range(len(mentor_ptrs)):
         begins = begins + (mentor_ptrs[m] + row * ALIGN * mentor_strides[m],)
@@ -92,8 +92,8 @@ def swept_confidences(
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
-    """First sweep. Of all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
-    target class; of the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
+    """First sweep. For all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
+    target class; for the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
     """
     L: tl.constexpr = BLOCK_C // V
     K: tl.constexpr = lane.shape[1]
@@ -137,7 +137,7 @@ def swept_confidences(
             z = tl.load(begins[k] + column, mask=inside, other=-float("inf"))
             z = tl.reshape(z.to(tl.float32), [L, V])
             largest = tl.maximum(maxima[k], tl.max(z, 1))
-            # While every class so far is ruled out, 0 stands for their maximum.
+            # As long as all classes so far are excluded (−inf), 0 is used as their maximum.
             shift = tl.where(largest == -float("inf"), 0.0, largest)
             lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - shift)
             d = z - shift[:, None]
@@ -163,8 +163,8 @@ def swept_confidences(
     at_target = _at(begins, target, lane)  # here, where they fill no registers during the sweep
     lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
     e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
-    # Fused into the sum across threads the products would differ among them, and all that follows.
-    # This changes nothing but that.
+    # Prevents fusing the products into the sum across threads, whose results would then differ
+    # between threads. The values do not change otherwise.
     e_sum = tl.maximum(e_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ONE_CLASS:
         t_sum = tl.full([1, 1], 1.0, tl.float32)
@@ -176,6 +176,6 @@ def swept_confidences(
         picked = in_lanes(picks, K) + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
         e_sum = tl.sum(e_sum, 1)
         picked = tl.sum(picked, 1)
-    # A row without any class has no distribution.
+    # A row with all classes excluded has no distribution.
     ell = tl.where(z_max == -float("inf"), float("nan"), log_confidence(picked, t_sum, e_sum))
     return ell, z_max, e_sum, at_target - z_max, valid, out_of_range, target, t_sum

@@ -21,7 +21,7 @@ DATA_HELP = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError for a wrong command line, with a hint at what was meant."""
+    """Raises UserError for a wrong command line, with a hint at the probable intention."""
 
     intermixed = False  # whether positional arguments may stand between options
     more_help: Callable[[], str] | None = None  # the end of the help, made on demand

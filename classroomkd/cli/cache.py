@@ -1,4 +1,4 @@
-"""`classroomkd cache`: the mentors' logits that runs keep."""
+"""`classroomkd cache`: list, verify or remove cached mentors' logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from classroomkd.errors import UserError
 
 def add_to(commands: Any) -> None:
     """Add the command and its options."""
-    what = "list, verify or remove the mentors' logits that runs with mentor_cache keep"
+    what = "list, verify or remove the mentors' logits cached by runs with mentor_cache"
     parser = add_command(commands, cache, what)
     parser.add_argument(
         "action",
@@ -22,7 +22,7 @@ def add_to(commands: Any) -> None:
         "next run computes again (default: list)",
     )
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="which, as listed (verify: by default all)"
+        "names", nargs="*", metavar="NAME", help="names as listed (verify: default all)"
     )
     parser.add_argument(
         "--all", action="store_true", default=False, help="remove everything that is listed"
@@ -37,12 +37,12 @@ def cache(arguments: argparse.Namespace) -> int:
     found = {path.name: path for path in sorted(home.glob("*/"))}
     for name in arguments.names:
         if name not in found:
-            raise UserError(f"there is no {name} in {home}: classroomkd cache lists what there is")
+            raise UserError(f"there is no {name} in {home}: classroomkd cache lists the names")
     if arguments.all and (arguments.action != "remove" or arguments.names):
         arguments.parser.error("--all is for remove, without names")
     if arguments.action == "remove":
         if not (arguments.names or arguments.all):
-            arguments.parser.error("say what to remove: NAME …, or --all")
+            arguments.parser.error("give the names to remove, or --all")
         for name in arguments.names or found:
             remove(found[name])
             print(f"removed: {name}")
@@ -53,7 +53,7 @@ def cache(arguments: argparse.Namespace) -> int:
     for name in arguments.names or found:
         path = found[name]
         if (key := read_key(path)) is None:
-            print(f"{name}: not begun, or damaged: remove it")
+            print(f"{name}: empty or damaged: remove it")
             continue
         epochs, images, classes = key["shape"]
         size = sum(file.stat().st_size for file in path.iterdir())

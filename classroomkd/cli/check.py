@@ -1,4 +1,4 @@
-"""`classroomkd check`: what is wrong with mentors, before they teach."""
+"""`classroomkd check`: find faults in mentors before they are used."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check(arguments: argparse.Namespace) -> int:
     if recipe.data.mean and recipe.data.std:
         mean, std = per_channel(recipe.data.mean), per_channel(recipe.data.std)
     else:
-        assert isinstance(sets.train, ImageSet)  # for photographs the recipe has them
+        assert isinstance(sets.train, ImageSet)  # for photographs they are in the recipe
         mean, std = channel_statistics(sets.train)
     info = NetworkInfo("", sets.train.classes, mean, std, recipe.data.image_size)
     for mentor in mentors:

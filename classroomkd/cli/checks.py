@@ -26,7 +26,7 @@ def require_networks(recipe: Recipe) -> None:
         if weights not in (None, PRETRAINED):
             require_checkpoint(weights)
     if recipe.init is not None and not recipe.student:
-        raise UserError(f"init: {recipe.init} is for a student, and there is none")
+        raise UserError(f"init: {recipe.init} needs a student, and there is none")
     if is_checkpoint(recipe.student):
         raise UserError(
             f"the student {recipe.student} is a file: name its network, and give the file as --init"
@@ -34,7 +34,7 @@ def require_networks(recipe: Recipe) -> None:
 
 
 def require_network(name: str) -> None:
-    """Raise UserError if ``name`` is neither of the zoo, nor a file of one's own that exists."""
+    """Raise UserError if ``name`` is neither in the zoo, nor a file that exists."""
     from classroomkd.models.network_names import code_file, is_code, is_external, require_known
 
     if is_code(name):

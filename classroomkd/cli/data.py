@@ -1,4 +1,4 @@
-"""`classroomkd data`: look at a data set, pack it into a ``.beton`` file, check such a file."""
+"""`classroomkd data`: inspect a data set, pack it into a ``.beton`` file, verify such a file."""
 
 from __future__ import annotations
 
@@ -218,9 +218,9 @@ def verify(arguments: argparse.Namespace) -> None:
 
 
 def _photo_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What packing and verifying do to photographs; UserError for options that do not go together.
+    """The options of packing and verifying photographs; UserError for incompatible options.
 
-    Without ``--photos`` images have been brought to one size already.
+    Without ``--photos`` all images have been resized to one size already.
     """
     from classroomkd.data.ffcv.beton import MAX_SIDE
     from classroomkd.data.ffcv.beton import QUALITY as JPEG_QUALITY
@@ -233,7 +233,7 @@ def _photo_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.image_size:
         raise UserError("photographs keep their shapes: give --max-side instead of --image-size")
     if arguments.raw and arguments.quality:
-        raise UserError("--quality is of JPEG: give it or --raw, not both")
+        raise UserError("--quality is for JPEGs: give either it or --raw")
     return {"max_side": given["max_side"] or MAX_SIDE, "quality": given["quality"] or JPEG_QUALITY}
 
 
@@ -292,7 +292,7 @@ def _load_with_sizes(
         return _load(arguments), np.array([train.images.shape[1:3]])
     if path.is_dir() and cifar.find(path):
         return _load(arguments), np.array([[cifar.SIDE, cifar.SIDE]])
-    listed = _list(arguments)  # once: it says what it passes over
+    listed = _list(arguments)  # once: it prints the files that it skips
     parts = decode(listed, arguments.image_size or DEFAULT_IMAGE_SIZE)
     return parts, sizes_of(join(*listed.sets().values()))
 

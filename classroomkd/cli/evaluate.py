@@ -123,7 +123,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     given = arguments.mean is not None
     if photos and info is None and not given:
         raise UserError(
-            f"{student} does not say how its images were prepared: only images that are "
+            f"{student} does not say how its images were prepared: only for images that are "
             "decoded at one size can tell, without --crop resize; or give --mean and --std"
         )
     data = DataConfig(source, image_size, test_share=split["test_share"])
@@ -134,16 +134,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
         mean, std = per_channel(arguments.mean), per_channel(arguments.std)
         info = NetworkInfo(architecture, test_set.classes, mean, std, image_size)
     elif info is None:
-        assert isinstance(train_set, ImageSet)  # as the check of --crop sees to
+        assert isinstance(train_set, ImageSet)  # ensured by the check of --crop
         info = NetworkInfo(
             architecture, test_set.classes, *channel_statistics(train_set), image_size
         )
         print(
-            f"{student} does not say how its images were prepared: taking the mean and "
+            f"{student} does not say how its images were prepared: using the mean and "
             f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
         )
     if is_external(name) and len(info.classes) == len(test_set.classes):
-        print(f"{student}: its classes are taken to be the data's, in their order")
+        print(f"{student}: assuming that its classes are the data's, in the same order")
         info = replace(info, classes=test_set.classes)
     info = replace(info, image_size=image_size)
     fit_to_data(network, info, replace(info, classes=test_set.classes), student)
@@ -170,7 +170,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _named(student: str) -> tuple[str, str | None]:
-    """The network and its weights, None where both are a checkpoint; UserError if unknown."""
+    """The network and its weights, None if both are in a checkpoint; UserError if unknown."""
     from classroomkd.models.network_names import (
         PRETRAINED,
         code_file,
@@ -212,8 +212,8 @@ def _source(arguments: argparse.Namespace, network: Path) -> str:
 def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str, Any]:
     """Seed, share and crop of the split and the loader; by default the run's, if it is ``ours``.
 
-    With another split a network would be measured on images that it was trained on. Loaders differ
-    in how they resize photographs, so those are loaded as in the run.
+    With another split, a network would be measured on its training images. Loaders resize
+    photographs differently, so the run's loader is used.
     """
     from classroomkd.runs.paths import recorded_split
 

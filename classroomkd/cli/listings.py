@@ -97,7 +97,7 @@ def _features(name: str, image_size: int) -> None:
 
 
 def methods(_: argparse.Namespace) -> None:
-    """Print every method, what it is, and its options."""
+    """Print every method with its loss, source and options."""
     from classroomkd.loss.methods import method_names
     from classroomkd.runs.recipe_keys import options
 
@@ -111,11 +111,11 @@ def methods(_: argparse.Namespace) -> None:
             print(f"    {key.name}={key.value}  ({key.kind})")
             _print(key.meaning, 6)
         print()
-    print("The values are the defaults; classroomkd train takes others in the same form.")
+    print("The values are the defaults; give others to classroomkd train in the same form.")
 
 
 def config(arguments: argparse.Namespace) -> None:
-    """Print every key of a recipe with its value, what it may be, and its meaning."""
+    """Print every key of a recipe with its value, type and meaning."""
     from classroomkd.recipes import find
     from classroomkd.runs.recipe import Recipe, load_recipe
     from classroomkd.runs.recipe_keys import keys

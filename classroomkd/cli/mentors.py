@@ -29,8 +29,8 @@ def add_to(commands: Any) -> None:
         default=1,
         metavar="N",
         help="train N mentors in parallel on the device, one process each, for GPUs that one does "
-        "not fill; with --out, the same command resumes; without, the run folder is removed once "
-        "all are in the store (default: 1)",
+        "not fill; with --out, the same command resumes; without it, the run folder is removed "
+        "when all are in the store (default: 1)",
     )
 
 
@@ -90,7 +90,7 @@ def mentors(arguments: argparse.Namespace) -> int:
 
 
 def _mentors_recipe(arguments: argparse.Namespace) -> Recipe:
-    """The recipe that file, options and overrides make, without its student."""
+    """The recipe given by file, options and overrides, without its student."""
     recipe = recipe_of(arguments)
     if not recipe.mentors:
         lacks(arguments, "--mentors")

@@ -19,7 +19,7 @@ def networks() -> str:
             "student starts from random weights without --init",
             "  timm:NAME     from timm, likewise",
             "  FILE.py:NAME  your own: a function or class in a file that takes the number of "
-            "classes, or nothing, and returns a torch.nn.Module; package.module:NAME likewise",
+            "classes, or no argument, and returns a torch.nn.Module; package.module:NAME likewise",
             "  NAME=WEIGHTS  mentor: tv:, timm: or your own with a checkpoint's weights, as it "
             "is; with epochs, in a recipe, it is trained from there",
             "  NAME@60       mentor: the network after epoch 60 of its training",

@@ -1,4 +1,4 @@
-"""The parser of the whole command line, made of those of the commands."""
+"""The parser of the whole command line, built from those of the commands."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def quickstart(arguments: argparse.Namespace) -> None:
                 "source": "digits",
                 "image_size": 16,
                 "test_share": 1 / 3,
-                "validation": 0.0,  # nothing is chosen
+                "validation": 0.0,  # no epoch is selected
                 "loader": arguments.loader,
             },
             "training": {"epochs": epochs},

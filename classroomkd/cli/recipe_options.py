@@ -44,7 +44,7 @@ def add_recipe_options(parser: Parser) -> None:
     parser.intermixed = True
     parser.formatter_class = (
         argparse.RawDescriptionHelpFormatter
-    )  # keeps the lines of the list of networks
+    )  # keeps line breaks in the list of networks
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",
@@ -66,8 +66,8 @@ def add_recipe_options(parser: Parser) -> None:
         "--init",
         type=not_empty,
         metavar="FILE",
-        help="the student's first weights, a checkpoint of it, or the word pretrained for those of "
-        "its library; the classifier begins anew where theirs is for other classes",
+        help="the student's initial weights: a checkpoint of it, or the word pretrained for its "
+        "library's; with a new classifier if theirs is for other classes",
     )
     parser.add_argument(
         "--mentors",
@@ -98,7 +98,7 @@ def add_recipe_options(parser: Parser) -> None:
 
 
 def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """Build the recipe from file, options and overrides, with all checks that need no torch."""
+    """Build the recipe from file, options and overrides; run all checks that need no torch."""
     from classroomkd.recipes import find as find_recipe
     from classroomkd.runs.recipe import load_recipe
 

@@ -33,7 +33,7 @@ def report(arguments: argparse.Namespace) -> None:
     """Write the page of a run, or one that compares several."""
     from classroomkd.report.records import require_records
 
-    for folder in arguments.runs:  # before the plots' library is imported, which takes long
+    for folder in arguments.runs:  # before importing matplotlib, which is slow
         require_records(folder)
     from classroomkd.report import write_report
 

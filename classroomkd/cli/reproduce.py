@@ -84,8 +84,8 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--mentor-cache",
         choices=("float32", "float16"),
-        help="keep the mentors' answers in the cache, once for all runs, which then have the same "
-        "batches: seeds differ only in the students' first weights",
+        help="cache the mentors' logits once for all runs, which then have the same batches: seeds "
+        "differ only in the students' initial weights",
     )
     parser.add_argument(
         "--shard",
@@ -99,12 +99,12 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "--plan",
         action="store_true",
-        help="show what is done and what is left, without running anything",
+        help="show what is done and what remains, without running anything",
     )
 
 
 def reproduce(arguments: argparse.Namespace) -> int:
-    """Run what is left of a table and write it. Returns 1 if a run failed, else 0."""
+    """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
     from classroomkd.data import NAMED_SOURCES, cifar, list_source
@@ -113,7 +113,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from classroomkd.reproduce.runner import Runner, check_devices
 
     console = Console()
-    lists = ("methods", "classrooms", "devices")  # options that take what follows them
+    lists = ("methods", "classrooms", "devices")  # options with several values
     given = {name: list(getattr(arguments, name) or ()) for name in lists}
     overrides = list(arguments.override)
     for values in given.values():
@@ -146,7 +146,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     for source in {run.recipe.data.source for run in plan.runs} - {""}:
         _require_folder(source)
         if source not in NAMED_SOURCES and not cifar.find(Path(source)):
-            list_source(source)  # which says what is wrong with it
+            list_source(source)  # it reports errors in the source
     _print_plan(plan, out, len(given["devices"]) or 1, console)
     _print_saved(plan, console)
     if arguments.plan:
@@ -226,7 +226,7 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
 
 
 def _print_saved(plan: Plan, console: Console) -> None:
-    """Print what the mentor cache saves, and what differs between seeds where batches do not."""
+    """Print the work that the mentor cache saves, and what still differs between seeds."""
     saved = sum(run.saved for run in plan.runs)
     if saved:
         share = saved / (saved + sum(run.work for run in plan.runs))
@@ -239,7 +239,7 @@ def _print_saved(plan: Plan, console: Console) -> None:
     if any(run.recipe.data_seed is not None for run in plan.runs):
         console.print(
             "data_seed: all seeds have the same batches and augmentation, and differ only in the "
-            "students' first weights",
+            "students' initial weights",
             highlight=False,
             soft_wrap=True,
         )

@@ -38,7 +38,7 @@ def add_to(commands: Any) -> None:
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train as file, options and overrides say, or resume a run."""
+    """Train the recipe given by file, options and overrides, or resume a run."""
     if arguments.resume is not None:
         others = sorted(given_options(arguments).keys() - {"resume"})
         if others:
@@ -74,7 +74,7 @@ def train_recipe(
 
 
 def _resume(out: Path) -> None:
-    """Resume the run in ``out``; if it is finished and only its page is missing, write that."""
+    """Resume the run in ``out``; if only the page of a finished run is missing, write it."""
     from classroomkd.runs.paths import unfinished
     from classroomkd.runs.recipe import load_recipe
 
@@ -86,8 +86,8 @@ def _resume(out: Path) -> None:
     recipe = load_recipe(unfinished(out), of_run=True)
     if not recipe.data.source:
         raise UserError(
-            f"the run in {out} was begun in Python: classroomkd.distill(…, out={str(out)!r}, "
-            "resume=True) goes on"
+            f"the run in {out} was started in Python: classroomkd.distill(…, out={str(out)!r}, "
+            "resume=True) resumes it"
         )
     require_images(recipe.data.source)
     run = _run_of(recipe)

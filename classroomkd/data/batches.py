@@ -1,4 +1,4 @@
-"""Batches as a DataLoader of one's own gives them."""
+"""Batches from a user's DataLoader."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from classroomkd.errors import UserError
 
 
 class Batches:
-    """A part of a run's images that only a DataLoader of (images, targets) can give.
+    """A part of a run's images that is only available from a DataLoader of (images, targets).
 
-    ``classes`` are their names. ``example`` are the first images, at most two.
+    ``classes`` are the class names. ``example`` has the first images, at most two.
 
-    Raises UserError if the DataLoader has no length, or gives anything else.
+    Raises UserError if the DataLoader has no length, or returns anything else.
     """
 
     def __init__(self, loader: DataLoader, classes: Sequence[str], what: str) -> None:
@@ -33,17 +33,17 @@ class Batches:
 
     @property
     def batch_size(self) -> int:
-        """Images in a whole batch."""
+        """The number of images in a full batch."""
         return len(self._first)
 
     def __len__(self) -> int:
-        """Images in an epoch; those of a last batch that is not full may be counted as whole."""
+        """The number of images in an epoch; an incomplete last batch may be counted as full."""
         sampler = self.loader.sampler
         whole = len(self.loader) * self.batch_size
         return whole if self.loader.batch_size is None else min(whole, len(sampler))  # type: ignore[arg-type]
 
     def digest(self) -> str:
-        """A SHA-256, in hexadecimal, of what is known of the batches: not their content."""
+        """A SHA-256, in hexadecimal, of known properties of the batches, not of their content."""
         known = [self.classes, len(self), list(self._first.shape[1:])]
         return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
@@ -51,7 +51,7 @@ class Batches:
 def first_batch(loader: DataLoader, what: str) -> tuple[Tensor, Tensor]:
     """Images [B, …] and targets of the first batch; the random number generator is unchanged.
 
-    Raises UserError, calling the DataLoader ``what``, if it gives no such batch or has no length.
+    Raises UserError, naming the DataLoader ``what``, if it returns no such batch or has no length.
     """
     try:
         len(loader)
@@ -76,11 +76,10 @@ def first_batch(loader: DataLoader, what: str) -> tuple[Tensor, Tensor]:
 
 
 class BatchLoader(Loader):
-    """The batches of a DataLoader, as they come, on ``device``; floating images of ``dtype``.
+    """The batches of a DataLoader, unchanged, on ``device``; floating-point images in ``dtype``.
 
-    In place of sample indices there are -1. At the start of an iteration torch's seed, and that of
-    the DataLoader's own generator, follow from ``seed`` and the epoch, so that a run resumes at an
-    epoch as if never interrupted.
+    Sample indices are -1. At the start of an iteration, torch and the DataLoader's generator are
+    seeded from ``seed`` and the epoch, so that a run resumes at an epoch as if never interrupted.
     """
 
     seekable = False
@@ -118,7 +117,7 @@ class BatchLoader(Loader):
 
 
 class BatchLoaders:
-    """Opens loaders of `Batches`, as `Loaders` does of images."""
+    """Opens loaders of `Batches`, as `Loaders` does for images."""
 
     backend, reason = "batches", "as the DataLoaders give them"
 
@@ -126,6 +125,6 @@ class BatchLoaders:
         self.device = torch.device(device)
 
     def open(self, batches: Batches, batch_size: int, **options: Any) -> BatchLoader:
-        """A loader of ``batches``; of the options of `Loader` it takes those that can be heeded."""
+        """A loader of ``batches``, with the options of `Loader` that apply to it."""
         taken = {key: options[key] for key in ("shuffle", "seed", "dtype") if key in options}
         return BatchLoader(batches, device=self.device, **taken)

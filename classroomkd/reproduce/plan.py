@@ -306,19 +306,19 @@ def require_same_recipe(task: Task, folder: Path) -> None:
 
 
 def _require_same_code(recipe: Recipe, folder: Path) -> None:
-    """Raise UserError if a network of one's own has changed since the run in ``folder`` began."""
+    """Raise UserError if a user-defined network has changed since the run in ``folder`` started."""
     inputs: dict[str, str] = {}
     with suppress(OSError, ValueError):
         inputs = json.loads((folder / "inputs.json").read_bytes())
     for source in code_sources(with_absolute_paths(recipe)):
         if inputs.get(source, digest := code_digest(source)) != digest:
             raise UserError(
-                f"{source} has changed since {folder} was begun: give --out a new folder"
+                f"{source} has changed since {folder} was started: give --out a new folder"
             )
 
 
 def difference(begun: dict, now: dict) -> str:
-    """The first difference between two recipes' `_values`, in words; empty if there is none."""
+    """The first difference between two recipes' `_values`, as text; empty if there is none."""
     for key, value in begun.items():
         if isinstance(value, dict):
             if inner := difference(value, now[key]):

@@ -1,4 +1,4 @@
-"""What the runs of a plan save by the mentor cache."""
+"""The work that the mentor cache saves in a plan of runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from classroomkd.runs.recipe import Recipe, kept_epochs, mentor_seed, split_seed
 
 
 def with_cached_mentors(runs: Sequence[Task]) -> list[Task]:
-    """The same runs, without the work of mentors whose answers an earlier one keeps."""
+    """The same runs, without the work of mentors whose logits an earlier run caches."""
     kept: set[str] = set()
     result = []
     for run in runs:
@@ -74,7 +74,7 @@ def _counted(source: str, seed: int, test_share: float, validation: float) -> tu
 
 
 def _keys(recipe: Recipe) -> list[str]:
-    """What tells the answers of a recipe's mentors apart, as far as a plan can know."""
+    """The values that identify the logits of a recipe's mentors, as far as a plan can know."""
     seed = recipe.data_seed
     training, cache = recipe.training, recipe.mentor_cache
     assert cache is not None
@@ -89,6 +89,6 @@ def _keys(recipe: Recipe) -> list[str]:
     keys, count = [], Counter[str]()
     for mentor in teaching(recipe):
         own = json.dumps(asdict(mentor), sort_keys=True)
-        count[own] += 1  # mentors of the same network are trained apart
+        count[own] += 1  # mentors of the same network are trained separately
         keys.append(json.dumps([own, count[own], *common], sort_keys=True))
     return keys

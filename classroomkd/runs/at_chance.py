@@ -1,4 +1,4 @@
-"""Seeing that a network has died: it learns nothing, or forgot it all, and its loss is finite."""
+"""Detect networks whose training has collapsed: accuracy at chance although the loss is finite."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import numpy as np
 from classroomkd.loss.options import LossOptions
 from classroomkd.runs.recipe import Recipe
 
-# A healthy network may need long to rise above chance: mobilenetv2 at its rate of 0.01 about 100
-# steps of 64 images. Nothing is said before.
+# A healthy network can take a while to rise above chance: mobilenetv2 at a learning rate of 0.01
+# takes about 100 steps of 64 images. Nothing is reported before that.
 _PATIENCE = 200  # steps
 _WINDOW = 50  # steps whose top-1 is judged, in whole epochs
 _DEVIATIONS = 3.0  # standard errors above chance that are no chance
-# Where one class has most images, naming it always is how healthy trainings begin.
+# If one class has most of the images, healthy trainings start by always predicting it.
 _MOST = 2 / 3
 
 
 def most_frequent(targets: np.ndarray) -> float:
-    """The share of the images that are of the most frequent class: the top-1 of always naming it.
+    """The share of images in the most frequent class: the top-1 of always predicting it.
 
     ``targets`` are their classes' indices, [N].
     """
@@ -36,8 +36,8 @@ def is_at_chance(
     Args:
         records: a network's epochs so far, each with its ``train_top1``.
         chance: the share of the most frequent class.
-        steps: of an epoch.
-        images: of an epoch.
+        steps: per epoch.
+        images: per epoch.
 
     """
     if chance > _MOST or len(records) * steps < _PATIENCE:
@@ -49,11 +49,11 @@ def is_at_chance(
 
 
 def remedies(recipe: Recipe, phase: str, n_classes: int, n_mentors: int) -> str:
-    """What to try for a network of a run that is at chance, as overrides."""
+    """Overrides to try if a network of a run is at chance."""
     section = "mentor_training" if phase == "mentor" else "training"
     tries, taught = [], phase == "student" and recipe.method == "classroom"
     if taught and recipe.loss.task_weight == "confidence":
-        # A student that gives the true classes no probability has next to no loss then, and stays.
+        # A student that gives true classes no probability then has almost no loss, and is stuck.
         tries.append("loss.task_weight=1")
     tries.append(f"a lower {section}.learning_rate")
     if getattr(recipe, section).clip_norm is None:

@@ -1,4 +1,4 @@
-"""Making a run's networks: those that are named, and modules given in Python."""
+"""Build a run's networks, from names or from modules given in Python."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from classroomkd.models.network_names import code_digest, is_code, label
 
 @dataclass(frozen=True)
 class Builder:
-    """Makes and loads networks by architecture.
+    """Builds and loads networks by architecture.
 
-    That is a name, or a key of ``modules``, which stand for copies of themselves.
+    An architecture is a name or a key of ``modules``; modules are copied.
     """
 
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
@@ -37,12 +37,12 @@ class Builder:
         weights: str | None,
         notify: Callable[[str], None],
     ) -> tuple[nn.Module, str]:
-        """A network to be trained, on the CPU, and in words what it starts from.
+        """A network to be trained, on the CPU, and a description of its initial weights.
 
         Raises UserError if it cannot be made or does not fit its first ``weights``.
         """
         if architecture in self.modules:
-            return copy.deepcopy(self.modules[architecture]).cpu(), "starts as it was given"
+            return copy.deepcopy(self.modules[architecture]).cpu(), "starts with its given weights"
         if (code := self.code(architecture)) is not None:
             network = factories.build(architecture, num_classes, code)
         else:
@@ -52,7 +52,7 @@ class Builder:
         return network, start_from(network, architecture, weights, notify)
 
     def code(self, architecture: str) -> str | None:
-        """The digest of the code of one's own that makes a network, as it was at first."""
+        """The digest of the user code that builds a network, as of its first use."""
         if architecture in self.modules or not is_code(architecture):
             return None
         if architecture not in self._codes:
@@ -60,9 +60,9 @@ class Builder:
         return self._codes[architecture]
 
     def source_digest(self, architecture: str, network: nn.Module) -> str | None:
-        """The digest of all code of one's own that ``network`` consists of, as far as it is known.
+        """The digest of all user code in ``network``, as far as it is known.
 
-        None for a network of a library, whose version says as much.
+        None for a network of a library, which its version identifies.
         """
         if architecture not in self.modules:
             return self.code(architecture)
@@ -79,7 +79,7 @@ class Builder:
         return network.eval()
 
     def digests(self) -> dict[str, str]:
-        """The SHA-256 of each given module's weights, by what errors call it."""
+        """The SHA-256 of each given module's weights, by its name in error messages."""
         return {
             f"the module {name}": module_digest(module) for name, module in self.modules.items()
         }
@@ -95,13 +95,13 @@ def module_digest(module: nn.Module) -> str:
 
 
 def outputs_of(network: nn.Module, images: Tensor, what: str) -> int:
-    """The number of classes that ``network`` tells apart, tried on ``images`` [B, …].
+    """The number of classes of ``network``, found by running it on ``images`` [B, …].
 
-    Raises UserError, calling it ``what``, if it cannot take them or returns no logits [B, C].
+    Raises UserError, naming it ``what``, if it fails or does not return logits [B, C].
     """
     try:
         logits = network(images)
-    except Exception as error:  # one's own code may raise anything
+    except Exception as error:  # user code may raise anything
         if images.dim() != 4:
             raise UserError(
                 f"{what} cannot take a batch {list(images.shape)} ({_said(error)})"
@@ -119,8 +119,8 @@ def check_trainable(
 ) -> None:
     """Raise UserError if there is no network ``name`` or it cannot train on such batches.
 
-    Nothing is computed: the network is built and run on the meta device, or where one's own code
-    does not allow that, once on the CPU.
+    The network is built and run on the meta device, without computing anything, or once on the CPU
+    if user code does not support that.
     """
     try:
         outputs = _tried(name, image_size, batch_size, num_classes or 2, "meta")
@@ -131,8 +131,8 @@ def check_trainable(
             outputs = _tried(name, image_size, batch_size, num_classes or 2, "cpu")
     if outputs != num_classes is not None:
         raise UserError(
-            f"{label(name)} gives {outputs} outputs where there are {num_classes} classes: let it "
-            "take their number as num_classes, or return as many"
+            f"{label(name)} has {outputs} outputs for {num_classes} classes: let it "
+            "take the number of classes as num_classes, or return that many logits"
         )
 
 

@@ -30,10 +30,10 @@ _NAME = re.compile(r"step-(\d+)-([0-9a-f]{16})\.pt")
 
 
 class Checkpoints:
-    """The training states of one network, in a folder of its own.
+    """The training states of one network, in a separate folder.
 
-    A file's name has its step and the beginning of its SHA-256, so that damage is seen before
-    anything is read from it.
+    File names contain the step and the first digits of the SHA-256, so that damage is detected
+    before the file is loaded.
     """
 
     def __init__(self, folder: Path, keep: int = 2) -> None:
@@ -64,28 +64,28 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Remove all of it, once the training is done and nothing resumes from here."""
+        """Remove all checkpoints, after the training has finished."""
         self.forget_bests_but([])
         for path in self._files():
             path.unlink(missing_ok=True)
         shutil.rmtree(self.folder / "code", ignore_errors=True)  # kept beside the best weights
 
     def best(self, epoch: int | str) -> Path:
-        """Where the weights of an epoch are while it is the best."""
+        """The file with the weights of an epoch while it is the best."""
         return self.folder / f"best-{epoch}.safetensors"
 
     def newest(self) -> Path | None:
-        """The file of the last step, if there is any."""
+        """The checkpoint of the last step, if any."""
         return next(iter(self._files()), None)
 
     def load(self, warn: Callable[[str], None]) -> dict[str, Any] | None:
-        """The state of the last step whose file is whole; ``warn`` is told of damaged ones."""
+        """The state of the last step whose file is intact; damaged files are passed to ``warn``."""
         files = self._files()
         for path, earlier in zip_longest(files, files[1:]):
             content = path.read_bytes()
             if hashlib.sha256(content).hexdigest()[:16] == _parsed(path)[2]:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            warn(f"{path} is damaged: " + ("taking the one before it" if earlier else "beginning"))
+            warn(f"{path} is damaged: " + ("using the previous one" if earlier else "beginning"))
         return None
 
     def _files(self) -> list[Path]:
@@ -104,9 +104,9 @@ def _parsed(path: Path) -> re.Match[str]:
 class Saver:
     """Saves a trainer's state, with the ``records`` of its epochs, when a save is due.
 
-    That is after every ``epochs`` epochs, ``minutes`` after the last save, and when a signal asked
-    to stop. With ``keeps_best`` the weights of the epoch that does best on the validation images
-    are kept too.
+    A save is due after every ``epochs`` epochs, ``minutes`` after the last save, and after a signal
+    to stop. With ``keeps_best`` the weights of the best epoch on the validation images are kept
+    too.
     """
 
     def __init__(
@@ -132,16 +132,16 @@ class Saver:
         return best(self.records).get("chosen_epoch") if self.records else None
 
     def restore(self, warn: Callable[[str], None]) -> bool:
-        """Restore the last state, and say if there was one; ``warn`` is told of damaged ones.
+        """Restore the last state; False if there is none. Damaged files are passed to ``warn``.
 
-        Raises UserError for one of another version.
+        Raises UserError if the state was written by an incompatible version.
         """
         state = self.checkpoints.load(warn)
         if state is None:
             return False
         if missing := {*self.trainer.state_dict(), "records"} - state.keys():
             raise UserError(
-                f"the training states in {self.checkpoints.folder} are another version's, without "
+                f"the training states in {self.checkpoints.folder} are of another version and lack "
                 f"{', '.join(sorted(missing))}: start a new run"
             )
         self.trainer.load_state_dict(state)
@@ -167,7 +167,7 @@ class Saver:
             raise Interrupted(self.interrupts.received or signal.SIGTERM)
 
     def after_epoch(self) -> None:
-        """Likewise, at the end of an epoch, when its record is in ``records``."""
+        """The same at the end of an epoch, after its record was added to ``records``."""
         epoch, main = self.trainer.epoch - 1, self.trainer.processes.is_main
         if self.keeps_best and main and self.best_epoch() == epoch:
             self.checkpoints.keep_best(self.trainer.network, self.info, epoch)
@@ -185,11 +185,11 @@ class Saver:
             self.checkpoints.save(state, step)
             self._bests.append(self.best_epoch())
             if self.keeps_best and len(self._bests) == self.checkpoints.keep:
-                # Older states, with which another epoch was the best, are no longer kept.
+                # No older state is kept for which another epoch was the best.
                 self.checkpoints.forget_bests_but([epoch for epoch in self._bests if epoch])
         self._saved = time.monotonic()
 
     def last_good(self) -> str:
-        """The end of an error message: the last state that can be resumed."""
+        """The end of an error message: the last state that can be resumed from."""
         newest = self.checkpoints.newest()
         return f" (the last good state is in {newest})" if newest else ""

@@ -1,4 +1,4 @@
-"""A look at the given mentors before anything is trained: a few hundred images, a line each."""
+"""Check the given mentors on a few hundred images before training; one line per mentor."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ from classroomkd.training.evaluation import evaluation_loader
 from classroomkd.training.mentor_check import CheckedMentor, MentorCheck, check_mentors
 
 N_IMAGES = 400
-_ON_A_CPU = 128  # of images that are larger than CIFAR's by far
+_ON_A_CPU = 128  # of images much larger than CIFAR's
 _SMALL = 64  # pixels
 
 
 def check_given(
     mentors: Sequence[Mentor], part: AnyPart, info: NetworkInfo, device: torch.device
 ) -> list[MentorCheck]:
-    """Look at the mentors that have a network, on ``device``, with labelled images of ``part``.
+    """Check the mentors that have a network, on ``device``, with labelled images of ``part``.
 
-    The images are the same in every run. A few hundred; fewer if they are large and there is no
-    GPU.
+    A few hundred images, the same in every run; fewer if they are large and there is no GPU.
     """
     given = [mentor for mentor in mentors if mentor.network is not None]
     if not given:
@@ -53,7 +52,7 @@ def check_given(
 def _images(
     part: AnyPart, info: NetworkInfo, device: torch.device, n_images: int
 ) -> tuple[Tensor, Tensor]:
-    """Images, normalised as ``info`` says, and their classes [N], drawn at random."""
+    """Randomly drawn images, normalised as ``info`` says, and their classes [N]."""
     if isinstance(part, ImageSet | ImageFiles):
         mask = np.zeros(len(part), bool)
         mask[np.random.default_rng(0).permutation(len(part))[:n_images]] = True

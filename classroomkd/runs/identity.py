@@ -1,8 +1,8 @@
-"""What a recipe's keys have to do with a run's result: metadata on the recipe's fields.
+"""How each recipe key affects the result of a run: metadata on the recipe's fields.
 
 A result is identified by the values of the keys marked "recipe" or "teaching", by its images and by
-its seed. All that tells results apart reads the marks: the comparison of runs in reports, the check
-of a resumed table's runs, and the keys of stored mentors.
+its seed. The comparison of runs in reports, the check of a resumed table's runs and the keys of
+stored mentors all use these marks.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ from typing import Any, Literal, get_type_hints
 Mark = Literal["recipe", "teaching", "seed", "place", "machine"]
 """A field's part in the identity of a result:
 
-- "recipe" (where nothing is marked): it is part of what is tried.
+- "recipe" (the default): part of the experiment.
 - "teaching": likewise, but the student trained alone does not depend on it.
 - "seed": runs of one recipe differ in it.
-- "place": where the images lie; their content counts, not their place.
-- "machine": how a run is computed and recorded. Results differ by no more than rounding.
+- "place": the path of the images; only their content matters.
+- "machine": how a run is computed and recorded. It changes results by rounding at most.
 """
 
 
 def marked(mark: Mark = "recipe", *, mentors: bool = False) -> dict[str, Any]:
-    """The metadata of a dataclass's field with a ``mark``.
+    """The metadata of a dataclass field with a ``mark``.
 
-    With ``mentors`` a trained mentor depends on its value; that is for values that do not belong to
-    a mentor, to its training or to the images, which are known to count.
+    ``mentors`` says that trained mentors depend on the value. It is needed only for values outside
+    the sections for mentors, their training and the images, on which mentors always depend.
     """
     return {"mark": mark, "mentors": mentors}
 
 
 @cache
 def marks(section: type) -> dict[str, Mark]:
-    """The marks of a dataclass's fields by dotted name; a section's own mark is of all in it."""
+    """The marks of a dataclass's fields by dotted name; a section's mark applies to its fields."""
     found: dict[str, Mark] = {}
     hints = get_type_hints(section)
     for own in fields(section):
@@ -45,7 +45,7 @@ def marks(section: type) -> dict[str, Mark]:
 
 
 def values_without(section: Any, *left_out: Mark) -> dict[str, Any]:
-    """The values of a dataclass, nested, as plain ones, without those of the marks ``left_out``."""
+    """The values of a dataclass as nested plain values, without fields marked ``left_out``."""
     values = asdict(section)
     for own in fields(section):
         inner = getattr(section, own.name)

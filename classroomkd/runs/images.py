@@ -1,4 +1,4 @@
-"""A recipe's images: where they come from, and what becomes of them on their way to a network."""
+"""A recipe's images: their source, split, augmentation and loaders."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Sets = Parts[ImageSet] | Parts[ImageFiles]
 AnyPart = ImageSet | ImageFiles | Batches
 ImageSets = dict[str, AnyPart]  # "train", "test", and "validation" if there is one
 
-_MAX_SIDE, _UP_TO = 500, 256  # photographs of which side serve for which image size
+_MAX_SIDE, _UP_TO = 500, 256  # the side of the photographs to use for an image size
 
 
 def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
-    """The parts of the images, split by ``seed`` where the source does not say.
+    """The parts of the images, split by ``seed`` if the source has no split.
 
-    They are decoded at ``data.image_size``, or files still, to be cropped and resized. Raises
-    UserError as `load_parts` and `list_parts` do, or if there are no files to crop.
+    They are decoded at ``data.image_size``, or left as files to be cropped and resized. Raises
+    UserError as `load_parts` and `list_parts` do, or if the images are no files to crop.
     """
     if data.crop == "resize":
         if data.source in NAMED_SOURCES or download is not None:
@@ -98,7 +98,7 @@ def open_loaders(
 
 
 def example_of(part: AnyPart, size: int) -> Tensor:
-    """Two images like those of a part, [2, …], where photographs are cropped to ``size``."""
+    """Two images like those of a part, [2, …]; photographs are cropped to ``size``."""
     if isinstance(part, Batches):
         return part.example
     height, width = part.images.shape[1:3] if isinstance(part, ImageSet) else (size, size)
@@ -106,7 +106,7 @@ def example_of(part: AnyPart, size: int) -> Tensor:
 
 
 def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
-    """What becomes of an image that a network trains on."""
+    """The augmentation of training images."""
     if data.crop == "resize":
         return RandomResizedCrop(data.image_size, data.flips())
     assert data.padding is not None  # `load_recipe` has filled it in
@@ -114,14 +114,14 @@ def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:
 
 
 def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None:
-    """How the images of a training are mixed with each other."""
+    """How training images are mixed with each other."""
     if training.mixup or training.cutmix:
         return Mixing(num_classes, training.mixup, training.cutmix)
     return None
 
 
 def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
-    """How many images each part has, and where they come from, in words."""
+    """A description of the number of images in each part and their source."""
     return ", ".join(
         f"{len(sets[name]):,} {name}{_origin(name, folders)}"
         for name in ("train", "validation", "test")
@@ -130,7 +130,7 @@ def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
 
 
 def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """Where a part of the images comes from, to follow its name."""
+    """The source of a part of the images, to be printed after its name."""
     if part in folders:
         return f" ({folders[part]})"
     return f" (split off {folders['train']})" if folders else ""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, handled between two training steps."""
+"""Handle Ctrl-C and SIGTERM between two training steps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Interrupted(KeyboardInterrupt):
 class Interrupts:
     """A context in which SIGINT and SIGTERM only set ``received``; a second signal interrupts.
 
-    Outside the main thread, where Python handles no signals, it does nothing.
+    It does nothing outside the main thread, where Python cannot handle signals.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a network is in a run, how it is trained there, and what the summary says of it."""
+"""The role of a network in a run, its training, and its entry in the summary."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from classroomkd.training.evaluation import Evaluation
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What a network is in the run.
+    """The role of a network in the run.
 
     ``phase`` is "mentor", "alone" (the student without mentors) or "student" (taught by the
-    recipe's method).
-    ``epochs`` is what its schedule is made for, None if it is not trained here, and ``at`` the
-    epoch that it is taken from if not the last. It is the ``number``-th of its architecture and
-    ``at``. It starts from ``weights``, random ones if None, and its images are normalised by its
-    own ``mean`` and ``std``, the run's if None.
+    recipe's method). ``epochs`` is the length of its schedule, None if it is not trained here;
+    ``at`` is the epoch whose weights are used, None for the last. ``number`` counts networks with
+    the same architecture and ``at``. ``weights`` are its initial weights, random if None. ``mean``
+    and ``std`` normalise its images; if None, those of the run do.
     """
 
     phase: str
@@ -39,7 +38,7 @@ class TrainingJob:
 
     @property
     def last(self) -> int:
-        """The last epoch that it is trained for, if it is trained here."""
+        """The last epoch that is trained, if it is trained here."""
         assert self.epochs is not None
         return self.at or self.epochs
 
@@ -51,7 +50,7 @@ class TrainingJob:
         return recipe.training
 
     def seed(self, recipe: Recipe) -> int:
-        """The seed of its first weights, and as a rule of its batches, in a run of ``recipe``."""
+        """The seed of its initial weights, and usually of its batches, in a run of ``recipe``."""
         seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
         return network_seed(seed, self.number, network_names.label(self.architecture))
 
@@ -61,7 +60,7 @@ class TrainingJob:
         return self.seed(recipe) if shared is None else shared
 
     def repeat(self, recipe: Recipe) -> int | None:
-        """After how many epochs the augmentation of its images repeats; None never."""
+        """The number of epochs after which its augmentation repeats; None if it never does."""
         cached = None if self.phase == "mentor" else recipe.mentor_cache
         return cached.epochs if cached else None
 
@@ -98,11 +97,11 @@ def student_jobs(recipe: Recipe) -> list[TrainingJob]:
 
 
 def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What epochs that are chosen afterwards would have given, for the summary.
+    """The accuracy of epochs selected afterwards, for the summary.
 
-    ``best_test_top1`` is the highest top-1 on the held-out images, chosen on these, as papers print
-    it; ``chosen_top1``, where there are validation images, that of the ``chosen_epoch``, which has
-    the highest on them.
+    ``best_test_top1`` is the highest top-1 on the held-out images, selected on the same images, as
+    papers print it. With validation images, ``chosen_epoch`` is the best epoch on these, and
+    ``chosen_top1`` its top-1 on the held-out images.
     """
     kept = {"best_test_top1": max(record["test_top1"] for record in records)}
     if "validation_top1" in records[0]:
@@ -112,9 +111,9 @@ def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def network_seed(seed: int, number: int, architecture: str) -> int:
-    """A seed for the ``number``-th network of its kind, unrelated to those of others and of runs.
+    """A seed for the ``number``-th network of its kind, unrelated to all other seeds.
 
-    Mentors are counted from 1, so that one has the same seed in every run that it teaches in.
+    Mentors are counted from 1, so that a mentor has the same seed in every run that uses it.
     """
     entropy = (seed, number, *architecture.encode())
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])

@@ -19,7 +19,7 @@ from classroomkd.errors import UserError
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device called ``name``, by default the GPU if there is one, else the CPU.
+    """The device called ``name``; by default the GPU if there is one, else the CPU.
 
     Raises UserError if it cannot be used.
     """
@@ -37,7 +37,7 @@ def find_device(name: str | None) -> torch.device:
 
 
 def find_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations that a recipe's ``precision`` means on ``device``."""
+    """The dtype of activations for a recipe's ``precision`` on ``device``."""
     if name == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if has_bfloat16 else torch.float32
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
 
 
 def start(device: torch.device, processes: int) -> dict[str, Any]:
-    """When and how this process was started, on what: a line of a run's starts.jsonl."""
+    """When, how and on which hardware this process was started: a line of a run's starts.jsonl."""
     found = versions()
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
@@ -78,7 +78,7 @@ def start(device: torch.device, processes: int) -> dict[str, Any]:
 
 
 def command_line() -> str:
-    """What this process was called with, to be given to a shell again."""
+    """The command line of this process, quoted for a shell."""
     program, *arguments = sys.argv
     path = Path(program)
     is_module = path.name == "__main__.py"
@@ -87,7 +87,7 @@ def command_line() -> str:
 
 
 def processor() -> str:
-    """The CPU's product name, or its architecture where the system does not tell."""
+    """The CPU's product name, or its architecture if the system does not report one."""
     with suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

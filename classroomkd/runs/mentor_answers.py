@@ -1,4 +1,4 @@
-"""A run's use of the cache of mentors' logits: what they are kept under, and how large they get."""
+"""A run's use of the cache of mentors' logits: its keys, and the size of the files."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ from classroomkd.training.mentor_cache import CachedMentors
 
 @dataclass(kw_only=True)
 class MentorAnswers:
-    """The logits of a run's mentors that are in files.
+    """The logits files of a run's mentors.
 
-    ``mentors`` are those with a network, and ``own`` are files that another program made. ``info``
-    is of any network of the run, ``digest`` of its training images, ``backend`` is the loader's,
-    and ``notify`` takes lines for the user.
+    ``mentors`` are those with a network; ``own`` are files written by another program. ``info``
+    describes any network of the run, ``digest`` identifies its training images, ``backend`` names
+    the loader, and ``notify`` prints lines for the user.
     """
 
     recipe: Recipe
@@ -71,11 +71,11 @@ class MentorAnswers:
         bank: MentorBank,
         networks: Mapping[str, nn.Module],
     ) -> MentorBank | CachedMentors:
-        """The mentors of ``job``: the ``bank`` itself where no logits come from files.
+        """The mentors of ``job``: the ``bank`` itself if no logits come from files.
 
-        ``networks`` are the bank's, by name. The files are closed with ``opened``.
+        ``networks`` are those of the bank, by name. The files are closed with ``opened``.
 
-        Raises UserError if there is not enough space for the files that are to be begun.
+        Raises UserError if there is not enough space for new files.
         """
         recipe = self.recipe
         if method.uses_features:
@@ -100,7 +100,7 @@ class MentorAnswers:
         return cached
 
     def _open(self, job: TrainingJob, networks: Mapping[str, nn.Module]) -> dict[str, KeptLogits]:
-        """The files of the mentors by name, begun where there are none."""
+        """The files of the mentors by name; missing ones are created."""
         keys = {
             mentor.name: self._key(job, mentor, networks[mentor.name]) for mentor in self.mentors
         }
@@ -114,7 +114,7 @@ class MentorAnswers:
             kept = {name: KeptLogits(folders[name], key) for name, key in keys.items()}
             for of in kept.values():
                 if of.begun_again:
-                    self.notify(f"{of.folder} lacked a file, or one was cut short: begun again")
+                    self.notify(f"{of.folder} had a missing or truncated file: started again")
         writes = self.processes.from_main({name: of.writes for name, of in kept.items()})
         if not main:
             kept = {
@@ -124,7 +124,7 @@ class MentorAnswers:
         return kept
 
     def _begin(self, wanted: Mapping[Path, Mapping[str, Any]]) -> str | None:
-        """Tell what will be written; what is wrong if there is not enough space for it."""
+        """Print what will be written; raise UserError if there is not enough space."""
         new = [folder for folder in wanted if read_key(folder) is None]
         assert self.recipe.mentor_cache is not None
         each, home = size(self._shape, self.recipe.mentor_cache.dtype), logits_folder()
@@ -134,7 +134,7 @@ class MentorAnswers:
         sizes = f"{words(needed)} for {len(new)} of {len(wanted)} mentors, {words(free)} free"
         if needed > free:
             return (
-                f"the mentor cache in {home} needs {sizes}: take mentor_cache.dtype=float16, let "
+                f"the mentor cache in {home} needs {sizes}: set mentor_cache.dtype=float16, let "
                 "the augmentation repeat by mentor_cache.epochs, or free some space (classroomkd "
                 "cache)"
             )
@@ -143,11 +143,11 @@ class MentorAnswers:
                 known = read_key(other) or {}
                 if all(known.get(name) == wanted[folder][name] for name in ("weights", "images")):
                     differs = key_difference(other, wanted[folder])
-                    self.notify(f"{other} does not serve: {differs}")
+                    self.notify(f"{other} cannot be used: {differs}")
         self.notify(
             f"mentor cache: {home}, {sizes}"
             if new
-            else f"mentor cache: {home}, begun by an earlier run for all mentors"
+            else f"mentor cache: {home}, started by an earlier run for all mentors"
         )
         return None
 
@@ -156,7 +156,7 @@ class MentorAnswers:
         return kept_epochs(self.recipe), len(self.train_set), len(self.info.classes)
 
     def _key(self, job: TrainingJob, mentor: Mentor, network: nn.Module) -> dict[str, Any]:
-        """All that the mentor's logits depend on."""
+        """Everything that the mentor's logits depend on."""
         recipe, device = self.recipe, self.processes.device
         assert recipe.mentor_cache is not None
         training = job.training(recipe)
@@ -175,7 +175,7 @@ class MentorAnswers:
             # Each loader resizes photographs in its own way.
             "loader": self.backend if recipe.data.crop == "resize" else None,
             "seed": job.batch_seed(recipe),
-            "batch_size": training.batch_size,  # on which the bits depend
+            "batch_size": training.batch_size,  # the bits depend on it
             "processes": self.processes.world_size,
             "precision": str(self.dtype),
             "compile": recipe.compile,
@@ -186,16 +186,16 @@ class MentorAnswers:
 
 
 def _folder(key: Mapping[str, Any]) -> Path:
-    """Where logits of a key are kept."""
+    """The folder for logits with this key."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     name = re.sub(r"[^\w.@+]+", "-", key["mentor"]).strip("-")
     return logits_folder() / f"{name}-{digest[:24]}"
 
 
 def find_own(recipe: Recipe) -> dict[str, OwnLogits]:
-    """The mentors that are files of logits, by name.
+    """The mentors given as logits files, by name.
 
-    Raises UserError for a file that is none, or if the method needs more than logits.
+    Raises UserError if a file does not hold logits, or the method needs more than logits.
     """
     found: dict[str, OwnLogits] = {}
     for config in teaching(recipe):
@@ -225,18 +225,18 @@ def names_in_order(
 def fit_own(
     own: Mapping[str, OwnLogits], train_set: AnyPart, n_classes: int, recipe: Recipe, splits: bool
 ) -> None:
-    """Make logits of one's own fit a run's images.
+    """Match logits files written by other programs with a run's images.
 
     With ``splits`` the validation images are split off those of ``train_set``.
 
-    Raises UserError if they are of other images, classes or epochs, or if no logits can be had from
-    files.
+    Raises UserError if they are for other images, classes or epochs, or if the run cannot use
+    logits files.
     """
     if isinstance(train_set, Batches):
         if own or recipe.mentor_cache:
             raise UserError(
-                "logits in files are of known images, which a DataLoader's batches are not: give a "
-                "data set, or leave out mentor_cache and files of logits"
+                "logits files need images with a fixed index, which a DataLoader's batches lack: "
+                "give a data set, or leave out mentor_cache and logits files"
             )
         return
     kept = np.arange(len(train_set))

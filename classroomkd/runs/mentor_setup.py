@@ -1,4 +1,4 @@
-"""The mentors of a run: networks to train first, or given ones made fit for this run's images."""
+"""The mentors of a run: networks to train first, or given ones adapted to this run's images."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from classroomkd.runs.recipe import MentorConfig, is_given
 
 Channels = tuple[float, float, float]
 AS_THEY_COME: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""The mean and standard deviation by which images are not changed."""
+"""The mean and standard deviation that leave images unchanged."""
 
 _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weights: …, epochs: 5}"
 
@@ -34,10 +34,10 @@ _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weig
 class Mentor:
     """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained.
 
-    ``source`` is the recipe's word for it. If it is trained here its schedule is made for
-    ``epochs``, it is taken from epoch ``at`` if that is not None, and starts from ``weights``,
-    random ones if that is None; else all three are None. ``mean`` and ``std`` are the recipe's for
-    its images.
+    ``source`` is its name in the recipe. For a mentor trained here, ``epochs`` is the length of its
+    schedule, ``at`` the epoch whose weights are used (None for the last), and ``weights`` its
+    initial weights (None for random ones); otherwise all three are None. ``mean`` and ``std`` are
+    those that the recipe gives for its images.
     """
 
     name: str
@@ -58,12 +58,12 @@ def find_mentors(
     notify: Callable[[str], None],
     modules: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> list[Mentor]:
-    """Name every mentor after its architecture and load those that teach as they are, on the CPU.
+    """Name every mentor after its architecture and load those that need no training, on the CPU.
 
-    Those are checkpoints, networks with weights, and those of torchvision and timm, which bring
-    their pretrained ones, unless they have epochs of their own. The others are to be trained for
-    ``epochs``, if they do not say otherwise themselves. ``modules`` are networks given in Python,
-    by what the recipe calls them. ``notify`` is told how other tools' files were read.
+    Those are checkpoints, networks with weights, and pretrained networks of torchvision and timm,
+    unless the recipe sets their epochs. The others are to be trained, for ``epochs`` by default.
+    ``modules`` are networks given in Python, by their names in the recipe. ``notify`` gets lines
+    that say how other tools' files were read.
 
     Raises UserError for a file that cannot be loaded.
     """
@@ -96,7 +96,7 @@ def find_mentors(
 
 
 def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
-    """The mentors to train, those of the same training, but for its last epoch, together."""
+    """The mentors to train, grouped by trainings that are equal except for their last epoch."""
     counts: Counter[tuple[str, int | None]] = Counter()
     trainings: dict[TrainingJob, list[TrainingJob]] = {}
     for mentor in mentors:
@@ -128,7 +128,7 @@ def fit_mentor(
     what, info = f"mentor {mentor.source}", mentor.info
     assert mentor.network is not None
     if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
-        notify(f"{what}: its classes are taken to be the data's, in their order")
+        notify(f"{what}: assuming that its classes are the data's, in the same order")
         info = replace(info, classes=data.classes)
     if mentor.mean and mentor.std:
         info = replace(info or data, mean=mentor.mean, std=mentor.std)
@@ -141,14 +141,14 @@ def fit_mentor(
 
 
 def sha256_of(source: str) -> str:
-    """The SHA-256 of a checkpoint, a file or the student's in a run folder."""
+    """The SHA-256 of a checkpoint: a file, or the student's file in a run folder."""
     path, _ = split_entry(source)
     with (models.student_file(path) if path.is_dir() else path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_digest(weights: str) -> str:
-    """The SHA-256 of first weights in a file; the word for a library's."""
+    """The SHA-256 of initial weights in a file; a library's are identified by their name."""
     return weights if weights == PRETRAINED else sha256_of(weights)
 
 
@@ -161,14 +161,14 @@ def fit_to_data(
     example: Tensor | None = None,
     otherwise: str = "",
 ) -> nn.Module:
-    """The loaded ``network``, on the CPU, made to take images normalised as ``data`` says.
+    """The loaded ``network``, on the CPU, adapted to images normalised as ``data`` says.
 
-    ``own`` is what its file says of it; of a foreign file only the number of classes is known.
-    ``example`` is a batch of images, where they are not [B, 3, H, W] of the data's size, and
-    ``otherwise`` what else to do where it has other classes.
+    ``own`` is the information in its file; for other tools' files only the number of classes is
+    known. ``example`` is a batch of images, if they are not [B, 3, H, W] of the data's size, and
+    ``otherwise`` is further advice for a network with other classes.
 
-    Raises UserError, calling the network ``what``, if it has other classes than the data or
-    cannot take its images.
+    Raises UserError, naming the network ``what``, if its classes are not those of the data or it
+    cannot process the images.
     """
     if example is None:
         example = torch.zeros(1, 3, data.image_size, data.image_size)
@@ -192,9 +192,9 @@ def fit_to_data(
 def renormalised(
     network: nn.Module, data: NetworkInfo, mean: Channels | None, std: Channels | None
 ) -> nn.Module:
-    """A network that wants its images normalised by ``mean`` and ``std``, for the data's images.
+    """Wrap a network that needs images normalised by ``mean`` and ``std`` for the data's images.
 
-    Where these are the data's, or None, the network itself.
+    Returns the network itself if these are None or those of the data.
     """
     if mean is None or std is None or (mean, std) == (data.mean, data.std):
         return network

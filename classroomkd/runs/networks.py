@@ -1,4 +1,4 @@
-"""Training the networks of one run, each from where it stands: finished, in the store, or begun."""
+"""Train the networks of one run; finished, stored and interrupted trainings are not repeated."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ _SILENT = 0.001  # of an epoch's rows
 class NetworkTrainer:
     """Trains the networks of a run, and measures, records and saves them.
 
-    ``info`` is of any network of the run, ``held_out`` has a loader of each part of the images that
-    is measured, "test" last, ``stored`` are the mentors trained before, and ``notify`` takes lines
-    for the user.
+    ``info`` describes any network of the run, ``held_out`` has a loader for each part of the images
+    on which networks are measured, "test" last, ``stored`` gives access to the mentor store, and
+    ``notify`` prints lines for the user.
     """
 
     recipe: Recipe
@@ -78,10 +78,10 @@ class NetworkTrainer:
     ) -> list[Trained]:
         """The networks of one training, in the order of ``jobs``, with their results.
 
-        ``jobs`` differ only in the epoch that they are taken from. What an earlier process of the
-        run has trained is not trained again, nor is a mentor that is in the store or that another
-        process is training for it. With ``lessons`` the records of epochs also say which classes
-        each mentor taught.
+        ``jobs`` differ only in the epoch whose weights are used. Networks that an earlier process
+        of the run has trained are not trained again, nor are mentors that are in the store or that
+        another process is training for it. With ``lessons`` the records of epochs also say which
+        classes each mentor taught.
         """
         done = {job.name: found for job in jobs if (found := self._finished(job))}
         missing = sorted((j for j in jobs if j.name not in done), key=lambda job: job.last)
@@ -99,7 +99,7 @@ class NetworkTrainer:
         return [done[job.name] for job in jobs]
 
     def steps(self, jobs: Sequence[TrainingJob]) -> int:
-        """The steps of the training planned for ``jobs``; 0 if there are none."""
+        """The number of training steps for ``jobs``; 0 if there are none."""
         if not jobs:
             return 0
         per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
@@ -114,7 +114,7 @@ class NetworkTrainer:
         part: str,
         watch: Callable[[Tensor, Tensor], None] | None = None,
     ) -> Evaluation:
-        """Measure ``network`` on a held-out part; ``watch`` gets every batch's logits, targets."""
+        """Measure ``network`` on a held-out part; ``watch`` gets each batch's logits, targets."""
         self.processes.align(network)
         return evaluate(network, self.held_out[part], self.processes, watch)
 
@@ -125,7 +125,7 @@ class NetworkTrainer:
         mentors: MentorBank | CachedMentors | None,
         lessons: Lessons | None,
     ) -> dict[str, Trained]:
-        """Train up to the last of ``jobs``, keeping the others on the way."""
+        """Train up to the last epoch of ``jobs``, and save the earlier ones."""
         job, seed = jobs[-1], jobs[-1].seed(self.recipe)
         torch.manual_seed(seed)
         network, beginning = self.builder.create(
@@ -156,7 +156,7 @@ class NetworkTrainer:
         training = job.training(self.recipe)
         called = label(job.phase, job.name, self.recipe.method)
         if training.batch_size > (count := len(self.train_set)):
-            self.notify(f"{called}: a batch of {training.batch_size} takes in all {count} images")
+            self.notify(f"{called}: a batch of {training.batch_size} contains all {count} images")
         return Trainer(
             network,
             loader,
@@ -189,7 +189,7 @@ class NetworkTrainer:
         return replace(self.info, architecture=job.architecture, code=code, mean=mean, std=std)
 
     def _placed(self, job: TrainingJob, network: nn.Module) -> nn.Module:
-        """A network of the run on its device, taking images as the run's loaders normalise them."""
+        """A network on the run's device, for images as the run's loaders normalise them."""
         fitted = renormalised(network, self.info, job.mean, job.std)
         return to_channels_last(fitted, self.device)
 
@@ -207,7 +207,7 @@ class NetworkTrainer:
     def _train_epochs(
         self, jobs: Sequence[TrainingJob], saver: Saver, lessons: Lessons | None
     ) -> Evaluation:
-        """Train to the last epoch of ``jobs``, and finish the others at theirs.
+        """Train to the last epoch of ``jobs``, and finish the other jobs at their epochs.
 
         Returns the measurement of the last epoch on the test images.
         """
@@ -226,18 +226,18 @@ class NetworkTrainer:
                     self._finish(earlier, saver, measured)
             saver.after_epoch()
             self.progress.show(record)
-        if measured is None:  # an earlier process got as far as the last epoch
+        if measured is None:  # an earlier process had reached the last epoch
             measured = self.evaluate(trainer.network, "test")
         return measured
 
     def _chance(
         self, job: TrainingJob, trainer: Trainer, records: Sequence[Mapping[str, Any]]
     ) -> dict[str, float]:
-        """What to add to the last of ``records`` if the network is at chance, reported once.
+        """The additions to the last of ``records`` if the network is at chance; warns once.
 
-        It is ``chance_top1``, the share of the most frequent class.
+        They are ``chance_top1``, the share of the most frequent class.
         """
-        if isinstance(self.train_set, Batches):  # whose classes' shares are not known
+        if isinstance(self.train_set, Batches):  # the shares of its classes are unknown
             return {}
         chance, steps = most_frequent(self.train_set.targets), len(trainer.loader)
         images = min(steps * trainer.training.batch_size, len(self.train_set))
@@ -248,36 +248,36 @@ class NetworkTrainer:
             tries = remedies(self.recipe, job.phase, len(self.info.classes), n_mentors)
             self.notify(
                 f"{trainer.name}, epoch {records[-1]['epoch']}: training top-1 is "
-                f"{records[-1]['train_top1']:.1%}, at chance: naming the most frequent class gives "
-                f"{chance:.1%}; {tries}"
+                f"{records[-1]['train_top1']:.1%}, at chance: always predicting the most frequent "
+                f"class gives {chance:.1%}; {tries}"
             )
         return {"chance_top1": chance}
 
     def _tell_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
-        """Name mentors that taught next to nothing in this epoch, each once."""
+        """Warn about mentors that taught almost nothing in this epoch, once each."""
         for name, of in record.get("mentors", {}).items():
             if of["active_share"] < _SILENT and not any(
                 before["mentors"][name]["active_share"] < _SILENT for before in earlier
             ):
                 self.notify(
                     f"epoch {record['epoch']}: mentor {name} taught {of['active_share']:.2%} of "
-                    "the images: the student is ahead of it nearly everywhere, or it has a fault, "
-                    "for which classroomkd check looks"
+                    "the images: the student is better on nearly all images, or the mentor has a "
+                    "fault, which classroomkd check may find"
                 )
 
     def _finish(self, job: TrainingJob, saver: Saver, measured: Evaluation) -> dict[str, Any]:
-        """Write what a job's network has become, into the store too, and return its result."""
+        """Save a job's trained network, in the store too, and return its result."""
         network, info = saver.trainer.network, saver.info
         own = {"name": job.name, "epochs": job.last}
         records = [record | own for record in saver.records]
         result = job.result(network, measured) | best(records)
         done = {"records": records, "result": result}
-        self.stored.add(job, bare(network), info, done)  # before this run counts it as done
+        self.stored.add(job, bare(network), info, done)  # before it counts as done in this run
         self.run.finish_network(job.phase, job.name, bare(network), info, done)
         return result
 
     def _finished(self, job: TrainingJob) -> Trained | None:
-        """The network as an earlier process of this run trained it; None if none did."""
+        """The network trained by an earlier process of this run, or None."""
         done = network = None
         if self.processes.is_main and (done := self.run.finished(job.phase, job.name)):
             path = self.run.network_path(job.phase, job.name)
@@ -289,7 +289,7 @@ class NetworkTrainer:
         return self._placed(job, network), done["result"]
 
     def _from_store(self, job: TrainingJob) -> Trained | None:
-        """The mentor from the store, measured on this run's images; None if it is not there."""
+        """The mentor from the store, measured on this run's images, or None."""
         found = self.stored.find(job)
         if found is None:
             return None
@@ -306,7 +306,7 @@ class NetworkTrainer:
     def _train_epoch(
         self, trainer: Trainer, saver: Saver, lessons: Lessons | None
     ) -> tuple[dict[str, Any], Evaluation]:
-        """Train and measure an epoch, or the rest of one: its record, and the test measurement."""
+        """Train and measure the rest of an epoch; return its record and the test measurement."""
         started = time.perf_counter()
 
         def between_steps() -> None:
@@ -353,5 +353,5 @@ class NetworkTrainer:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
+        """The device of the networks."""
         return self.processes.device

@@ -1,4 +1,4 @@
-"""Run folders of earlier versions, read and resumed as this version writes them.
+"""Read and resume run folders of earlier versions.
 
 The phase of the student that mentors teach was called "classroom", whatever the method.
 """
@@ -13,7 +13,7 @@ _PHASES = {"classroom": "student"}
 
 
 def current_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """An epoch's record, or a result of a summary, with its phase as it is called now."""
+    """An epoch's record, or a result of a summary, with the current name of its phase."""
     return {**record, "phase": _PHASES.get(record["phase"], record["phase"])}
 
 

@@ -1,4 +1,4 @@
-"""The folder of a run: where a new one goes, and what one says of the run in it."""
+"""Choose the folder of a new run, and read the settings of an existing one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from classroomkd.errors import UserError
 
 
 def choose_folder(out: Path | None, default: str) -> Path:
-    """``out``, or without it the first of runs/``default``, -2, -3, … that does not exist.
+    """``out``; if None, the first of runs/``default``, -2, -3, … that does not exist.
 
     Raises UserError if ``out`` is not empty or cannot be written to.
     """
@@ -33,24 +33,24 @@ def choose_folder(out: Path | None, default: str) -> Path:
 def unfinished(run: Path) -> Path:
     """The config.yaml of a run that has not finished.
 
-    Raises UserError if ``run`` is no run folder, or that of a finished run.
+    Raises UserError if ``run`` is not a run folder, or the run is finished.
     """
     path = run / "config.yaml"
     if not path.is_file():
-        raise UserError(f"there is no run to go on with in {run}: it has no config.yaml")
+        raise UserError(f"there is no run to resume in {run}: it has no config.yaml")
     if (run / "summary.json").exists():
         raise UserError(
-            f"the run in {run} is finished: there is nothing to go on with (classroomkd report "
+            f"the run in {run} is finished: there is nothing to resume (classroomkd report "
             f"{run} writes its page again)"
         )
     return path
 
 
 def recorded_split(network: Path) -> dict[str, Any]:
-    """The ``seed`` and ``test_share`` of the run that ``network``, a file or run folder, lies in.
+    """The ``seed`` and ``test_share`` of the run whose folder is or contains ``network``.
 
-    Where it crops photographs, ``crop`` and ``loader`` too. Empty if it lies in none: other tools'
-    config.yaml, damaged ones too, count for nothing.
+    If the run crops photographs, ``crop`` and ``loader`` too. Empty if there is no such run; other
+    tools' config.yaml, and damaged ones, are ignored.
     """
     return _recorded(network)[0]
 

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-_QUIET = 60.0  # seconds between two lines about epochs where there is no terminal for a bar
+_QUIET = 60.0  # seconds between lines about epochs if there is no terminal for a bar
 
 
 class TrainingProgress:
@@ -42,7 +42,7 @@ class TrainingProgress:
         self._progress.update(self._task, total=steps)
 
     def begin(self, called: str, epoch: int, epochs: int) -> None:
-        """Show the network and the epoch that it begins, counted from 1."""
+        """Show the network and the epoch that it starts, counted from 1."""
         self._called = called
         self._progress.update(self._task, description=escape(f"{called} {epoch}/{epochs}"))
         if epoch == 1:
@@ -76,7 +76,7 @@ class TrainingProgress:
 
 
 class _Display(Progress):
-    """A progress bar with a table of the mentors under it, where there are lessons to show."""
+    """A progress bar, with a table of the mentors below it if there are mentor statistics."""
 
     lessons: Table | None = None
 

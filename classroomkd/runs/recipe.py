@@ -1,18 +1,17 @@
-"""A recipe: every value that decides a run, in one YAML file, overridden by dotted names.
+"""A recipe: every value that determines a run, in one YAML file, with overrides by dotted names.
 
     student: resnet8
     mentors: [resnet20, mobilenetv2]
     data: {source: photos/}
     training: {epochs: 60}
 
-What a file leaves out has the defaults below. They are the published CIFAR recipe but for
-``loss.mentor_weight``, which is "auto", so that teaching does no harm where classes are few: the
-packaged recipes say null, the paper's 1. Mentors are trained for as many epochs as the student if
-the file does not say otherwise. A mentor is a
-name, or a checkpoint's path; ``nets.py:small=weights.pth`` is one's own network with its weights,
-``resnet20@60`` is the network of epoch 60 of resnet20's training, and
-``{source: resnet20, epochs: 40}`` trains it for other than ``mentor_training.epochs``. The meaning
-of a key is the docstring below its field, which ``classroomkd config`` prints (see ``keys``).
+Keys that a file leaves out have the defaults below. These are the published CIFAR recipe, except
+``loss.mentor_weight``, which is "auto", so that mentors do no harm with few classes; the packaged
+recipes set it to null, the paper's 1. By default mentors are trained for as many epochs as the
+student. A mentor is a name or a checkpoint's path; ``nets.py:small=weights.pth`` is a network
+defined by the user, with its weights, ``resnet20@60`` is resnet20 after epoch 60 of its training,
+and ``{source: resnet20, epochs: 40}`` overrides ``mentor_training.epochs``. The meaning of a key is
+the docstring below its field, which ``classroomkd config`` prints (see ``recipe_keys``).
 """
 
 from __future__ import annotations
@@ -46,47 +45,47 @@ from classroomkd.runs.recipe_checks import check
 from classroomkd.training.config import TrainingConfig
 
 _MENTOR_EPOCHS = "mentor_training.epochs"
-# What keys that a run's config.yaml lacks were when it was written, where the defaults are others.
+# Earlier defaults, for keys that an old run's config.yaml lacks.
 _OF_OLD_RUNS = {"loss": {"mentor_weight": None, "task_weight": "confidence"}}
 
 
 @dataclass
 class DataConfig:
-    """The images and what becomes of them."""
+    """The images and their augmentation."""
 
     source: str = field(default="", metadata=marked("place"))
     """The folder of the images, or the word digits; ``--data``."""
     image_size: int = 32
     """Height and width, in pixels."""
     test_share: float = 0.2
-    """Held out of a data set without a test part, by the seed."""
+    """The share held out of a data set without a test part, split by the seed."""
     validation: float = 0.1
-    """Share of the training images split off by the seed to choose on; nobody trains on it. A
-    source with ``val/`` beside ``test/`` gives the images of ``val/`` instead, unless it is 0."""
+    """The share of the training images split off by the seed for validation, not used for training.
+    A source with ``val/`` beside ``test/`` uses ``val/`` instead; with 0 there is no validation."""
     split_seed: int | None = None
-    """The seed of both splits; the recipe's ``seed`` where it is not given."""
+    """The seed of both splits; the recipe's ``seed`` if not given."""
     crop: Literal["pad", "resize"] = "pad"
-    """How training images are cropped at random: "pad" decodes all at the image size first, and
-    crops from within a border; "resize" decodes photographs when they are used, and resizes a part
-    of them, for evaluation their centre."""
+    """How training images are cropped at random: "pad" decodes all images at the image size and
+    crops them with a border; "resize" decodes photographs on use and resizes a random part of
+    them, or the centre for evaluation."""
     padding: int | None = None
     """The border of the crop "pad", in pixels; an eighth of the image size if not given."""
     flip: bool | None = None
-    """Whether half of the training images, at random, are mirrored; if not given, all but
-    digits are."""
+    """Whether to mirror half of the training images, at random; if not given, for all data but
+    digits."""
     cutout: int = 0
-    """Side of the erased square in pixels; 0 is none."""
+    """Side of the erased square in pixels; 0 disables it."""
     mean: list[float] | None = None
-    """Of each RGB channel, of values scaled to 0..1; if not given the training images' own, or with
-    the crop "resize" ImageNet's."""
+    """The mean of each RGB channel, of values scaled to 0..1; if not given, that of the training
+    images, or ImageNet's with the crop "resize"."""
     std: list[float] | None = None
     """The standard deviations, likewise; given with ``mean``."""
     loader: Backend = field(default="auto", metadata=marked("machine"))
-    """What feeds the images; "auto" is "ffcv" where it is installed, else "resident" where they fit
-    in memory, else "torch"."""
+    """The image loader; "auto" is "ffcv" if installed, else "resident" if the images fit in memory,
+    else "torch"."""
 
     def flips(self) -> bool:
-        """Whether training images are mirrored, also where ``flip`` is not given."""
+        """Whether training images are mirrored, with ``flip`` resolved if not given."""
         if self.flip is None:
             return self.source not in NAMED_SOURCES or NAMED_SOURCES[self.source].flip
         return self.flip
@@ -94,7 +93,7 @@ class DataConfig:
 
 @dataclass
 class LossConfig:
-    """The options of the method "classroom"; what they mean stands in `classroom_loss`."""
+    """The options of the method "classroom", documented in `classroom_loss`."""
 
     temperature: float = 12.0
     ranking: Literal["sample", "batch"] = "sample"
@@ -110,36 +109,36 @@ class LossConfig:
 
 @dataclass
 class MentorConfig:
-    """A mentor: a name or a checkpoint, its weights, and how it is trained if not as usual."""
+    """A mentor: a name or a checkpoint, its weights, and exceptions to the usual training."""
 
     source: str = MISSING
     """A network of the zoo, tv:NAME, timm:NAME, FILE.py:NAME, package.module:NAME, a checkpoint or
     a run folder."""
     epochs: int | None = None
-    """The epochs that its schedule is made for; ``mentor_training.epochs`` if not given."""
+    """The length of its schedule in epochs; ``mentor_training.epochs`` if not given."""
     at: int | None = None
-    """The epoch of that schedule that the mentor is taken from, its last where it is not given."""
+    """The epoch of that schedule whose weights are used; the last if not given."""
     weights: str | None = None
-    """The file of the network's weights, or "pretrained" for its library's. With epochs it is
-    trained from these, under a new classifier where theirs is for other classes; else it teaches as
-    it is."""
+    """The file of the network's weights, or "pretrained" for its library's. With epochs, training
+    starts from these, with a new classifier if theirs is for other classes; otherwise the mentor is
+    used without training."""
     mean: list[float] | None = None
-    """Of each RGB channel, of values scaled to 0..1: what the mentor wants its images normalised
-    by. If not given, what its file says, or else as the student's."""
+    """The mean of each RGB channel, of values scaled to 0..1, for the mentor's images; if not
+    given, that in its file, or else the student's."""
     std: list[float] | None = None
     """The standard deviations, likewise; given with ``mean``."""
 
 
 @dataclass
 class MentorCacheConfig:
-    """What is kept of the answers of mentors."""
+    """The cache of mentors' logits."""
 
     epochs: int | None = None
-    """After how many epochs the augmentation of the student's images repeats, so that so many
-    epochs are kept; null never. The order of the images does not repeat."""
+    """The number of epochs after which the augmentation of the student's images repeats, and thus
+    the number of epochs kept; null never repeats. The order of the images does not repeat."""
     dtype: Literal["float32", "float16"] = "float32"
-    """Of the logits: float32 trains the very student that no cache trains; float16 takes half the
-    space, and rounds."""
+    """The dtype of the logits: float32 gives exactly the student trained without a cache; float16
+    takes half the space, and rounds."""
 
 
 @dataclass
@@ -154,16 +153,17 @@ class Recipe:
     A file may give {source, weights, mean, std, epochs} instead, for this key, ``init``,
     ``data.mean``, ``data.std`` and ``training.epochs``."""
     init: str | None = None
-    """The student's first weights: a checkpoint of this network, or "pretrained" for its library's,
-    under a new classifier where theirs is for other classes. Random if not given; ``--init``."""
+    """The student's initial weights: a checkpoint of this network, or "pretrained" for its
+    library's, with a new classifier if theirs is for other classes. Random if not given;
+    ``--init``."""
     mentors: list[MentorConfig] = field(default_factory=list, metadata=marked("teaching"))
-    """By name; the first is the teacher of methods that have one; ``--mentors``."""
+    """The mentors; methods with a single mentor use the first; ``--mentors``."""
     method: str = field(default="classroom", metadata=marked("teaching"))
-    """What the student is trained by; ``classroomkd methods`` lists the methods."""
+    """The student's training method; ``classroomkd methods`` lists the methods."""
     method_options: dict[str, Any] = field(default_factory=dict, metadata=marked("teaching"))
-    """The options of another method than the classroom, whose own are under ``loss``."""
+    """The options of methods other than "classroom", whose options are under ``loss``."""
     alone: bool = field(default=True, metadata=marked("teaching"))
-    """Whether the student is also trained without mentors, to compare."""
+    """Whether the student is also trained without mentors, for comparison."""
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     mentor_training: TrainingConfig = field(
@@ -172,41 +172,41 @@ class Recipe:
     )
     loss: LossConfig = field(default_factory=LossConfig, metadata=marked("teaching"))
     seed: int = field(default=0, metadata=marked("seed"))
-    """The seed of first weights, batches, augmentation and splits."""
+    """The seed of initial weights, batches, augmentation and splits."""
     mentor_seed: int | None = field(default=None, metadata=marked("teaching"))
-    """The seed of the mentors' weights and batches; the ``seed`` where it is not given."""
+    """The seed of the mentors' weights and batches; ``seed`` if not given."""
     data_seed: int | None = None
-    """The seed of the student's batches and augmentation; its own, of the ``seed``, where it is not
-    given. Students that share it share cached mentors."""
+    """The seed of the student's batches and augmentation; derived from ``seed`` if not given.
+    Students that share it share cached mentors."""
     mentor_cache: MentorCacheConfig | None = None
-    """Whether mentors' logits are kept in the cache, for all students with the same images in the
-    same batches; any of its keys turns it on."""
+    """The cache of mentors' logits, shared by all students with the same images in the same
+    batches; any of its keys turns it on."""
     device: str | None = field(default=None, metadata=marked("machine"))
-    """As torch names it; the GPU if there is one, where it is not given."""
+    """The device, as torch names it; if not given, the GPU if there is one, else the CPU."""
     precision: Literal["auto", "float32", "bfloat16"] = field(
         default="auto", metadata=marked(mentors=True)
     )
-    """The dtype of activations; "auto" is bfloat16 on GPUs that have it."""
+    """The dtype of activations; "auto" is bfloat16 on GPUs that support it."""
     compile: bool = field(default=False, metadata=marked(mentors=True))
-    """Whether student and mentors go through torch.compile."""
+    """Whether student and mentors are compiled by torch.compile."""
     cuda_graph: bool = True
-    """Whether a GPU replays the step as one graph."""
+    """Whether the training step is captured in a CUDA graph on a GPU."""
     ranking_across_processes: bool = field(default=True, metadata=marked("teaching"))
-    """Whether ranking "batch" takes the mean over the whole batch, and not each process's share."""
+    """Whether ranking "batch" averages over the whole batch instead of each process's share."""
     store: bool = field(default=True, metadata=marked("machine"))
-    """Whether mentors are taken from the store in the cache, and kept there once trained."""
+    """Whether trained mentors are stored in the cache folder and reused from there."""
     strict: bool = field(default=False, metadata=marked("machine"))
-    """Whether a run stops before it trains if a given mentor shows a fault (classroomkd check)."""
+    """Whether a run stops before training if a given mentor has a fault (classroomkd check)."""
     tensorboard: bool = field(default=False, metadata=marked("machine"))
-    """Whether the records are also written for TensorBoard, into the run's folder tensorboard/."""
+    """Whether records are also written for TensorBoard, into tensorboard/ in the run folder."""
     threads: int | None = field(default=None, metadata=marked("machine", mentors=True))
-    """Threads of the CPU, on which a run's bits depend; as many as torch takes if not given."""
+    """The number of CPU threads, on which a run's bits depend; torch's default if not given."""
     checkpoint_epochs: int = field(default=1, metadata=marked("machine"))
-    """After how many epochs a training's state is saved."""
+    """The number of epochs between saves of the training state."""
     checkpoint_minutes: float = field(default=5.0, metadata=marked("machine"))
-    """After how many minutes within an epoch it is saved too."""
+    """The number of minutes after which it is also saved within an epoch."""
     checkpoint_keep: int = field(default=2, metadata=marked("machine"))
-    """How many of a training's last states are kept until it is done."""
+    """The number of training states kept until the training is done."""
 
 
 def load_recipe(
@@ -216,14 +216,13 @@ def load_recipe(
     *,
     of_run: bool = False,
 ) -> Recipe:
-    """The recipe of a YAML file, of ``values`` in its place, or both, and of dotted overrides.
+    """The recipe given by a YAML file, by ``values``, or both, and by dotted overrides.
 
     ``overrides`` are like ``training.epochs=60`` or ``mentors=[resnet20,resnet8]``, and win. With
-    ``of_run`` the file is the config.yaml of a run, maybe of an earlier version: what it leaves out
-    is what it was then, whatever the defaults are now.
+    ``of_run`` the file is the config.yaml of a run, possibly of an earlier version: missing keys
+    have the defaults of that version.
 
-    Raises UserError, in one line that names the value, if there is no such key or the value cannot
-    be.
+    Raises UserError, in one line that names the value, for an unknown key or an invalid value.
     """
     where = f"{file}: " if file else ""
     method, item = "", ""
@@ -254,7 +253,7 @@ def load_recipe(
         if not says_mentor_epochs:
             merged.mentor_training.epochs = merged.training.epochs
         recipe = cast(Recipe, OmegaConf.to_object(merged))
-        # Of a file, whose method may be overridden, loss is kept; an override would do nothing.
+        # A file may set loss with its method overridden; an override of loss would do nothing.
         idle = [item for item in overrides if re.match(r"loss[.=]", item)]
         if idle and recipe.method != "classroom":
             from classroomkd.runs.recipe_keys import unused_loss
@@ -262,7 +261,7 @@ def load_recipe(
             raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
         known = method_names.entry(recipe.method).options
         texts = {key for key, default in known.items() if isinstance(default, str)}
-        # PyYAML takes the 1e-1 of a file for a text; where a type is known OmegaConf does not.
+        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
         recipe.method_options = {
             key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
             for key, value in recipe.method_options.items()
@@ -281,14 +280,14 @@ def load_recipe(
         data.padding = data.image_size // 8
     data.flip = data.flips()
     if data.crop == "resize" and data.mean is None:
-        data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # of ImageNet
+        data.mean, data.std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # ImageNet's
     if data.source not in ("", *NAMED_SOURCES):
         data.source = str(Path(data.source).expanduser().absolute())
     return recipe
 
 
 def split_seed(recipe: Recipe) -> int:
-    """The seed by which test and validation images are split off."""
+    """The seed that splits off test and validation images."""
     return recipe.seed if recipe.data.split_seed is None else recipe.data.split_seed
 
 
@@ -298,7 +297,7 @@ def mentor_seed(recipe: Recipe) -> int:
 
 
 def kept_epochs(recipe: Recipe) -> int:
-    """The epochs of the student in which its images are augmented in different ways."""
+    """The number of the student's epochs with different augmentation."""
     repeat, epochs = recipe.mentor_cache and recipe.mentor_cache.epochs, recipe.training.epochs
     return min(repeat or epochs, epochs)
 
@@ -318,7 +317,7 @@ def teaching(recipe: Recipe) -> list[MentorConfig]:
 
 
 def is_given(mentor: MentorConfig) -> bool:
-    """Whether the mentor teaches as it is, and is not trained in the run."""
+    """Whether the mentor is used without training in the run."""
     has_weights = mentor.weights is not None or is_external(mentor.source)
     return (
         mentor.epochs is None
@@ -328,13 +327,13 @@ def is_given(mentor: MentorConfig) -> bool:
 
 
 def code_sources(recipe: Recipe) -> list[str]:
-    """The networks of one's own code in a run, each once."""
+    """The networks of a run that are defined by user code, each once."""
     sources = (recipe.student, *(mentor.source for mentor in teaching(recipe)))
     return list(dict.fromkeys(filter(is_code, sources)))
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
-    """The same recipe, with paths of networks and weights that hold in any working folder."""
+    """The same recipe, with paths of networks and weights that are valid in any working folder."""
     mentors = [
         replace(mentor, source=absolute(mentor.source), weights=_absolute_weights(mentor.weights))
         for mentor in recipe.mentors
@@ -349,9 +348,9 @@ def _absolute_weights(weights: str | None) -> str | None:
     return str(Path(weights).expanduser().absolute())
 
 
-@cache  # merging takes long, and a plan of many runs has few files
+@cache  # merging is slow, and a plan of many runs has few files
 def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictConfig, bool]:
-    """The files' values over the defaults, and whether one sets the mentors' epochs."""
+    """The defaults with the files' values, and whether a file sets the mentors' epochs."""
     if not files:
         defaults = OmegaConf.structured(Recipe)
         return (_merged(defaults, _OF_OLD_RUNS) if of_run else defaults), False

@@ -28,7 +28,7 @@ def _normalisation(
 
 
 def check(recipe: Recipe, where: str) -> None:
-    """Raise UserError for a value out of its range."""
+    """Raise UserError for a value outside its range."""
     data, threads = recipe.data, recipe.threads
     problems = [
         ("mentors", len(recipe.mentors), len(recipe.mentors) <= 16, "at most 16"),

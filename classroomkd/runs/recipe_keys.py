@@ -1,7 +1,7 @@
-"""The keys of a recipe: their values, types and meanings, and which one was probably meant.
+"""The keys of a recipe: their values, types and meanings, and corrections of unknown ones.
 
-A key's type is that of its field in ``config``, its meaning the docstring below it. Those of
-``loss`` and ``method_options`` mean what the loss and the methods say of their options.
+The type of a key is that of its field in ``recipe``, and its meaning is the docstring below it.
+Those of ``loss`` and ``method_options`` are documented by the loss and the methods.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from classroomkd import docstrings
 from classroomkd.loss.methods import method_names
 from classroomkd.runs.recipe import LossConfig, MentorCacheConfig, MentorConfig, Recipe
 
-_NEAR = 0.8  # of a name that was probably meant, by difflib's ratio
+_NEAR = 0.8  # difflib's ratio from which a name was probably meant
 _WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -36,9 +36,9 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class Key:
-    """A key by its dotted ``name``, as the command line takes it; N stands for a number from 0.
+    """A key by its dotted ``name``, as on the command line; N stands for an index from 0.
 
-    ``value`` is the text that sets it, None for keys that are of each mentor.
+    ``value`` is the text that sets it, None for keys of each mentor.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Key:
 
 
 def keys(recipe: Recipe) -> list[Key]:
-    """All keys, in order, with the values of ``recipe``, and all options of its method alone."""
+    """All keys, in order, with the values of ``recipe``, and the options of its method only."""
     return list(_keys(Recipe, recipe, ""))
 
 
@@ -94,7 +94,7 @@ def _options(method: str, given: dict[str, Any]) -> Iterator[Key]:
 
 
 def as_text(value: Any) -> str:
-    """A value as the command line takes it after ``=``."""
+    """A value as written after ``=`` on the command line."""
     if isinstance(value, MentorConfig):
         parts = {key: part for key, part in vars(value).items() if part is not None}
         if parts.keys() <= {"source", "at"}:
@@ -110,7 +110,7 @@ def as_text(value: Any) -> str:
 
 
 def _words(hint: Any) -> str:
-    """What a field may hold."""
+    """A description of the values of a field."""
     if get_origin(hint) is Literal:
         return _either(get_args(hint))
     if isinstance(hint, types.UnionType):
@@ -126,8 +126,8 @@ def _either(words: Sequence[str]) -> str:
 def suggestions(name: str, method: str = "classroom") -> list[str]:
     """The keys that ``name``, dotted or not, may stand for in a recipe of ``method``.
 
-    Those whose last part is the same, in whatever section, or else the nearest. The options of a
-    method that the recipe does not have are none of them.
+    Keys of any section with the same last part, or else the nearest names, without the options of
+    other methods.
     """
     recipe = Recipe(method=method if method in method_names.names() else "classroom")
     known = [key.name for key in keys(recipe)]
@@ -140,11 +140,11 @@ def suggestions(name: str, method: str = "classroom") -> list[str]:
 
 
 def unknown_key(name: str, method: str, override: str = "") -> str:
-    """What is wrong with a recipe of ``method`` that has the key ``name``, in one line.
+    """The error message for the unknown key ``name`` in a recipe of ``method``, in one line.
 
-    It is the key of the ``override``, like ``name=value``, or one that this leads to.
+    The key comes from the ``override``, like ``name=value``, directly or indirectly.
     """
-    name = re.sub(r"\[(\d+)\]", r".\1", name)  # as OmegaConf counts mentors
+    name = re.sub(r"\[(\d+)\]", r".\1", name)  # OmegaConf's index of a mentor
     key, equals, value = override.partition("=")
     if not key.startswith(name):
         key, equals = name, ""
@@ -169,7 +169,7 @@ def unknown_key(name: str, method: str, override: str = "") -> str:
 
 
 def unused_loss(override: str, method: str) -> str:
-    """What is wrong with an ``override`` of loss in a recipe of another ``method``."""
+    """The error message for an ``override`` of loss in a recipe of another ``method``."""
     key, _, value = override.partition("=")
     option, known = _last(key), method_names.entry(method).options
     hint = (

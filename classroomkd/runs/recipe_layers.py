@@ -1,4 +1,4 @@
-"""What recipes' files and overrides hold: YAML, in which a network may be its name alone."""
+"""Read recipe files and overrides: YAML, in which a network may be given by its name alone."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.models.network_names import split_weights
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # which takes an eighth of the time
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # eight times as fast
 
-# What a student's mapping may hold, and the keys that it stands for.
+# The keys of a student's mapping, and the recipe keys that they set.
 _STUDENT = {
     "source": "student",
     "weights": "init",
@@ -37,11 +37,11 @@ def read(file: Path) -> bytes:
 
 
 def read_with_bases(file: Path) -> tuple[tuple[Path, bytes], ...]:
-    """A recipe file with its content, after those of its ``base``, that one's base, and so on.
+    """A recipe file with its content, preceded by its ``base``, the base's base, and so on.
 
-    A base is a file, relative to the one that names it, or else a packaged recipe.
+    A base is a file, relative to the file that names it, or else a packaged recipe.
 
-    Raises UserError if a file cannot be read or is not YAML, or if the bases form a circle.
+    Raises UserError if a file cannot be read or is not YAML, or if the bases form a cycle.
     """
     chain = [(file, read(file))]
     while (base := yaml_mapping(*chain[0]).get("base")) is not None:
@@ -58,18 +58,18 @@ def read_with_bases(file: Path) -> tuple[tuple[Path, bytes], ...]:
 
 
 def yaml_mapping(file: Path, content: bytes) -> dict[str, Any]:
-    """What a YAML file of that ``content`` holds; raises UserError if that is not a mapping."""
+    """The mapping in a YAML file's ``content``; UserError if it is anything else."""
     try:
         mapping = yaml.load(content, _LOADER)
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(mapping, dict):
-        raise UserError(f"{file} holds no recipe, but a {type(mapping).__name__}")
+        raise UserError(f"{file} is not a recipe, but a {type(mapping).__name__}")
     return mapping
 
 
 def layer(values: Mapping[str, Any]) -> Any:
-    """Some of a recipe's values, where a mentor may be its name alone, and a student a mapping."""
+    """A recipe's values with abbreviated mentors and a student's mapping expanded."""
     values = dict(values)
     given = _student(values.get("student"))
     for key, value in given.items():
@@ -83,14 +83,14 @@ def layer(values: Mapping[str, Any]) -> Any:
             mentor(one) if isinstance(one, str) else one for one in values["mentors"]
         ]
     if isinstance(loss := values.get("loss"), Mapping):
-        # OmegaConf takes a whole number for a float, but not where it could also be a text.
+        # OmegaConf accepts an integer for a float, but not in a union with str.
         whole = {key: float(loss[key]) for key in _NUMBER_OR_TEXT if type(loss.get(key)) is int}
         values["loss"] = {**loss, **whole}
     return OmegaConf.create(values)
 
 
 def _student(value: Any) -> dict[str, Any]:
-    """The dotted keys that a student's mapping, or ``NAME=WEIGHTS``, stands for."""
+    """The dotted keys set by a student's mapping, or by ``NAME=WEIGHTS``."""
     if isinstance(value, str):
         name, weights = split_weights(value)
         return {} if weights is None else {"student": name, "init": weights}
@@ -104,7 +104,7 @@ def _student(value: Any) -> dict[str, Any]:
 
 
 def mentor(text: str) -> dict[str, Any]:
-    """A mentor as people write it: a name, a path, ``NAME=WEIGHTS``, or ``resnet20@60``."""
+    """Parse a mentor written as a name, a path, ``NAME=WEIGHTS``, or ``resnet20@60``."""
     source, weights = split_weights(text)
     if weights is not None:
         return {"source": source, "weights": weights}
@@ -115,7 +115,7 @@ def mentor(text: str) -> dict[str, Any]:
 
 
 def override(recipe: Any, key: str, value: Any) -> None:
-    """Set the dotted ``key`` of a merged recipe, where a mentor may be its name alone."""
+    """Set the dotted ``key`` of a merged recipe; a mentor may be given by its name alone."""
     if key in ("mentors", "loss"):
         value = layer({key: value})[key]
     elif key == "student" and (given := _student(value)):
@@ -137,7 +137,7 @@ def override(recipe: Any, key: str, value: Any) -> None:
 
 
 def value_of(text: str) -> Any:
-    """As OmegaConf reads values, in which 1e-4 is a number; ValueError if it cannot be read."""
+    """Parse a value as OmegaConf does, with 1e-4 as a number; ValueError if that fails."""
     try:
         values = OmegaConf.to_container(OmegaConf.from_dotlist([f"_={text}"]))
     except yaml.MarkedYAMLError as error:
@@ -151,7 +151,7 @@ def value_of(text: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """Which key OmegaConf refuses and why, in words of recipes where it speaks of its classes."""
+    """OmegaConf's error message, in terms of recipe keys instead of OmegaConf's classes."""
     text, key = str(error).splitlines()[0], getattr(error, "full_key", None)
     where = f"{key}: " if key else ""
     if "is not a ListConfig" in text:
@@ -161,7 +161,7 @@ def reason(error: Exception) -> str:
     if wrong := re.search(r"Value '(.*)' of type .* type hint '.*Union\[float, str\]", text):
         return f"{where}must be a number or a text, not {wrong[1]}"
     if "missing mandatory value" in text:
-        return f"{where}needs a value: ??? stands for none"
+        return f"{where}needs a value: ??? means that it is missing"
     if name := re.search(r"Interpolation key '(.*)' not found", text):
         return f"{where}there is no key {name[1]} for ${{{name[1]}}} to stand for"
     if wrong := re.search(r"is not a subclass of (\w+)Config\. value: (.*)", text):

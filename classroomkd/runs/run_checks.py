@@ -1,4 +1,4 @@
-"""What is checked of a run's networks before anything is trained."""
+"""The checks of a run's networks before anything is trained."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class RunChecks:
     processes: Processes
 
     def before_data(self, method: Method | None) -> None:
-        """Raise UserError for networks, weights, mixing or features that cannot be.
+        """Raise UserError for impossible networks, weights, mixing or features.
 
-        ``method`` is the student's, None if there is no student.
+        ``method`` trains the student; None if there is no student.
         """
         for name, training in self._trained():
             self._check_trainable(name, training)
@@ -49,9 +49,9 @@ class RunChecks:
                 self._check_features(method)
 
     def with_data(self, info: NetworkInfo, example: Tensor) -> None:
-        """Raise UserError for a network that has other outputs than there are classes.
+        """Raise UserError for a network whose number of outputs is not the number of classes.
 
-        ``info`` is of any network of the run, and ``example`` are images of the data.
+        ``info`` describes any network of the run, and ``example`` are images of the data.
         """
         classes, student = len(info.classes), self.recipe.student
         for name, training in self._trained():
@@ -63,12 +63,11 @@ class RunChecks:
                 outputs = outputs_of(network, example, f"the student {student}")
             if outputs != classes:
                 raise UserError(
-                    f"the student {student} gives {outputs} outputs where there are {classes} "
-                    "classes"
+                    f"the student {student} has {outputs} outputs for {classes} classes"
                 )
 
     def _trained(self) -> list[tuple[str, TrainingConfig]]:
-        """The architectures that are trained, each once with how."""
+        """The architectures that are trained, each once, with its training."""
         recipe = self.recipe
         mentors = [mentor.architecture for mentor in self.mentors if mentor.network is None]
         trained = [(recipe.student, recipe.training)] if recipe.student else []
@@ -87,12 +86,12 @@ class RunChecks:
         for name in ("mixup", "cutmix"):
             if (alpha := getattr(recipe.training, name)) and not method.soft_labels:
                 raise UserError(
-                    f"method {recipe.method} needs one class an image, which training.{name}="
-                    f"{alpha} does not leave: set it to 0 or take another method"
+                    f"method {recipe.method} needs one class per image, which training.{name}="
+                    f"{alpha} rules out: set it to 0 or use another method"
                 )
 
     def _check_features(self, method: Method) -> None:
-        """Raise UserError if the method cannot have the features that it asks for."""
+        """Raise UserError if the features that the method asks for are not available."""
         size, student = self.recipe.data.image_size, self.recipe.student
         names = [student, *(mentor.architecture for mentor in self.mentors)]
         if any(name in self.builder.modules for name in names):

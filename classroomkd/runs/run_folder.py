@@ -20,15 +20,15 @@ from classroomkd.runs.checkpoints import Checkpoints
 from classroomkd.runs.old_runs import current_record, rename_folders
 from classroomkd.runs.tensorboard import TensorBoardWriter
 
-_PATIENCE = 10.0  # seconds, for a killed process's children to end
+_PATIENCE = 10.0  # seconds for the children of a killed process to end
 
 
 class RunFolder:
-    """Writes one run: its records as they come, and its networks, each file atomically.
+    """Writes the records of one run as they come, and its networks, each file atomically.
 
-    With ``resume`` the folder is one that an earlier process left. Of several processes only one
+    With ``resume`` the folder is that of an earlier process. Of several processes only one
     ``writes``; in the others the writing methods do nothing. Raises UserError if the folder cannot
-    be written to, or TensorBoard is asked for and not installed.
+    be written to, or TensorBoard is requested but not installed.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RunFolder:
                 folder.mkdir(parents=True, exist_ok=True)
             (path / "metrics.jsonl").touch(
                 exist_ok=False
-            )  # fails if another run has just begun here
+            )  # fails if another run has just started here
             atomic_write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(
@@ -76,7 +76,7 @@ class RunFolder:
             return
         for name, digest in _read(path).items():
             if inputs.get(name) != digest:
-                raise UserError(f"{name} changed since {self.path} was begun: start a new run")
+                raise UserError(f"{name} changed since {self.path} was started: start a new run")
 
     def begin(self, start: Mapping[str, Any]) -> None:
         """Record the start of a process that works on the run, as `machine.start` describes it."""
@@ -93,7 +93,7 @@ class RunFolder:
             self._board.record(line)
 
     def adopt_records(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Keep these lines of an earlier process in metrics.jsonl, and drop what it wrote after."""
+        """Keep these lines of an earlier process in metrics.jsonl, and drop all later ones."""
         if not self.writes:
             return
         lines = [current_record(line) for line in lines]
@@ -104,18 +104,18 @@ class RunFolder:
                 self._board.record(line)
 
     def checkpoints(self, phase: str, name: str, keep: int = 2) -> Checkpoints:
-        """The training states of one network, of which the last ``keep`` stay."""
+        """The training states of one network, of which the last ``keep`` are kept."""
         return Checkpoints(self.path / "checkpoints" / f"{phase}-{name}", keep)
 
     def network_path(self, phase: str, name: str) -> Path:
-        """Where a trained network's weights are."""
+        """The file of a trained network's weights."""
         files = {"alone": "student_alone.safetensors", "student": "student.safetensors"}
         return self.path / files.get(phase, f"mentors/{name}.safetensors")
 
     def keep_best(self, phase: str, name: str, weights: Path) -> None:
-        """Keep the file of a network's best epoch beside the one of its last."""
+        """Keep the file of a network's best epoch beside that of its last epoch."""
         path = self.network_path(phase, name)
-        if self.writes and weights.exists():  # unless damaged states made it go back further
+        if self.writes and weights.exists():  # unless damaged states forced it to resume earlier
             atomic_write(path.with_stem(f"{path.stem}_best"), weights.read_bytes())
 
     def finish_network(
@@ -126,9 +126,9 @@ class RunFolder:
         info: NetworkInfo,
         done: Mapping[str, Any],
     ) -> None:
-        """Write a trained network's weights, then ``done``, which `finished` gives from now on.
+        """Write a trained network's weights, then ``done``, which `finished` returns from now on.
 
-        Its training states are deleted: nothing is left to resume.
+        Its training states are deleted, because there is nothing left to resume.
         """
         if not self.writes:
             return
@@ -139,7 +139,7 @@ class RunFolder:
         checkpoints.clear()
 
     def finished(self, phase: str, name: str) -> dict[str, Any] | None:
-        """What `finish_network` was given, or None if that network has not been trained."""
+        """The ``done`` passed to `finish_network`, or None if the network is not trained yet."""
         path = self.checkpoints(phase, name).folder / "done.json"
         if not path.exists():
             return None
@@ -164,14 +164,12 @@ class RunFolder:
 
 @contextmanager
 def errors_name_run(out: Path, resuming: str) -> Iterator[None]:
-    """Let interruptions and failed writes say where the run is, and what resumes it."""
+    """Name the run's folder, and the command that resumes it, in interruptions and I/O errors."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         if (out / "inputs.json").exists():
-            interrupt.args = (
-                f"records and checkpoints until now are in {out}: {resuming} goes on",
-            )
+            interrupt.args = (f"records and checkpoints so far are in {out}: {resuming} continues",)
         raise
     except OSError as error:  # a write to a full disk does not say where
         error.filename = error.filename or str(out)
@@ -190,7 +188,7 @@ def _claimed(run: Path) -> BaseFileLock:
     try:
         return lock(run / "config.yaml", _PATIENCE)
     except Timeout:
-        raise UserError(f"another process is at work on {run}: wait for it, or stop it") from None
+        raise UserError(f"another process is using {run}: wait for it, or stop it") from None
 
 
 def _append(path: Path, record: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Trained mentors, kept under all that determines their training, so none is trained twice."""
+"""Trained mentors, keyed by everything that determines their training, so none is trained twice."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PAUSE = 0.5  # seconds between two attempts to lock what another process has cl
 class MentorStore:
     """Networks in a folder, each under the digest of its ``deciding`` values.
 
-    Those hold, as plain values, the digest of the very images that it was trained on (so neither
-    its student's validation nor its test images are among them), what became of the images, the
-    architecture, the training and the seed. An entry has the weights, and beside them the values,
-    the SHA-256 of the weights, the records of its epochs and its results.
+    These are plain values: the digest of its training images (which thus exclude the student's
+    validation and test images), their augmentation, the architecture, the training and the seed. An
+    entry consists of the weights and, in a second file, the values, the SHA-256 of the weights, the
+    records of the epochs and the results.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -38,9 +38,9 @@ class MentorStore:
     def find(
         self, deciding: Mapping[str, Any], warn: Callable[[str], None]
     ) -> tuple[nn.Module, NetworkInfo, dict[str, Any]] | None:
-        """The network trained so, on the CPU, its info and what was kept of it, or None.
+        """The network with these values, on the CPU, its info and its ``done``, or None.
 
-        ``warn`` is told of an entry that is damaged, which counts as missing.
+        A damaged entry is reported to ``warn`` and counts as missing.
         """
         weights, beside = self._paths(deciding)
         if not beside.exists():
@@ -48,7 +48,7 @@ class MentorStore:
         try:
             kept = json.loads(beside.read_bytes())
             if _sha256(weights) != kept["sha256"]:
-                raise UserError("its weights are others than were kept")
+                raise UserError("its weights are not those that were stored")
             network, info, _ = load_network(weights)
             assert info is not None  # `add` has written it
             return network, info, kept["done"]
@@ -60,10 +60,10 @@ class MentorStore:
     def claim(
         self, deciding: Mapping[str, Any], notify: Callable[[str], None], interrupts: Interrupts
     ) -> Iterator[None]:
-        """While it is open no other process claims the same training, of any epoch; waits for it.
+        """A context that excludes other processes from the same training, of any epoch.
 
-        Raises Interrupted if a signal asks to stop meanwhile. In a folder that cannot be written
-        to nothing is claimed: nothing will be kept there either.
+        It waits for a process inside. Raises Interrupted if a signal asks to stop meanwhile. If the
+        folder is not writable nothing is locked, since nothing can be stored there either.
         """
         weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
@@ -86,7 +86,7 @@ class MentorStore:
         info: NetworkInfo,
         done: Mapping[str, Any],
     ) -> Path:
-        """Keep a trained network, and of it ``done``: plain values, its records and results."""
+        """Store a trained network with ``done``: plain values, its records and results."""
         weights, beside = self._paths(deciding)
         self.folder.mkdir(parents=True, exist_ok=True)
         save_network(weights, network, info)
@@ -101,7 +101,7 @@ class MentorStore:
         return weights
 
     def holds_all(self, files: Iterable[Path]) -> bool:
-        """Whether the very weights of all these files are kept."""
+        """Whether exactly the weights of all these files are stored."""
         kept, wanted = (set(map(_sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
         return wanted <= kept
 
@@ -118,10 +118,10 @@ def _sha256(weights: Path) -> str:
 def _lock(
     path: Path, what: str, notify: Callable[[str], None], interrupts: Interrupts
 ) -> BaseFileLock:
-    """Lock the file at ``path``, after waiting for a process that has it locked."""
+    """Lock the file at ``path``, waiting for a process that holds the lock."""
     with suppress(Timeout):
         return lock(path, 0)
-    notify(f"waiting for {what}, which another process trains")
+    notify(f"waiting for {what}, which another process is training")
     while True:
         with suppress(Timeout):
             return lock(path, _PAUSE)

@@ -1,4 +1,4 @@
-"""A run's use of the mentor store: what a mentor is kept under, and who trains it."""
+"""A run's use of the mentor store: the keys of mentors, and locks against training one twice."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from classroomkd.training.distributed import Processes
 
 @dataclass(kw_only=True)
 class StoredMentors:
-    """The mentors of a run that ``store`` keeps; students are never kept.
+    """The mentors of a run in the ``store``; students are never stored.
 
-    ``info`` is of any network of the run, ``digests`` are of its parts of images, ``backend`` is
-    the loader's, and ``notify`` takes lines for the user.
+    ``info`` describes any network of the run, ``digests`` identify its parts of the images,
+    ``backend`` names the loader, and ``notify`` prints lines for the user.
     """
 
     store: MentorStore
@@ -44,33 +44,33 @@ class StoredMentors:
     notify: Callable[[str], None]
 
     def claim(self, job: TrainingJob) -> AbstractContextManager[None]:
-        """A context in which no other process trains the same mentor for the store."""
+        """A context that excludes other processes from training the same mentor for the store."""
         key = self._store_key(job)
-        if key is None or self.processes.together:  # those must not wait for one another
+        if key is None or self.processes.together:  # these must not wait for each other
             return nullcontext()
         return self.store.claim(key, self.notify, self.interrupts)
 
     def find(self, job: TrainingJob) -> tuple[nn.Module, NetworkInfo, dict[str, Any]] | None:
-        """The mentor as it was trained before, as `MentorStore.find` gives it, in all processes."""
+        """The stored mentor, as `MentorStore.find` returns it, the same in all processes."""
         key = self._store_key(job)
         found = None
-        if key and self.processes.is_main:  # others may have a cache of their own
+        if key and self.processes.is_main:  # other processes may have separate caches
             found = self.store.find(key, self.notify)
         return self.processes.from_main(found)
 
     def add(
         self, job: TrainingJob, network: nn.Module, info: NetworkInfo, done: Mapping[str, Any]
     ) -> None:
-        """Keep a trained mentor; where that fails, the user is told and nothing else happens."""
+        """Store a trained mentor; a failure is only reported."""
         key = self._store_key(job)
         if key and self.processes.is_main:
             try:
                 self.store.add(key, network, info, done)
             except OSError as error:
-                self.notify(f"{label(job.phase, job.name)} is not kept in the store: {error}")
+                self.notify(f"{label(job.phase, job.name)} is not stored: {error}")
 
     def _store_key(self, job: TrainingJob) -> dict[str, Any] | None:
-        """All that determines a mentor's training, or None where the store is not used."""
+        """Everything that determines a mentor's training, or None if the store is not used."""
         given = job.architecture in self.builder.modules
         if job.phase != "mentor" or given or not self.recipe.store:
             return None
@@ -99,7 +99,7 @@ class StoredMentors:
 
 
 def _beginning(job: TrainingJob, code: str | None) -> dict[str, str]:
-    """What its training begins with, where that is not a name's network with random weights."""
+    """What the training starts from, unless that is random weights of a network of the library."""
     beginning = {} if code is None else {"code": code}
     if job.weights is not None:
         beginning["first_weights"] = weights_digest(job.weights)

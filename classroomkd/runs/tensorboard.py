@@ -14,9 +14,9 @@ _NOT_SCALARS = ("phase", "name", "epoch", "epochs", "mentors")
 class TensorBoardWriter:
     """Writes the numbers of epoch records as scalars below ``folder``, at the step of the epoch.
 
-    Each network is a TensorBoard run of its own, ``phase/name``, so that networks share their
-    charts: tags are ``test_top1`` and, for each mentor, ``mentors/resnet20/active_share``. Records
-    given again by a later process, from any epoch on, replace those of the earlier one.
+    Each network is a separate TensorBoard run, ``phase/name``, so that networks share charts: tags
+    are ``test_top1`` and, for each mentor, ``mentors/resnet20/active_share``. Records that a later
+    process writes from some epoch on replace those of the earlier process.
 
     Raises UserError if the package tensorboard is missing.
     """

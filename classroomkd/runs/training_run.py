@@ -1,4 +1,4 @@
-"""A whole run: the mentors, the student alone and in their classroom, the report."""
+"""A whole run: the mentors, the student alone and with its mentors, and the report."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ from classroomkd.training.mentor_cache import CachedMentors
 class TrainingRun:
     """A student and its mentors.
 
-    Building it checks all that can be wrong without the data, and raises UserError: names,
-    checkpoints, the device, the sizes of images and batches.
+    The constructor checks everything that does not need the data: names, checkpoints, the device,
+    the sizes of images and batches. It raises UserError if one is wrong.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TrainingRun:
             threads=threads,
         )
         torch.set_num_threads(threads)
-        torch.backends.cudnn.benchmark = True  # batches have one shape: the search pays
+        torch.backends.cudnn.benchmark = True  # batches have one shape, so the search pays off
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)
@@ -113,16 +113,16 @@ class TrainingRun:
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
-        What the student's best epoch is chosen on is ``validation_set``, or where that is None a
-        share of ``train_set``; nothing if the recipe's ``data.validation`` is 0. ``folders`` names
-        the folder of each part that has one, for the user.
+        The student's best epoch is selected on ``validation_set``, or if that is None on a share
+        of ``train_set``; it is not selected if the recipe's ``data.validation`` is 0. ``folders``
+        maps parts to their folders, to be shown to the user.
 
         With ``resume`` the run in ``out`` continues from its last checkpoint and ends with the
         same results, on a CPU bit for bit.
 
         Raises UserError if a given mentor does not fit the data, a training diverges, or the run
         to resume had other inputs; OSError naming the file or ``out`` if writing fails; and
-        KeyboardInterrupt with a message that says what is kept: at SIGINT and SIGTERM everything.
+        KeyboardInterrupt, after SIGINT or SIGTERM too, with a message that says what was saved.
         """
         self._tell_unused_mentors()
         info = self._network_info(train_set)
@@ -167,21 +167,21 @@ class TrainingRun:
             self._print(f"method {self.recipe.method} uses {used} are not loaded")
 
     def _check_mentors(self, sets: ImageSets, info: NetworkInfo) -> None:
-        """Print a line per given mentor; UserError for a fault if the recipe is strict."""
+        """Print a line per given mentor; raise UserError for a fault if the recipe is strict."""
         part = sets.get("validation", sets["test"])
         checks = check_given(self.mentors, part, info, self.device)
         for check in checks:
             self._print(f"mentor {check}")
         if self.recipe.strict and any(check.findings for check in checks):
-            raise UserError("a mentor has the faults printed above, and strict=true stops there")
+            raise UserError("a mentor has the faults printed above, and strict=true is set")
 
     def _network_info(self, train_set: AnyPart) -> NetworkInfo:
-        """What the student's file will say of it: classes, image size, normalisation."""
+        """The information for the student's file: classes, image size, normalisation."""
         data = self.recipe.data
         if data.mean and data.std:
             mean, std = per_channel(data.mean), per_channel(data.std)
         else:
-            assert isinstance(train_set, ImageSet)  # for photographs the recipe has them
+            assert isinstance(train_set, ImageSet)  # for photographs they are in the recipe
             mean, std = channel_statistics(train_set)
         return NetworkInfo(self.recipe.student, train_set.classes, mean, std, data.image_size)
 
@@ -235,7 +235,7 @@ class TrainingRun:
     def _open_held_out(
         self, opened: ExitStack, loaders: Loaders | BatchLoaders, info: NetworkInfo, sets: ImageSets
     ) -> dict[str, Loader]:
-        """The loaders of the parts that networks are measured on, "test" last."""
+        """The loaders of the parts on which networks are measured, "test" last."""
         return {
             name: opened.enter_context(
                 evaluation_loader(loaders, sets[name], info, **self.processes.place)
@@ -247,7 +247,7 @@ class TrainingRun:
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
     ) -> RunFolder:
-        """The run folder, of which this process is noted; UserError for one of other inputs."""
+        """The run folder, with this process recorded; UserError if it has other inputs."""
         run = RunFolder(
             out,
             to_dict(self.recipe),
@@ -269,7 +269,7 @@ class TrainingRun:
         folders: Mapping[str, str],
         loaders: Loaders | BatchLoaders,
     ) -> None:
-        """Print what the run trains on, and where it writes."""
+        """Print the images that the run uses, and its folder."""
         self._print(
             f"images: {counts(sets, folders)}, of {len(sets['train'].classes)} classes; "
             f"{device_name(self.device)}; run in {out}"
@@ -337,7 +337,7 @@ class TrainingRun:
                     teachers = self._answers(trainer).cached(opened, job, method, teachers, mentors)
                 if isinstance(method, Classroom) and mentors:
                     lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
-            # Number 0 alone too: the same first weights, the same batches.
+            # Both have number 0: the same initial weights, the same batches.
             ((network, result),) = trainer.train([job], method, teachers, lessons)
         self.students[job.phase] = bare(network)
         return result

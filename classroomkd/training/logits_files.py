@@ -1,8 +1,8 @@
-"""Mentors' logits in files: those that a run keeps, and those that another program made.
+"""Mentors' logits in files: those cached by runs, and those written by other programs.
 
-Either is an array [epochs, N, C], of N training images in the order of their set, mapped into
-memory. A row of what runs keep has a tag, a hash of its bytes, without which it counts as missing:
-so a run may be killed at any moment, and a damaged row is found when it is read.
+Both are memory-mapped arrays [epochs, N, C] for N training images in the order of their set. Each
+cached row has a tag, a hash of its bytes, without which it counts as missing. So a run can be
+killed at any moment, and a damaged row is detected when it is read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from classroomkd.files import atomic_write, lock
 from classroomkd.models.network_names import safetensors_header
 
 _KEY, _LOGITS, _TAGS, _LOCK = "key.json", "logits.npy", "tags.npy", ".lock"
-_ROWS = 4096  # that are verified at a time
+_ROWS = 4096  # verified at a time
 
 
 class Rows(NamedTuple):
@@ -38,10 +38,10 @@ class Rows(NamedTuple):
 
 
 class OwnLogits:
-    """The logits [epochs or 1, N, C] of a mentor that another program asked.
+    """The logits [epochs or 1, N, C] of a mentor, written by another program.
 
-    ``path`` is a .npy file, or a .safetensors file whose one tensor is called logits. Those of one
-    epoch serve for all.
+    ``path`` is a .npy file, or a .safetensors file with one tensor, called logits. The logits of a
+    single epoch are used for all.
 
     Raises UserError if the file is anything else.
     """
@@ -49,7 +49,7 @@ class OwnLogits:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.of_samples: np.ndarray | None = None
-        """The rows of the run's images, int64 [N]; None if they are all, in order."""
+        """The rows of the run's images, int64 [N]; None for all rows, in order."""
         try:
             if path.suffix == ".npy":
                 self._logits = np.load(path, mmap_mode="r")
@@ -94,14 +94,13 @@ def _map_safetensors(path: Path) -> np.ndarray:
 
 
 class KeptLogits:
-    """The logits of one mentor, kept in ``folder`` by the runs whose ``key`` is the same.
+    """The logits of one mentor, cached in ``folder`` and shared by runs with the same ``key``.
 
-    ``key`` is all that the logits depend on, with their "shape" [epochs, N, C] and "dtype". One
-    run at a time writes: ``writes`` says whether it is this one, until `close`. Others read what is
-    there. ``joins`` is for the other processes of a run, which create no files: whether they write
-    too.
+    ``key`` is everything that the logits depend on, with their "shape" [epochs, N, C] and "dtype".
+    One run at a time writes, until `close`: ``writes`` says whether it is this one. Others read
+    what is there. The other processes of a run create no files; ``joins`` says whether they write.
 
-    Raises UserError if the folder is of another key, naming what differs, and OSError if it cannot
+    Raises UserError if the folder has another key, naming the difference, and OSError if it cannot
     be written to.
     """
 
@@ -110,19 +109,19 @@ class KeptLogits:
         self.damaged: dict[int, int] = {}
         """The damaged rows that were read, by epoch."""
         self.begun_again = False
-        """Whether files were missing, or cut short."""
+        """Whether files were missing or truncated."""
         self.writes = bool(joins)
         self._joins = joins is not None
         self._held: BaseFileLock | None = None
         self._logits: np.ndarray | None = None
         self._tags: np.ndarray | None = None
         if difference := key_difference(folder, key):
-            raise UserError(f"{folder} is of another key: {difference}: remove it")
+            raise UserError(f"{folder} has another key: {difference}: remove it")
         self._shape, self._dtype = tuple(key["shape"]), np.dtype(key["dtype"])
         self.claim()
 
     def claim(self) -> None:
-        """Become the one that writes, if no other run does; and read what has been begun since."""
+        """Become the writer if no other run is, and open files created since."""
         if self._held or (self._joins and self._logits is not None):
             return
         if not self._joins:
@@ -144,7 +143,7 @@ class KeptLogits:
             _will_need(self._logits, epoch - 1)
 
     def read(self, epoch: int, samples: np.ndarray) -> Rows:
-        """The logits of the images ``samples`` [B] in an epoch, as far as they are known."""
+        """The logits of the images ``samples`` [B] in an epoch, where they are known."""
         if self._logits is None or self._tags is None:
             rows = np.zeros((len(samples), self._shape[2]), self._dtype)
             return Rows(rows, np.zeros(len(samples), bool))
@@ -156,18 +155,18 @@ class KeptLogits:
         return Rows(logits, known)
 
     def write(self, epoch: int, samples: np.ndarray, logits: np.ndarray) -> None:
-        """Keep the ``logits`` [B, C] of the images ``samples`` [B] in an epoch."""
+        """Store the ``logits`` [B, C] of the images ``samples`` [B] in an epoch."""
         if self.writes and self._logits is not None and self._tags is not None:
             self._logits[epoch - 1, samples] = logits
             self._tags[epoch - 1, samples] = self._hash(logits)
 
     def verify(self) -> tuple[int, dict[int, int]]:
-        """How many rows are known, and how many of each epoch are damaged.
+        """The number of known rows, and of damaged rows in each epoch.
 
-        Raises UserError if a file is missing, or cut short.
+        Raises UserError if a file is missing or truncated.
         """
         if self._logits is None or self._tags is None:
-            raise UserError(f"{self.folder} lacks a file, or one is cut short")
+            raise UserError(f"{self.folder} has a missing or truncated file")
         known, damaged = 0, {}
         for epoch, (logits, tags) in enumerate(zip(self._logits, self._tags, strict=True), 1):
             bad = 0
@@ -199,7 +198,7 @@ class KeptLogits:
         return False
 
     def _create(self) -> None:
-        """Create the files at their whole size, the key last."""
+        """Create the files at full size, the key last."""
         for path in (self.folder / _KEY, self.folder / _LOGITS, self.folder / _TAGS):
             path.unlink(missing_ok=True)
         _create_array(self.folder / _LOGITS, self._dtype, self._shape)
@@ -209,8 +208,8 @@ class KeptLogits:
     def _hash(self, logits: np.ndarray) -> np.ndarray:
         """A hash of each row's bytes, uint32 [B], never 0.
 
-        It is multilinear: the upper half of Σ wᵢ·xᵢ modulo 2⁶⁴, x the row's words. Two rows that
-        differ have the same one with a probability of about 2⁻³².
+        It is multilinear: the upper half of Σ wᵢ·xᵢ modulo 2⁶⁴, x being the row's words. Two
+        different rows have equal hashes with a probability of about 2⁻³².
         """
         words = np.ascontiguousarray(logits).view(f"u{self._dtype.itemsize}").astype(np.uint64)
         return np.maximum((words @ self._weights) >> np.uint64(32), 1).astype(np.uint32)
@@ -222,7 +221,7 @@ class KeptLogits:
 
 
 def _create_array(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    """Create a .npy file of zeros, with its disk space: writing where it is mapped cannot fail."""
+    """Create a .npy file of zeros with allocated disk space, so that mapped writes cannot fail."""
     np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
         with path.open("rb+") as file:
@@ -244,19 +243,19 @@ def _will_need(logits: np.ndarray, index: int) -> None:
 
 
 def logits_folder() -> Path:
-    """The folder of kept logits."""
+    """The folder of cached logits."""
     return cache_folder() / "mentor-logits"
 
 
 def read_key(folder: Path) -> dict[str, Any] | None:
-    """The key of kept logits; None if they are not complete."""
+    """The key of cached logits; None if they are incomplete."""
     with suppress(OSError, ValueError):
         return json.loads((folder / _KEY).read_bytes())
     return None
 
 
 def key_difference(folder: Path, key: Mapping[str, Any]) -> str:
-    """In what the key of the logits in ``folder`` differs; empty if it does not, or has none."""
+    """The difference between ``key`` and that of ``folder``; empty if there is none, or no key."""
     kept, key = read_key(folder), json.loads(json.dumps(dict(key)))
     if kept is None:
         return ""
@@ -272,7 +271,7 @@ def _short(value: Any) -> str:
 
 
 def remove(folder: Path) -> None:
-    """Remove kept logits; UserError if a run is writing them."""
+    """Remove cached logits; UserError if a run is writing them."""
     try:
         held = lock(folder / _LOCK, 0)
     except Timeout:
@@ -288,5 +287,5 @@ def size(shape: tuple[int, int, int], dtype: str) -> int:
 
 
 def words(count: int) -> str:
-    """A number of bytes, in words."""
+    """A number of bytes, as text."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

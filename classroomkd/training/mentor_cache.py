@@ -1,4 +1,4 @@
-"""The mentors of a student whose logits are in files, or will be."""
+"""Mentors whose logits are read from files, or written to files on first use."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from classroomkd.training.graph import CapturedStep
 from classroomkd.training.logits_files import KeptLogits, OwnLogits, Rows
 from classroomkd.training.mentor_bank import MentorBank
 
-_AHEAD = 4  # batches that are read before they are needed
-_BEHIND = 64  # batches whose logits may wait to be written
+_AHEAD = 4  # batches read ahead
+_BEHIND = 64  # batches that may wait to be written
 
 Source = KeptLogits | OwnLogits
 
 
 class CachedMentors:
-    """Gives the logits of every mentor for one batch of an epoch after another.
+    """Returns the logits of every mentor for the batches of an epoch, one by one.
 
-    A mentor runs only on batches of which its file lacks logits; these are kept from then on. One
-    thread reads ahead and writes behind, so that a step waits neither for files nor for a GPU.
+    A mentor runs only on batches for which its file lacks logits, and these are then stored. A
+    thread reads and writes in the background, so that a step waits neither for files nor for a GPU.
 
     Args:
         names: the mentors, in the order of the logits.
-        bank: those of them that have a network; None if none has.
-        sources: the files by name; a mentor without one runs on every batch.
-        device: where the logits are wanted.
+        bank: the mentors that have a network; None if there are none.
+        sources: the files by name; a mentor without a file runs on every batch.
+        device: the device of the logits.
         dtype: of the logits.
-        cuda_graph: whether a GPU replays the mentors as a graph.
-        notify: is told of damage.
+        cuda_graph: whether to run the mentors as a CUDA graph on a GPU.
+        notify: is called with a message if a file is damaged.
 
     """
 
@@ -65,7 +65,7 @@ class CachedMentors:
         return len(self.names)
 
     def begin(self, epoch: int, batches: Sequence[np.ndarray]) -> None:
-        """Begin with the ``batches``, of sample indices, that are left of an epoch, from 1.
+        """Start with the remaining ``batches`` of sample indices of an epoch, counted from 1.
 
         ``epoch`` is that of the augmentation.
         """
@@ -99,7 +99,7 @@ class CachedMentors:
         ]
 
     def close(self) -> None:
-        """Write what is left to write and release the files; a second call does nothing."""
+        """Write the remaining logits and release the files; a second call does nothing."""
         for _, read in self._reads:
             read.cancel()
         self._worker.shutdown()
@@ -119,7 +119,7 @@ class CachedMentors:
         return [None if source is None else source.read(epoch, samples) for source in self._sources]
 
     def _ask(self, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
-        """Run the mentors ``names``, in one graph of their own where graphs are used."""
+        """Run the mentors ``names``, as one separate graph if graphs are used."""
         if not names:
             return []
         assert self._bank is not None
@@ -131,7 +131,7 @@ class CachedMentors:
     def _joined(
         self, source: Source | None, rows: Rows | None, asked: Tensor | None, samples: np.ndarray
     ) -> Tensor:
-        """The logits of a mentor: those of the file, and where it lacks them, those just asked."""
+        """The logits of a mentor: those in the file, or if it lacks them, those just computed."""
         if rows is None:
             assert asked is not None
             return asked
@@ -142,9 +142,9 @@ class CachedMentors:
             assert kept is not None
             return kept.to(self._dtype)
         assert isinstance(source, KeptLogits)
-        # What is taught is what is kept, so that a run does not depend on who asked the mentor.
+        # Rounded to the file's dtype, so that computed and cached logits give the same run.
         asked = asked.to(_torch_dtype(rows.logits))
-        if kept is not None:  # what is known stays: a row's bits may depend on its batch
+        if kept is not None:  # known rows are kept: a row's bits may depend on its batch
             asked = torch.where(self._to_device(rows.known)[:, None], kept, asked)
         if source.writes:
             self._write(source, samples, asked)
@@ -157,7 +157,7 @@ class CachedMentors:
         return tensor
 
     def _write(self, source: KeptLogits, samples: np.ndarray, logits: Tensor) -> None:
-        """Let the thread write a batch's logits."""
+        """Queue a batch's logits to be written by the thread."""
         copied = None
         if self._device.type == "cuda":
             host = torch.empty(logits.shape, dtype=logits.dtype, device="cpu", pin_memory=True)
@@ -183,7 +183,7 @@ class CachedMentors:
                     assert isinstance(source, KeptLogits)
                     self._notify(
                         f"{source.folder} is damaged in epoch {epoch}: mentor "
-                        f"{self.names[number]} answers anew where it is"
+                        f"{self.names[number]} runs again on the damaged images"
                     )
 
 

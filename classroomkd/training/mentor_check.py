@@ -1,8 +1,8 @@
-"""What is wrong with a mentor, seen from its answers to a few hundred labelled images.
+"""Find faults in a mentor from its logits for a few hundred labelled images.
 
-Each finding compares counts of right answers, or sizes, with what chance would give, so that a
-healthy mentor, a weak one included, raises none. What is fitted (an order of the classes, a
-normalisation) is fitted on one half of the images and counted on the other.
+Each finding compares a number of correct predictions, or a magnitude, with what chance would give,
+so that a healthy mentor, even a weak one, has no finding. Whatever is fitted (an order of the
+classes, a normalisation) is fitted on one half of the images and evaluated on the other.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ NORMALISATIONS: dict[str, tuple[Channels, Channels]] = {
 }
 """Means and standard deviations that networks are often trained with, of values from 0 to 1."""
 
-_SIGMAS = 4.0  # beyond which a count is not chance: 1 in 30,000
-_ABOVE_CHANCE = 1.5  # times chance, which a mentor must beat at least
-_GAIN = 0.05  # of the images, that another order or normalisation has to win at least
-_BATCHED = 0.01  # of the answers' spread, by which the other images of a batch may change one
-_SCALE = 16.0  # times too large or too small, by the temperature that suits a mentor best
+_SIGMAS = 4.0  # beyond which a count is significant: 1 in 30,000
+_ABOVE_CHANCE = 1.5  # times chance: the least accuracy of a trained mentor
+_GAIN = 0.05  # of the images: the least gain from another order or normalisation
+_BATCHED = 0.01  # of the logits' spread: the most that other images of a batch may change them
+_SCALE = 16.0  # times too large or too small, by the most likely temperature
 
 
 @dataclass
 class MentorCheck:
-    """One mentor's answers to labelled images, and what is wrong with them."""
+    """One mentor's accuracy on labelled images, and the faults found."""
 
     name: str
     n_rows: int
     top1: float
-    row: str = "image"  # what one is called
+    row: str = "image"  # the noun in messages
     findings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class MentorCheck:
 
 
 class CheckedMentor(NamedTuple):
-    """A network to look at, and the normalisation that its images have now."""
+    """A network to check, and the current normalisation of its images."""
 
     network: nn.Module
     mean: Channels | None = None
@@ -64,17 +64,17 @@ def check_logits(
     *,
     row: str = "image",
 ) -> list[MentorCheck]:
-    """Look at mentors' logits [N, C] for rows whose class indices [N] are known.
+    """Check mentors' logits [N, C] for rows with known class indices [N].
 
-    A few hundred rows are enough; with C classes an order of the classes can only be found with
-    several rows of each. Where student and mentors are language models, rows are tokens. Printed, a
-    `MentorCheck` is one line; its ``findings`` are empty where nothing is wrong.
+    A few hundred rows are enough; a wrong order of the C classes can only be found with several
+    rows per class. For language models, rows are tokens. A `MentorCheck` prints as one line; its
+    ``findings`` are empty if no fault was found.
 
     Args:
         logits: each mentor's, by its name, of any floating-point dtype.
         targets: class indices [N].
-        classes: the classes' names, to call them by.
-        row: what a row is called in the findings.
+        classes: the classes' names, for the findings.
+        row: the noun for a row in the findings.
 
     Returns:
         One check for each mentor, in their order.
@@ -94,12 +94,12 @@ def check_mentors(
     targets: Tensor,
     classes: Sequence[str] = (),
 ) -> list[MentorCheck]:
-    """Look at mentors' answers to images, and at how they change with what is around the images.
+    """Check mentors on images, including other normalisations and other images in the batch.
 
     Args:
-        mentors: by their names; those with ``mean`` and ``std`` are also tried with other ones.
-        images: [N, 3, H, W] with values from 0 to 1, on the mentors' device; without ``mean`` and
-            ``std`` as the mentor takes them.
+        mentors: by name; those with ``mean`` and ``std`` are also tried with other values of these.
+        images: [N, 3, H, W] with values from 0 to 1, on the mentors' device; for a mentor without
+            ``mean`` and ``std``, as it expects them.
         targets: class indices [N].
         classes: the classes' names.
 
@@ -166,14 +166,14 @@ def _check(
 
 
 def _chance(targets: Tensor, n_classes: int) -> float:
-    """What a network that always answers one class gets right at the most."""
+    """The highest accuracy of a network that always predicts one class."""
     return max(1 / n_classes, targets.bincount(minlength=n_classes).max().item() / len(targets))
 
 
 def _check_order(
     check: MentorCheck, logits: Tensor, targets: Tensor, classes: Sequence[str]
 ) -> None:
-    """Fit outputs to classes on every second image of a class, and count on the others."""
+    """Match outputs with classes on every second image of a class, and evaluate on the others."""
     from scipy.optimize import linear_sum_assignment
 
     fitted, counted = _halves(targets)
@@ -184,8 +184,8 @@ def _check_order(
     score = torch.zeros(n_classes, n_classes).index_add_(0, targets[fitted], log_p[fitted])
     seen = targets[fitted].bincount(minlength=n_classes) > 0
     score[seen] /= targets[fitted].bincount(minlength=n_classes)[seen, None]
-    score[~seen] = score[seen].mean()  # whatever output is left over
-    score += 1e-4 * torch.eye(n_classes)  # of two orders that fit alike, the one given
+    score[~seen] = score[seen].mean()  # any remaining output
+    score += 1e-4 * torch.eye(n_classes)  # of two orders that fit equally well, the given one
     _, output = linear_sum_assignment(score.numpy(), maximize=True)
     output = torch.from_numpy(output)
     answers = logits[counted].argmax(1)
@@ -215,13 +215,13 @@ def _halves(targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_better(before: Tensor, after: Tensor) -> bool:
-    """Whether the second has more right answers to the same images than chance and habit allow."""
+    """Whether the second has significantly more correct predictions for the same images."""
     won, lost = (after & ~before).sum().item(), (before & ~after).sum().item()
     return won - lost > max(_SIGMAS * math.sqrt(won + lost), _GAIN * len(before))
 
 
 def _check_batch(check: MentorCheck, network: nn.Module, images: Tensor, answers: Tensor) -> None:
-    """Answers to the first images, beside others than before."""
+    """Logits of the first images, in a batch with other images than before."""
     some = images[: max(2, min(16, len(images) // 2))]
     alone = _answers(network, some)
     changed = (alone - answers[: len(some)]).abs().max()
@@ -260,11 +260,11 @@ def _check_normalisation(
 
 
 def _check_scale(check: MentorCheck, logits: Tensor, targets: Tensor) -> None:
-    """Whether its answers are likeliest at a temperature far from 1."""
+    """Whether the temperature with the highest likelihood is far from 1."""
     temperatures = 2.0 ** torch.arange(-10.0, 11.0)
     losses = torch.stack([cross_entropy(logits / T, targets) for T in temperatures])
     best = temperatures[losses.argmin()].item()
-    # Where all answers are right, none is too sharp: too small are logits that do not show it.
+    # If all predictions are correct, logits cannot be too large, only too small.
     confidence = torch.softmax(logits, 1).amax(1).mean().item()
     if best >= _SCALE or (best <= 1 / _SCALE and confidence < check.top1 / 2):
         how = "large" if best > 1 else "small"
@@ -276,7 +276,7 @@ def _check_scale(check: MentorCheck, logits: Tensor, targets: Tensor) -> None:
 
 
 def _compare(checks: Sequence[MentorCheck], logits: Mapping[str, Tensor]) -> None:
-    """What shows only beside the other mentors."""
+    """Faults that only a comparison with the other mentors shows."""
     for index, check in enumerate(checks):
         for other in checks[:index]:
             if torch.equal(logits[check.name], logits[other.name]):

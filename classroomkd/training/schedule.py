@@ -1,4 +1,4 @@
-"""Learning rates as functions of progress, so that one schedule serves any number of epochs.
+"""Learning rates as functions of progress, so that a schedule applies to any number of epochs.
 
 Progress is the share of the training that is done, 0 at its start and below 1. "steps" keeps the
 peak and divides it by ten at each milestone; "classroom" also falls linearly to a fifth over the
@@ -6,7 +6,7 @@ first half. Both change from epoch to epoch, and are the published CIFAR schedul
 a peak of 0.05. "cosine" is half a cosine from the peak to 0, step by step. A warm-up multiplies any
 of them by a ramp from 0 to 1.
 
-The student alone is trained with the same schedule as in the classroom, so that the mentors are the
+The student alone is trained with the same schedule as with mentors, so that the mentors are the
 only difference.
 """
 

@@ -361,7 +361,7 @@ BAD_PATHS = [
     ("train --data {data} {networks} temperature=4", "did you mean loss.temperature=4?"),
     ("train --data {data} {networks} loss.temperature=0", "temperature must be"),
     ("train --method kd", "given as method=kd (see"),
-    ("train --resume absent", "no run to go on with in absent"),
+    ("train --resume absent", "no run to resume in absent"),
     ("mentors --data absent --mentors resnet8 --at-once 2", "no such folder: {cwd}/absent"),
     ("evaluate absent --data {data}", "there is no checkpoint absent"),
     ("evaluate used --data absent", "no such folder: absent"),
@@ -609,7 +609,7 @@ def test_what_cannot_be_resumed(split, tmp_path, capsys):
     resume = ["train", "--resume", str(out)]
     message = error_of(capsys, cli.main([*resume, "seed=3", "--epochs", "2"]))
     assert "leave out --epochs, KEY=VALUE" in message
-    assert f"no run to go on with in {out}" in error_of(capsys, cli.main(resume))
+    assert f"no run to resume in {out}" in error_of(capsys, cli.main(resume))
     assert train(split, out, "alone=false") == 0
     (out / "summary.json").unlink()
     for damaged in ("checkpoints/student-resnet8/done.json", "inputs.json"):

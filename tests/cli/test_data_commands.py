@@ -228,7 +228,7 @@ def test_options_that_do_not_go_together(source, tmp_path, capsys):
         (["--quality", "9"], "--quality is for --photos, which is not given"),
         (["--raw"], "--raw is for --photos, which is not given"),
         (["--photos", "--image-size", "9"], "photographs keep their shapes: give --max-side"),
-        (["--photos", "--raw", "--quality", "9"], "--quality is of JPEG: give it or --raw"),
+        (["--photos", "--raw", "--quality", "9"], "--quality is for JPEGs: give either"),
         (["--quality", "101"], "argument --quality: must be a whole number from 1 to 100, not 101"),
         (["--part", "both"], "argument --part: invalid choice: 'both'"),
     ):

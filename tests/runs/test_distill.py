@@ -176,9 +176,9 @@ def test_a_run_resumes_at_an_epoch_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "_step", stopping)
     with pytest.raises(KeyboardInterrupt) as caught:
         distill(*arguments, epochs=4, out=out, **SETTINGS)
-    assert f"distill(…, out={str(out)!r}, resume=True) goes on" in str(caught.value)
+    assert f"distill(…, out={str(out)!r}, resume=True) continues" in str(caught.value)
     monkeypatch.setattr(Trainer, "_step", original)
-    assert "was begun with seed: 3, which is seed: 4 now" in refusal(
+    assert "was started with seed: 3, which is seed: 4 now" in refusal(
         *arguments, **{**SETTINGS, "epochs": 4, "out": out, "resume": True, "seed": 4}
     )
     other = {"wide": perceptron(32, 5)}
@@ -201,7 +201,7 @@ def test_the_command_line_says_that_such_a_run_is_pythons(tmp_path, capsys):
     assert "unknown network, 'Sequential': if it is a module of your own" in capsys.readouterr().err
     (out / "summary.json").unlink()
     assert cli.main(["train", "--resume", str(out)]) == 2
-    assert "was begun in Python: classroomkd.distill(" in capsys.readouterr().err
+    assert "was started in Python: classroomkd.distill(" in capsys.readouterr().err
 
 
 def test_data_sets_become_image_sets_and_are_split(tmp_path):
@@ -255,7 +255,7 @@ class Stream(torch.utils.data.IterableDataset):
         ({"mentors": []}, "method classroom needs mentors: give some, or method='alone'"),
         (
             {"student": nn.Linear(12, 5), "train": named(train())},
-            "the student Linear gives 5 outputs where there are 4",
+            "the student Linear has 5 outputs for 4",
         ),
         ({"student": nn.Linear(7, 4)}, "the student Linear cannot take a batch [2, 12]"),
         ({"student": nn.LSTM(12, 4)}, "the student LSTM returns a tuple, not logits"),

@@ -70,7 +70,7 @@ def test_a_run_names_the_fault(tmp_path, knowing):
 
 def test_a_strict_run_stops(tmp_path, knowing):
     mentors = [kept(knowing, tmp_path / "turned.safetensors", (1, 2, 0))]
-    with pytest.raises(UserError, match="strict=true stops there"):
+    with pytest.raises(UserError, match="strict=true is set"):
         run_with(mentors, tmp_path / "run", "strict=true")
     assert not (tmp_path / "run").exists()
 

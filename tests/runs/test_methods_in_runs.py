@@ -139,8 +139,8 @@ def test_a_method_that_takes_no_mixed_labels_is_told_before_anything_is_read(alp
     with pytest.raises(UserError) as raised:
         TrainingRun(recipe("method=dkd", f"training.{alpha}=0.2"), Console(file=io.StringIO()))
     assert str(raised.value) == (
-        f"method dkd needs one class an image, which training.{alpha}=0.2 does not leave: set it "
-        "to 0 or take another method"
+        f"method dkd needs one class per image, which training.{alpha}=0.2 rules out: set it "
+        "to 0 or use another method"
     )
     # Its mentors learn alone.
     TrainingRun(recipe("method=dkd", f"mentor_training.{alpha}=0.2"), Console(file=io.StringIO()))
@@ -305,7 +305,7 @@ def test_waiting_for_another_process_can_be_interrupted(tmp_path):
         interrupts.received = 15
         with pytest.raises(Interrupted), there.claim(deciding, told.append, interrupts):
             pass
-    assert told == ["waiting for resnet8, which another process trains"]
+    assert told == ["waiting for resnet8, which another process is training"]
     with there.claim(deciding, told.append, interrupts):  # free again
         pass
     assert len(told) == 1
@@ -360,7 +360,7 @@ def test_a_mentor_is_in_the_store_before_its_run_counts_it_as_done(tmp_path, sto
 def test_a_run_is_one_processs(tmp_path, monkeypatch):
     monkeypatch.setattr("classroomkd.runs.run_folder._PATIENCE", 0.2)
     first = RunFolder(tmp_path / "run", {})
-    with pytest.raises(UserError, match=r"another process is at work on .*run: wait"):
+    with pytest.raises(UserError, match=r"another process is using .*run: wait"):
         RunFolder(tmp_path / "run", {}, resume=True)
     first.close()
     RunFolder(tmp_path / "run", {}, resume=True).close()

@@ -172,12 +172,12 @@ def test_tied_weights_are_saved(tmp_path):
     [
         ("raises", r"nets.py:raises raised ValueError: no such width (line 26 of nets.py)"),
         ("no_module", "nets.py:no_module must return a torch.nn.Module, not list"),
-        ("seven", "nets.py:seven gives 7 outputs where there are 10 classes: let it take"),
+        ("seven", "nets.py:seven has 7 outputs for 10 classes: let it take"),
         ("maps", "nets.py:maps gives [2, 2, 14, 14] for 2 images: its logits must be [B, classes]"),
         ("two", "nets.py:two returns a tuple, not logits [B, classes]"),
         ("network", "nets.py:network is a Sequential: name a function or class that returns"),
         ("smal", "has no smal; the nearest names in it are small"),
-        ("three", "nets.py:three gives 3 outputs where there are 10 classes"),
+        ("three", "nets.py:three has 3 outputs for 10 classes"),
     ],
 )
 @pytest.mark.parametrize("role", ["student", "mentor"])

@@ -192,7 +192,7 @@ def test_signals_save_first(tmp_path, monkeypatch, capsys, tiny_training, number
     os.kill(process.pid, number)
     process.wait()
     assert process.returncode == 128 + number, process.stderr
-    assert "classroomkd train --resume run goes on" in process.stderr
+    assert "classroomkd train --resume run continues" in process.stderr
     state = Checkpoints(tmp_path / "run" / "checkpoints" / "mentor-resnet8").load(print)
     assert 1 <= len(state["records"]) < 25
     monkeypatch.chdir(tmp_path)
@@ -228,7 +228,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, dama
     newest.write_bytes(content[: {"cut": len(content) - 1, "flip": None, "empty": 0}[damage]])
     warnings = []
     assert checkpoints.load(warnings.append)["step"] == 1
-    assert warnings == [f"{newest} is damaged: taking the one before it"]
+    assert warnings == [f"{newest} is damaged: using the previous one"]
 
 
 def test_no_checkpoint_yet(tmp_path):
@@ -349,7 +349,7 @@ def test_a_state_of_another_version_is_named(tmp_path, monkeypatch, key):
     state = checkpoints.load(print)
     del state[key]
     checkpoints.save(state, 1000)
-    message = f"the training states in {checkpoints.folder} are another version's, without {key}:"
+    message = f"the training states in {checkpoints.folder} are of another version and lack {key}:"
     with pytest.raises(UserError, match=re.escape(message)):
         hold(resume=True)
 

@@ -113,7 +113,7 @@ def test_a_store_that_cannot_be_written_to_stops_nothing(tmp_path, store, traine
     store.write_text("no folder")
     summary, text = stored_run(tmp_path / "run")
     assert len(trained) == len(summary["results"]) == 3
-    assert "resnet8 (mentor) is not kept in the store" in text
+    assert "resnet8 (mentor) is not stored" in text
 
 
 def test_from_the_command_line(tmp_path, store, capsys, trained):

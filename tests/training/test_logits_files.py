@@ -96,7 +96,7 @@ def test_a_file_that_is_cut_short_is_begun_again(opened, cut):
 
 def test_another_key_is_refused_with_what_differs(opened):
     opened().close()
-    with pytest.raises(UserError, match=r'is of another key: seed 3, not 4, images null, not "a"'):
+    with pytest.raises(UserError, match=r'has another key: seed 3, not 4, images null, not "a"'):
         opened(seed=4, images="a")
 
 
@@ -180,6 +180,6 @@ def test_the_command_lists_verifies_and_removes(tmp_path, monkeypatch, capsys):
     (logits_folder() / "resnet8-2" / "key.json").write_text(json.dumps(key())[:9])
     capsys.readouterr()
     assert cli.main(["cache"]) == 0
-    assert "resnet8-2: not begun, or damaged: remove it" in capsys.readouterr().out
+    assert "resnet8-2: empty or damaged: remove it" in capsys.readouterr().out
     assert cli.main(["cache", "remove", "resnet8-1"]) == 0
     assert [path.name for path in logits_folder().iterdir()] == ["resnet8-2"]

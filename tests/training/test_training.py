@@ -853,6 +853,6 @@ def test_a_batch_larger_than_the_training_set_is_told(tmp_path: Path, states_kep
     large = recipe("mentors=[]", "method=alone", "training.batch_size=29", "training.epochs=1")
     console = Console(file=text, width=200)
     TrainingRun(large, console).run(colours(28), colours(13, seed=1), tmp_path / "run")
-    assert "resnet8 alone: a batch of 29 takes in all 28 images" in text.getvalue()
+    assert "resnet8 alone: a batch of 29 contains all 28 images" in text.getvalue()
     (state,) = (tmp_path / "run" / "checkpoints" / "alone-resnet8").glob("step-*.pt")
     assert state.name.startswith("step-000000001-")
