@@ -69,8 +69,8 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
     A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
     each; with many mentors, and in the one warp of 512 classes, the compiler would have to spill
-    for that. With many mentors such a row takes two warps. One or two mentors in float32 gain by one
-    step up to 4096 classes.
+    for that. With many mentors such a row takes two warps. One or two mentors in float32 gain by
+    one step up to 4096 classes.
     """
     load = 16 // itemsize
     one_step = _MAX_CLASSES_OF_ONE_STEP * (2 if n_mentors <= 2 and itemsize == 4 else 1)
