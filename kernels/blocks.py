@@ -70,7 +70,7 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
     each; with many mentors, and in the one warp of 512 classes, the compiler would have to spill
     for that. With many mentors such a row takes two warps. One or two mentors in float32 gain by
-    one step up to 4096 classes.
+    one step up to 4096 classes, with as many registers as the compiler likes.
     """
     load = 16 // itemsize
     one_step = _MAX_CLASSES_OF_ONE_STEP * (2 if n_mentors <= 2 and itemsize == 4 else 1)
@@ -79,7 +79,8 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
         few = n_mentors <= _MAX_MENTORS_LIMITED
         one_warp = block_c == 16 * warp_size
         num_warps = max(1, block_c // ((16 if few or not one_warp else 8) * warp_size))
-        limit = 128 if few != one_warp and warp_size == 32 else None
+        limited = few != one_warp and block_c <= _MAX_CLASSES_OF_ONE_STEP
+        limit = 128 if limited and warp_size == 32 else None
         return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
     return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
 
