@@ -76,7 +76,7 @@ ASSUMPTIONS = (  # what, how much, from where
     ),
     (
         "what L1 and L2 keep",
-        f"{L1 // 1024} KiB minus shared memory, {L2 / 1e6:g} MB, shared among resident programs; "
+        f"{L1 // 1024} KiB less shared memory, {L2 / 1e6:g} MB, shared among resident programs; "
         "least recently used leaves",
         "sizes from NVIDIA's H100 white paper; the rest is assumed",
     ),

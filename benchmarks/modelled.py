@@ -21,8 +21,8 @@ def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Ite
         "The time of the loss with its gradient on an H100 (SXM): the machine code that Triton "
         f"{record['triton']} generates for compute capability 9.0, simulated instruction by "
         "instruction on a model of the card. **None of these numbers was measured**, except those "
-        "under “measured”. All mentors are active, no tensor is in L2 when the launch starts, and the "
-        "time is that of the launch alone."
+        "under “measured”. All mentors are active, no tensor is in L2 when the launch starts, and "
+        "the time is that of the launch alone."
         + (f" {done} of {record['calls']} cases." if done < record["calls"] else "")
     )
     yield _predictions(record, _measured(devices))
