@@ -2,8 +2,8 @@
 
     python benchmarks/loss_cpu.py [--small] [--threads 1 2] [--out FOLDER]
 
-Four sizes and a grid, each number the least of rounds in which the implementations take turns, so
-that other work on the machine disturbs all alike. The formulation in PyTorch is
+Four sizes and a grid. Each number is the minimum over rounds in which the implementations
+alternate, so that other work on the machine affects all equally. The formulation in PyTorch is
 `composed_loss` of ``baselines.py``; torch.compile gets it for each of the four sizes, and for the
 grid once with dynamic sizes. Results are compared before they are timed.
 """
@@ -49,7 +49,7 @@ def grid() -> list[tuple[int, int, int]]:
 
 
 def inputs(size: tuple[int, int, int]) -> Inputs:
-    """Random logits; at the target all mentors are ahead of the student, so that all teach."""
+    """Random logits; all mentors beat the student on the target, so that all teach."""
     n_rows, n_classes, n_mentors = size
     rng = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(1 + n_mentors, n_rows, n_classes, generator=rng)
@@ -76,7 +76,7 @@ def _composed(student: Tensor, mentors: list[Tensor], targets: Tensor) -> Tensor
 
 
 def implementations(dynamic: bool) -> dict[str, Call]:
-    """Everything that is measured; what torch.compile has made before is kept only if dynamic."""
+    """All implementations; earlier results of torch.compile are kept only if dynamic."""
     if not dynamic:
         torch.compiler.reset()
     compiled = torch.compile(_composed, dynamic=dynamic)
@@ -91,7 +91,7 @@ def implementations(dynamic: bool) -> dict[str, Call]:
 def measure(calls: dict[str, Call], size: tuple[int, int, int]) -> dict[str, float]:
     """Seconds of one call of each.
 
-    With one thread they are the process's own, whatever else the machine does.
+    With one thread this is the process's CPU time, independent of other work on the machine.
     """
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     batch = inputs(size)
@@ -147,7 +147,7 @@ def main() -> int:
     arguments = parser.parse_args()
     about = environment() | {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
-        # More than the threads measured with: others were at work on the machine.
+        # More than the number of threads: other processes were using the machine.
         "load_average": os.getloadavg()[0],
     }
     record: dict[str, Any] = {"benchmark": "loss_cpu", "environment": about, "rows": []}

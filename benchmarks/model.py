@@ -1,10 +1,10 @@
-"""What the kernels would take on an H100, from their machine code: modelled, not measured.
+"""The kernels' time on an H100, modelled from their machine code, not measured.
 
     python benchmarks/model.py --out benchmarks/results/modelled/model.json
 
-compiles the loss as its launch would, walks through a program's instructions (``walk.py``), plays
-them on the card's multiprocessors (``simulator.py``) and compares with the floor: the larger of the
-bytes that must move over the bandwidth and the exponentials over their rate. No GPU is needed.
+compiles the loss as its launch would, traces a program's instructions (``walk.py``), simulates them
+on the card's multiprocessors (``simulator.py``) and compares the time with a lower bound: the
+larger of bytes over bandwidth and exponentials over their rate. No GPU is needed.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Prediction(NamedTuple):
 
 
 def predict(kernel: MachineCode, memory: Memory = MEMORY) -> Prediction:
-    """What a launch takes on the card, whose L2 cache has none of its tensors."""
+    """The time of a launch on the card, with none of its tensors in the L2 cache."""
     code = disassemble(kernel.cubin)
     n_warps, n_programs = kernel.num_warps, math.prod(kernel.grid)
     slots = occupancy(kernel.registers, n_warps, kernel.shared_bytes)
@@ -174,7 +174,7 @@ def predict(kernel: MachineCode, memory: Memory = MEMORY) -> Prediction:
     waves = max(4, STEPS // (work * n_sms * slots))
     if per_sm / slots <= waves:
         cycles, _, _, _, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
-    else:  # the first programs, then on at the pace of the later ones
+    else:  # the first programs, then extrapolated at the rate of the later ones
         half, (cycles, _, _, _, in_flight) = (
             played(walked, n_sms, round(part * slots * n_sms)) for part in (waves / 2, waves)
         )
@@ -226,7 +226,7 @@ def row(
     report: bool = False,
     memory: Memory = MEMORY,
 ) -> dict[str, Any]:
-    """A case and what is predicted of it, as it stands in the record."""
+    """A case and its prediction, as a row of the record."""
     launch = call_launches(
         n_classes=n_classes,
         n_mentors=n_mentors,
@@ -257,7 +257,7 @@ def row(
 
 
 def cases() -> Iterator[tuple[int, int, int, str, bool]]:
-    """All that the record has, with reports only for six mentors."""
+    """All cases of the record, with reports only for six mentors."""
     for (n_rows, n_classes), n_mentors, dtype in itertools.product(SIZES, MENTORS, DTYPES):
         yield n_rows, n_classes, n_mentors, dtype, False
         if n_mentors == 6:
@@ -265,7 +265,7 @@ def cases() -> Iterator[tuple[int, int, int, str, bool]]:
 
 
 def compared(known: known_kernels.Known) -> dict[str, Any]:
-    """A kernel whose speed is published, and what the model says."""
+    """A kernel with a published speed, and its modelled speed."""
     predicted = predict(known.code(TARGET))
     return {
         **{"kernel": known.kernel.__name__, "rows": known_kernels.ROWS},
@@ -276,7 +276,7 @@ def compared(known: known_kernels.Known) -> dict[str, Any]:
 
 
 def slower(rows: Sequence[Mapping[str, Any]], recorded: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which rows take more than 5 % longer than the record says."""
+    """The rows that take more than 5 % longer than in the record."""
     before = {tuple(old[key] for key in CASE): old["time"] for old in recorded}
     return [
         f"{new['rows']} × {new['classes']}, {new['mentors']} mentors, {new['dtype']}: "
@@ -327,7 +327,7 @@ def main() -> None:
 
 
 def _kept(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """What an interrupted run of the same kernels and assumptions has already."""
+    """The rows of an interrupted run with the same kernels and assumptions."""
     same = ("triton", "source", "assumptions")
     old["assumptions"] = tuple(map(tuple, old.get("assumptions", ())))
     if all(old.get(key) == new[key] for key in same):

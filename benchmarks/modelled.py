@@ -1,4 +1,4 @@
-"""The model's record as Markdown: assumptions, predictions beside what was measured, comparison."""
+"""The model's record as Markdown: assumptions, predictions and measurements, known kernels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ CARD = "H100"
 
 
 def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
-    """Blocks of the page; ``devices`` have the records of what was measured."""
+    """Blocks of the page; ``devices`` have the measured records."""
     done = len(record["rows"])
     yield (
-        "What the loss with its gradient would take on an H100 (SXM): the machine code that Triton "
-        f"{record['triton']} makes for compute capability 9.0, played instruction by instruction "
-        "on a model of the card. **None of these numbers was measured**, but for those under "
-        "“measured”. All mentors are active, no tensor is in L2 when the launch begins, and the "
-        "time is that of the launch alone."
+        "The time of the loss with its gradient on an H100 (SXM): the machine code that Triton "
+        f"{record['triton']} generates for compute capability 9.0, simulated instruction by "
+        "instruction on a model of the card. **None of these numbers was measured**, except those "
+        "under “measured”. All mentors are active, no tensor is in L2 when the launch starts, and "
+        "the time is that of the launch alone."
         + (f" {done} of {record['calls']} cases." if done < record["calls"] else "")
     )
     yield _predictions(record, _measured(devices))
@@ -33,7 +33,7 @@ def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Ite
         "the largest of four times, each as if nothing else took any: the bytes from and to DRAM, "
         "the special function units, issuing, and the programs' own latencies."
     )
-    yield "How far the results hang on the latency of DRAM, which is the least certain of all:"
+    yield "The results' sensitivity to the latency of DRAM, the least certain assumption:"
     yield markdown_table(
         ["B", "C", "M", "dtype", "500 cycles", "1200 cycles"],
         [
@@ -46,9 +46,9 @@ def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Ite
     )
     yield (
         "The same model on plain kernels (`benchmarks/known_kernels.py`), beside the TB/s "
-        "published for kernels like them, which count each number read once and written once. All "
-        "are limited by memory, so they show that the model invents no other limit, and not that "
-        "it gets latencies right. Where a kernel's spills leave L1 it is too fast:"
+        "published for similar kernels, counting each number as read once and written once. All "
+        "are limited by memory, so they show that the model adds no spurious limit, but not that "
+        "its latencies are right. It is too fast if a kernel's spills leave L1:"
     )
     yield markdown_table(
         ["kernel", "rows", "classes", "dtype", "modelled TB/s", "published TB/s", "of"],
@@ -66,7 +66,7 @@ def markdown(record: Record, devices: Mapping[str, Mapping[str, Record]]) -> Ite
 
 
 def _measured(devices: Mapping[str, Mapping[str, Record]]) -> dict[tuple[object, ...], float]:
-    """Device times on the card that is modelled, by case."""
+    """Device times measured on the modelled card, by case."""
     reports = {THIS: False, REPORTED: True}
     return {
         (*(row[key] for key in CASE[:4]), reports[row["implementation"]]): row["device_time_us"]

@@ -1,7 +1,7 @@
 """The integer arithmetic of the machine code, on registers that may be unknown.
 
-A register is an int in [0, 2³²), a predicate a bool, either one for all threads or an array with
-one for each; None stands for what is unknown, and what an unknown one decides is unknown too.
+A register is an int in [0, 2³²), a predicate a bool; either is a scalar for all threads or an array
+with a value per thread. None is unknown, and everything that depends on it is unknown too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ZERO, _TRUE = ("RZ", "URZ", "SRZ"), ("PT", "UPT")
 
 
 class Registers:
-    """What the threads' registers and predicates hold, by name."""
+    """The values of the threads' registers and predicates, by name."""
 
     def __init__(self, constants: Mapping[int, int], special: Mapping[str, Value]) -> None:
         self.values: dict[str, Value] = {}
@@ -61,7 +61,7 @@ class Registers:
         return None if low is None or high is None else low | high << 32
 
     def results(self, instruction: Instruction) -> dict[str, Value]:
-        """What an instruction writes."""
+        """The values that an instruction writes."""
         meaning = MEANINGS.get(instruction.opcode.partition(".")[0])
         if meaning is None:
             return dict.fromkeys(written(instruction))
@@ -98,7 +98,7 @@ def following(register: str, by: int = 1) -> str:
 
 @functools.cache
 def written(instruction: Instruction) -> tuple[str, ...]:
-    """The registers and predicates that an instruction without a meaning here may write."""
+    """The registers and predicates that an instruction not modelled here may write."""
     names: list[str] = []
     for operand in instruction.operands:
         if _NUMBERED.fullmatch(operand):
@@ -176,7 +176,7 @@ def _to_integer(opcode: str, value: Value) -> Value:
 
 
 def _reciprocal(opcode: str, value: Value) -> Value:
-    """What integer divisions begin with; of other functions nothing is known."""
+    """The reciprocal that integer divisions start from; other functions are unknown."""
     number = np.asarray(value, np.uint32).view(np.float32)
     return _bits(1 / number) if ".RCP" in opcode and np.all(number != 0) else None
 
@@ -286,7 +286,7 @@ def _compare(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
 
 
 def _truth(values: Sequence[Value], table: int) -> Value:
-    """A truth table of three predicates, of which an unknown one may not matter."""
+    """A truth table of three predicates; the result may be known if one of them is not."""
     for at, value in enumerate(values):
         if value is None:
             tried = [_truth([*values[:at], x, *values[at + 1 :]], table) for x in (False, True)]
@@ -332,7 +332,7 @@ def _constants(r: Registers, opcode: str, operands: Operands) -> dict[str, Value
 
 
 def _halves(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
-    """0 · 0 + two float16 numbers is how the compiler writes many a 32-bit constant."""
+    """The compiler encodes many 32-bit constants as 0 · 0 + two float16 numbers."""
     name, x, y, *numbers = operands
     if (x, y) != ("-RZ", "RZ") or len(numbers) != 2:
         return {name: None}
@@ -341,7 +341,7 @@ def _halves(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
 
 
 def _shuffle(r: Registers, opcode: str, operands: Operands) -> dict[str, Value]:
-    """From whichever thread, what all have is the same."""
+    """A shuffle of a value that is the same in all threads."""
     value = r.read(operands[2])
     return {operands[1]: value if isinstance(value, int) else None, operands[0]: None}
 

@@ -76,11 +76,11 @@ STEP_COLUMNS = (
     ("GPU MiB", "gpu_mib", ",.0f"),
 )
 LOSS_CPU_LEGEND = (
-    "float32, default options, all mentors active. Each time is the least over rounds in which the "
-    "implementations take turns: of the process's CPU time with one thread, else of the clock. "
-    "Eager and torch.compile have the same plain formulation, and autograd; torch.compile is given "
-    "each of the first sizes by itself, the grid with dynamic sizes. A load average beyond the "
-    "threads means that others were at work on the machine."
+    "float32, default options, all mentors active. Each time is the minimum over rounds in which "
+    "the implementations alternate: process CPU time with one thread, else wall time. "
+    "Eager and torch.compile have the same plain formulation, and autograd; torch.compile "
+    "compiles each of the first sizes separately, the grid with dynamic sizes. A load average "
+    "above the number of threads means that other processes were using the machine."
 )
 LOSS_LINEAR_LEGEND = (
     "Loss and gradients at hidden states and weight, results included. On the CPU, with one thread "

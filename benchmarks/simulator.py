@@ -1,9 +1,9 @@
-"""Plays the instructions of a grid's warps on the multiprocessors of a GPU, cycle by cycle.
+"""Simulate the instructions of a grid's warps on the multiprocessors of a GPU, cycle by cycle.
 
-Each of four schedulers a multiprocessor issues one instruction a cycle, of the warp that issued
-last if it can, else of the oldest that can. A warp can when its stall count has passed, the
-scoreboards it waits for are free, and the unit takes an instruction. What a unit costs is in
-`COSTS`, what memory costs is in `Memory`; ``model.py`` says where the numbers are from.
+Each of four schedulers per multiprocessor issues one instruction per cycle, from the warp that
+issued last if it is ready, else from the oldest ready warp. A warp is ready if its stall count has
+passed, its scoreboards are free, and the unit accepts an instruction. `COSTS` has the costs of
+units, `Memory` those of memory; ``model.py`` gives the sources of the numbers.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _COST = np.array([COSTS[name] for name in UNITS], np.float64)
 _SHUFFLE, _SHARED, _LOAD, _STORE = (_ID[x] for x in ("shuffle", "shared", "load", "store"))
 _ATOMIC, _FENCE, _BARRIER, _SPECIAL = (_ID[x] for x in ("atomic", "fence", "barrier", "special"))
 _COPY, _COMMIT, _WAIT = (_ID[x] for x in ("async_copy", "async_commit", "async_wait"))
-_GROUPS = 32  # asynchronous copies' groups that a warp may have on their way
+_GROUPS = 32  # groups of asynchronous copies that a warp may have in flight
 
 
 class Memory(NamedTuple):
-    """Bytes a cycle and multiprocessor, cycles."""
+    """Bytes per cycle and multiprocessor, cycles."""
 
     dram_bytes: float
     l2_bytes: float
@@ -64,7 +64,7 @@ def play(
     n_sms,
     n_programs,  # on all of them
     launch,  # cycles until the first program's first instruction
-    replace,  # and the next program's, from the end of the one before
+    replace,  # and the next program's, from the end of the previous one
     stagger,  # cycles between the first and the last multiprocessor's first program
 ):
     """Cycles until the last program ends, and means over that time, of each multiprocessor:
@@ -75,9 +75,9 @@ def play(
     per_sm = n_warps * n_slots
     shape = (n_sms, per_sm)
     at = np.full(shape, n_steps)  # the step each warp issues next; n_steps: none
-    ready = np.full(shape, np.inf)  # and when it can
+    ready = np.full(shape, np.inf)  # and when it is ready
     held = np.zeros((n_sms, per_sm, 8))  # until when a scoreboard is held
-    copies = np.zeros((n_sms, per_sm, _GROUPS))  # when each group of asynchronous copies is there
+    copies = np.zeros((n_sms, per_sm, _GROUPS))  # when each group of asynchronous copies arrives
     copied = np.zeros(shape)
     committed = np.zeros(shape, np.int64)
     waiting = np.zeros(shape, np.bool_)  # at a barrier

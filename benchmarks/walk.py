@@ -1,21 +1,21 @@
-"""Which instructions a program executes, and what its loads and stores touch, without its data.
+"""Trace the instructions that a program executes and its memory accesses, without its data.
 
-Loop bounds and addresses are integer arithmetic on a launch's arguments and the numbers of program
-and thread. `walk` does that arithmetic (``registers.py``) for all threads of a program at once;
-what comes from memory or is floating-point is unknown, except that tensors of integers (targets,
-counts) hold 0. Then
+Loop bounds and addresses are integer arithmetic on a launch's arguments and the program and thread
+indices. `walk` does that arithmetic (``registers.py``) for all threads of a program at once; values
+from memory and floating-point values are unknown, except that integer tensors (targets, counts)
+hold 0. Then
 
-- a branch is followed where its predicate is known; threads that part meet again at the lowest
+- a branch with a known predicate is followed; threads that diverge reconverge at the lowest
   address, as on the hardware;
-- one whose predicate is unknown is not taken: what it would skip is executed, so that all mentors
-  are active and all rows valid;
-- a counter that all programs share (an atomic without a fence, an integer that is read past L1) is
-  beyond any bound: others have taken all turns, and whom the program waits for has been. For the
-  first program of all, the first such atomic gives 0;
-- the first branch on what is unknown after an atomic behind a fence asks whether the program is the
-  last to arrive. It is, and what it executes from there on is the tail, which the others do not.
+- a branch with an unknown predicate is not taken: what it would skip is executed, so that all
+  mentors are active and all rows valid;
+- a counter shared by all programs (an atomic without a fence, an integer read past L1) exceeds any
+  bound: other programs have taken all slices, and the awaited ones have finished. In the very first
+  program, the first such atomic returns 0;
+- the first branch on an unknown value after an atomic behind a fence tests whether the program is
+  the last to arrive. It is, and what it executes from there on is the tail, which only it executes.
 
-A loop whose end is unknown is an error, as is an instruction that is not modelled.
+A loop with an unknown end is an error, as is an instruction that is not modelled.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ _IGNORED = ("RZ", "URZ", "PT", "UPT")
 
 
 class NotModelledError(Exception):
-    """The kernel does what this reading of it cannot follow."""
+    """The kernel does something that cannot be traced."""
 
 
 class Caches(NamedTuple):
-    """How many bytes a program may touch until a line that it touched has left L1, and L2."""
+    """The bytes that a program may touch before a line that it touched is evicted from L1, L2."""
 
     l1: float
     l2: float
@@ -51,10 +51,10 @@ class Caches(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """What `simulator.play` takes, of one program."""
+    """The input of `simulator.play` for one program."""
 
     path: np.ndarray  # int64 [steps, 3]: instruction, bits of the warps that execute it, access
-    tail: np.ndarray  # likewise, of the last program; empty if nothing asks for it
+    tail: np.ndarray  # likewise, of the last program; empty if no branch tests for it
     traffic: np.ndarray  # float64 [accesses, warps, 4]: bytes by where they come from
     takes_turns: bool  # whether the first programs do more than the others
 
@@ -69,12 +69,12 @@ def walk(
     *,
     first: bool = False,
 ) -> Walked:
-    """Walk through the program in the middle of the grid, as if it were the last to arrive.
+    """Trace the program in the middle of the grid, as if it were the last to arrive.
 
     Args:
         constants: 32-bit words of constant bank 0, by offset; pointers are tensor << SPACE.
         integers: for each tensor, from 1, whether it holds integers.
-        first: whether it is the first to take a turn.
+        first: whether it is the first to take a slice.
 
     """
     walker = _Walker(code, constants, integers, grid, n_warps, caches)
@@ -95,7 +95,7 @@ def walk(
 
 
 class _Walker:
-    """Threads of a program and of its neighbour: what both touch, all programs share."""
+    """Threads of a program and of its neighbour; what both touch is shared by all programs."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class _Walker:
         self.turns: list[int] = []
         self.takes_turns = self.fenced = self.arrived = False
         self.decision = 0
-        self.special = {  # what needs more than the registers
+        self.special = {  # instructions that need more than the registers
             **dict.fromkeys(("VOTE", "VOTEU"), self._vote),
             **dict.fromkeys(("LDL", "STL"), self._spilled),
             **dict.fromkeys(("LDS", "STS"), self._in_shared),
@@ -142,7 +142,7 @@ class _Walker:
         return np.zeros((self.n_warps, 4))
 
     def straight(self, at: int, stop: int, active: np.ndarray) -> list[tuple[int, np.ndarray]]:
-        """Execute until a branch, or until others wait at ``stop``; who goes on where."""
+        """Execute until a branch, or until others wait at ``stop``; where threads continue."""
         mine = active[: self.n_threads].reshape(self.n_warps, 32).any(1)
         warps = int(mine @ (1 << np.arange(self.n_warps)))
         everyone = bool(active.all())
@@ -203,7 +203,7 @@ class _Walker:
     def _write(
         self, results: Mapping[str, Value], guard: Value, active: np.ndarray, everyone: bool
     ) -> None:
-        """Who does not execute it keeps what was there; what nobody knew may be overwritten."""
+        """Threads that do not execute it keep their values; unknown ones may be overwritten."""
         values = self.registers.values
         for name, value in results.items():
             if name in _IGNORED:
@@ -247,7 +247,7 @@ class _Walker:
         return {names[0]: np.repeat(votes, 32)}
 
     def _spilled(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
-        """Registers that wait in local memory come back as they were."""
+        """Registers spilled to local memory are restored unchanged."""
         read, count = self.registers.values.get, instruction.width // 4
         if instruction.opcode.startswith("STL"):
             at, source = instruction.operands
@@ -271,7 +271,7 @@ class _Walker:
         return dict.fromkeys(names, 0) | {names[-1]: number}
 
     def _in_shared(self, instruction: Instruction, where: np.ndarray) -> dict[str, Value]:
-        """One number for all threads goes through shared memory; what else does is unknown."""
+        """A value common to all threads passes through shared memory; others become unknown."""
         place = next(x for x in instruction.operands if x[0] == "[")
         terms = [self.registers.read(x) for x in place.strip("[]").split("+")]
         known = all(isinstance(x, int) for x in terms)
@@ -325,7 +325,7 @@ class _Walker:
         return total if found else None
 
     def _access(self, instruction: Instruction, where: np.ndarray) -> int:
-        """Note the bytes that each warp moves; the number of the access."""
+        """Record the bytes that each warp moves; returns the number of the access."""
         row = self.no_bytes()
         self.traffic.append(row)
         mine = where[: self.n_threads]
@@ -357,7 +357,7 @@ class _Walker:
         self.touched[sector] = self.bytes_touched
 
     def _source(self, sector: int, through_l1: bool) -> int:
-        """The column of the traffic: from where a sector is read."""
+        """The column of the traffic: where a sector is read from."""
         since = self.bytes_touched - self.cached.get(sector, -np.inf)
         if through_l1 and since <= self.caches.l1:
             self.cached[sector] = self.bytes_touched

@@ -80,7 +80,7 @@ def _page(run: RunRecords) -> Page:
 
 
 def _title(run: RunRecords) -> tuple[str, str]:
-    """The title of a run's page, and the facts below it."""
+    """The title of a run's page, and the line below it."""
     heading = "Mentors" if run.student is None else f"Classroom of {run.student}"
     if run.student and run.method != "classroom":
         phase = "alone" if run.method == "alone" else "student"

@@ -100,7 +100,9 @@ def test_a_dead_student_is_told_once_and_on_the_page(tmp_path, monkeypatch):
     out = tmp_path / "run"
     text = run(short, colours(80), out)
     (line,) = (line for line in text.splitlines() if "at chance" in line)
-    assert line.startswith("resnet8 alone, epoch 10: training top-1 is 33.8%, at chance: naming ")
+    assert line.startswith(
+        "resnet8 alone, epoch 10: training top-1 is 33.8%, at chance: always predicting "
+    )
     assert line.endswith("gives 33.8%; try a lower training.learning_rate or training.clip_norm=1")
     shares = [record.get("chance_top1") for record in records(out)]
     assert shares == [None] * 9 + [27 / 80] * 2

@@ -115,7 +115,7 @@ def test_features_are_not_cached(tmp_path, asked):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs 0.0 MB for 2 of 2 mentors, 0.0 MB free: take ment"):
+    with pytest.raises(UserError, match=r"needs 0.0 MB for 2 of 2 mentors, 0.0 MB free: set ment"):
         train(tmp_path / "run", CACHED)
     assert not list(logits_folder().iterdir())
 
@@ -284,7 +284,7 @@ def test_batches_of_a_dataloader_cannot_be_cached():
         torch.from_numpy(images).permute(0, 3, 1, 2).float(), torch.tensor(targets)
     )
     loader = DataLoader(data, batch_size=8)
-    with pytest.raises(UserError, match="which a DataLoader's batches are not"):
+    with pytest.raises(UserError, match="which a DataLoader's batches lack"):
         distill(
             create("resnet8", 3),
             {"a": create("resnet8", 3)},
