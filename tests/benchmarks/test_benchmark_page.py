@@ -208,14 +208,12 @@ def test_the_summary_after_a_gpu_run(gpu_records, tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(sys, "argv", ["summary.py", str(tmp_path)])
     summary.main()
     lines = capsys.readouterr().out.splitlines()
-    assert (
-        "loss     B 64, C 100, M 6, float32: 4.00 µs (4.25 with the report), 80 % of the roofline"
-        in lines
-    )
+    loss = "B 64, C 100, M 6, float32: 4.00 µs (4.25 with the report), 80 % of the roofline"
+    assert f"{'loss':12}{loss}" in lines
     (cifar,) = (line for line in lines if line.endswith("[CIFAR]"))
     assert "16.0× eager, 2.5× best torch.compile" in cifar
     assert any("compile max-autotune: failed: RuntimeError" in line for line in lines)
-    assert "loaders  resident, 32 pixels, batch 512: 64.0 million images/s" in lines
+    assert "loaders     resident, 32 pixels, batch 512: 64.0 million images/s" in lines
     assert any("800 images/s, 16.0× the loop, 12 % outside the networks" in line for line in lines)
 
 

@@ -113,7 +113,7 @@ def test_the_language_model_learns_and_its_sick_mentor_is_named(output_of):
 
 
 @pytest.mark.slow
-def test_in_trl_the_student_learns_from_its_mentors_alone():
+def test_in_trl_the_student_learns_from_its_mentors_alone(output_of):
     output = output_of(ROOT / "examples/trl_distillation.py", "--steps", "50")
     found = re.findall(r"^(\w+): top-1 (\d+\.\d)% of 14336 tokens", output, re.MULTILINE)
     assert [name for name, _ in found] == ["teacher", "peer", "student"]

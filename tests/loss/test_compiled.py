@@ -77,10 +77,11 @@ def test_wide_loads_and_no_spill(compile_all, n_classes, dtype):
         n_loads, rest = divmod(rows * cut.BLOCK_C * dtype.itemsize, threads * width)
         assert rest == 0
         # Besides at most the target class, 8 bytes, and the logit of each row that it names; AMD's
-        # compiler may take these as scalars.
+        # compiler may take these as scalars, and keep a row in registers.
         wide = Counter({width: n_loads})
+        kept = Counter({width: n_loads // rows}) if target.startswith("hip") else Counter()
         others = Counter({8: 1}) + Counter({dtype.itemsize: n_mentors + 1})
-        assert wide <= Counter(got.loads) <= wide + others, f"{target}: {got.loads}"
+        assert wide - kept <= Counter(got.loads) <= wide + others, f"{target}: {got.loads}"
 
 
 def test_every_pair_of_values_is_compiled_somewhere():
@@ -153,8 +154,6 @@ def sampled():
     Two mentors compile in seconds, sixteen in minutes.
     """
     rows = [row for row in compiled.covering(compiled.FACTORS) if row["n_mentors"] <= 2]
-    # There one kernel is known to spill 8 bytes (docs/kernel.md); the record counts all that do.
-    rows = [row for row in rows if (row["target"], row["n_classes"]) != ("cuda:80", 32_768)]
     chosen = {}
     for row in rows:
         chosen.setdefault((row["target"], row["n_classes"] >= 9000), row)
@@ -164,9 +163,14 @@ def sampled():
 
 @pytest.mark.slow
 def test_a_sample_of_the_covering_rows_compiles(compile_all):
+    """None fails, and none spills more than the committed record says."""
+    record = json.loads((compiled.KERNELS.parent / "benchmarks/results/compiled.json").read_text())
+    rows = compiled.covering(compiled.FACTORS)
     for row, call in zip(sampled(), compile_all(compiled.compile_row, sampled()), strict=True):
         assert "error" not in call, f"{row}: {call['error']}"
-        assert compiled.spilled(call) == 0, f"{row}: {call}"
+        known = record["compiled"][rows.index(row)]
+        assert [known[key] for key in ("target", "n_classes")] == [row["target"], row["n_classes"]]
+        assert compiled.spilled(call) <= compiled.spilled(known), f"{row}: {call}"
 
 
 FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 6), "target": ("cuda:90",)}

@@ -16,7 +16,6 @@ from classroomkd import (
 )
 from classroomkd.loss import fused, operators
 from classrooms import classroom
-from processes import context
 
 # No Triton here: spawned processes import this module before they choose how to run kernels.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -527,7 +526,5 @@ def in_two_processes(rank, folder):
 
 @pytest.mark.slow
 def test_ranks_over_a_process_group(tmp_path):
-    context()
-    multiprocessing.start_processes(
-        in_two_processes, (str(tmp_path),), 2, start_method="forkserver"
-    )
+    # Interpreted kernels need a process that has not imported Triton yet.
+    multiprocessing.start_processes(in_two_processes, (str(tmp_path),), 2, start_method="spawn")
