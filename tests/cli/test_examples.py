@@ -76,6 +76,7 @@ def run_example(monkeypatch, capsys, example: Path, *arguments: str) -> str:
 
     assert command == ["python", f"examples/{example.name}"]
     monkeypatch.setattr(sys, "argv", [*command[1:], *arguments])
+    monkeypatch.syspath_prepend(str(example.parent))  # as Python does for a script
     capsys.readouterr()
     runpy.run_path(str(example), run_name="__main__")
     return capsys.readouterr().out
