@@ -58,7 +58,9 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
         pieces = triton.cdiv(n_classes, piece)
         rows = max(1, 4 * warp_size // (n_lanes * piece))
         if rows * n_lanes * piece * pieces <= _MAX_VALUES_HELD * warp_size * num_warps:
-            return Blocks(piece, rows, num_warps, pieces)
+            # Left to itself the compiler spills a register of several rows on capability 8.0.
+            limit = 128 if rows > 1 and warp_size == 32 else None
+            return Blocks(piece, rows, num_warps, pieces, max_registers=limit)
         num_warps *= 2
     return None
 

@@ -163,14 +163,9 @@ def sampled():
 
 @pytest.mark.slow
 def test_a_sample_of_the_covering_rows_compiles(compile_all):
-    """None fails, and none spills more than the committed record says."""
-    record = json.loads((compiled.KERNELS.parent / "benchmarks/results/compiled.json").read_text())
-    rows = compiled.covering(compiled.FACTORS)
     for row, call in zip(sampled(), compile_all(compiled.compile_row, sampled()), strict=True):
         assert "error" not in call, f"{row}: {call['error']}"
-        known = record["compiled"][rows.index(row)]
-        assert [known[key] for key in ("target", "n_classes")] == [row["target"], row["n_classes"]]
-        assert compiled.spilled(call) <= compiled.spilled(known), f"{row}: {call}"
+        assert compiled.spilled(call) == 0, f"{row}: {call}"
 
 
 FACTORS = {"n_classes": (10, 9000), "n_mentors": (1, 6), "target": ("cuda:90",)}
