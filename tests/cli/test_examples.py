@@ -57,12 +57,13 @@ def test_examples_are_short(name, lines):
 def output_of(monkeypatch, capsys):
     """What an example prints, run as its docstring says with these arguments.
 
-    It runs in this process, which has imported its libraries: as ``__main__``, and without the
-    folders of the tests.
+    It runs in this process, which has imported its libraries, as ``__main__``.
     """
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "path", [p for p in sys.path if Path(p).parent != ROOT])
+    # Its own folder in place of the tests', as Python does for a script.
+    others = [p for p in sys.path if Path(p).parent != ROOT]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *others])
     return functools.partial(run_example, monkeypatch, capsys)
 
 
@@ -76,7 +77,6 @@ def run_example(monkeypatch, capsys, example: Path, *arguments: str) -> str:
 
     assert command == ["python", f"examples/{example.name}"]
     monkeypatch.setattr(sys, "argv", [*command[1:], *arguments])
-    monkeypatch.syspath_prepend(str(example.parent))  # as Python does for a script
     capsys.readouterr()
     runpy.run_path(str(example), run_name="__main__")
     return capsys.readouterr().out
