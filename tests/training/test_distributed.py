@@ -16,12 +16,15 @@ KINDS = ("alone", "sample", "batch", "scaled", "clipped")
 # loss; argv: where to save, batch size of each process.
 SCRIPT = f"""
     import sys
+    from dataclasses import asdict
     import torch
     import torch.distributed as dist
     from torch import nn
     from small_runs import colours
     from classroomkd.loss.methods import Method, create
-    from classroomkd.data import Augmentation, ResidentLoader
+    from classroomkd.data import Augmentation, Loaders, ResidentLoader
+    from classroomkd.models import NetworkInfo
+    from classroomkd.training.evaluation import evaluate, evaluation_loader
     from classroomkd.training.config import TrainingConfig
     from classroomkd.training.distributed import Processes
     from classroomkd.training.mentor_bank import MentorBank
@@ -76,6 +79,11 @@ SCRIPT = f"""
         )
         trainer.train_epoch()
         outcomes[kind] = trainer.network.state_dict() | method.state_dict()
+    images = colours(97)  # which two processes cannot share evenly
+    info = NetworkInfo("two layers", images.classes, (0.5,) * 3, (0.25,) * 3, 8)
+    loaders = Loaders("resident", [images], "cpu")
+    held_out = evaluation_loader(loaders, images, info, **processes.place)
+    outcomes["evaluation"] = asdict(evaluate(network(0), held_out, processes))
     if processes.is_main:
         torch.save(outcomes, path)
 """
@@ -106,8 +114,8 @@ def launch(script, processes, *arguments, cwd=None):
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """What one process trains, and what two do with half the batch each: by kind, by name."""
+def outcomes(tmp_path_factory):
+    """Of one process, and of two with half the batch each: the weights by kind, the evaluation."""
     folder = tmp_path_factory.mktemp("trained")
     launch(SCRIPT, 1, folder / "one.pt", 16)
     launch(SCRIPT, 2, folder / "two.pt", 8)
@@ -116,8 +124,8 @@ def weights(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_as_one(weights, kind):
-    one, two = (each[kind] for each in weights)
+def test_two_processes_train_as_one(outcomes, kind):
+    one, two = (each[kind] for each in outcomes)
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
     start = torch.nn.Conv2d(3, 8, 3, stride=2)
@@ -125,6 +133,16 @@ def test_two_processes_train_as_one(weights, kind):
     start.reset_parameters()
     assert (one["0.weight"] - start.weight).abs().max() > 0.01  # it did learn
     assert kind != "scaled" or abs(one["temperature"] - 2) > 0.01
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(outcomes):
+    one, two = (each["evaluation"] for each in outcomes)
+    assert one["images"] == 97
+    per_class = one.pop("per_class")
+    assert len(per_class) == 3
+    assert two.pop("per_class") == pytest.approx(per_class)
+    assert two == pytest.approx(one)
 
 
 @pytest.mark.slow
