@@ -90,6 +90,8 @@ def call_launches(
     mentor_dtypes: Sequence[torch.dtype] | None = None,
     targets: torch.dtype = torch.int64,
     row_padding: int = 0,
+    n_positions: int | None = None,
+    row_weight: bool = False,
     mentor_weight: torch.dtype | None = None,
     ranking: str = "sample",
     gradient: str = "finished",
@@ -103,7 +105,10 @@ def call_launches(
         dtype: of the student's logits, and of the mentors' unless given by ``mentor_dtypes``, in
             order.
         targets: an integer type for class indices, a floating-point one for class probabilities.
-        row_padding: elements before each row of the logits, and of class probabilities.
+        row_padding: elements before each row of the logits, and of class probabilities; before each
+            image's with ``n_positions``.
+        n_positions: logits are [B, C, P] in memory of this order, with B · P = ``n_rows``.
+        row_weight: whether rows have weights.
         mentor_weight: its dtype, if given as a tensor; scale: the dtype of the scale for "scaled".
         gradient: "none"; "autograd", with a backward kernel; "finished", as in
             `fused_classroom_loss_and_grad`; "scaled", the same with a scale.
@@ -115,9 +120,12 @@ def call_launches(
     """
 
     def rows(of: torch.dtype) -> Tensor:
-        wide = torch.empty(n_rows, row_padding + n_classes, dtype=of, device="meta")
-        return wide[:, row_padding:]
+        numbers = n_classes * (n_positions or 1)
+        wide = torch.empty(n_images, row_padding + numbers, dtype=of, device="meta")
+        flat = wide[:, row_padding:]
+        return flat if n_positions is None else flat.unflatten(1, (n_classes, n_positions))
 
+    n_images = n_rows // (n_positions or 1)
     student = rows(dtype)
     mentors = [
         rows(mentor_dtypes[m % len(mentor_dtypes)] if mentor_dtypes else dtype)
@@ -141,6 +149,7 @@ def call_launches(
         student,
         mentors,
         target_values,
+        number.new_empty(n_rows) if row_weight else None,
         None if mentor_weight is None else number.new_empty(n_mentors, dtype=mentor_weight),
         ell_sums,
         chosen,
@@ -153,7 +162,10 @@ def call_launches(
     if gradient == "autograd":
         mean = chosen.reduction == "mean"
         _, launches["scale_rows"] = scaling_launch(
-            outputs.grad, outputs.loss, outputs.count if mean else None
+            outputs.grad,
+            outputs.loss,
+            number.new_empty(n_rows) if row_weight else None,
+            outputs.count if mean else None,
         )
     return launches
 
@@ -263,8 +275,9 @@ def _described(kernel: triton.JITFunction, given: Mapping[str, Any]) -> dict[str
         value = given[parameter.name]
         if parameter.is_constexpr:
             arguments[parameter.name] = tl.constexpr(value)
-        elif parameter.do_not_specialize:
-            arguments[parameter.name] = parameter.annotation_type
+        elif parameter.do_not_specialize and value is not None:
+            # Where no type is given, it is the value's, of which Triton looks at nothing else.
+            arguments[parameter.name] = parameter.annotation_type or _integer(value)
         elif isinstance(value, tuple):
             arguments[parameter.name] = tuple(map(_type_of, value))
         else:
@@ -281,8 +294,11 @@ def _type_of(value: object) -> object:
         return "fp32"
     if value is None or value == 1:
         return value
-    kind = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return f"{kind} of 16" if value % 16 == 0 else kind
+    return _integer(value) + (" of 16" if value % 16 == 0 else "")
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def _source(kernel: triton.JITFunction, arguments: dict[str, object]) -> ASTSource:

@@ -14,9 +14,12 @@ and add their counts to the tally; before writing its gradient a program waits u
 counted. This cannot deadlock: when a program waits, all slices have been taken, each by a program
 that is already running. So each target is read once, by the first programs to start.
 
-**Sums.** Each row stores its statistics. The last program of a group to finish sums those of the
-group and stores the result, and the last program overall sums the groups. Groups are consecutive
-programs, so that the order of all additions depends only on the batch size.
+**Sums.** Each program stores the sums of its rows' statistics. The last program of a group to
+finish sums those of the group and stores the result, and the last program overall sums the groups.
+Groups are consecutive programs, so that the order of all additions depends only on the batch size.
+
+**Weights of rows** are summed before the launch instead: a sum of floats that is tallied as the
+count is would depend on the order in which programs run.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from classroomkd.kernels.report_layout import BATCH_STATISTICS, MENTOR_STATISTIC
 
 SLICE = tl.constexpr(512)
 _TICKETS, _TALLY, _GROUPS, _MEMBERS = (tl.constexpr(i) for i in (0, 1, 2, 4))
-# A row's statistics: its loss, whether it is valid, then the report's numbers in their order.
+# Statistics: loss, valid rows, then the report's numbers in their order.
 _FIRST = tl.constexpr(2)
 _ACTIVE, _RANK, _TAU, _KL = (
     tl.constexpr(MENTOR_STATISTICS.index(name))
@@ -78,75 +81,76 @@ def _counted(state_ptr, n_rows):
 
 
 @triton.jit
-def gradient_factor(
-    scale_ptr, state_ptr, count, n_rows, MEAN: tl.constexpr, SCALE_GRAD: tl.constexpr
-):
+def _weight_total(weight_sum_ptr):
+    """What a weighted mean is divided by; rows without weight have a loss of 0."""
+    total = tl.load(weight_sum_ptr)
+    return tl.where(total == 0.0, 1.0, total)
+
+
+@triton.jit
+def gradient_factor(scale_ptr, weight_sum_ptr, state_ptr, count, n_rows, MEAN: tl.constexpr):
     """The factor of every row's gradient: the scale, and for the mean 1 / valid rows.
 
-    ``count`` is the result of `count_slices`, or None if all rows are valid.
+    ``count`` is the result of `count_slices`, or None if all rows are valid. Rows that have weights
+    are divided by the sum of these instead.
     """
     factor = 1.0
-    if SCALE_GRAD:
-        if scale_ptr is not None:
-            factor = tl.load(scale_ptr).to(tl.float32)
-        if MEAN:
-            if count is None:
-                count = n_rows
-            elif n_rows > SLICE:
-                count = _counted(state_ptr, n_rows)
-            factor /= tl.maximum(count, 1).to(tl.float32)
+    if scale_ptr is not None:
+        factor = tl.load(scale_ptr).to(tl.float32)
+    if MEAN and weight_sum_ptr is not None:
+        factor /= _weight_total(weight_sum_ptr)
+    elif MEAN:
+        if count is None:
+            count = n_rows
+        elif n_rows > SLICE:
+            count = _counted(state_ptr, n_rows)
+        factor /= tl.maximum(count, 1).to(tl.float32)
     return factor
 
 
 @triton.jit
-def store_stat(row_stats_ptr, row, n_rows, number, values, N_STATS: tl.constexpr):
-    """Store one statistic [R] of the rows."""
-    tl.store(row_stats_ptr + row * N_STATS + number, values, mask=row < n_rows)
+def store_stat(stats_ptr, number, values, N_STATS: tl.constexpr):
+    """Store the sum of one statistic [R] over the program's rows."""
+    place = tl.program_id(0).to(tl.int64) * N_STATS + number
+    tl.store(stats_ptr + place, tl.sum(values, 0))
 
 
 @triton.jit
-def store_lanes(
-    row_stats_ptr, row, n_rows, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr
-):
-    """Store M statistics of the rows from lanes [R, K], starting at ``number``."""
-    place = row[:, None] * N_STATS + number - 1 + lane
-    tl.store(row_stats_ptr + place, values, mask=(row < n_rows)[:, None] & (lane > 0) & (lane <= M))
+def store_lanes(stats_ptr, number, values, lane, M: tl.constexpr, N_STATS: tl.constexpr):
+    """Store the sums of M statistics in lanes [R, K], starting at ``number``."""
+    place = tl.program_id(0).to(tl.int64) * N_STATS + number - 1 + lane
+    sums = tl.sum(values, 0)[None, :]
+    tl.store(stats_ptr + place, sums, mask=(lane > 0) & (lane <= M))
 
 
 @triton.jit
 def store_report(
-    row_stats_ptr,
-    row,
-    n_rows,
+    stats_ptr,
     lane,
     valid,  # [R], as are confidence, cross_entropy and mentor_loss
-    active,  # [R, K], as are share, tau and kl
-    share,
-    tau,
-    kl,
+    of_mentors,  # [R, K] each: active, share, τ, KL
     confidence,
     cross_entropy,
     mentor_loss,
     M: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
-    """A row's numbers for the report; all 0 for invalid rows."""
+    """The rows' numbers for the report; all 0 for invalid rows."""
+    active, share, tau, kl = of_mentors
     rank = tl.where(valid[:, None], share * M, 0.0)
     tau = tl.where(valid[:, None], tau, 0.0)
     first: tl.constexpr = _FIRST
-    store_lanes(
-        row_stats_ptr, row, n_rows, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS
-    )
-    store_lanes(row_stats_ptr, row, n_rows, first + _RANK * M, rank, lane, M, N_STATS)
-    store_lanes(row_stats_ptr, row, n_rows, first + _TAU * M, tau, lane, M, N_STATS)
-    store_lanes(row_stats_ptr, row, n_rows, first + _KL * M, kl, lane, M, N_STATS)
+    store_lanes(stats_ptr, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS)
+    store_lanes(stats_ptr, first + _RANK * M, rank, lane, M, N_STATS)
+    store_lanes(stats_ptr, first + _TAU * M, tau, lane, M, N_STATS)
+    store_lanes(stats_ptr, first + _KL * M, kl, lane, M, N_STATS)
     of_batch: tl.constexpr = _FIRST + _PER_MENTOR * M
     confidence = tl.where(valid, confidence, 0.0)
     cross_entropy = tl.where(valid, cross_entropy, 0.0)
     mentor_loss = tl.where(valid, mentor_loss, 0.0)
-    store_stat(row_stats_ptr, row, n_rows, of_batch + _CONFIDENCE, confidence, N_STATS)
-    store_stat(row_stats_ptr, row, n_rows, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
-    store_stat(row_stats_ptr, row, n_rows, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
+    store_stat(stats_ptr, of_batch + _CONFIDENCE, confidence, N_STATS)
+    store_stat(stats_ptr, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
+    store_stat(stats_ptr, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
 
 
 @triton.jit
@@ -164,8 +168,8 @@ def is_last(counter_ptr, n):
 
 
 @triton.jit
-def sum_row_stats(
-    row_stats_ptr, n, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
+def _sum_stats(
+    stats_ptr, n, N_STATS: tl.constexpr, BLOCK_STATS: tl.constexpr, BLOCK_R: tl.constexpr
 ):
     """Sums [BLOCK_STATS] over statistics [n, N_STATS]."""
     stat = tl.arange(0, BLOCK_STATS)
@@ -175,62 +179,61 @@ def sum_row_stats(
         inside = (index < n)[:, None] & (stat < N_STATS)[None, :]
         offsets = index.to(tl.int64)[:, None] * N_STATS + stat[None, :]
         # Other programs wrote these: read from the shared L2 cache.
-        sums += tl.load(row_stats_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+        sums += tl.load(stats_ptr + offsets, mask=inside, other=0.0, cache_modifier=".cg")
     return tl.sum(sums, 0)
 
 
 @triton.jit
 def sum_batch(
-    row_stats_ptr,  # [B + groups, N_STATS]
+    stats_ptr,  # [programs + groups, N_STATS]
     state_ptr,
-    n_rows,
     group_programs,
-    ROWS: tl.constexpr,
     N_STATS: tl.constexpr,
     BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Whether this is the last program overall, and if so the sums [BLOCK_STATS] over all rows."""
+    n_programs = tl.num_programs(0)
     group = tl.program_id(0) // group_programs
-    n_groups = tl.cdiv(tl.num_programs(0), group_programs)
+    n_groups = tl.cdiv(n_programs, group_programs)
     first = group * group_programs
-    members = tl.minimum(group_programs, tl.num_programs(0) - first)
+    members = tl.minimum(group_programs, n_programs - first)
     last = is_last(state_ptr + _MEMBERS + group, members)
     sums = tl.zeros([BLOCK_STATS], tl.float32)
     if last:
-        n = tl.minimum(members * ROWS, n_rows - first * ROWS)
-        start_ptr = row_stats_ptr + first.to(tl.int64) * ROWS * N_STATS
-        sums = sum_row_stats(start_ptr, n, N_STATS, BLOCK_STATS, BLOCK_R)
+        start_ptr = stats_ptr + first.to(tl.int64) * N_STATS
+        sums = _sum_stats(start_ptr, members, N_STATS, BLOCK_STATS, BLOCK_R)
         if n_groups > 1:
-            groups_ptr = row_stats_ptr + n_rows.to(tl.int64) * N_STATS
+            groups_ptr = stats_ptr + n_programs.to(tl.int64) * N_STATS
             stat = tl.arange(0, BLOCK_STATS)
             tl.store(groups_ptr + group * N_STATS + stat, sums, mask=stat < N_STATS)
             last = is_last(state_ptr + _GROUPS, n_groups)
             if last:
-                sums = sum_row_stats(groups_ptr, n_groups, N_STATS, BLOCK_STATS, BLOCK_R)
+                sums = _sum_stats(groups_ptr, n_groups, N_STATS, BLOCK_STATS, BLOCK_R)
     return last, sums
 
 
 @triton.jit
 def store_batch(
     sums,  # [BLOCK_STATS]
-    loss_ptr,
-    count_ptr,
-    report_ptr,
+    results,
+    weight_sum_ptr,
     state_ptr,
     M: tl.constexpr,
     REDUCTION: tl.constexpr,
     N_STATS: tl.constexpr,
     BLOCK_STATS: tl.constexpr,
 ):
-    """Finish the batch in the last program: loss, count, report, and reset of the state."""
+    """In the last program: loss, what a mean is divided by, report, and reset of the state."""
+    loss_ptr, count_ptr, report_ptr = results
     tl.store(state_ptr + _TICKETS, 0)
     tl.store(state_ptr + _TALLY, 0)
     stat = tl.arange(0, BLOCK_STATS)
     n_valid = tl.maximum(tl.sum(tl.where(stat == 1, sums, 0.0), 0), 1.0)
-    tl.store(count_ptr, n_valid)
+    count = n_valid if weight_sum_ptr is None else _weight_total(weight_sum_ptr)
+    tl.store(count_ptr, count)
     if REDUCTION != "none":
-        loss = sums / n_valid if REDUCTION == "mean" else sums
+        loss = sums / count if REDUCTION == "mean" else sums
         tl.store(loss_ptr + stat, loss, mask=stat == 0)
     if report_ptr is not None:
         # KL is a mean over the rows with the mentor active, counted by its first number.

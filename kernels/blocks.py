@@ -87,6 +87,11 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
     return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
 
 
+def position_blocks(n_mentors: int, warp_size: int) -> Blocks:
+    """Blocks for dense logits in place: a position per thread, four classes a step."""
+    return Blocks(4, 4 * warp_size, 4)
+
+
 def scaling_blocks(n_classes: int) -> Blocks:
     """Blocks of 1024 elements for the elementwise backward, eight per thread."""
     block_c = min(triton.next_power_of_2(n_classes), 1024)
@@ -99,12 +104,12 @@ class SumBlocks(NamedTuple):
     BLOCK_STATS: int
     BLOCK_R: int
     group_programs: int
-    """Programs whose rows the last of them adds up; the last group's adds up the sums of all."""
+    """Programs whose sums the last of them adds up; the last group's adds up those of all."""
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
-    """Blocks for sums over rows of statistics, 32 numbers per thread at a time."""
+    """Blocks for sums over programs' statistics, 32 numbers per thread at a time."""
     block_stats = triton.next_power_of_2(n_stats)
     block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)
-    group = max(triton.cdiv(block_r, cut.ROWS), triton.cdiv(n_programs, MAX_GROUPS))
+    group = max(block_r, triton.cdiv(n_programs, MAX_GROUPS))
     return SumBlocks(block_stats, block_r, group)

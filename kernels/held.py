@@ -15,6 +15,7 @@ from classroomkd.kernels.device import (
     LOG2E,
     cross_terms,
     exponents,
+    lane_of,
     log_confidence,
     smoothed,
 )
@@ -55,10 +56,12 @@ def held_confidences(
 
 
 @triton.jit
-def held_kd_sums(ds, students, s_max, tau_m, tau_s, SAME_TAU: tl.constexpr):
+def held_kd_sums(ds, students, lessons, SAME_TAU: tl.constexpr):
     """The sums of e_m, of e_s and of the cross terms of each lane [R, K], and the pieces of e_m and
     e_s.
     """
+    maxima, tau_m, tau_s, _, lane = lessons
+    s_max = lane_of(maxima, lane, 0)
     scale_m = (1.0 / tau_m * LOG2E)[:, :, None]
     scale_s = (1.0 / tau_s * LOG2E)[:, :, None]
     sums_m = tl.zeros_like(ds[0])
@@ -83,19 +86,13 @@ def store_held_gradient(
     grad_ptr,
     es_m,
     es_s,
-    coef_m,  # [R, K], as is coef_s
-    coef_s,
-    target_ptr,
-    target_stride,
-    label_smoothing,
+    coefficients,  # [R, K] each
+    labels,
+    of_rows,
     row,
     target,
     lane,
     column,
-    task,  # [R, 1]
-    factor,
-    valid,  # [R]
-    nonfinite,
     n_rows,
     C: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -105,6 +102,9 @@ def store_held_gradient(
     Each sum over lanes is available in all of them; lane i takes that of piece i, so that the rest
     is done once per column, with one store.
     """
+    target_ptr, target_stride, label_smoothing, _ = labels
+    task, factor, valid, nonfinite = of_rows
+    coef_m, coef_s = coefficients
     K: tl.constexpr = lane.shape[1]
     PIECES: tl.constexpr = len(es_m)
     for first in tl.static_range(0, PIECES, K):
@@ -121,6 +121,6 @@ def store_held_gradient(
             begin = (row * ALIGN * target_stride)[:, None, None]
             t = tl.load(target_ptr + begin + at, mask=inside, other=0.0).to(tl.float32)
         grad -= smoothed(t, label_smoothing, inside, C) * task[:, :, None]
-        grad = tl.where(nonfinite[:, None, None], float("nan"), grad * factor)
+        grad = tl.where(nonfinite[:, None, None], float("nan"), grad * factor[:, None, None])
         grad = tl.where(valid[:, None, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + (row * C)[:, None, None] + at, grad, mask=inside)

@@ -27,12 +27,8 @@ def _kd_sums(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
 @triton.jit
 def one_step_kd(
     begins,
-    maxima,  # [1, K], as are all down to active
-    tau_m,
-    tau_s,
-    weight,
-    active,
-    lane,
+    lessons,
+    weight,  # [1, K], as is e_sum
     e_sum,
     task,  # [1, 1]
     t_sum,
@@ -45,6 +41,7 @@ def one_step_kd(
 
     Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
     """
+    maxima, tau_m, tau_s, active, lane = lessons
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
@@ -84,17 +81,14 @@ def one_step_kd(
 @triton.jit
 def swept_kd_sums(
     begins,
-    maxima,  # [1, K], as are tau_m, tau_s and active
-    tau_m,
-    tau_s,
-    active,
-    lane,
+    lessons,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
     """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [1, K]."""
+    maxima, tau_m, tau_s, active, lane = lessons
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
@@ -141,10 +135,11 @@ def swept_kd_sums(
 
 
 @triton.jit
-def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C: tl.constexpr):
-    """Store columns of a row's gradient times the factor, in its dtype; row and valid [1]."""
+def store_tile(grad_ptr, grad, of_rows, row, column, inside, C: tl.constexpr):
+    """Store columns of a row's gradient times the factor, in its dtype."""
+    _, factor, valid, nonfinite = of_rows
     is_nan = tl.max(nonfinite.to(tl.int32), 0) > 0
-    grad = tl.where(is_nan, float("nan"), grad * factor)
+    grad = tl.where(is_nan, float("nan"), grad * tl.sum(factor, 0))
     grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)
     tl.store(grad_ptr + tl.sum(row, 0) * C + column, grad.to(grad_ptr.dtype.element_ty), inside)
 
@@ -153,54 +148,45 @@ def store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C:
 def store_row_gradient(
     grad_ptr,
     grad,  # [BLOCK_C], of `one_step_kd`
-    target_ptr,
-    label_smoothing,
+    labels,
+    of_rows,
     row,  # [1]
     target,
-    task,  # [1, 1]
-    factor,
-    valid,  # [1]
-    nonfinite,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SOFT: tl.constexpr,
 ):
     """Add the gradient's last term and store the gradient."""
+    target_ptr, label_smoothing, _ = labels
     column = tl.arange(0, BLOCK_C)
     inside = column < C
     if SOFT:
         t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
     else:
         t = tl.where(column == target, 1.0, 0.0)
-    grad -= smoothed(t, label_smoothing, inside, C) * tl.sum(tl.sum(task, 1), 0)
-    store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C)
+    grad -= smoothed(t, label_smoothing, inside, C) * tl.sum(of_rows[0])
+    store_tile(grad_ptr, grad, of_rows, row, column, inside, C)
 
 
 @triton.jit
 def swept_gradient(
     grad_ptr,
     begins,
-    target_ptr,
-    label_smoothing,
+    labels,
+    of_rows,
+    lessons,
+    coefficients,  # [1, K] each
     row,  # [1]
     target,
-    maxima,  # [1, K], as are all down to active
-    tau_m,
-    tau_s,
-    coef_m,
-    coef_s,
-    active,
-    lane,
-    task,  # [1, 1]
-    factor,
-    valid,  # [1]
-    nonfinite,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     SOFT: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
     """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's term in lane 0."""
+    target_ptr, label_smoothing, _ = labels
+    maxima, tau_m, tau_s, active, lane = lessons
+    coef_m, coef_s = coefficients
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
     scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
@@ -211,7 +197,7 @@ def swept_gradient(
     of_m = numbers_of(coef_m, lane, N)
     of_s = numbers_of(coef_s, lane, N)
     n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
-    a_s = tl.sum(task)
+    a_s = tl.sum(of_rows[0])
     for start in tl.range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)
         inside = column < C
@@ -231,4 +217,4 @@ def swept_gradient(
             d_m = tiles[m - 1].to(tl.float32) - z_max[m]
             grad += tl.exp2(exponents(d_s, scale_s[m])) * of_s[m]
             grad -= tl.exp2(exponents(d_m, scale_m[m])) * of_m[m]
-        store_tile(grad_ptr, grad, factor, row, column, inside, valid, nonfinite, C)
+        store_tile(grad_ptr, grad, of_rows, row, column, inside, C)

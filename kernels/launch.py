@@ -13,10 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
-from classroomkd.kernels.classroom import classroom_kernel
+from classroomkd.kernels.blocks import Blocks, blocks, position_blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.counters import launch_state
-from classroomkd.kernels.layout import alignment, unit_strides
+from classroomkd.kernels.layout import alignment, as_read, flattened, in_place, new_gradient
+from classroomkd.kernels.one_pass import classroom_kernel
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
 
@@ -32,11 +32,11 @@ class LaunchOutputs(NamedTuple):
     """The tensors that a launch writes."""
 
     loss: Tensor
-    """float32, 0-d, or [B] for reduction "none"."""
+    """float32, 0-d, or [N] for reduction "none"."""
     grad: Tensor | None
-    """[B, C] in the student's dtype: each row's own gradient, or with ``scale_grad`` the loss's."""
+    """Like the student's logits: each row's own, without weight; with ``scale_grad`` the loss's."""
     count: Tensor | None
-    """float32, 0-d: the valid rows, at least 1; None for reduction "none" without report."""
+    """float32, 0-d: what a mean is divided by; None for reduction "none" without report."""
     report: Tensor | None
     """float32, as ``report_layout`` describes."""
 
@@ -49,8 +49,8 @@ class Plan(NamedTuple):
     values: dict[str, Any]
     """By name, every argument of the kernel that is not a tensor."""
     blocks: Blocks
-    row_stats: int = 0
-    """The numbers that the rows leave to be summed."""
+    n_stats: int = 0
+    """The numbers that the programs leave to be summed."""
 
 
 class Launch(NamedTuple):
@@ -102,16 +102,21 @@ def classroom_plan(
     sums: bool = False,
     warp_size: int = WARP_SIZE,
 ) -> Plan:
-    """How a batch is launched; arguments as for `classroom_launch`, with unit class strides.
+    """How a batch is launched; arguments as for `classroom_launch`, laid out by `as_read`.
 
     ``sums`` asks for `confidence_sums` instead of loss and gradient.
     """
-    n_rows, n_classes = student.shape
-    n_mentors = len(mentors)
-    soft = targets.dim() == 2
-    align = alignment([student, *mentors, *([targets] if soft else [])])
+    n_classes, n_mentors = student.shape[1], len(mentors)
+    n_rows = student.numel() // n_classes
+    soft = targets.dim() > 1
     dtypes = {logits.dtype for logits in (student, *mentors)}
-    cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
+    if student.dim() == 3:
+        align, cut = 1, position_blocks(n_mentors, warp_size)
+        n_positions, image_factor, image_shift = _quotient(student.shape[2])
+    else:
+        align = alignment([student, *mentors, *([targets] if soft else [])])
+        cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
+        n_positions = image_factor = image_shift = None
     n_programs = triton.cdiv(n_rows, cut.ROWS)
     n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
     summing = sum_blocks(n_stats, n_programs, cut, warp_size)
@@ -121,6 +126,9 @@ def classroom_plan(
         "student_stride": student.stride(0) // align,
         "mentor_strides": tuple(mentor.stride(0) // align for mentor in mentors),
         "target_stride": targets.stride(0) // align if soft else None,
+        "n_positions": n_positions,
+        "image_factor": image_factor,
+        "image_shift": image_shift,
         "n_rows": n_rows,
         "group_programs": summing.group_programs,
         "temperature": float(options.temperature),
@@ -147,26 +155,32 @@ def classroom_plan(
         "SCALE_GRAD": scale_grad,
         "SUMS": sums,
     }
-    row_stats = (
-        n_stats * (n_rows + triton.cdiv(n_programs, summing.group_programs)) if summed else 0
-    )
-    return Plan(classroom_kernel, (n_programs,), values, cut, row_stats)
+    n_groups = triton.cdiv(n_programs, summing.group_programs)
+    n_stats = n_stats * (n_programs + n_groups) if summed else 0
+    return Plan(classroom_kernel, (n_programs,), values, cut, n_stats)
+
+
+def _quotient(divisor: int) -> tuple[int, int, int]:
+    """A divisor d > 1, and f, s such that n · f >> s is n // d for 0 ≤ n < 2³¹, within 63 bits."""
+    shift = 31 + (divisor - 1).bit_length()
+    return divisor, -(-(2**shift) // divisor), shift
 
 
 def _tensors(
     plan: Plan, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, **others: Tensor | None
 ) -> dict[str, Any]:
     """By name, every argument of `classroom_kernel` that is a tensor."""
-    row_stats = state = None
-    if plan.row_stats:
-        row_stats = student.new_empty(plan.row_stats, dtype=torch.float32)
+    stats = state = None
+    if plan.n_stats:
+        stats = student.new_empty(plan.n_stats, dtype=torch.float32)
         state = launch_state(student.device)
-    names = ("mentor_weight", "ell_sums", "scale", "grad", "loss", "count", "report")
+    names = ("row_weight", "mentor_weight", "ell_sums", "scale", "weight_sum")
+    names += ("grad", "loss", "count", "report")
     return {
         "student_ptr": student,
         "mentor_ptrs": tuple(mentors),
         "target_ptr": targets,
-        "row_stats_ptr": row_stats,
+        "stats_ptr": stats,
         "state_ptr": state,
         **{f"{name}_ptr": others.get(name) for name in names},
     }
@@ -182,7 +196,7 @@ def confidence_sums(
 
     float32 [M + 2].
     """
-    if student.shape[0] == 0:
+    if student.numel() == 0:
         return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
     sums, launch = confidence_launch(student, mentors, targets, options)
     launch.run(student.device)
@@ -198,7 +212,7 @@ def confidence_launch(
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    batch = unit_strides(student, mentors, targets)
+    batch = as_read(student, mentors, targets)
     plan = classroom_plan(*batch, options, sums=True, warp_size=warp_size)
     sums = student.new_empty(len(mentors) + 2, dtype=torch.float32)
     return sums, Launch(plan, _tensors(plan, *batch, loss=sums))
@@ -208,6 +222,7 @@ def classroom_loss_and_grad(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
@@ -215,7 +230,7 @@ def classroom_loss_and_grad(
 ) -> LaunchOutputs:
     """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
     outputs, launch = classroom_launch(
-        student, mentors, targets, mentor_weight, ell_sums, options, **wanted
+        student, mentors, targets, row_weight, mentor_weight, ell_sums, options, **wanted
     )
     if launch is not None:
         launch.run(student.device)
@@ -226,6 +241,7 @@ def classroom_launch(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
@@ -239,16 +255,18 @@ def classroom_launch(
     """The outputs, not yet written, and the launch that writes them; None if there is none.
 
     Args:
-        student: [B, C]; mentors: M tensors [B, C]; any row stride, used without a copy, and any
-            class stride, copied if it is not 1.
+        student: [B, C], or dense [B, C, P]; mentors: M of the same shape. `as_read` says what is
+            copied.
+        targets: class indices, [N] for N rows, or class probabilities of the student's shape.
+        row_weight: [N], multiplies a row's whole loss; a mean is divided by its sum (1 for 0).
         ell_sums: `confidence_sums` for ranking "batch", None for ranking "sample".
         with_grad: whether to compute the gradient; with_report: likewise.
-        scale_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
-            valid rows.
+        scale_grad: multiply the gradient by ``scale`` and the rows' weights and, for the mean,
+            divide it as the loss.
         scale: one number on the device, or None for 1.
 
     """
-    n_rows = student.shape[0]
+    n_rows = student.numel() // student.shape[1]
     by_row = options.reduction == "none"
     new = torch.zeros if n_rows == 0 else torch.empty
 
@@ -257,21 +275,25 @@ def classroom_launch(
 
     outputs = LaunchOutputs(
         loss=numbers(n_rows) if by_row else numbers(),
-        grad=torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        if with_grad
-        else None,
+        grad=new_gradient(student) if with_grad else None,
         count=None if by_row and not with_report else numbers(),
         report=numbers(report_size(len(mentors))) if with_report else None,
     )
     if n_rows == 0:
         return outputs._replace(count=torch.ones_like(outputs.loss)), None
-    batch = unit_strides(student, mentors, targets)
+    batch = as_read(student, mentors, targets)
     plan = classroom_plan(
         *batch, options, with_report=with_report, scale_grad=scale_grad, warp_size=warp_size
     )
     if mentor_weight is not None:
         mentor_weight = mentor_weight.contiguous()
+    weight_sum = None
+    if row_weight is not None:
+        row_weight = row_weight.float().contiguous()
+        weight_sum = row_weight.sum() if options.reduction == "mean" else None
     others = outputs._asdict() | {
+        "row_weight": row_weight,
+        "weight_sum": weight_sum,
         "mentor_weight": mentor_weight,
         "ell_sums": ell_sums,
         "scale": scale,
@@ -279,27 +301,44 @@ def classroom_launch(
     return outputs, Launch(plan, _tensors(plan, *batch, **others))
 
 
-def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
-    """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
-    if grad.shape[0] == 0:
+def scale_rows(
+    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+) -> Tensor:
+    """grad · factor · row_weight / count, in float32, in grad's dtype and memory layout.
+
+    Args:
+        grad: [B, C] or [B, C, P], as `new_gradient` lays it out.
+        factor: 0-d, or [N] of any stride; row_weight: [N]; count: 0-d.
+
+    """
+    if grad.numel() == 0:
         return torch.empty_like(grad)
-    out, launch = scaling_launch(grad, factor, count)
+    out, launch = scaling_launch(grad, factor, row_weight, count)
     launch.run(grad.device)
     return out
 
 
-def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[Tensor, Launch]:
+def scaling_launch(
+    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+) -> tuple[Tensor, Launch]:
     """The result of `scale_rows`, still to be written, and the launch that writes it."""
     out = torch.empty_like(grad)
-    n_rows, n_classes = grad.shape
-    cut = scaling_blocks(n_classes)
+    # Lines of adjacent numbers: rows, or of dense gradients in place the positions of a class.
+    dense = in_place(grad)
+    lines = grad.flatten(0, 1) if dense else flattened(grad)
+    n_lines, n_columns = lines.shape
+    cut = scaling_blocks(n_columns)
+    align = alignment([lines])
     values = {
-        "factor_stride": factor.stride(0) if factor.dim() else 0,
-        "n_rows": n_rows,
-        "C": n_classes,
+        "factor_stride": factor.stride(0) if factor.dim() else None,
+        "n_lines": n_lines,
+        "n_columns": n_columns // align,
+        "n_classes": grad.shape[1] if dense else None,
+        "ALIGN": align,
         "BLOCK_C": cut.BLOCK_C,
         "ROWS": cut.ROWS,
     }
-    grid = (triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))
-    tensors = {"grad_ptr": grad, "factor_ptr": factor, "count_ptr": count, "out_ptr": out}
+    grid = (triton.cdiv(n_lines, cut.ROWS), triton.cdiv(n_columns, cut.BLOCK_C))
+    tensors = {"grad_ptr": grad, "factor_ptr": factor, "weight_ptr": row_weight}
+    tensors |= {"count_ptr": count, "out_ptr": out}
     return out, Launch(Plan(scale_rows_kernel, grid, values, cut), tensors)

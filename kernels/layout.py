@@ -1,10 +1,63 @@
-"""The memory layout of a launch's tensors."""
+"""The memory layout of a launch's tensors.
+
+Logits are rows [B, C], or dense [B, C, P], of which every position is a row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+MAX_CLASSES_IN_PLACE = 256
+"""Dense logits with more classes, in memory of that order, are copied to rows."""
+
+
+def in_place(student: Tensor) -> bool:
+    """Whether a batch with these logits is read along its positions, where it lies.
+
+    So it is if adjacent positions are adjacent in memory, and not the classes of one.
+    """
+    return student.dim() == 3 and student.shape[1] <= MAX_CLASSES_IN_PLACE and _by_position(student)
+
+
+def _by_position(values: Tensor) -> bool:
+    n_positions = values.shape[2]
+    return n_positions > 1 and values.stride(2) == 1 and values.stride(1) == n_positions
+
+
+def flattened(values: Tensor) -> Tensor:
+    """[B, C] as it is, [B, C, P] as rows [B · P, C]; a view where classes lie side by side."""
+    return values if values.dim() == 2 else values.transpose(1, 2).reshape(-1, values.shape[1])
+
+
+def new_gradient(student: Tensor) -> Tensor:
+    """Memory for the gradient of logits, of their shape: in place, or rows side by side."""
+    if student.dim() == 2 or in_place(student):
+        return torch.empty(student.shape, dtype=student.dtype, device=student.device)
+    n_images, n_classes, n_positions = student.shape
+    return student.new_empty(n_images, n_positions, n_classes).transpose(1, 2)
+
+
+def as_read(
+    student: Tensor, mentors: Sequence[Tensor], targets: Tensor
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """The batch as a launch reads it: dense [B, C, P] in place, else rows of unit class stride.
+
+    Copied is what lies in another order than that.
+    """
+    dense = in_place(student)
+
+    def laid_out(values: Tensor) -> Tensor:
+        if dense:
+            return values if _by_position(values) else values.contiguous()
+        rows = flattened(values)
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+    soft = targets.dim() == student.dim()
+    targets = laid_out(targets) if soft else targets.reshape(-1).contiguous()
+    return laid_out(student), [laid_out(mentor) for mentor in mentors], targets
 
 
 def alignment(tensors: Sequence[Tensor]) -> int:
@@ -21,14 +74,3 @@ def alignment(tensors: Sequence[Tensor]) -> int:
         while tensor.stride(0) % common or begin % (common * size):
             common //= 2
     return common
-
-
-def unit_strides(
-    student: Tensor, mentors: Sequence[Tensor], targets: Tensor
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The same tensor with unit class stride; copied only if it has another."""
-
-    def rows(values: Tensor) -> Tensor:
-        return values if values.dim() == 2 and values.stride(1) == 1 else values.contiguous()
-
-    return rows(student), [rows(mentor) for mentor in mentors], rows(targets)

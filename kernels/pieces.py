@@ -18,35 +18,24 @@ def _inside(rows, column, i, C: tl.constexpr):
 
 
 @triton.jit
-def _rows_of_type(
-    student_ptr,
-    mentor_ptrs,
-    student_stride,
-    mentor_strides,
-    row,
-    lane,
-    ALIGN: tl.constexpr,
-    TYPE: tl.constexpr,
-):
+def rows_of_type(ptrs, strides, row, lane, ALIGN: tl.constexpr, TYPE: tl.constexpr):
     """The row pointers [R, K] of the lanes with this dtype, and the mask of these lanes."""
     size: tl.constexpr = TYPE.primitive_bitwidth // 8
-    begin = student_ptr.to(tl.int64) + (row * ALIGN * student_stride * size)[:, None] + lane * 0
-    mine = (lane == 0) & (student_ptr.dtype.element_ty == TYPE)
-    for m in tl.static_range(len(mentor_ptrs)):
-        here = lane == m + 1
-        offset = (row * ALIGN * mentor_strides[m] * size)[:, None]
-        begin = tl.where(here, mentor_ptrs[m].to(tl.int64) + offset, begin)
-        mine = mine | (here & (mentor_ptrs[m].dtype.element_ty == TYPE))
+    begin = ptrs[0].to(tl.int64) + (row * ALIGN * strides[0] * size)[:, None] + lane * 0
+    mine = (lane == 0) & (ptrs[0].dtype.element_ty == TYPE)
+    for k in tl.static_range(1, len(ptrs)):
+        here = lane == k
+        offset = (row * ALIGN * strides[k] * size)[:, None]
+        begin = tl.where(here, ptrs[k].to(tl.int64) + offset, begin)
+        mine = mine | (here & (ptrs[k].dtype.element_ty == TYPE))
     begins = begin.to(tl.pointer_type(TYPE))
     return tl.multiple_of(begins, [ALIGN * size, ALIGN * size]), mine
 
 
 @triton.jit
 def _pieces_of_type(
-    student_ptr,
-    mentor_ptrs,
-    student_stride,
-    mentor_strides,
+    ptrs,
+    strides,
     row,
     lane,
     column,
@@ -58,9 +47,7 @@ def _pieces_of_type(
     before,
 ):
     """The pieces [R, K, L] of the lanes with this dtype; other lanes keep their values."""
-    begin, mine = _rows_of_type(
-        student_ptr, mentor_ptrs, student_stride, mentor_strides, row, lane, ALIGN, TYPE
-    )
+    begin, mine = rows_of_type(ptrs, strides, row, lane, ALIGN, TYPE)
     mine = mine & (row < n_rows)[:, None]
     pieces = ()
     for i in tl.static_range(PIECES):
@@ -75,10 +62,8 @@ def _pieces_of_type(
 
 @triton.jit
 def load_pieces(
-    student_ptr,
-    mentor_ptrs,
-    student_stride,
-    mentor_strides,
+    ptrs,  # the student's first, as the strides
+    strides,
     row,  # [R]
     lane,  # [1, K]
     column,  # [1, 1, L], of the first piece
@@ -93,10 +78,8 @@ def load_pieces(
         pieces = ()
         for i in tl.static_range(3):
             pieces = _pieces_of_type(
-                student_ptr,
-                mentor_ptrs,
-                student_stride,
-                mentor_strides,
+                ptrs,
+                strides,
                 row,
                 lane,
                 column,
@@ -109,10 +92,8 @@ def load_pieces(
             )
     else:
         pieces = _pieces_of_type(
-            student_ptr,
-            mentor_ptrs,
-            student_stride,
-            mentor_strides,
+            ptrs,
+            strides,
             row,
             lane,
             column,
@@ -120,7 +101,7 @@ def load_pieces(
             C,
             PIECES,
             ALIGN,
-            student_ptr.dtype.element_ty,
+            ptrs[0].dtype.element_ty,
             (),
         )
     return pieces
@@ -128,8 +109,8 @@ def load_pieces(
 
 @triton.jit
 def load_student(
-    ptr,
-    stride,
+    ptrs,
+    strides,
     row,
     lane,
     column,
@@ -139,22 +120,19 @@ def load_student(
     ALIGN: tl.constexpr,
 ):
     """The student's row in every lane: PIECES tiles [R, K, L], −inf outside the row."""
-    begin = (row * ALIGN * stride)[:, None, None] + (lane * 0)[:, :, None]
+    begin = (row * ALIGN * strides[0])[:, None, None] + (lane * 0)[:, :, None]
     pieces = ()
     for i in tl.static_range(PIECES):
         inside = _inside((row < n_rows)[:, None, None], column, i, C)
         at = column + i * column.shape[2]
-        z = tl.load(ptr + begin + at, mask=inside, other=-float("inf")).to(tl.float32)
+        z = tl.load(ptrs[0] + begin + at, mask=inside, other=-float("inf")).to(tl.float32)
         pieces = pieces + (z,)
     return pieces
 
 
 @triton.jit
 def load_targets(
-    target_ptr,
-    target_stride,
-    label_smoothing,
-    ignore_index,
+    labels,
     row,
     lane,
     column,
@@ -167,6 +145,7 @@ def load_targets(
     [R] (0 if there is none), t in pieces [R, 1 or K, L] (none if it is one class), and Σ_c t(c)
     [R, 1].
     """
+    target_ptr, target_stride, label_smoothing, ignore_index = labels
     in_range = row < n_rows
     pieces = ()
     if target_stride is None:

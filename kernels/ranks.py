@@ -139,18 +139,9 @@ def _task_weights(ell_s, task_weight):
 
 @triton.jit
 def gate_and_temperature(
-    row_ell,  # [R, K], as are maxima and d_target
-    maxima,
-    d_target,
-    valid,  # [R], as is out_of_range
-    out_of_range,
-    lane,  # [1, K]
-    ell_sums_ptr,
-    mentor_weight_ptr,
-    temperature,
-    weight_scale,
-    task_weight,
-    share_scale,
+    first_half,
+    given,
+    numbers,
     M: tl.constexpr,
     KNOWLEDGE_FILTER: tl.constexpr,
     MENTORING: tl.constexpr,
@@ -159,6 +150,9 @@ def gate_and_temperature(
     """Rank all networks. Returns the student's confidence and its weight a_s [R, 1]; the mask of
     nonfinite rows [R]; and [R, K] shares, active, τ_m, τ_s, and the weights g_m · r_m · τ_m.
     """
+    row_ell, maxima, d_target, valid, out_of_range, lane = first_half  # [R, K], [R] and [1, K]
+    ell_sums_ptr, mentor_weight_ptr = given
+    temperature, weight_scale, task_weight, share_scale = numbers
     ell = _network_ells(row_ell, lane, ell_sums_ptr, M)
     is_nan = (lane <= M) & ((ell != ell) | ((lane == 0) & (row_ell != row_ell)))
     nonfinite = out_of_range | (tl.max(is_nan.to(tl.int32), 1) > 0)

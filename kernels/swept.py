@@ -63,11 +63,11 @@ def numbers_of(lanes, lane, N: tl.constexpr):
 
 
 @triton.jit
-def row_begins(student_ptr, mentor_ptrs, student_stride, mentor_strides, row, ALIGN: tl.constexpr):
-    """The pointer to the row of each network, the student's first; ``row`` is a scalar."""
-    begins = (student_ptr + row * ALIGN * student_stride,)
-    for m in tl.static_range(len(mentor_ptrs)):
-        begins = begins + (mentor_ptrs[m] + row * ALIGN * mentor_strides[m],)
+def row_begins(ptrs, strides, row, ALIGN: tl.constexpr):
+    """The pointer to the row of each network; ``row`` is a scalar."""
+    begins = ()
+    for k in tl.static_range(len(ptrs)):
+        begins = begins + (ptrs[k] + row * ALIGN * strides[k],)
     return begins
 
 
@@ -83,9 +83,7 @@ def _at(begins, target, lane):
 @triton.jit
 def swept_confidences(
     begins,
-    target_ptr,  # of the row: its index, or its first probability
-    label_smoothing,
-    ignore_index,
+    labels,  # the first points to the row's index, or to its first probability
     lane,  # [1, K]
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -95,6 +93,7 @@ def swept_confidences(
     """First sweep. For all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
     target class; for the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
     """
+    target_ptr, label_smoothing, ignore_index = labels
     L: tl.constexpr = BLOCK_C // V
     K: tl.constexpr = lane.shape[1]
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)

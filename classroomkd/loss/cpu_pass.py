@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from classroomkd.kernels.layout import flattened, in_place
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.loss import cpu_rows, cpu_vectors
 
@@ -46,7 +47,7 @@ _WEIGHTINGS = {
 # time of what a network has once a row.
 _LEAST_SHARE, _ROW = 100_000, 64
 _NOTHING = (0, 0, 0)
-_NO_SUMS = np.empty(0, np.float32)
+_NO_SUMS, _NO_WEIGHTS = np.empty(0, np.float32), np.empty(0)
 
 
 class Outputs(NamedTuple):
@@ -68,7 +69,7 @@ def confidence_sums(
 
     """
     batch = _Batch(student, mentors, targets, options)
-    ells = np.empty((len(student), 1 + len(mentors)), np.float32)
+    ells = np.empty((batch.n_rows, 1 + len(mentors)), np.float32)
     batch.share_out(
         cpu_rows.confidences,
         1 + len(mentors),
@@ -88,6 +89,7 @@ def classroom_loss_and_grad(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
@@ -104,11 +106,15 @@ def classroom_loss_and_grad(
 
     """
     batch = _Batch(student, mentors, targets, options)
-    n_rows, n_classes = student.shape
+    n_rows, n_classes = batch.n_rows, student.shape[1]
     n_mentors, mean = len(mentors), options.reduction == "mean"
+    row_weights, count = _NO_WEIGHTS, float(max(batch.n_valid, 1))
+    if row_weight is not None:
+        row_weights = row_weight.double().contiguous().numpy()
+        count = float(row_weights.sum()) or 1.0
     factor = 1.0
     if scale_grad:
-        factor = (1.0 if scale is None else scale.item()) / (max(batch.n_valid, 1) if mean else 1)
+        factor = (1.0 if scale is None else scale.item()) / (count if mean else 1)
     weights = _alike(options.mentor_weight_for(n_classes, n_mentors), n_mentors)
     if mentor_weight is not None:
         weights = weights * mentor_weight.double().numpy()
@@ -124,6 +130,7 @@ def classroom_loss_and_grad(
         1 + 3 * n_mentors,
         _table(*batch.logits, batch.probabilities, gradient),
         batch.indices,
+        row_weights,
         n_classes,
         float(options.label_smoothing),
         options.ignore_index,
@@ -137,28 +144,41 @@ def classroom_loss_and_grad(
         _MENTORINGS[options.mentoring],
         _WEIGHTINGS[options.weighting],
         factor,
+        int(scale_grad),
         losses,
         stats,
     )
-    loss, count = np.empty((), np.float32), np.float32(max(batch.n_valid, 1))
+    loss = np.empty((), np.float32)
     report = np.empty(n_stats, np.float32)
-    cpu_rows.totals(losses, stats, batch.n_valid, int(mean), loss, report)
+    cpu_rows.totals(losses, stats, batch.n_valid, count if mean else 1.0, loss, report)
     counted = not scale_grad and (options.reduction != "none" or with_report)
     return Outputs(
         torch.from_numpy(losses if options.reduction == "none" else loss),
-        grad,
-        torch.from_numpy(np.array(count)) if counted else None,
+        None if grad is None else _like_logits(grad, student),
+        torch.tensor(count, dtype=torch.float32) if counted else None,
         torch.from_numpy(report),  # empty where it is not wanted
     )
 
 
-def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
-    """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
+def _like_logits(grad: Tensor, student: Tensor) -> Tensor:
+    """Rows [N, C] in shape and memory as ``kernels/layout.py`` has the gradient."""
+    if student.dim() == 2:
+        return grad
+    grad = grad.view(student.shape[0], student.shape[2], -1).transpose(1, 2)
+    return grad.contiguous() if in_place(student) else grad
+
+
+def scale_rows(
+    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+) -> Tensor:
+    """grad · factor · row_weight / count; arguments as for ``kernels/launch.py``."""
     factor = factor.float()
+    if row_weight is not None:
+        factor = factor * row_weight.float()
     if count is not None:
         factor = factor / count
     if factor.dim():
-        factor = factor[:, None]
+        factor = factor[:, None] if grad.dim() == 2 else factor.reshape(grad.shape[0], 1, -1)
     return (grad.float() * factor).to(grad.dtype)
 
 
@@ -168,11 +188,12 @@ class _Batch:
     def __init__(
         self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, options: LossOptions
     ) -> None:
-        self._rows, self._classes = student.shape
-        self._kept = [_unit_stride(logits) for logits in (student, *mentors)]
+        self._kept = [_unit_stride(flattened(logits)) for logits in (student, *mentors)]
+        self.n_rows, self._classes = self._kept[0].shape
         self.logits = [_place(logits) for logits in self._kept]
-        self.indices, self.probabilities, self.n_valid = 0, _NOTHING, self._rows
-        if targets.dim() == 2:
+        self.indices, self.probabilities, self.n_valid = 0, _NOTHING, self.n_rows
+        if targets.dim() > 1:
+            targets = flattened(targets)
             targets = _unit_stride(targets.float() if targets.dtype not in _KINDS else targets)
             self.probabilities = _place(targets)
         else:
@@ -180,7 +201,7 @@ class _Batch:
                 targets = targets.to(torch.int64).contiguous()
             self.indices = targets.data_ptr()
             self.n_valid, bad = cpu_rows.survey(
-                self.indices, self._rows, options.ignore_index, self._classes
+                self.indices, self.n_rows, options.ignore_index, self._classes
             )
             if bad >= 0:
                 raise ValueError(
@@ -193,12 +214,12 @@ class _Batch:
         self, function: Callable[..., None], exponentials: int, *arguments: object
     ) -> None:
         """Call ``function(first, last, *arguments)`` for all rows, in several threads at once."""
-        work = exponentials * self._rows * (self._classes + _ROW)
-        n_shares = min(torch.get_num_threads(), self._rows, work // _LEAST_SHARE)
+        work = exponentials * self.n_rows * (self._classes + _ROW)
+        n_shares = min(torch.get_num_threads(), self.n_rows, work // _LEAST_SHARE)
         if n_shares < 2:
-            function(0, self._rows, *arguments)
+            function(0, self.n_rows, *arguments)
             return
-        cuts = [self._rows * share // n_shares for share in range(n_shares + 1)]
+        cuts = [self.n_rows * share // n_shares for share in range(n_shares + 1)]
         (first, last), *others = itertools.pairwise(cuts)
         calls = [_pool().submit(function, *share, *arguments) for share in others]
         function(first, last, *arguments)

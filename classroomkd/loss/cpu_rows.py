@@ -1,4 +1,4 @@
-"""The fused pass over rows on a CPU, compiled by numba: what ``kernels/classroom.py`` is to a GPU.
+"""The fused pass over rows on a CPU, compiled by numba: what ``kernels/one_pass.py`` is to a GPU.
 
 The formulas are there. What is done for each class is in ``cpu_vectors.py``; what a row has once,
 or once a mentor, is float64.
@@ -165,6 +165,7 @@ def rows(
     last,
     table,
     targets,
+    row_weights,
     n_classes,
     label_smoothing,
     ignore_index,
@@ -178,6 +179,7 @@ def rows(
     mentoring,
     weighting,
     factor,
+    weighs_grad,
     losses,
     stats,
 ):
@@ -188,12 +190,13 @@ def rows(
             of each mentor's, of the class probabilities and of the gradient; address 0 for what
             there is not.
         targets: the address of class indices, int64 [B], or 0.
+        row_weights: float64 [B], what multiplies each row's loss; or [0].
         ell_sums: float32 [M + 2], the sums of ℓ and the valid rows for ranking "batch", or [0].
         weights: float64 [M], what multiplies each mentor's term.
         task_weight: a_s, or NaN for the student's confidence.
         share_scale: 10 to the power of rank_decimals, or 0.
         needs_better, needs_correct: the filter, each 0 or 1.
-        factor: multiplies the gradient.
+        factor: multiplies the gradient; with ``weighs_grad`` 1, so does the row's weight.
         losses: float32 [B], written to.
         stats: float32 [B, 4M + 3], written to in the order of ``kernels/report_layout.py``; or
             [B, 0].
@@ -294,7 +297,8 @@ def rows(
                 stats[b, m], stats[b, M + m] = active, M * shares[k]
                 stats[b, 2 * M + m], stats[b, 3 * M + m] = tau_m, kl
 
-        losses[b] = math.nan if nonfinite else loss + mentor_loss
+        row_weight = row_weights[b] if len(row_weights) else 1.0
+        losses[b] = math.nan if nonfinite else (loss + mentor_loss) * row_weight
         if n_stats:
             stats[b, 4 * M] = math.exp(ell[0])
             stats[b, 4 * M + 1] = math.nan if nonfinite else -row_ell
@@ -302,17 +306,21 @@ def rows(
         if with_grad:
             if nonfinite:
                 grad[:] = math.nan
-            vectors.store(grad, np.float32(factor), grad_at, out[2], n_classes)
+            scale = factor * row_weight if weighs_grad else factor
+            vectors.store(grad, np.float32(scale), grad_at, out[2], n_classes)
     memory[0, 0] = 0  # numba frees an array after its last use, and all of scratch is in this one
 
 
 @_entry
-def totals(losses, stats, n_valid, mean, loss, report):
-    """Write the loss [] and the report [4M + 3], or [0], from the numbers of the rows."""
+def totals(losses, stats, n_valid, count, loss, report):
+    """Write the loss [] and the report [4M + 3], or [0], from the numbers of the rows.
+
+    ``count`` is what the loss is divided by.
+    """
     total, n_stats = 0.0, len(report)
     for b in range(len(losses)):
         total += losses[b]
-    loss[()] = total / max(n_valid, 1) if mean else total
+    loss[()] = total / count
     sums = np.zeros(n_stats)
     for b in range(len(stats)):
         for i in range(n_stats):

@@ -127,7 +127,7 @@ def classroom_loss(
         reduction=reduction,
     )
     weights = LossWeights(of_mentors, class_weight, row_weight)
-    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
+    rows = as_rows(student_logits, mentor_logits, targets, weights, options).flat()
     report: ClassroomReport | RowReport | None
     loss, report = loss_by_definition(
         *rows[:4], of_mentors, options, return_report is True, process_group
@@ -198,6 +198,7 @@ def row_report(
     rows: Rows, options: LossOptions, process_group: ProcessGroup | None = None
 ) -> RowReport:
     """Which mentors teach which rows."""
+    rows = rows.flat()
     with torch.no_grad():
         target, student, mentors = _prepared(rows.student, rows.mentors, rows.targets, options)
         weights = classroom_weights(student, mentors, target, options, process_group)

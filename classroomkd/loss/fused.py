@@ -25,15 +25,7 @@ from classroomkd.loss.definition import (
 )
 from classroomkd.loss.inputs import KERNEL_LOGITS, check_float, either, loss_options
 from classroomkd.loss.options import LossOptions
-from classroomkd.loss.rows import (
-    LossWeights,
-    Rows,
-    as_rows,
-    divisor,
-    unflattened,
-    unreduced,
-    weighted,
-)
+from classroomkd.loss.rows import LossWeights, Rows, as_rows
 from classroomkd.loss.signatures import loss_and_grad_function, loss_function
 
 if TYPE_CHECKING:
@@ -83,7 +75,8 @@ def fused_classroom_loss(
             dtype.
         mentor_logits: [M, B, C, …], or a sequence of M tensors of the student's shape; 1 ≤ M ≤ 16,
             dtypes may be mixed. Rows of any stride are read in place where the classes lie side by
-            side, as in channels-last memory; otherwise a copy is made.
+            side, as in channels-last memory. So are up to 256 classes of [B, C, d₁, …] in memory of
+            this order. What lies otherwise, or than the student's, is copied.
         targets: class indices [B, …], or class probabilities of the student's shape.
         return_report: also return a `ClassroomReport`, at the cost of 4M + 4 floats a row; or with
             "rows" a `RowReport`, computed by definition.
@@ -153,9 +146,8 @@ def fused_classroom_loss_and_grad(
         logits.backward(grad)
 
     saves autograd's second pass over the gradient. With ranking "batch" there are two launches;
-    with more than 1024 rows and the mean, PyTorch counts the valid ones first. Weights of classes
-    or rows take a second, elementwise launch. Arguments that are not listed here are those of
-    `fused_classroom_loss`.
+    weights of classes or rows are gathered and summed by PyTorch first. Arguments that are not
+    listed here are those of `fused_classroom_loss`.
 
     Args:
         reduction: "mean" or "sum".
@@ -210,34 +202,32 @@ def fused_loss(
 ) -> tuple[Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss` with its options in one object and its weights in another."""
     rows = as_rows(student_logits, mentor_logits, targets, weights, options)
-    of_rows = (
-        _fused_loss_of_rows if fused_pass_serves(rows.student, rows.mentors) else loss_by_definition
-    )
     report: ClassroomReport | RowReport | None
-    loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
+    if fused_pass_serves(rows.student, rows.mentors):
+        loss, report = _fused_loss_of_rows(
+            rows, weights.mentor, options, return_report is True, process_group
+        )
+    else:
+        loss, report = loss_by_definition(
+            *rows.flat()[:4], weights.mentor, options, return_report is True, process_group
+        )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
 def _fused_loss_of_rows(
-    student: Tensor,
-    mentors: list[Tensor],
-    targets: Tensor,
-    row_weight: Tensor | None,
+    rows: Rows,
     mentor_weight: Tensor | None,
     options: LossOptions,
     return_report: bool,
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, ClassroomReport | None]:
     """`loss_by_definition` through the operators."""
-    with_grad = student.requires_grad and torch.is_grad_enabled()
-    of_pass = options if row_weight is None else unreduced(options)
-    tensors = _kernel_inputs(student, mentors, targets, mentor_weight, of_pass, process_group)
-    loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *of_pass.flat())
-    if row_weight is not None:
-        loss = weighted(loss, row_weight, options.reduction)
-    return loss, unpack_report(report, len(mentors)) if return_report else None
+    with_grad = rows.student.requires_grad and torch.is_grad_enabled()
+    tensors = _kernel_inputs(rows, mentor_weight, options, process_group)
+    loss, _, _, report = operators.loss(*tensors, with_grad, return_report, *options.flat())
+    return loss, unpack_report(report, len(rows.mentors)) if return_report else None
 
 
 def fused_loss_and_grad(
@@ -266,18 +256,16 @@ def fused_loss_and_grad(
         report = unpack_report(means, n_mentors) if with_means else None
     elif torch.compiler.is_compiling():  # whose graphs cannot hold torch.autograd.grad
         loss, grad, means = operators.definition_and_grad(
-            *rows[:4], weights.mentor, scale, with_means, *options.flat()
+            *rows.flat()[:4], weights.mentor, scale, with_means, *options.flat()
         )
         report = unpack_report(means, n_mentors) if with_means else None
     else:
         loss, grad, report = loss_and_grad_by_definition(
-            *rows[:4], weights.mentor, scale, options, with_means, process_group
+            *rows.flat()[:4], weights.mentor, scale, options, with_means, process_group
         )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
-    if student_logits.dim() > 2:
-        grad = unflattened(grad, rows.shape)
-    return loss, grad, report
+    return loss, _like_logits(grad, rows.shape), report
 
 
 def _fused_loss_and_grad_of_rows(
@@ -289,16 +277,15 @@ def _fused_loss_and_grad_of_rows(
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, gradient, and the report's vector."""
-    of_pass = options if rows.weight is None else unreduced(options)
-    tensors = _kernel_inputs(*rows[:3], mentor_weight, of_pass, process_group)
-    if rows.weight is None:
-        return operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
-    losses, grads, _, means = operators.loss(*tensors, True, return_report, *of_pass.flat())
-    factor = rows.weight / divisor(rows.weight, options.reduction)
-    loss = (losses * factor).sum()
-    if scale is not None:
-        factor = factor * scale.reshape(())
-    return loss, operators.scale_rows(grads, factor, None), means
+    tensors = _kernel_inputs(rows, mentor_weight, options, process_group)
+    return operators.loss_and_grad(*tensors, scale, return_report, *options.flat())
+
+
+def _like_logits(grad: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient [N, C] or [B, C, P] as [B, C, d₁, …], a view; ``shape`` is [B, d₁, …]."""
+    if grad.dim() == 3:
+        return grad.unflatten(2, shape[1:])
+    return grad if len(shape) == 1 else grad.reshape(*shape, -1).movedim(-1, 1)
 
 
 def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
@@ -312,16 +299,15 @@ def _check_scale(scale: Tensor, student_logits: Tensor) -> None:
 
 
 def _kernel_inputs(
-    student: Tensor,
-    mentors: list[Tensor],
-    targets: Tensor,
+    rows: Rows,
     mentor_weight: Tensor | None,
     options: LossOptions,
     process_group: ProcessGroup | None,
-) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The tensors that both operators take first; the last is the sums of ℓ for ranking "batch"."""
-    mentors = [_constant(mentor) for mentor in mentors]
-    targets = _constant(targets)
+    student = rows.student
+    mentors = [_constant(mentor) for mentor in rows.mentors]
+    targets = _constant(rows.targets)
     ell_sums = None
     if options.ranking == "batch":
         ell_sums = operators.confidence_sums(student.detach(), mentors, targets, *options.flat())
@@ -329,7 +315,7 @@ def _kernel_inputs(
             torch.distributed.all_reduce(ell_sums, group=process_group)
     if mentor_weight is not None:
         mentor_weight = _constant(mentor_weight)
-    return student, mentors, targets, mentor_weight, ell_sums
+    return student, mentors, targets, rows.weight, mentor_weight, ell_sums
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -205,7 +205,9 @@ def _pass(
     """`operators.loss` of a chunk, by definition where no fused pass serves: loss, grad, report."""
     if fused.fused_pass_serves(student, mentors):
         loss, grad, _, report = operators.loss(
-            student, mentors, targets, mentor_weight, ell_sums, with_grad, with_report, *flat
+            *(student, mentors, targets, None, mentor_weight, ell_sums),
+            *(with_grad, with_report),
+            *flat,
         )
         return loss, grad, report
     options = LossOptions.of_flat(flat)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, library
 
+from classroomkd.kernels.layout import new_gradient
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.loss.classroom_report import pack_report
 from classroomkd.loss.definition import loss_and_grad_by_definition
@@ -94,9 +95,9 @@ def _options(*flat: Any) -> LossOptions:
 
 
 def _confidence_sums(
-    student: Tensor,  # [B, C]
-    mentors: Sequence[Tensor],  # M of [B, C]
-    targets: Tensor,  # [B] or [B, C]
+    student: Tensor,  # [N, C] or [B, C, P], N = B · P
+    mentors: Sequence[Tensor],  # M of the same shape
+    targets: Tensor,  # [N], or the same shape
     *flat: Any,
 ) -> Tensor:
     """float32 [M + 2]: Σ_b ℓ_k over the valid rows, the student's first, and their number."""
@@ -108,20 +109,22 @@ def _confidence_sums_fake(student: Tensor, mentors: Sequence[Tensor], *_: Any) -
 
 
 def _loss(
-    student: Tensor,  # [B, C]
-    mentors: Sequence[Tensor],  # M of [B, C]
-    targets: Tensor,  # [B] or [B, C]
+    student: Tensor,  # [N, C] or [B, C, P], N = B · P
+    mentors: Sequence[Tensor],  # M of the same shape
+    targets: Tensor,  # [N], or the same shape
+    row_weight: Tensor | None,  # [N]
     mentor_weight: Tensor | None,  # [M]
     ell_sums: Tensor | None,  # [M + 2], for ranking "batch"
     with_grad: bool,
     with_report: bool,
     *flat: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, each row's own gradient, number of valid rows, report; empty where not wanted."""
+    """Loss, each row's own gradient, what a mean is divided by, report; empty where not wanted."""
     outputs = _implementation(student).classroom_loss_and_grad(
         student,
         mentors,
         targets,
+        row_weight,
         mentor_weight,
         ell_sums,
         _options(*flat),
@@ -141,6 +144,7 @@ def _loss_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     with_grad: bool,
@@ -150,8 +154,8 @@ def _loss_fake(
     summed = named(flat)["reduction"] != "none"
     new = functools.partial(student.new_empty, dtype=torch.float32)
     return (
-        new(() if summed else student.shape[0]),
-        student.new_empty(student.shape if with_grad else 0),
+        new(() if summed else student.numel() // student.shape[1]),
+        new_gradient(student) if with_grad else student.new_empty(0),
         new(() if summed or with_report else 0),
         new(report_size(len(mentors)) if with_report else 0),
     )
@@ -164,14 +168,15 @@ class _Loss(torch.autograd.Function):
         _, grad, count, _ = outputs
         ctx.n_inputs = len(arguments)
         ctx.mean = named(arguments[_N_LOSS_INPUTS:])["reduction"] == "mean"
-        ctx.save_for_backward(arguments[0], grad, count)
+        student, row_weight = arguments[0], arguments[3]
+        ctx.save_for_backward(student, grad, row_weight, count)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> Any:
-        student, grad, count = ctx.saved_tensors
-        grad = scale_rows(grad, loss_grad.detach(), count if ctx.mean else None)
+        student, grad, row_weight, count = ctx.saved_tensors
+        grad = scale_rows(grad, loss_grad.detach(), row_weight, count if ctx.mean else None)
         return final(grad, student), *[None] * (ctx.n_inputs - 1)
 
 
@@ -188,22 +193,26 @@ def _loss_autograd(*arguments: Any) -> Any:
 
 
 def _scale_rows(
-    grad: Tensor,  # [B, C]
-    factor: Tensor,  # [] or [B]
+    grad: Tensor,  # [N, C] or [B, C, P], N = B · P
+    factor: Tensor,  # [] or [N]
+    row_weight: Tensor | None,  # [N]
     count: Tensor | None,  # []
 ) -> Tensor:
-    """grad · factor / count, [B, C]."""
-    return _implementation(grad).scale_rows(grad, factor, count)
+    """grad · factor · row_weight / count, in the memory layout of grad."""
+    return _implementation(grad).scale_rows(grad, factor, row_weight, count)
 
 
-def _scale_rows_fake(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
+def _scale_rows_fake(
+    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+) -> Tensor:
     return torch.empty_like(grad)
 
 
 def _loss_and_grad(
-    student: Tensor,  # [B, C]
-    mentors: Sequence[Tensor],  # M of [B, C]
-    targets: Tensor,  # [B] or [B, C]
+    student: Tensor,  # [N, C] or [B, C, P], N = B · P
+    mentors: Sequence[Tensor],  # M of the same shape
+    targets: Tensor,  # [N], or the same shape
+    row_weight: Tensor | None,  # [N]
     mentor_weight: Tensor | None,  # [M]
     ell_sums: Tensor | None,  # [M + 2], for ranking "batch"
     scale: Tensor | None,  # one number, of any shape
@@ -215,6 +224,7 @@ def _loss_and_grad(
         student,
         mentors,
         targets,
+        row_weight,
         mentor_weight,
         ell_sums,
         _options(*flat),
@@ -234,6 +244,7 @@ def _loss_and_grad_fake(
     student: Tensor,
     mentors: Sequence[Tensor],
     targets: Tensor,
+    row_weight: Tensor | None,
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     scale: Tensor | None,
@@ -242,7 +253,7 @@ def _loss_and_grad_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     new = functools.partial(student.new_empty, dtype=torch.float32)
     report = new(report_size(len(mentors)) if with_report else 0)
-    return new(()), student.new_empty(student.shape), report
+    return new(()), new_gradient(student), report
 
 
 @contextmanager
@@ -299,7 +310,8 @@ def _definition_and_grad_fake(
 
 
 _BATCH = "Tensor student, Tensor[] mentors, Tensor targets"
-_LOSS = f"{_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, bool with_grad, bool with_report"
+_GIVEN = f"{_BATCH}, Tensor? row_weight, Tensor? mentor_weight, Tensor? ell_sums"
+_LOSS = f"{_GIVEN}, bool with_grad, bool with_report"
 _N_LOSS_INPUTS = 1 + _LOSS.count(",")  # before the options
 
 confidence_sums = register(
@@ -314,8 +326,8 @@ loss = register(
     _loss_autograd,
 )
 loss_and_grad = register(
-    f"loss_and_grad({_BATCH}, Tensor? mentor_weight, Tensor? ell_sums, Tensor? scale, "
-    f"bool with_report, {OPERATOR_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    f"loss_and_grad({_GIVEN}, Tensor? scale, bool with_report, {OPERATOR_SCHEMA}) "
+    "-> (Tensor, Tensor, Tensor)",
     _loss_and_grad,
     _loss_and_grad_fake,
 )
@@ -326,7 +338,7 @@ definition_and_grad = register(
     _definition_and_grad_fake,
 )
 scale_rows = register(
-    "scale_rows(Tensor grad, Tensor factor, Tensor? count) -> Tensor",
+    "scale_rows(Tensor grad, Tensor factor, Tensor? row_weight, Tensor? count) -> Tensor",
     _scale_rows,
     _scale_rows_fake,
 )

@@ -1,18 +1,18 @@
-"""Batches as rows: dense outputs flattened, and weights of classes and rows.
+"""Batches as rows: dense outputs, and weights of classes and rows.
 
 Logits [B, C, d₁, …] mean what they mean to `torch.nn.functional.cross_entropy`: every position is a
-row. The loss itself, by definition or fused, takes rows only.
+row. The fused pass takes them as [B, C, P], the definition flattened to rows [N, C].
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from classroomkd.kernels.layout import flattened
 from classroomkd.loss.inputs import check_inputs
 from classroomkd.loss.options import LossOptions
 
@@ -26,13 +26,21 @@ class LossWeights(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """A checked batch with every position as a row."""
+    """A checked batch, every position of which is a row; N = B · P of dense outputs."""
 
-    student: Tensor  # [N, C]
-    mentors: list[Tensor]  # M of [N, C]
-    targets: Tensor  # [N] or [N, C]
+    student: Tensor  # [N, C] or [B, C, P]
+    mentors: list[Tensor]  # M of the same shape
+    targets: Tensor  # [N], or the same shape
     weight: Tensor | None  # [N], float32 or float64
     shape: torch.Size  # [B, d₁, …]
+
+    def flat(self) -> Rows:
+        """The same batch with logits and probabilities [N, C]."""
+        return self._replace(
+            student=flattened(self.student),
+            mentors=[flattened(mentor) for mentor in self.mentors],
+            targets=flattened(self.targets) if self.targets.dim() > 1 else self.targets,
+        )
 
 
 def as_rows(
@@ -42,7 +50,7 @@ def as_rows(
     weights: LossWeights,
     options: LossOptions,
 ) -> Rows:
-    """Check a batch, and flatten it; rows [B, C] stay the tensors that they are.
+    """Check a batch, and flatten its positions; rows [B, C] stay the tensors that they are.
 
     Raises:
         ValueError, TypeError: see `check_inputs`.
@@ -51,9 +59,10 @@ def as_rows(
     mentors = check_inputs(student_logits, mentor_logits, targets, *weights)
     shape = torch.Size((student_logits.shape[0], *student_logits.shape[2:]))
     if student_logits.dim() > 2:
-        student_logits = flattened(student_logits)
-        mentors = [flattened(mentor) for mentor in mentors]
-        targets = targets.reshape(-1) if targets.shape == shape else flattened(targets)
+        # Views where images are contiguous or channels-last.
+        targets = targets.reshape(-1) if targets.shape == shape else targets.flatten(2)
+        student_logits = student_logits.flatten(2)
+        mentors = [mentor.flatten(2) for mentor in mentors]
     row_weight = None
     if weights.row is not None:
         row_weight = _constant(weights.row).reshape(-1)
@@ -65,41 +74,22 @@ def as_rows(
     return Rows(student_logits, mentors, targets, row_weight, shape)
 
 
-def flattened(logits: Tensor) -> Tensor:
-    """[B, C, d₁, …] as rows [N, C]; a view where the classes lie side by side."""
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
-
-
-def unflattened(rows: Tensor, shape: torch.Size) -> Tensor:
-    """The inverse of `flattened`, as a view; ``shape`` is [B, d₁, …]."""
-    return rows.reshape(*shape, rows.shape[1]).movedim(-1, 1)
-
-
 def weighted(losses: Tensor, row_weight: Tensor, reduction: str) -> Tensor:
     """Losses of rows [N] times their weights [N], reduced; without weight to share, a mean is 0."""
     losses = losses * row_weight
     if reduction == "none":
         return losses
-    return losses.sum() / divisor(row_weight, reduction)
-
-
-def unreduced(options: LossOptions) -> LossOptions:
-    """The same options, for the loss of each row."""
-    return replace(options, reduction="none")
-
-
-def divisor(row_weight: Tensor, reduction: str) -> Tensor | float:
-    """What a weighted sum is divided by: for a mean the sum of weights, or 1 where that is 0."""
     if reduction == "sum":
-        return 1.0
+        return losses.sum()
     total = row_weight.sum()
-    return torch.where(total == 0, 1, total)
+    return losses.sum() / torch.where(total == 0, 1, total)
 
 
 def _of_classes(class_weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """Each row's Σ_c t_c · weight_c, before smoothing; 0 in rows that do not count."""
-    if targets.dim() == 2:
-        return targets.detach().to(class_weight.dtype) @ class_weight
+    """Each row's Σ_c t_c · weight_c [N], before smoothing; 0 in rows that do not count."""
+    if targets.dim() > 1:
+        t = targets.detach().to(class_weight.dtype)
+        return t @ class_weight if t.dim() == 2 else torch.matmul(class_weight, t).reshape(-1)
     named = (targets >= 0) & (targets < len(class_weight))  # of other rows the loss is NaN anyway
     weight = class_weight[torch.where(named, targets, 0).long()]
     return torch.where(targets == ignore_index, 0, weight)

@@ -10,6 +10,7 @@ from classroomkd import (
     fused_classroom_loss,
     fused_classroom_loss_and_grad,
 )
+from classroomkd.loss import cpu_pass, fused
 from classrooms import classroom, probabilities
 
 FUNCTIONS = (classroom_loss, fused_classroom_loss)
@@ -42,17 +43,21 @@ def test_every_position_is_a_row(device, kind, memory, reduction):
     z, rows = student.clone().requires_grad_(), as_rows(student).requires_grad_()
     flat_targets = as_rows(targets) if kind == "probabilities" else targets.reshape(-1)
     options = {"reduction": reduction, "return_report": True}
+    in_place = memory == "contiguous" and fused.implementation(device.type) is not cpu_pass
     for function in FUNCTIONS:
+        # Kernels that read positions in place add up in another order.
+        other_order = in_place and function is fused_classroom_loss
+        close = {"rtol": 1e-5, "atol": 1e-6} if other_order else {"rtol": 0, "atol": 0}
         loss, report = function(z, mentors, targets, **options)
         expected, expected_report = function(
             rows, [*map(as_rows, mentors)], flat_targets, **options
         )
         assert loss.shape == ((2, 3, 4) if reduction == "none" else ())
-        torch.testing.assert_close(loss.reshape(-1), expected.reshape(-1), rtol=0, atol=0)
-        assert all(map(torch.equal, report, expected_report))
+        torch.testing.assert_close(loss.reshape(-1), expected.reshape(-1), **close)
+        torch.testing.assert_close([*report], [*expected_report], **close)
         loss.sum().backward()
         expected.sum().backward()
-        torch.testing.assert_close(as_rows(z.grad), rows.grad, rtol=0, atol=0)
+        torch.testing.assert_close(as_rows(z.grad), rows.grad, **close)
         z.grad = rows.grad = None
 
 
