@@ -228,7 +228,8 @@ def store_batch(
     tl.store(state_ptr + _TALLY, 0)
     stat = tl.arange(0, BLOCK_STATS)
     n_valid = tl.maximum(tl.sum(tl.where(stat == 1, sums, 0.0), 0), 1.0)
-    tl.store(count_ptr, n_valid)
+    if count_ptr is not None:
+        tl.store(count_ptr, n_valid)
     if REDUCTION != "none":
         loss = sums / n_valid if REDUCTION == "mean" else sums
         tl.store(loss_ptr + stat, loss, mask=stat == 0)

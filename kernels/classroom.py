@@ -69,7 +69,7 @@ def classroom_kernel(
     row_stats_ptr,  # float32 [B + groups, N_STATS], or None if nothing is summed
     grad_ptr,  # [B, C] contiguous, or None
     loss_ptr,  # float32 [], or [B] for reduction "none"; with SUMS [M + 2]
-    count_ptr,  # float32 [], the valid rows, at least 1
+    count_ptr,  # float32 [], the valid rows, at least 1, or None
     report_ptr,  # float32 [3 + 4M], or None
     state_ptr,  # int64, 0: see ``batch.py``; None if nothing is summed
     student_stride,  # of rows, in units of ALIGN elements

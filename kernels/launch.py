@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from classroomkd.kernels.blocks import Blocks, blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.classroom import classroom_kernel
@@ -36,7 +38,8 @@ class LaunchOutputs(NamedTuple):
     grad: Tensor | None
     """[B, C] in the student's dtype: each row's own gradient, or with ``scale_grad`` the loss's."""
     count: Tensor | None
-    """float32, 0-d: the valid rows, at least 1; None for reduction "none" without report."""
+    """float32, 0-d: the valid rows, at least 1; None with ``scale_grad``, and for reduction "none"
+    without report."""
     report: Tensor | None
     """float32, as ``report_layout`` describes."""
 
@@ -47,10 +50,20 @@ class Plan(NamedTuple):
     kernel: triton.JITFunction
     grid: tuple[int, ...]
     values: dict[str, Any]
-    """By name, every argument of the kernel that is not a tensor."""
+    """By name, every argument of the kernel that is not a tensor; in its order, as they follow."""
     blocks: Blocks
     row_stats: int = 0
     """The numbers that the rows leave to be summed."""
+
+
+class Repeated:
+    """What a launch leaves to the next one of its kind: its plan and the kernel that was compiled.
+
+    ``repeated.py`` says which launches are of one kind; Triton has the same kernel for them.
+    """
+
+    plan: Plan | None = None
+    compiled: CompiledKernel | None = None
 
 
 class Launch(NamedTuple):
@@ -58,6 +71,7 @@ class Launch(NamedTuple):
 
     plan: Plan
     tensors: dict[str, Any]
+    repeated: Repeated | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -66,8 +80,19 @@ class Launch(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
-        plan = self.plan
-        start(plan.kernel, plan.grid, self.arguments, plan.blocks.compiler_options(), device)
+        plan, repeated = self.plan, self.repeated
+        if repeated and repeated.compiled and not plan.kernel.pre_run_hooks:
+            with on_device(device):
+                repeated.compiled[(*plan.grid, 1, 1)](*self.tensors.values(), *plan.values.values())
+            return
+        options = plan.blocks.compiler_options()
+        compiled = start(plan.kernel, plan.grid, self.arguments, options, device)
+        if repeated is not None:
+            repeated.plan = plan
+            # On AMD's GPUs Triton looks at the tensors' size in memory too. The interpreter gives
+            # nothing, and Triton's compilation in the background no kernel yet.
+            if isinstance(compiled, CompiledKernel) and not torch.version.hip:
+                repeated.compiled = compiled
 
 
 def start(
@@ -76,14 +101,14 @@ def start(
     arguments: dict[str, Any],
     options: dict[str, int],
     device: torch.device,
-) -> None:
-    """Run a kernel on that device's current stream. All launches of the project use this function.
+) -> object:
+    """Run a kernel on that device's current stream, and return what Triton compiled, if it did.
 
-    ``options`` are the compiler's. Tests replace this function to execute compiled kernels on a
-    CPU.
+    All launches of the project use this function, except those that repeat one. ``options`` are the
+    compiler's. Tests replace this function to execute compiled kernels on a CPU.
     """
     with on_device(device):
-        kernel[grid](**arguments, **options)
+        return kernel[grid](**arguments, **options)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -154,22 +179,57 @@ def classroom_plan(
 
 
 def _tensors(
-    plan: Plan, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, **others: Tensor | None
+    plan: Plan,
+    student: Tensor,
+    mentors: Sequence[Tensor],
+    targets: Tensor,
+    loss: Tensor,
+    *,
+    mentor_weight: Tensor | None = None,
+    ell_sums: Tensor | None = None,
+    scale: Tensor | None = None,
+    grad: Tensor | None = None,
+    count: Tensor | None = None,
+    report: Tensor | None = None,
 ) -> dict[str, Any]:
-    """By name, every argument of `classroom_kernel` that is a tensor."""
+    """By name, every argument of `classroom_kernel` that is a tensor; in its order."""
     row_stats = state = None
     if plan.row_stats:
         row_stats = student.new_empty(plan.row_stats, dtype=torch.float32)
         state = launch_state(student.device)
-    names = ("mentor_weight", "ell_sums", "scale", "grad", "loss", "count", "report")
     return {
         "student_ptr": student,
         "mentor_ptrs": tuple(mentors),
         "target_ptr": targets,
+        "mentor_weight_ptr": mentor_weight,
+        "ell_sums_ptr": ell_sums,
+        "scale_ptr": scale,
         "row_stats_ptr": row_stats,
+        "grad_ptr": grad,
+        "loss_ptr": loss,
+        "count_ptr": count,
+        "report_ptr": report,
         "state_ptr": state,
-        **{f"{name}_ptr": others.get(name) for name in names},
     }
+
+
+def _launch(
+    repeated: Repeated | None,
+    batch: tuple[Tensor, Sequence[Tensor], Tensor],
+    loss: Tensor,
+    others: dict[str, Tensor | None],
+    options: LossOptions,
+    **how: Any,
+) -> Launch:
+    """The launch for this batch: the repeated one with these tensors, or one that is planned."""
+    plan = None if repeated is None else repeated.plan
+    if plan is None:
+        rows = unit_strides(*batch)
+        plan = classroom_plan(*rows, options, **how)
+        given = batch[0], *batch[1], batch[2]
+        if any(a is not b for a, b in zip(given, (rows[0], *rows[1], rows[2]), strict=True)):
+            batch, repeated = rows, None  # a plan for copies, which every call has to make
+    return Launch(plan, _tensors(plan, *batch, loss, **others), repeated)
 
 
 def confidence_sums(
@@ -177,6 +237,7 @@ def confidence_sums(
     mentors: Sequence[Tensor],
     targets: Tensor,
     options: LossOptions,
+    repeated: Repeated | None = None,
 ) -> Tensor:
     """Sums of ℓ_k over the valid rows, the student's first, and the number of these rows.
 
@@ -184,7 +245,7 @@ def confidence_sums(
     """
     if student.shape[0] == 0:
         return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
-    sums, launch = confidence_launch(student, mentors, targets, options)
+    sums, launch = confidence_launch(student, mentors, targets, options, repeated)
     launch.run(student.device)
     return sums
 
@@ -194,14 +255,15 @@ def confidence_launch(
     mentors: Sequence[Tensor],
     targets: Tensor,
     options: LossOptions,
+    repeated: Repeated | None = None,
     *,
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    batch = unit_strides(student, mentors, targets)
-    plan = classroom_plan(*batch, options, sums=True, warp_size=warp_size)
+    batch = student, mentors, targets
     sums = student.new_empty(len(mentors) + 2, dtype=torch.float32)
-    return sums, Launch(plan, _tensors(plan, *batch, loss=sums))
+    launch = _launch(repeated, batch, sums, {}, options, sums=True, warp_size=warp_size)
+    return sums, launch
 
 
 def classroom_loss_and_grad(
@@ -211,11 +273,12 @@ def classroom_loss_and_grad(
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
+    repeated: Repeated | None = None,
     **wanted: Any,
 ) -> LaunchOutputs:
     """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
     outputs, launch = classroom_launch(
-        student, mentors, targets, mentor_weight, ell_sums, options, **wanted
+        student, mentors, targets, mentor_weight, ell_sums, options, repeated, **wanted
     )
     if launch is not None:
         launch.run(student.device)
@@ -229,6 +292,7 @@ def classroom_launch(
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
+    repeated: Repeated | None = None,
     *,
     with_grad: bool,
     with_report: bool,
@@ -246,51 +310,59 @@ def classroom_launch(
         scale_grad: multiply the gradient by ``scale`` and, for the mean, divide it by the
             valid rows.
         scale: one number on the device, or None for 1.
+        repeated: where the launch is kept for the next one of its kind, or found.
 
     """
     n_rows = student.shape[0]
     by_row = options.reduction == "none"
     new = torch.zeros if n_rows == 0 else torch.empty
-
-    def numbers(*shape: int) -> Tensor:
-        return new(shape, dtype=torch.float32, device=student.device)
-
+    numbers = functools.partial(new, dtype=torch.float32, device=student.device)
+    counted = not scale_grad and (with_report or not by_row)
     outputs = LaunchOutputs(
-        loss=numbers(n_rows) if by_row else numbers(),
-        grad=torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        loss=numbers(n_rows if by_row else ()),
+        grad=torch.empty_like(student, memory_format=torch.contiguous_format)
         if with_grad
         else None,
-        count=None if by_row and not with_report else numbers(),
+        count=numbers(()) if counted else None,
         report=numbers(report_size(len(mentors))) if with_report else None,
     )
     if n_rows == 0:
         return outputs._replace(count=torch.ones_like(outputs.loss)), None
-    batch = unit_strides(student, mentors, targets)
-    plan = classroom_plan(
-        *batch, options, with_report=with_report, scale_grad=scale_grad, warp_size=warp_size
-    )
-    if mentor_weight is not None:
-        mentor_weight = mentor_weight.contiguous()
-    others = outputs._asdict() | {
-        "mentor_weight": mentor_weight,
+    others = {
+        "mentor_weight": None if mentor_weight is None else mentor_weight.contiguous(),
         "ell_sums": ell_sums,
         "scale": scale,
+        "grad": outputs.grad,
+        "count": outputs.count,
+        "report": outputs.report,
     }
-    return outputs, Launch(plan, _tensors(plan, *batch, **others))
+    how = {"with_report": with_report, "scale_grad": scale_grad, "warp_size": warp_size}
+    batch = student, mentors, targets
+    return outputs, _launch(repeated, batch, outputs.loss, others, options, **how)
 
 
-def scale_rows(grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
+def scale_rows(
+    grad: Tensor, factor: Tensor, count: Tensor | None, repeated: Repeated | None = None
+) -> Tensor:
     """grad [B, C] · factor (0-d, or [B] of any stride) / count, in float32, in grad's dtype."""
     if grad.shape[0] == 0:
         return torch.empty_like(grad)
-    out, launch = scaling_launch(grad, factor, count)
+    out, launch = scaling_launch(grad, factor, count, repeated)
     launch.run(grad.device)
     return out
 
 
-def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[Tensor, Launch]:
+def scaling_launch(
+    grad: Tensor, factor: Tensor, count: Tensor | None, repeated: Repeated | None = None
+) -> tuple[Tensor, Launch]:
     """The result of `scale_rows`, still to be written, and the launch that writes it."""
     out = torch.empty_like(grad)
+    tensors = {"grad_ptr": grad, "factor_ptr": factor, "count_ptr": count, "out_ptr": out}
+    plan = None if repeated is None else repeated.plan
+    return out, Launch(plan or _scaling_plan(grad, factor), tensors, repeated)
+
+
+def _scaling_plan(grad: Tensor, factor: Tensor) -> Plan:
     n_rows, n_classes = grad.shape
     cut = scaling_blocks(n_classes)
     values = {
@@ -301,5 +373,4 @@ def scaling_launch(grad: Tensor, factor: Tensor, count: Tensor | None) -> tuple[
         "ROWS": cut.ROWS,
     }
     grid = (triton.cdiv(n_rows, cut.ROWS), triton.cdiv(n_classes, cut.BLOCK_C))
-    tensors = {"grad_ptr": grad, "factor_ptr": factor, "count_ptr": count, "out_ptr": out}
-    return out, Launch(Plan(scale_rows_kernel, grid, values, cut), tensors)
+    return Plan(scale_rows_kernel, grid, values, cut)

@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
-from classroomkd.loss import operators
+from classroomkd.loss import operators, plans
 from classroomkd.loss.classroom_report import ClassroomReport, RowReport, unpack_report
 from classroomkd.loss.definition import (
     loss_and_grad_by_definition,
@@ -209,14 +209,20 @@ def fused_loss(
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss` with its options in one object and its weights in another."""
-    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
-    of_rows = (
-        _fused_loss_of_rows if fused_pass_serves(rows.student, rows.mentors) else loss_by_definition
-    )
+    batch = student_logits, mentor_logits, targets
+    call = plans.planned("loss", *batch, weights, None, options, return_report, _INTERPRET)
+    with_means = return_report is True
+    if call is not None and (plan := call.plan()):
+        return plan.loss(*batch, weights.mentor, options, with_means, process_group)
+    rows = as_rows(*batch, weights, options)
+    served = fused_pass_serves(rows.student, rows.mentors)
+    of_rows = _fused_loss_of_rows if served else loss_by_definition
     report: ClassroomReport | RowReport | None
-    loss, report = of_rows(*rows[:4], weights.mentor, options, return_report is True, process_group)
+    loss, report = of_rows(*rows[:4], weights.mentor, options, with_means, process_group)
     if return_report == "rows":
         report = row_report(rows, options, process_group)
+    elif call is not None and served:
+        call.keep(functions(student_logits.device.type))
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
@@ -253,13 +259,21 @@ def fused_loss_and_grad(
     """`fused_classroom_loss_and_grad`, likewise."""
     if options.reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
+    batch = student_logits, mentor_logits, targets
+    call = plans.planned(
+        "loss_and_grad", *batch, weights, scale, options, return_report, _INTERPRET
+    )
+    with_means = return_report is True
+    if call is not None and (plan := call.plan()):
+        return plan.loss_and_grad(*batch, weights.mentor, scale, options, with_means, process_group)
     rows = as_rows(student_logits.detach(), mentor_logits, targets, weights, options)
     if scale is not None:
         _check_scale(scale, student_logits)
         scale = _constant(scale)
-    n_mentors, with_means = len(rows.mentors), return_report is True
+    n_mentors = len(rows.mentors)
     report: ClassroomReport | RowReport | None
-    if fused_pass_serves(rows.student, rows.mentors):
+    served = fused_pass_serves(rows.student, rows.mentors)
+    if served:
         loss, grad, means = _fused_loss_and_grad_of_rows(
             rows, weights.mentor, scale, options, with_means, process_group
         )
@@ -275,6 +289,8 @@ def fused_loss_and_grad(
         )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
+    elif call is not None and served:
+        call.keep(functions(student_logits.device.type))
     if student_logits.dim() > 2:
         grad = unflattened(grad, rows.shape)
     return loss, grad, report
@@ -345,6 +361,15 @@ def implementation(device_type: str) -> ModuleType:
     from classroomkd.kernels import launch
 
     return launch
+
+
+def functions(device_type: str) -> Any:
+    """What `implementation` has, for calls of one kind: the first leaves its launch to the rest."""
+    if device_type == "cpu" and not _INTERPRET:
+        return implementation(device_type)
+    from classroomkd.kernels.repeated import Launches
+
+    return Launches()
 
 
 def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:

@@ -56,22 +56,28 @@ def register(
     return call
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
+"""The types of tensors that are not made to replace PyTorch's own."""
+
+
+def is_watched() -> bool:
+    """Whether something may trace or transform calls: torch.compile, functorch or a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _is_eager(arguments: Sequence[Any]) -> bool:
     """Whether nothing traces, transforms or replaces a call: no mode and no subclass of Tensor."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if is_watched():
         return False
     for argument in arguments:
         if isinstance(argument, list):
-            if not all(type(each) in _PLAIN for each in argument):
+            if not all(type(each) in PLAIN for each in argument):
                 return False
-        elif isinstance(argument, Tensor) and type(argument) not in _PLAIN:
+        elif isinstance(argument, Tensor) and type(argument) not in PLAIN:
             return False
     return True
 
@@ -158,21 +164,39 @@ def _loss_fake(
 
 
 class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        outputs = _loss_below_autograd(*arguments)
-        _, grad, count, _ = outputs
-        ctx.n_inputs = len(arguments)
-        ctx.mean = named(arguments[_N_LOSS_INPUTS:])["reduction"] == "mean"
-        ctx.save_for_backward(arguments[0], grad, count)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+    """A loss that was computed together with its gradient, as a function of the student."""
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> Any:
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        outputs: tuple[Tensor, Tensor, Tensor | None],
+        reduction: str,
+        scale: Callable[..., Tensor],
+    ) -> Tensor:
+        loss, grad, count = outputs
+        ctx.scale = scale
+        ctx.save_for_backward(student, grad, count if reduction == "mean" else None)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor) -> Any:
         student, grad, count = ctx.saved_tensors
-        grad = scale_rows(grad, loss_grad.detach(), count if ctx.mean else None)
-        return final(grad, student), *[None] * (ctx.n_inputs - 1)
+        scale = ctx.scale if _is_eager((loss_grad,)) else scale_rows
+        grad = scale(grad, loss_grad.detach(), count)
+        return final(grad, student), None, None, None
+
+
+def differentiable(
+    student: Tensor, outputs: Any, reduction: str, scale: Callable[..., Tensor]
+) -> Tensor:
+    """The loss among these outputs, with each row's gradient there as its derivative.
+
+    ``scale`` computes `scale_rows`.
+    """
+    numbers = outputs.loss, outputs.grad, outputs.count
+    loss: Tensor = _Loss.apply(student, numbers, reduction, scale)
+    return loss
 
 
 def _loss_below_autograd(*arguments: Any) -> Any:
@@ -183,8 +207,11 @@ def _loss_below_autograd(*arguments: Any) -> Any:
 
 
 def _loss_autograd(*arguments: Any) -> Any:
-    with_grad = arguments[_N_LOSS_INPUTS - 2]
-    return _Loss.apply(*arguments) if with_grad else _loss_below_autograd(*arguments)
+    outputs = _loss_below_autograd(*arguments)
+    if not arguments[_N_LOSS_INPUTS - 2]:  # with_grad
+        return outputs
+    reduction = named(arguments[_N_LOSS_INPUTS:])["reduction"]
+    return _Loss.apply(arguments[0], outputs[:3], reduction, scale_rows), *outputs[1:]
 
 
 def _scale_rows(
