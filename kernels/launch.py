@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
 WARP_SIZE = 64 if torch.version.hip else 32
+
+
+_Batch = tuple[Tensor, Sequence[Tensor], Tensor]  # student, mentors, targets
 
 
 class LaunchOutputs(NamedTuple):
@@ -57,42 +60,41 @@ class Plan(NamedTuple):
 
 
 class Repeated:
-    """What a launch leaves to the next one of its kind: its plan and the kernel that was compiled.
-
-    ``repeated.py`` says which launches are of one kind; Triton has the same kernel for them.
-    """
+    """What a launch leaves to the next one of its kind; ``repeated.py`` says which these are."""
 
     plan: Plan | None = None
-    compiled: CompiledKernel | None = None
+    run: Callable[..., object] | None = None
+    """Launches the kernel that Triton compiled, with all its arguments in order."""
 
 
 class Launch(NamedTuple):
     """A plan with tensors, to be run here or compiled for another GPU."""
 
     plan: Plan
-    tensors: dict[str, Any]
+    tensors: tuple[Tensor | tuple[Tensor, ...] | None, ...]
+    """The kernel's first arguments, in its order."""
     repeated: Repeated | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """All of the kernel's, by name."""
-        return self.tensors | self.plan.values
+        return dict(zip(self.plan.kernel.arg_names, self.tensors, strict=False)) | self.plan.values
 
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
-        plan, repeated = self.plan, self.repeated
-        if repeated and repeated.compiled and not plan.kernel.pre_run_hooks:
+        plan, tensors, repeated = self
+        if repeated and repeated.run and not plan.kernel.pre_run_hooks:
             with on_device(device):
-                repeated.compiled[(*plan.grid, 1, 1)](*self.tensors.values(), *plan.values.values())
+                repeated.run(*tensors, *plan.values.values())
             return
         options = plan.blocks.compiler_options()
         compiled = start(plan.kernel, plan.grid, self.arguments, options, device)
-        if repeated is not None:
+        if repeated:
             repeated.plan = plan
             # On AMD's GPUs Triton looks at the tensors' size in memory too. The interpreter gives
             # nothing, and Triton's compilation in the background no kernel yet.
             if isinstance(compiled, CompiledKernel) and not torch.version.hip:
-                repeated.compiled = compiled
+                repeated.run = compiled[(*plan.grid, 1, 1)]
 
 
 def start(
@@ -178,58 +180,24 @@ def classroom_plan(
     return Plan(classroom_kernel, (n_programs,), values, cut, row_stats)
 
 
-def _tensors(
-    plan: Plan,
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    loss: Tensor,
-    *,
-    mentor_weight: Tensor | None = None,
-    ell_sums: Tensor | None = None,
-    scale: Tensor | None = None,
-    grad: Tensor | None = None,
-    count: Tensor | None = None,
-    report: Tensor | None = None,
-) -> dict[str, Any]:
-    """By name, every argument of `classroom_kernel` that is a tensor; in its order."""
-    row_stats = state = None
-    if plan.row_stats:
-        row_stats = student.new_empty(plan.row_stats, dtype=torch.float32)
-        state = launch_state(student.device)
-    return {
-        "student_ptr": student,
-        "mentor_ptrs": tuple(mentors),
-        "target_ptr": targets,
-        "mentor_weight_ptr": mentor_weight,
-        "ell_sums_ptr": ell_sums,
-        "scale_ptr": scale,
-        "row_stats_ptr": row_stats,
-        "grad_ptr": grad,
-        "loss_ptr": loss,
-        "count_ptr": count,
-        "report_ptr": report,
-        "state_ptr": state,
-    }
+def _planned(
+    batch: _Batch, options: LossOptions, repeated: Repeated | None, **how: Any
+) -> tuple[_Batch, Plan, Repeated | None]:
+    """The batch as it is launched, a new plan for it, and where that is kept."""
+    rows = unit_strides(*batch)
+    plan = classroom_plan(*rows, options, **how)
+    given = batch[0], *batch[1], batch[2]
+    if any(a is not b for a, b in zip(given, (rows[0], *rows[1], rows[2]), strict=True)):
+        repeated = None  # it is a plan for copies, which every call has to make
+    return rows, plan, repeated
 
 
-def _launch(
-    repeated: Repeated | None,
-    batch: tuple[Tensor, Sequence[Tensor], Tensor],
-    loss: Tensor,
-    others: dict[str, Tensor | None],
-    options: LossOptions,
-    **how: Any,
-) -> Launch:
-    """The launch for this batch: the repeated one with these tensors, or one that is planned."""
-    plan = None if repeated is None else repeated.plan
-    if plan is None:
-        rows = unit_strides(*batch)
-        plan = classroom_plan(*rows, options, **how)
-        given = batch[0], *batch[1], batch[2]
-        if any(a is not b for a, b in zip(given, (rows[0], *rows[1], rows[2]), strict=True)):
-            batch, repeated = rows, None  # a plan for copies, which every call has to make
-    return Launch(plan, _tensors(plan, *batch, loss, **others), repeated)
+def _room_for_sums(plan: Plan, student: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The rows' statistics, and a state."""
+    if not plan.row_stats:
+        return None, None
+    row_stats = student.new_empty(plan.row_stats, dtype=torch.float32)
+    return row_stats, launch_state(student.device)
 
 
 def confidence_sums(
@@ -260,10 +228,20 @@ def confidence_launch(
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    batch = student, mentors, targets
+    batch: _Batch = student, mentors, targets
+    plan = repeated.plan if repeated else None
+    if plan is None:
+        batch, plan, repeated = _planned(batch, options, repeated, sums=True, warp_size=warp_size)
+    student, mentors, targets = batch
     sums = student.new_empty(len(mentors) + 2, dtype=torch.float32)
-    launch = _launch(repeated, batch, sums, {}, options, sums=True, warp_size=warp_size)
-    return sums, launch
+    row_stats, state = _room_for_sums(plan, student)
+    no_weights_to_scale = (None,) * 3
+    no_grad, no_report = None, (None,) * 2
+    tensors = (
+        *(student, tuple(mentors), targets, *no_weights_to_scale),
+        *(row_stats, no_grad, sums, *no_report, state),
+    )
+    return sums, Launch(plan, tensors, repeated)
 
 
 def classroom_loss_and_grad(
@@ -317,28 +295,30 @@ def classroom_launch(
     by_row = options.reduction == "none"
     new = torch.zeros if n_rows == 0 else torch.empty
     numbers = functools.partial(new, dtype=torch.float32, device=student.device)
-    counted = not scale_grad and (with_report or not by_row)
-    outputs = LaunchOutputs(
-        loss=numbers(n_rows if by_row else ()),
-        grad=torch.empty_like(student, memory_format=torch.contiguous_format)
-        if with_grad
-        else None,
-        count=numbers(()) if counted else None,
-        report=numbers(report_size(len(mentors))) if with_report else None,
-    )
+    loss = numbers(n_rows if by_row else ())
+    report = numbers(report_size(len(mentors))) if with_report else None
+    grad = None
+    if with_grad:
+        grad = torch.empty_like(student, memory_format=torch.contiguous_format)
     if n_rows == 0:
-        return outputs._replace(count=torch.ones_like(outputs.loss)), None
-    others = {
-        "mentor_weight": None if mentor_weight is None else mentor_weight.contiguous(),
-        "ell_sums": ell_sums,
-        "scale": scale,
-        "grad": outputs.grad,
-        "count": outputs.count,
-        "report": outputs.report,
-    }
-    how = {"with_report": with_report, "scale_grad": scale_grad, "warp_size": warp_size}
-    batch = student, mentors, targets
-    return outputs, _launch(repeated, batch, outputs.loss, others, options, **how)
+        return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
+    counted = not scale_grad and (with_report or not by_row)
+    outputs = LaunchOutputs(loss, grad, numbers(()) if counted else None, report)
+
+    batch: _Batch = student, mentors, targets
+    plan = repeated.plan if repeated else None
+    if plan is None:
+        how = {"with_report": with_report, "scale_grad": scale_grad, "warp_size": warp_size}
+        batch, plan, repeated = _planned(batch, options, repeated, **how)
+        student, mentors, targets = batch
+    if mentor_weight is not None:
+        mentor_weight = mentor_weight.contiguous()
+    row_stats, state = _room_for_sums(plan, student)
+    tensors = (
+        *(student, tuple(mentors), targets, mentor_weight, ell_sums, scale),
+        *(row_stats, grad, loss, outputs.count, report, state),
+    )
+    return outputs, Launch(plan, tensors, repeated)
 
 
 def scale_rows(
@@ -357,9 +337,8 @@ def scaling_launch(
 ) -> tuple[Tensor, Launch]:
     """The result of `scale_rows`, still to be written, and the launch that writes it."""
     out = torch.empty_like(grad)
-    tensors = {"grad_ptr": grad, "factor_ptr": factor, "count_ptr": count, "out_ptr": out}
-    plan = None if repeated is None else repeated.plan
-    return out, Launch(plan or _scaling_plan(grad, factor), tensors, repeated)
+    plan = repeated.plan if repeated else None
+    return out, Launch(plan or _scaling_plan(grad, factor), (grad, factor, count, out), repeated)
 
 
 def _scaling_plan(grad: Tensor, factor: Tensor) -> Plan:

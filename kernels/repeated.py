@@ -1,20 +1,16 @@
 """Calls of one kind, whose later launches repeat the first: no plan is made, nothing is looked up.
 
-They pass by Triton's own launcher, which takes several times longer than all else that a call does
-on the host: it describes every argument to find the kernel that it has compiled for them.
+They pass by Triton's own launcher, which takes longer than all else that a call does on the host:
+it describes every argument to find the kernel that it has compiled for such ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from functools import partial
 
 from torch import Tensor
 
 from classroomkd.kernels import launch
-
-if TYPE_CHECKING:
-    from classroomkd.loss.options import LossOptions
 
 
 class Launches:
@@ -26,28 +22,11 @@ class Launches:
     """
 
     def __init__(self) -> None:
-        self._sums, self._loss, self._scaled = (launch.Repeated() for _ in range(3))
-
-    def confidence_sums(
-        self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, options: LossOptions
-    ) -> Tensor:
-        """As there."""
-        return launch.confidence_sums(student, mentors, targets, options, self._sums)
-
-    def classroom_loss_and_grad(
-        self,
-        student: Tensor,
-        mentors: Sequence[Tensor],
-        targets: Tensor,
-        mentor_weight: Tensor | None,
-        ell_sums: Tensor | None,
-        options: LossOptions,
-        **wanted: Any,
-    ) -> launch.LaunchOutputs:
-        """As there."""
-        return launch.classroom_loss_and_grad(
-            student, mentors, targets, mentor_weight, ell_sums, options, self._loss, **wanted
+        self.confidence_sums = partial(launch.confidence_sums, repeated=launch.Repeated())
+        self.classroom_loss_and_grad = partial(
+            launch.classroom_loss_and_grad, repeated=launch.Repeated()
         )
+        self._scaled = launch.Repeated()
 
     def scale_rows(self, grad: Tensor, factor: Tensor, count: Tensor | None) -> Tensor:
         """As there; repeated for the gradients of these calls and the usual factor, one number."""

@@ -210,9 +210,9 @@ def fused_loss(
 ) -> tuple[Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss` with its options in one object and its weights in another."""
     batch = student_logits, mentor_logits, targets
-    call = plans.planned("loss", *batch, weights, None, options, return_report, _INTERPRET)
     with_means = return_report is True
-    if call is not None and (plan := call.plan()):
+    call = "loss", *batch, weights, None, options, return_report, _INTERPRET
+    if plan := plans.find(*call):
         return plan.loss(*batch, weights.mentor, options, with_means, process_group)
     rows = as_rows(*batch, weights, options)
     served = fused_pass_serves(rows.student, rows.mentors)
@@ -221,8 +221,8 @@ def fused_loss(
     loss, report = of_rows(*rows[:4], weights.mentor, options, with_means, process_group)
     if return_report == "rows":
         report = row_report(rows, options, process_group)
-    elif call is not None and served:
-        call.keep(functions(student_logits.device.type))
+    elif served:
+        plans.keep(functions(student_logits.device.type), *call)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
@@ -260,11 +260,9 @@ def fused_loss_and_grad(
     if options.reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
     batch = student_logits, mentor_logits, targets
-    call = plans.planned(
-        "loss_and_grad", *batch, weights, scale, options, return_report, _INTERPRET
-    )
     with_means = return_report is True
-    if call is not None and (plan := call.plan()):
+    call = "loss_and_grad", *batch, weights, scale, options, return_report, _INTERPRET
+    if plan := plans.find(*call):
         return plan.loss_and_grad(*batch, weights.mentor, scale, options, with_means, process_group)
     rows = as_rows(student_logits.detach(), mentor_logits, targets, weights, options)
     if scale is not None:
@@ -289,8 +287,8 @@ def fused_loss_and_grad(
         )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
-    elif call is not None and served:
-        call.keep(functions(student_logits.device.type))
+    elif served:
+        plans.keep(functions(student_logits.device.type), *call)
     if student_logits.dim() > 2:
         grad = unflattened(grad, rows.shape)
     return loss, grad, report

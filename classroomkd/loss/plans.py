@@ -2,15 +2,15 @@
 
 Whether a call is valid, and how it is run, depends on its options and on its tensors' types,
 dtypes, devices, shapes, strides and alignment; on their values only for class indices on a CPU,
-which each call looks at. All this is compared with what earlier calls had. PyTorch's own guard of
-compiled code compares the tensors, in a fraction of the time that looking at each would take.
+which every call looks at. All this is compared with what earlier calls had. PyTorch's own guard of
+compiled code compares the tensors, in a fraction of the time that Python would take.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,13 +35,9 @@ class Plan:
     """
 
     def __init__(self, tensors: Sequence[Tensor], functions: Any) -> None:
-        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self._offsets = _offsets(tensors)
+        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        self.offsets = _offsets(tensors)
         self._functions = functions
-
-    def serves(self, tensors: Sequence[object]) -> bool:
-        """Whether these are such tensors."""
-        return self._guards.check(*tensors) and _offsets(tensors) == self._offsets
 
     def loss(
         self,
@@ -54,17 +50,18 @@ class Plan:
         process_group: Any,
     ) -> tuple[Tensor, ClassroomReport | None]:
         """`fused_classroom_loss`, and its report if that is wanted."""
+        mentors, *more = self._more(student, mentor_logits, targets, options, process_group)
         with_grad = student.requires_grad and torch.is_grad_enabled()
-        outputs, report = self._run(
-            *(student, mentor_logits, targets, mentor_weight, options, with_report, process_group),
+        outputs = self._functions.classroom_loss_and_grad(
+            *(student, mentors, targets, _constant(mentor_weight), *more, options),
             with_grad=with_grad,
+            with_report=with_report,
         )
         loss = outputs.loss
         if with_grad:
-            loss = operators.differentiable(
-                student, outputs, options.reduction, self._functions.scale_rows
-            )
-        return loss, report
+            scale_rows = self._functions.scale_rows
+            loss = operators.differentiable(student, outputs, options.reduction, scale_rows)
+        return loss, unpack_report(outputs.report, len(mentors)) if with_report else None
 
     def loss_and_grad(
         self,
@@ -78,41 +75,33 @@ class Plan:
         process_group: Any,
     ) -> tuple[Tensor, Tensor, ClassroomReport | None]:
         """`fused_classroom_loss_and_grad`, likewise."""
-        outputs, report = self._run(
-            *(student, mentor_logits, targets, mentor_weight, options, with_report, process_group),
+        mentors, *more = self._more(student, mentor_logits, targets, options, process_group)
+        outputs = self._functions.classroom_loss_and_grad(
+            *(student, mentors, targets, _constant(mentor_weight), *more, options),
             with_grad=True,
+            with_report=with_report,
             scale_grad=True,
             scale=scale,
         )
+        report = unpack_report(outputs.report, len(mentors)) if with_report else None
         return outputs.loss, outputs.grad, report
 
-    def _run(
+    def _more(
         self,
         student: Tensor,
         mentor_logits: Tensor | Sequence[Tensor],
         targets: Tensor,
-        mentor_weight: Tensor | None,
         options: LossOptions,
-        with_report: bool,
         process_group: Any,
-        **wanted: Any,
-    ) -> tuple[Any, ClassroomReport | None]:
-        if isinstance(mentor_logits, Tensor):
-            mentor_logits = mentor_logits.unbind()
-        if mentor_weight is not None:
-            mentor_weight = mentor_weight.detach()
+    ) -> tuple[Sequence[Tensor], Tensor | None]:
+        """The mentors, and for ranking "batch" the sums of ℓ."""
+        mentors = mentor_logits.unbind() if isinstance(mentor_logits, Tensor) else mentor_logits
         ell_sums = None
         if options.ranking == "batch":
-            ell_sums = self._functions.confidence_sums(student, mentor_logits, targets, options)
+            ell_sums = self._functions.confidence_sums(student, mentors, targets, options)
             if process_group is not None:
                 torch.distributed.all_reduce(ell_sums, group=process_group)
-        outputs = self._functions.classroom_loss_and_grad(
-            *(student, mentor_logits, targets, mentor_weight, ell_sums, options),
-            with_report=with_report,
-            **wanted,
-        )
-        n_mentors = len(mentor_logits)
-        return outputs, unpack_report(outputs.report, n_mentors) if with_report else None
+        return mentors, ell_sums
 
 
 class _Kind:
@@ -127,27 +116,31 @@ def _kind(*_: object) -> _Kind:
     return _Kind()
 
 
-class Call(NamedTuple):
-    """A call that may have a plan, or get one."""
+def find(*call: Any) -> Plan | None:
+    """The plan of an earlier call like this one; None if there is none.
 
-    tensors: tuple[Tensor, ...]
-    kind: _Kind
-
-    def plan(self) -> Plan | None:
-        """That of an earlier call like this one; None if there was none."""
-        for plan in self.kind.plans:
-            if plan.serves(self.tensors):
+    ``call`` is what `_described` takes. Nothing of it has been checked.
+    """
+    described = _described(*call)
+    if described is not None:
+        kind, tensors = described
+        for plan in kind.plans:
+            # The guard sees modes and functorch too, in the thread's dispatch keys.
+            if plan.guards.check(*tensors) and _offsets(tensors) == plan.offsets:
                 return plan
-        return None
-
-    def keep(self, functions: Any) -> None:
-        """Let later calls like this one, which was valid, be run by these functions."""
-        if all(type(tensor) in operators.PLAIN for tensor in self.tensors):
-            plan = Plan(self.tensors, functions)
-            self.kind.plans = (plan, *self.kind.plans[: _MAX_PLANS - 1])
+    return None
 
 
-def planned(
+def keep(functions: Any, *call: Any) -> None:
+    """Let later calls like this one, which was valid, be run by these functions."""
+    described = _described(*call)
+    if described is not None and not operators.is_watched():
+        kind, tensors = described
+        if all(type(tensor) in operators.PLAIN for tensor in tensors):
+            kind.plans = (Plan(tensors, functions), *kind.plans[: _MAX_PLANS - 1])
+
+
+def _described(
     function: str,
     student_logits: Tensor,
     mentor_logits: Tensor | Sequence[Tensor],
@@ -157,25 +150,31 @@ def planned(
     options: LossOptions,
     return_report: object,
     interpreted: bool,
-) -> Call | None:
-    """The call with these arguments, which are not checked; None if it is not to be planned.
+) -> tuple[_Kind, tuple[Tensor, ...]] | None:
+    """The kind of a call of that function, and its tensors; None if it is not to be planned.
 
-    Only rows of logits are, without weights of classes or rows, where nothing traces the call.
+    Only rows of logits are, without weights of classes or rows, and not while torch.compile traces.
     """
-    if operators.is_watched() or type(student_logits) not in operators.PLAIN:
+    if torch.compiler.is_compiling() or type(student_logits) not in operators.PLAIN:
         return None
     shape = student_logits.shape
-    if len(shape) != 2 or weights.row is not None or weights.of_class is not None:
-        return None
-    if not isinstance(return_report, bool):
+    mentor_weight, of_class, of_row = weights
+    rows = len(shape) == 2 and of_class is None and of_row is None
+    if not (rows and isinstance(return_report, bool)):
         return None
     mentors = mentor_logits if type(mentor_logits) in (list, tuple) else (mentor_logits,)
-    further = [tensor for tensor in (weights.mentor, scale) if tensor is not None]
-    wanted = function, return_report, interpreted
-    given = len(mentors), weights.mentor is not None, scale is not None
-    kind = _kind(options, shape, wanted, given)
-    return Call((student_logits, *mentors, targets, *further), kind)
+    tensors = student_logits, *mentors, targets
+    given = None
+    if mentor_weight is not None or scale is not None:
+        given = mentor_weight is not None, scale is not None
+        tensors += tuple(tensor for tensor in (mentor_weight, scale) if tensor is not None)
+    kind = _kind(function, options, shape, return_report, interpreted, given, len(mentors))
+    return kind, tensors
 
 
 def _offsets(tensors: Sequence[Any]) -> list[int]:
     return [tensor.data_ptr() % _ALIGNMENT for tensor in tensors]
+
+
+def _constant(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
