@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+MAX_ALIGNMENT = 16
+"""Elements."""
+
 
 def alignment(tensors: Sequence[Tensor]) -> int:
     """The largest power of two of elements, up to 16, to which every row of these is aligned.
@@ -13,7 +16,7 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     Strides are passed to the kernels as multiples of it, so that the compiler knows the alignment
     of the rows and can load 16 bytes at a time.
     """
-    common = 16
+    common = MAX_ALIGNMENT
     for tensor in tensors:
         size = tensor.element_size()
         # A meta tensor has no address, only an offset.

@@ -17,8 +17,8 @@ class Launches:
     """The functions of ``launch.py`` for calls of one kind.
 
     Calls are of one kind if they have the same options and want the same, and their tensors have
-    the same dtypes, device, shapes and strides, and addresses with the same remainder by 128 bytes.
-    What PyTorch allocates for the results is aligned to more than the 16 bytes that Triton asks.
+    the same dtypes, device, shapes, strides and alignment, up to `MAX_ALIGNMENT` elements of the
+    widest dtype: no less than the 16 bytes that Triton looks at. PyTorch aligns new tensors so.
     """
 
     def __init__(self) -> None:

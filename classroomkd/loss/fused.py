@@ -222,7 +222,7 @@ def fused_loss(
     if return_report == "rows":
         report = row_report(rows, options, process_group)
     elif served:
-        plans.keep(functions(student_logits.device.type), *call)
+        plans.keep(*functions(student_logits.device.type), *call)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
@@ -264,7 +264,9 @@ def fused_loss_and_grad(
     call = "loss_and_grad", *batch, weights, scale, options, return_report, _INTERPRET
     if plan := plans.find(*call):
         return plan.loss_and_grad(*batch, weights.mentor, scale, options, with_means, process_group)
-    rows = as_rows(student_logits.detach(), mentor_logits, targets, weights, options)
+    if isinstance(student_logits, Tensor):
+        student_logits = student_logits.detach()
+    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
     if scale is not None:
         _check_scale(scale, student_logits)
         scale = _constant(scale)
@@ -288,7 +290,7 @@ def fused_loss_and_grad(
     if return_report == "rows":
         report = row_report(rows, options, process_group)
     elif served:
-        plans.keep(functions(student_logits.device.type), *call)
+        plans.keep(*functions(student_logits.device.type), *call)
     if student_logits.dim() > 2:
         grad = unflattened(grad, rows.shape)
     return loss, grad, report
@@ -361,13 +363,14 @@ def implementation(device_type: str) -> ModuleType:
     return launch
 
 
-def functions(device_type: str) -> Any:
-    """What `implementation` has, for calls of one kind: the first leaves its launch to the rest."""
+def functions(device_type: str) -> tuple[Any, int]:
+    """`implementation` for calls of one kind, and up to how many elements addresses matter."""
     if device_type == "cpu" and not _INTERPRET:
-        return implementation(device_type)
+        return implementation(device_type), 1
+    from classroomkd.kernels.layout import MAX_ALIGNMENT
     from classroomkd.kernels.repeated import Launches
 
-    return Launches()
+    return Launches(), MAX_ALIGNMENT
 
 
 def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:

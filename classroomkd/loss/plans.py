@@ -24,20 +24,29 @@ from classroomkd.loss.rows import LossWeights
 _MAX_KINDS = 256
 _MAX_PLANS = 4
 """For one kind: calls that differ in strides, alignment, dtypes, devices or needed gradients."""
-_ALIGNMENT = 128
-"""Bytes; no kernel's plan looks further: 16 elements, see ``kernels/layout.py``."""
 
 
 class Plan:
     """How calls with such tensors are run.
 
-    ``functions`` are those of ``cpu_pass.py``, or the kernels' `Launches`.
+    ``functions`` are those of ``cpu_pass.py``, or the kernels' `Launches`; they depend on addresses
+    up to a multiple of so many elements.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], functions: Any) -> None:
-        self.guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-        self.offsets = _offsets(tensors)
+    def __init__(self, tensors: Sequence[Tensor], functions: Any, elements: int) -> None:
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+        sizes = [tensor.element_size() for tensor in tensors if tensor.is_floating_point()]
+        self._bytes = elements * max(sizes)
+        self._offsets = self._offsets_of(tensors)
         self._functions = functions
+
+    def serves(self, tensors: Sequence[Any]) -> bool:
+        """Whether these are such tensors."""
+        return self._guards.check(*tensors) and self._offsets_of(tensors) == self._offsets
+
+    def _offsets_of(self, tensors: Sequence[Tensor]) -> list[int]:
+        n_bytes = self._bytes
+        return [tensor.data_ptr() % n_bytes for tensor in tensors]
 
     def loss(
         self,
@@ -51,7 +60,7 @@ class Plan:
     ) -> tuple[Tensor, ClassroomReport | None]:
         """`fused_classroom_loss`, and its report if that is wanted."""
         mentors, *more = self._more(student, mentor_logits, targets, options, process_group)
-        with_grad = student.requires_grad and torch.is_grad_enabled()
+        with_grad = _with_grad(student)
         outputs = self._functions.classroom_loss_and_grad(
             *(student, mentors, targets, _constant(mentor_weight), *more, options),
             with_grad=with_grad,
@@ -125,19 +134,18 @@ def find(*call: Any) -> Plan | None:
     if described is not None:
         kind, tensors = described
         for plan in kind.plans:
-            # The guard sees modes and functorch too, in the thread's dispatch keys.
-            if plan.guards.check(*tensors) and _offsets(tensors) == plan.offsets:
+            if plan.serves(tensors):
                 return plan
     return None
 
 
-def keep(functions: Any, *call: Any) -> None:
-    """Let later calls like this one, which was valid, be run by these functions."""
+def keep(functions: Any, elements: int, *call: Any) -> None:
+    """Let later calls like this one, which was valid, be run by these functions: see `Plan`."""
     described = _described(*call)
-    if described is not None and not operators.is_watched():
+    if described is not None:
         kind, tensors = described
         if all(type(tensor) in operators.PLAIN for tensor in tensors):
-            kind.plans = (Plan(tensors, functions), *kind.plans[: _MAX_PLANS - 1])
+            kind.plans = (Plan(tensors, functions, elements), *kind.plans[: _MAX_PLANS - 1])
 
 
 def _described(
@@ -153,9 +161,9 @@ def _described(
 ) -> tuple[_Kind, tuple[Tensor, ...]] | None:
     """The kind of a call of that function, and its tensors; None if it is not to be planned.
 
-    Only rows of logits are, without weights of classes or rows, and not while torch.compile traces.
+    Only rows of logits are, without weights of classes or rows, where nothing looks on.
     """
-    if torch.compiler.is_compiling() or type(student_logits) not in operators.PLAIN:
+    if operators.is_watched() or type(student_logits) not in operators.PLAIN:
         return None
     shape = student_logits.shape
     mentor_weight, of_class, of_row = weights
@@ -168,12 +176,14 @@ def _described(
     if mentor_weight is not None or scale is not None:
         given = mentor_weight is not None, scale is not None
         tensors += tuple(tensor for tensor in (mentor_weight, scale) if tensor is not None)
-    kind = _kind(function, options, shape, return_report, interpreted, given, len(mentors))
+    with_grad = function == "loss" and _with_grad(student_logits)
+    wanted = function, with_grad, return_report, interpreted
+    kind = _kind(options, shape, wanted, given, len(mentors))
     return kind, tensors
 
 
-def _offsets(tensors: Sequence[Any]) -> list[int]:
-    return [tensor.data_ptr() % _ALIGNMENT for tensor in tensors]
+def _with_grad(student: Tensor) -> bool:
+    return student.requires_grad and torch.is_grad_enabled()
 
 
 def _constant(tensor: Tensor | None) -> Tensor | None:
