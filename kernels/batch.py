@@ -231,7 +231,8 @@ def store_batch(
     stat = tl.arange(0, BLOCK_STATS)
     n_valid = tl.maximum(tl.sum(tl.where(stat == 1, sums, 0.0), 0), 1.0)
     count = n_valid if weight_sum_ptr is None else _weight_total(weight_sum_ptr)
-    tl.store(count_ptr, count)
+    if count_ptr is not None:
+        tl.store(count_ptr, count)
     if REDUCTION != "none":
         loss = sums / count if REDUCTION == "mean" else sums
         tl.store(loss_ptr + stat, loss, mask=stat == 0)

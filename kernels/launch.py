@@ -5,13 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel
 
 from classroomkd.kernels.blocks import Blocks, blocks, position_blocks, scaling_blocks, sum_blocks
 from classroomkd.kernels.counters import launch_state
@@ -28,6 +30,9 @@ MAX_CLASSES = 262_144
 WARP_SIZE = 64 if torch.version.hip else 32
 
 
+_Batch = tuple[Tensor, Sequence[Tensor], Tensor]  # student, mentors, targets
+
+
 class LaunchOutputs(NamedTuple):
     """The tensors that a launch writes."""
 
@@ -36,7 +41,8 @@ class LaunchOutputs(NamedTuple):
     grad: Tensor | None
     """Like the student's logits: each row's own, without weight; with ``scale_grad`` the loss's."""
     count: Tensor | None
-    """float32, 0-d: what a mean is divided by; None for reduction "none" without report."""
+    """float32, 0-d: what a mean is divided by; None with ``scale_grad``, and for reduction "none"
+    without report."""
     report: Tensor | None
     """float32, as ``report_layout`` describes."""
 
@@ -47,27 +53,48 @@ class Plan(NamedTuple):
     kernel: triton.JITFunction
     grid: tuple[int, ...]
     values: dict[str, Any]
-    """By name, every argument of the kernel that is not a tensor."""
+    """By name, every argument of the kernel that is not a tensor; in its order, as they follow."""
     blocks: Blocks
     n_stats: int = 0
     """The numbers that the programs leave to be summed."""
+
+
+class Repeated:
+    """What a launch leaves to the next one of its kind; ``repeated.py`` says which these are."""
+
+    plan: Plan | None = None
+    run: Callable[..., object] | None = None
+    """Launches the kernel that Triton compiled, with all its arguments in order."""
 
 
 class Launch(NamedTuple):
     """A plan with tensors, to be run here or compiled for another GPU."""
 
     plan: Plan
-    tensors: dict[str, Any]
+    tensors: tuple[Tensor | tuple[Tensor, ...] | None, ...]
+    """The kernel's first arguments, in its order."""
+    repeated: Repeated | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """All of the kernel's, by name."""
-        return self.tensors | self.plan.values
+        return dict(zip(self.plan.kernel.arg_names, self.tensors, strict=False)) | self.plan.values
 
     def run(self, device: torch.device) -> None:
         """Run it on that device's current stream."""
-        plan = self.plan
-        start(plan.kernel, plan.grid, self.arguments, plan.blocks.compiler_options(), device)
+        plan, tensors, repeated = self
+        if repeated and repeated.run and not plan.kernel.pre_run_hooks:
+            with on_device(device):
+                repeated.run(*tensors, *plan.values.values())
+            return
+        options = plan.blocks.compiler_options()
+        compiled = start(plan.kernel, plan.grid, self.arguments, options, device)
+        if repeated:
+            repeated.plan = plan
+            # On AMD's GPUs Triton looks at the tensors' size in memory too. The interpreter gives
+            # nothing, and Triton's compilation in the background no kernel yet.
+            if isinstance(compiled, CompiledKernel) and not torch.version.hip:
+                repeated.run = compiled[(*plan.grid, 1, 1)]
 
 
 def start(
@@ -76,14 +103,14 @@ def start(
     arguments: dict[str, Any],
     options: dict[str, int],
     device: torch.device,
-) -> None:
-    """Run a kernel on that device's current stream. All launches of the project use this function.
+) -> object:
+    """Run a kernel on that device's current stream, and return what Triton compiled, if it did.
 
-    ``options`` are the compiler's. Tests replace this function to execute compiled kernels on a
-    CPU.
+    All launches of the project use this function, except those that repeat one. ``options`` are the
+    compiler's. Tests replace this function to execute compiled kernels on a CPU.
     """
     with on_device(device):
-        kernel[grid](**arguments, **options)
+        return kernel[grid](**arguments, **options)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
@@ -166,24 +193,24 @@ def _quotient(divisor: int) -> tuple[int, int, int]:
     return divisor, -(-(2**shift) // divisor), shift
 
 
-def _tensors(
-    plan: Plan, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, **others: Tensor | None
-) -> dict[str, Any]:
-    """By name, every argument of `classroom_kernel` that is a tensor."""
-    stats = state = None
-    if plan.n_stats:
-        stats = student.new_empty(plan.n_stats, dtype=torch.float32)
-        state = launch_state(student.device)
-    names = ("row_weight", "mentor_weight", "ell_sums", "scale", "weight_sum")
-    names += ("grad", "loss", "count", "report")
-    return {
-        "student_ptr": student,
-        "mentor_ptrs": tuple(mentors),
-        "target_ptr": targets,
-        "stats_ptr": stats,
-        "state_ptr": state,
-        **{f"{name}_ptr": others.get(name) for name in names},
-    }
+def _planned(
+    batch: _Batch, options: LossOptions, repeated: Repeated | None, **how: Any
+) -> tuple[_Batch, Plan, Repeated | None]:
+    """The batch as it is launched, a new plan for it, and where that is kept."""
+    rows = as_read(*batch)
+    plan = classroom_plan(*rows, options, **how)
+    given = batch[0], *batch[1], batch[2]
+    if any(a is not b for a, b in zip(given, (rows[0], *rows[1], rows[2]), strict=True)):
+        repeated = None  # it is a plan for copies, which every call has to make
+    return rows, plan, repeated
+
+
+def _room_for_sums(plan: Plan, student: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The programs' statistics, and a state."""
+    if not plan.n_stats:
+        return None, None
+    stats = student.new_empty(plan.n_stats, dtype=torch.float32)
+    return stats, launch_state(student.device)
 
 
 def confidence_sums(
@@ -191,6 +218,7 @@ def confidence_sums(
     mentors: Sequence[Tensor],
     targets: Tensor,
     options: LossOptions,
+    repeated: Repeated | None = None,
 ) -> Tensor:
     """Sums of ℓ_k over the valid rows, the student's first, and the number of these rows.
 
@@ -198,7 +226,7 @@ def confidence_sums(
     """
     if student.numel() == 0:
         return student.new_zeros(len(mentors) + 2, dtype=torch.float32)
-    sums, launch = confidence_launch(student, mentors, targets, options)
+    sums, launch = confidence_launch(student, mentors, targets, options, repeated)
     launch.run(student.device)
     return sums
 
@@ -208,14 +236,24 @@ def confidence_launch(
     mentors: Sequence[Tensor],
     targets: Tensor,
     options: LossOptions,
+    repeated: Repeated | None = None,
     *,
     warp_size: int = WARP_SIZE,
 ) -> tuple[Tensor, Launch]:
     """The result of `confidence_sums`, still to be written, and the launch that writes it."""
-    batch = as_read(student, mentors, targets)
-    plan = classroom_plan(*batch, options, sums=True, warp_size=warp_size)
+    batch: _Batch = student, mentors, targets
+    plan = repeated.plan if repeated else None
+    if plan is None:
+        batch, plan, repeated = _planned(batch, options, repeated, sums=True, warp_size=warp_size)
+    student, mentors, targets = batch
     sums = student.new_empty(len(mentors) + 2, dtype=torch.float32)
-    return sums, Launch(plan, _tensors(plan, *batch, loss=sums))
+    stats, state = _room_for_sums(plan, student)
+    no_weights, no_grad, no_report = (None,) * 5, None, (None,) * 2
+    tensors = (
+        *(student, tuple(mentors), targets, *no_weights),
+        *(stats, no_grad, sums, *no_report, state),
+    )
+    return sums, Launch(plan, tensors, repeated)
 
 
 def classroom_loss_and_grad(
@@ -226,11 +264,13 @@ def classroom_loss_and_grad(
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
+    repeated: Repeated | None = None,
     **wanted: Any,
 ) -> LaunchOutputs:
     """Loss, gradient and report in one launch; arguments as for `classroom_launch`."""
     outputs, launch = classroom_launch(
-        student, mentors, targets, row_weight, mentor_weight, ell_sums, options, **wanted
+        *(student, mentors, targets, row_weight, mentor_weight, ell_sums, options, repeated),
+        **wanted,
     )
     if launch is not None:
         launch.run(student.device)
@@ -245,6 +285,7 @@ def classroom_launch(
     mentor_weight: Tensor | None,
     ell_sums: Tensor | None,
     options: LossOptions,
+    repeated: Repeated | None = None,
     *,
     with_grad: bool,
     with_report: bool,
@@ -264,65 +305,78 @@ def classroom_launch(
         scale_grad: multiply the gradient by ``scale`` and the rows' weights and, for the mean,
             divide it as the loss.
         scale: one number on the device, or None for 1.
+        repeated: where the launch is kept for the next one of its kind, or found.
 
     """
     n_rows = student.numel() // student.shape[1]
     by_row = options.reduction == "none"
     new = torch.zeros if n_rows == 0 else torch.empty
-
-    def numbers(*shape: int) -> Tensor:
-        return new(shape, dtype=torch.float32, device=student.device)
-
-    outputs = LaunchOutputs(
-        loss=numbers(n_rows) if by_row else numbers(),
-        grad=new_gradient(student) if with_grad else None,
-        count=None if by_row and not with_report else numbers(),
-        report=numbers(report_size(len(mentors))) if with_report else None,
-    )
+    numbers = functools.partial(new, dtype=torch.float32, device=student.device)
+    loss = numbers(n_rows if by_row else ())
+    report = numbers(report_size(len(mentors))) if with_report else None
+    grad = new_gradient(student) if with_grad else None
     if n_rows == 0:
-        return outputs._replace(count=torch.ones_like(outputs.loss)), None
-    batch = as_read(student, mentors, targets)
-    plan = classroom_plan(
-        *batch, options, with_report=with_report, scale_grad=scale_grad, warp_size=warp_size
-    )
+        return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
+    counted = not scale_grad and (with_report or not by_row)
+    outputs = LaunchOutputs(loss, grad, numbers(()) if counted else None, report)
+
+    batch: _Batch = student, mentors, targets
+    plan = repeated.plan if repeated else None
+    if plan is None:
+        how = {"with_report": with_report, "scale_grad": scale_grad, "warp_size": warp_size}
+        batch, plan, repeated = _planned(batch, options, repeated, **how)
+        student, mentors, targets = batch
     if mentor_weight is not None:
         mentor_weight = mentor_weight.contiguous()
     weight_sum = None
     if row_weight is not None:
         row_weight = row_weight.float().contiguous()
         weight_sum = row_weight.sum() if options.reduction == "mean" else None
-    others = outputs._asdict() | {
-        "row_weight": row_weight,
-        "weight_sum": weight_sum,
-        "mentor_weight": mentor_weight,
-        "ell_sums": ell_sums,
-        "scale": scale,
-    }
-    return outputs, Launch(plan, _tensors(plan, *batch, **others))
+    stats, state = _room_for_sums(plan, student)
+    tensors = (
+        *(student, tuple(mentors), targets, row_weight, mentor_weight, ell_sums, scale),
+        *(weight_sum, stats, grad, loss, outputs.count, report, state),
+    )
+    return outputs, Launch(plan, tensors, repeated)
 
 
 def scale_rows(
-    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+    grad: Tensor,
+    factor: Tensor,
+    row_weight: Tensor | None,
+    count: Tensor | None,
+    repeated: Repeated | None = None,
 ) -> Tensor:
     """grad · factor · row_weight / count, in float32, in grad's dtype and memory layout.
 
     Args:
         grad: [B, C] or [B, C, P], as `new_gradient` lays it out.
         factor: 0-d, or [N] of any stride; row_weight: [N]; count: 0-d.
+        repeated: as for `classroom_launch`.
 
     """
     if grad.numel() == 0:
         return torch.empty_like(grad)
-    out, launch = scaling_launch(grad, factor, row_weight, count)
+    out, launch = scaling_launch(grad, factor, row_weight, count, repeated)
     launch.run(grad.device)
     return out
 
 
 def scaling_launch(
-    grad: Tensor, factor: Tensor, row_weight: Tensor | None, count: Tensor | None
+    grad: Tensor,
+    factor: Tensor,
+    row_weight: Tensor | None,
+    count: Tensor | None,
+    repeated: Repeated | None = None,
 ) -> tuple[Tensor, Launch]:
     """The result of `scale_rows`, still to be written, and the launch that writes it."""
     out = torch.empty_like(grad)
+    plan = repeated.plan if repeated else None
+    tensors = grad, factor, row_weight, count, out
+    return out, Launch(plan or _scaling_plan(grad, factor), tensors, repeated)
+
+
+def _scaling_plan(grad: Tensor, factor: Tensor) -> Plan:
     # Lines of adjacent numbers: rows, or of dense gradients in place the positions of a class.
     dense = in_place(grad)
     lines = grad.flatten(0, 1) if dense else flattened(grad)
@@ -339,6 +393,4 @@ def scaling_launch(
         "ROWS": cut.ROWS,
     }
     grid = (triton.cdiv(n_lines, cut.ROWS), triton.cdiv(n_columns, cut.BLOCK_C))
-    tensors = {"grad_ptr": grad, "factor_ptr": factor, "weight_ptr": row_weight}
-    tensors |= {"count_ptr": count, "out_ptr": out}
-    return out, Launch(Plan(scale_rows_kernel, grid, values, cut), tensors)
+    return Plan(scale_rows_kernel, grid, values, cut)

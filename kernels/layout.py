@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+MAX_ALIGNMENT = 16
+"""Elements."""
 MAX_CLASSES_IN_PLACE = 256
 """Dense logits with more classes, in memory of that order, are copied to rows."""
 
@@ -56,7 +58,7 @@ def as_read(
         return rows if rows.stride(1) == 1 else rows.contiguous()
 
     soft = targets.dim() == student.dim()
-    targets = laid_out(targets) if soft else targets.reshape(-1).contiguous()
+    targets = laid_out(targets) if soft else targets.contiguous()
     return laid_out(student), [laid_out(mentor) for mentor in mentors], targets
 
 
@@ -66,7 +68,7 @@ def alignment(tensors: Sequence[Tensor]) -> int:
     Strides are passed to the kernels as multiples of it, so that the compiler knows the alignment
     of the rows and can load 16 bytes at a time.
     """
-    common = 16
+    common = MAX_ALIGNMENT
     for tensor in tensors:
         size = tensor.element_size()
         # A meta tensor has no address, only an offset.

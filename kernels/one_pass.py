@@ -75,7 +75,7 @@ def classroom_kernel(
     stats_ptr,  # float32 [programs + groups, N_STATS], or None if nothing is summed
     grad_ptr,  # of the student's shape, contiguous, or None
     loss_ptr,  # float32 [], or one a row for reduction "none"; with SUMS [M + 2]
-    count_ptr,  # float32 [], what a mean is divided by
+    count_ptr,  # float32 [], what a mean is divided by, or None
     report_ptr,  # float32 [3 + 4M], or None
     state_ptr,  # int64, 0: see ``batch.py``; None if nothing is summed
     student_stride,  # of rows or of images, in units of ALIGN elements

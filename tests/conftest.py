@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from classroomkd.loss import fused
+from classroomkd.loss import fused, plans
 from ffcv_required import why_skipped
 from interpreter import INTERPRETED, TRITON
 
@@ -162,6 +162,12 @@ def device(request, monkeypatch):
             pytest.skip("this process compiles the kernels for its GPU")
         monkeypatch.setattr(fused, "_INTERPRET", True)
         yield torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _no_plans_of_earlier_tests():
+    """Else what a test replaces may be passed by, as an earlier call has found it."""
+    plans._kind.cache_clear()
 
 
 @pytest.fixture

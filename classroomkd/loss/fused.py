@@ -10,13 +10,13 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from classroomkd.kernels import triton_obstacle
-from classroomkd.loss import operators
+from classroomkd.loss import operators, plans
 from classroomkd.loss.classroom_report import ClassroomReport, RowReport, unpack_report
 from classroomkd.loss.definition import (
     loss_and_grad_by_definition,
@@ -201,18 +201,24 @@ def fused_loss(
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, ClassroomReport | RowReport | None]:
     """`fused_classroom_loss` with its options in one object and its weights in another."""
-    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
+    batch = student_logits, mentor_logits, targets
+    with_means = return_report is True
+    call = "loss", *batch, weights, None, options, return_report, _INTERPRET
+    if plan := plans.find(*call):
+        return plan.loss(*batch, weights.mentor, options, with_means, process_group)
+    rows = as_rows(*batch, weights, options)
     report: ClassroomReport | RowReport | None
-    if fused_pass_serves(rows.student, rows.mentors):
-        loss, report = _fused_loss_of_rows(
-            rows, weights.mentor, options, return_report is True, process_group
-        )
+    served = fused_pass_serves(rows.student, rows.mentors)
+    if served:
+        loss, report = _fused_loss_of_rows(rows, weights.mentor, options, with_means, process_group)
     else:
         loss, report = loss_by_definition(
-            *rows.flat()[:4], weights.mentor, options, return_report is True, process_group
+            *rows.flat()[:4], weights.mentor, options, with_means, process_group
         )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
+    elif served:
+        plans.keep(*functions(student_logits.device.type), *call)
     return loss.reshape(rows.shape) if options.reduction == "none" else loss, report
 
 
@@ -243,13 +249,21 @@ def fused_loss_and_grad(
     """`fused_classroom_loss_and_grad`, likewise."""
     if options.reduction == "none":
         raise ValueError("reduction must be 'mean' or 'sum' where the gradient is returned")
-    rows = as_rows(student_logits.detach(), mentor_logits, targets, weights, options)
+    batch = student_logits, mentor_logits, targets
+    with_means = return_report is True
+    call = "loss_and_grad", *batch, weights, scale, options, return_report, _INTERPRET
+    if plan := plans.find(*call):
+        return plan.loss_and_grad(*batch, weights.mentor, scale, options, with_means, process_group)
+    if isinstance(student_logits, Tensor):
+        student_logits = student_logits.detach()
+    rows = as_rows(student_logits, mentor_logits, targets, weights, options)
     if scale is not None:
         _check_scale(scale, student_logits)
         scale = _constant(scale)
-    n_mentors, with_means = len(rows.mentors), return_report is True
+    n_mentors = len(rows.mentors)
     report: ClassroomReport | RowReport | None
-    if fused_pass_serves(rows.student, rows.mentors):
+    served = fused_pass_serves(rows.student, rows.mentors)
+    if served:
         loss, grad, means = _fused_loss_and_grad_of_rows(
             rows, weights.mentor, scale, options, with_means, process_group
         )
@@ -265,6 +279,8 @@ def fused_loss_and_grad(
         )
     if return_report == "rows":
         report = row_report(rows, options, process_group)
+    elif served:
+        plans.keep(*functions(student_logits.device.type), *call)
     return loss, _like_logits(grad, rows.shape), report
 
 
@@ -331,6 +347,16 @@ def implementation(device_type: str) -> ModuleType:
     from classroomkd.kernels import launch
 
     return launch
+
+
+def functions(device_type: str) -> tuple[Any, int]:
+    """`implementation` for calls of one kind, and up to how many elements addresses matter."""
+    if device_type == "cpu" and not _INTERPRET:
+        return implementation(device_type), 1
+    from classroomkd.kernels.layout import MAX_ALIGNMENT
+    from classroomkd.kernels.repeated import Launches
+
+    return Launches(), MAX_ALIGNMENT
 
 
 def fused_pass_serves(student: Tensor, mentors: list[Tensor]) -> bool:

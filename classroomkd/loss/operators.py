@@ -57,22 +57,28 @@ def register(
     return call
 
 
-_PLAIN = {Tensor, torch.nn.Parameter}
+PLAIN = {Tensor, torch.nn.Parameter}
+"""The types of tensors that are not made to replace PyTorch's own."""
+
+
+def is_watched() -> bool:
+    """Whether something may trace or transform calls: torch.compile, functorch or a mode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def _is_eager(arguments: Sequence[Any]) -> bool:
     """Whether nothing traces, transforms or replaces a call: no mode and no subclass of Tensor."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if is_watched():
         return False
     for argument in arguments:
         if isinstance(argument, list):
-            if not all(type(each) in _PLAIN for each in argument):
+            if not all(type(each) in PLAIN for each in argument):
                 return False
-        elif isinstance(argument, Tensor) and type(argument) not in _PLAIN:
+        elif isinstance(argument, Tensor) and type(argument) not in PLAIN:
             return False
     return True
 
@@ -162,22 +168,40 @@ def _loss_fake(
 
 
 class _Loss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        outputs = _loss_below_autograd(*arguments)
-        _, grad, count, _ = outputs
-        ctx.n_inputs = len(arguments)
-        ctx.mean = named(arguments[_N_LOSS_INPUTS:])["reduction"] == "mean"
-        student, row_weight = arguments[0], arguments[3]
-        ctx.save_for_backward(student, grad, row_weight, count)
-        ctx.mark_non_differentiable(*outputs[1:])
-        return outputs
+    """A loss that was computed together with its gradient, as a function of the student."""
 
     @staticmethod
-    def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> Any:
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        outputs: tuple[Tensor, Tensor, Tensor | None],
+        row_weight: Tensor | None,
+        reduction: str,
+        scale: Callable[..., Tensor],
+    ) -> Tensor:
+        loss, grad, count = outputs
+        ctx.scale = scale
+        ctx.save_for_backward(student, grad, row_weight, count if reduction == "mean" else None)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor) -> Any:
         student, grad, row_weight, count = ctx.saved_tensors
-        grad = scale_rows(grad, loss_grad.detach(), row_weight, count if ctx.mean else None)
-        return final(grad, student), *[None] * (ctx.n_inputs - 1)
+        scale = ctx.scale if _is_eager((loss_grad,)) else scale_rows
+        grad = scale(grad, loss_grad.detach(), row_weight, count)
+        return final(grad, student), None, None, None, None
+
+
+def differentiable(
+    student: Tensor, outputs: Any, reduction: str, scale: Callable[..., Tensor]
+) -> Tensor:
+    """The loss of unweighted rows among these outputs, whose derivatives are there too.
+
+    ``scale`` computes `scale_rows`.
+    """
+    numbers = outputs.loss, outputs.grad, outputs.count
+    loss: Tensor = _Loss.apply(student, numbers, None, reduction, scale)
+    return loss
 
 
 def _loss_below_autograd(*arguments: Any) -> Any:
@@ -188,8 +212,13 @@ def _loss_below_autograd(*arguments: Any) -> Any:
 
 
 def _loss_autograd(*arguments: Any) -> Any:
-    with_grad = arguments[_N_LOSS_INPUTS - 2]
-    return _Loss.apply(*arguments) if with_grad else _loss_below_autograd(*arguments)
+    outputs = _loss_below_autograd(*arguments)
+    if not arguments[_N_LOSS_INPUTS - 2]:  # with_grad
+        return outputs
+    reduction = named(arguments[_N_LOSS_INPUTS:])["reduction"]
+    student, row_weight = arguments[0], arguments[3]
+    loss = _Loss.apply(student, outputs[:3], row_weight, reduction, scale_rows)
+    return loss, *outputs[1:]
 
 
 def _scale_rows(
