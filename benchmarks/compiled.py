@@ -59,6 +59,8 @@ FACTORS: dict[str, tuple[object, ...]] = {
     "dtype": ("float32", "float16", "bfloat16"),
     "mentor_dtypes": ((), ("float32", "bfloat16", "float16")),
     "row_padding": (0, 5, 2**36),  # the last needs 64-bit strides
+    "n_positions": (None, 256),  # rows, or dense logits in place where there are few classes
+    "row_weight": (False, True),
     "mentor_weight": (None, "float32", "bfloat16", "float16", "float64"),
     "ranking": ("sample", "batch"),
     "weighting": ("rank", "uniform", "confidence"),

@@ -23,7 +23,8 @@ import torch
 import compiled
 import known_kernels
 from classroomkd.files import atomic_write
-from classroomkd.kernels.ahead_of_time import MachineCode, call_launches, machine_code
+from classroomkd.kernels.ahead_of_time import MachineCode, machine_code
+from classroomkd.kernels.meta_calls import call_launches
 from modelled import CASE
 from sass import UNITS, disassemble
 from simulator import COSTS, Memory, play

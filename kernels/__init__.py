@@ -1,12 +1,16 @@
 """The Triton code: device functions, kernels and their launch.
 
-Imported as ``classroomkd.kernels``. The loss is one kernel, ``classroom``: rows are ``held`` in
-registers or ``swept``, with their ``kd`` terms. ``ranks`` has the work per network (gate,
-temperatures, weights), ``batch`` the work across rows (valid count, sums), and ``device`` shared
-arithmetic. ``scaling`` is autograd's backward, and ``augment`` makes the resident loader's batches.
-``blocks`` chooses tile sizes, and ``launch`` allocates outputs and launches, with the states of
-``counters``; ``ahead_of_time`` cross-compiles. ``report_layout`` is the order of a report's
-numbers. Nothing here checks arguments: ``classroomkd.loss`` and ``classroomkd.data`` have done so.
+Imported as ``classroomkd.kernels``. The loss is one kernel, ``one_pass``: rows are ``held`` in
+registers, loaded in ``pieces``, or ``swept``, with their ``kd`` terms; dense logits are read along
+``positions``. ``ranks`` has the work per network (gate, temperatures, weights), ``batch`` the work
+across rows (valid count, sums), and ``device`` shared arithmetic. ``scaling`` is autograd's
+backward, and ``augment`` makes the resident loader's batches.
+
+``layout`` says which memory is read in place, ``blocks`` chooses tile sizes, ``launch_plan`` the
+arguments that are not tensors, and ``launch`` allocates outputs and launches, with the states of
+``counters``; ``ahead_of_time`` cross-compiles such launches of ``meta_calls``. ``report_layout`` is
+the order of a report's numbers. Nothing here checks arguments: ``classroomkd.loss`` and
+``classroomkd.data`` have done so.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from classroomkd.kernels.blocks import Blocks, blocks, position_blocks, scaling_blocks, sum_blocks
+from classroomkd.kernels.blocks import scaling_blocks
 from classroomkd.kernels.counters import launch_state
+from classroomkd.kernels.launch_plan import WARP_SIZE, Plan, classroom_plan
 from classroomkd.kernels.layout import alignment, as_read, flattened, in_place, new_gradient
-from classroomkd.kernels.one_pass import classroom_kernel
 from classroomkd.kernels.report_layout import report_size
 from classroomkd.kernels.scaling import scale_rows_kernel
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
-WARP_SIZE = 64 if torch.version.hip else 32
 
 
 _Batch = tuple[Tensor, Sequence[Tensor], Tensor]  # student, mentors, targets
@@ -45,18 +44,6 @@ class LaunchOutputs(NamedTuple):
     without report."""
     report: Tensor | None
     """float32, as ``report_layout`` describes."""
-
-
-class Plan(NamedTuple):
-    """A launch without its tensors: determined by shapes, strides, dtypes and options alone."""
-
-    kernel: triton.JITFunction
-    grid: tuple[int, ...]
-    values: dict[str, Any]
-    """By name, every argument of the kernel that is not a tensor; in its order, as they follow."""
-    blocks: Blocks
-    n_stats: int = 0
-    """The numbers that the programs leave to be summed."""
 
 
 class Repeated:
@@ -116,81 +103,6 @@ def start(
 def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Select the tensors' device: Triton launches on the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def classroom_plan(
-    student: Tensor,
-    mentors: Sequence[Tensor],
-    targets: Tensor,
-    options: LossOptions,
-    *,
-    with_report: bool = False,
-    scale_grad: bool = False,
-    sums: bool = False,
-    warp_size: int = WARP_SIZE,
-) -> Plan:
-    """How a batch is launched; arguments as for `classroom_launch`, laid out by `as_read`.
-
-    ``sums`` asks for `confidence_sums` instead of loss and gradient.
-    """
-    n_classes, n_mentors = student.shape[1], len(mentors)
-    n_rows = student.numel() // n_classes
-    soft = targets.dim() > 1
-    dtypes = {logits.dtype for logits in (student, *mentors)}
-    if student.dim() == 3:
-        align, cut = 1, position_blocks(n_mentors, warp_size)
-        n_positions, image_factor, image_shift = _quotient(student.shape[2])
-    else:
-        align = alignment([student, *mentors, *([targets] if soft else [])])
-        cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
-        n_positions = image_factor = image_shift = None
-    n_programs = triton.cdiv(n_rows, cut.ROWS)
-    n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
-    summing = sum_blocks(n_stats, n_programs, cut, warp_size)
-    summed = sums or with_report or options.reduction != "none"
-    task_weight, decimals = options.fixed_task_weight, options.rank_decimals
-    values = {
-        "student_stride": student.stride(0) // align,
-        "mentor_strides": tuple(mentor.stride(0) // align for mentor in mentors),
-        "target_stride": targets.stride(0) // align if soft else None,
-        "n_positions": n_positions,
-        "image_factor": image_factor,
-        "image_shift": image_shift,
-        "n_rows": n_rows,
-        "group_programs": summing.group_programs,
-        "temperature": float(options.temperature),
-        "weight_scale": float(options.mentor_weight_for(n_classes, n_mentors)),
-        "task_weight": None if task_weight is None else float(task_weight),
-        "label_smoothing": float(options.label_smoothing) if options.label_smoothing else None,
-        "share_scale": None if decimals is None else float(10**decimals),
-        "ignore_index": options.ignore_index,
-        "C": n_classes,
-        "BLOCK_C": cut.BLOCK_C,
-        "PIECES": cut.PIECES,
-        "V": cut.V,
-        "ROWS": cut.ROWS,
-        "K": triton.next_power_of_2(n_mentors + 1),
-        "ALIGN": align,
-        "MIXED": len(dtypes) > 1,
-        "N_STATS": n_stats,
-        "BLOCK_STATS": summing.BLOCK_STATS,
-        "BLOCK_R": summing.BLOCK_R,
-        "KNOWLEDGE_FILTER": options.knowledge_filter,
-        "MENTORING": options.mentoring,
-        "WEIGHTING": options.weighting,
-        "REDUCTION": options.reduction,
-        "SCALE_GRAD": scale_grad,
-        "SUMS": sums,
-    }
-    n_groups = triton.cdiv(n_programs, summing.group_programs)
-    n_stats = n_stats * (n_programs + n_groups) if summed else 0
-    return Plan(classroom_kernel, (n_programs,), values, cut, n_stats)
-
-
-def _quotient(divisor: int) -> tuple[int, int, int]:
-    """A divisor d > 1, and f, s such that n · f >> s is n // d for 0 ≤ n < 2³¹, within 63 bits."""
-    shift = 31 + (divisor - 1).bit_length()
-    return divisor, -(-(2**shift) // divisor), shift
 
 
 def _planned(

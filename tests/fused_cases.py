@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.kernels.layout import flattened
 from classroomkd.loss.definition import classroom_weights
 from classroomkd.loss.fused import ClassroomReport
 from classroomkd.loss.options import LossOptions
 from classroomkd.loss.targets import prepare_targets
 
-launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
-sum_blocks = launch.sum_blocks
+launch_plan = pytest.importorskip("classroomkd.kernels.launch_plan", reason="needs Triton")
+sum_blocks = launch_plan.sum_blocks
 
 NAMES = ("loss", "grad", *ClassroomReport._fields)
 MARGIN = 1e-6  # of the truth's norm
@@ -37,6 +38,7 @@ class Case(NamedTuple):
     options: dict
     layouts: list[str]
     tiled: bool
+    dense: bool = False  # the rows as positions of two images, [2, C, P] in memory of this order
 
     def change(self, **options):
         """The same call with other options."""
@@ -58,10 +60,15 @@ def laid_out(logits, layout):
     return logits[:1].expand(logits.shape) if layout == "repeated" else logits.contiguous()
 
 
+def as_images(rows):
+    """Rows [N, …] as positions of two images, the latter's last: [2, …, P], contiguous."""
+    return rows.unflatten(0, (2, -1)).movedim(1, -1).contiguous()
+
+
 def sweep(patch, width):
     """Sweep over all rows, in steps of so many columns; all of a load's lie in one thread."""
-    load = max(1, min(4, width // launch.WARP_SIZE))
-    patch.setattr(launch, "blocks", lambda *_: launch.Blocks(width, 1, 1, V=load))
+    load = max(1, min(4, width // launch_plan.WARP_SIZE))
+    patch.setattr(launch_plan, "blocks", lambda *_: launch_plan.Blocks(width, 1, 1, V=load))
 
 
 @contextmanager
@@ -69,7 +76,7 @@ def cut_up(case):
     """Sweep over rows that registers would hold, and sum few of them at a time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            launch,
+            launch_plan,
             "sum_blocks",
             lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_programs=3),
         )
@@ -81,6 +88,14 @@ def cut_up(case):
 def upstream(case):
     shape = case.targets.shape[:1] if case.options.get("reduction") == "none" else ()
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def as_rows(case, loss, grad):
+    """The results of a call that `on_device` has laid out, as those of rows."""
+    if case.dense:
+        assert grad.is_contiguous()  # as the logits are
+        grad = flattened(grad)
+    return loss.reshape(upstream(case).shape), grad
 
 
 def definition(case, dtype, factor=1.0):
@@ -105,7 +120,14 @@ def on_device(case, device):
         options["mentor_weight"] = torch.empty_strided(
             weight.shape, weight.stride(), dtype=weight.dtype, device=device
         ).copy_(weight)
-    return logits[0], logits[1:], case.targets.to(device), options
+    targets = case.targets.to(device)
+    if "row_weight" in options:
+        options["row_weight"] = options["row_weight"].to(device)
+    if case.dense:
+        logits, targets = [as_images(value) for value in logits], as_images(targets)
+        if "row_weight" in options:
+            options["row_weight"] = as_images(options["row_weight"])
+    return logits[0], logits[1:], targets, options
 
 
 def through_autograd(case, device):
@@ -114,8 +136,9 @@ def through_autograd(case, device):
         loss, report = fused_classroom_loss(
             student.requires_grad_(), mentors, targets, return_report=True, **options
         )
-        loss.backward(upstream(case).to(device))
-    return [value.detach().double().cpu() for value in (loss, student.grad, *report)]
+        loss.backward(upstream(case).to(device).view_as(loss))
+    results = (*as_rows(case, loss, student.grad), *report)
+    return [value.detach().double().cpu() for value in results]
 
 
 def in_one_launch(case, device):
@@ -129,7 +152,7 @@ def in_one_launch(case, device):
             return_report=True,
             **options,
         )
-    return [value.double().cpu() for value in (loss, grad, *report)]
+    return [value.double().cpu() for value in (*as_rows(case, loss, grad), *report)]
 
 
 def decided(case):
@@ -137,7 +160,7 @@ def decided(case):
 
     Equal rows are equal in any precision; so are confidences of exactly 0 and 1.
     """
-    names = {*case.options} - {"mentor_weight"}
+    names = {*case.options} - {"mentor_weight", "row_weight"}
     options = LossOptions(**{name: case.options[name] for name in names})
     student = case.student.double()
     mentors = torch.stack([mentor.double() for mentor in case.mentors])

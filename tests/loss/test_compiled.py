@@ -103,7 +103,7 @@ def test_the_factors_are_all_that_a_call_can_be():
     """Every option of the public functions, each value of those that name one, each dtype."""
     factors = compiled.FACTORS
     known = {"call", "targets", "n_classes", "n_mentors", "target", "n_rows", "dtype"}
-    known |= {"mentor_dtypes", "row_padding", "with_report"}
+    known |= {"mentor_dtypes", "row_padding", "n_positions", "row_weight", "with_report"}
     options = {field.name for field in fields(LossOptions)} | {"mentor_weight"}
     in_calls = {"reduction", "label_smoothing"}
     numbers = {"temperature", "ignore_index"}  # values at run time, of which nothing is specialised
@@ -149,15 +149,17 @@ def test_no_ignored_index_compiles_anew(compile_all):
 
 
 def sampled():
-    """Of the covering rows, for each target the first of each way to cut rows up, with few mentors.
+    """Of the covering rows, for each target the first of each way to read rows, with few mentors.
 
     Two mentors compile in seconds, sixteen in minutes.
     """
     rows = [row for row in compiled.covering(compiled.FACTORS) if row["n_mentors"] <= 2]
     chosen = {}
     for row in rows:
-        chosen.setdefault((row["target"], row["n_classes"] >= 9000), row)
-    assert len(chosen) == 2 * len(TARGETS)
+        few, dense = row["n_classes"] <= 256, row["n_positions"] is not None
+        if few or row["n_classes"] >= 9000:
+            chosen.setdefault((row["target"], few, few and dense), row)
+    assert len(chosen) == 3 * len(TARGETS)
     return list(chosen.values())
 
 
@@ -245,9 +247,9 @@ def test_class_probabilities_compile_over_tiles(compile_all):
 
 def _compile_squeezed(target, cut):
     """A row in fewer registers than it needs."""
-    from classroomkd.kernels import launch
+    from classroomkd.kernels import launch_plan
 
-    launch.blocks = lambda *_: launch.Blocks(**cut)
+    launch_plan.blocks = lambda *_: launch_plan.Blocks(**cut)
     return _compile({"n_classes": cut["BLOCK_C"], "n_mentors": 1, "target": target})["classroom"]
 
 

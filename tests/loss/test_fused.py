@@ -575,8 +575,15 @@ def test_without_gradient(device):
     assert not fused_classroom_loss(student.detach(), mentors, targets).requires_grad
 
 
-def test_operator_contract(device):
+@pytest.mark.parametrize("layout", ["rows", "dense in place", "dense rows"])
+def test_operator_contract(device, layout):
+    """What fake tensors promise, strides too."""
     student, mentors, targets = classroom().to(device)
+    if layout != "rows":
+        student, mentors = (z.unflatten(-2, (2, 3)).transpose(-2, -1) for z in (student, mentors))
+    if layout == "dense in place":
+        student, mentors = student.contiguous(), mentors.contiguous()
+    rows = torch.rand(6, device=device)
     weight = torch.ones(3, device=device)
     operators = torch.ops.classroomkd
     flat = LossOptions(ranking="batch", mentor_weight=0.5).flat()
@@ -585,14 +592,15 @@ def test_operator_contract(device):
         torch.ops.classroomkd.confidence_sums.default, (student, list(mentors), targets, *flat)
     )
     for reduction, with_report in (("mean", True), ("sum", False), ("none", True)):
-        inputs = (student.clone().requires_grad_(), list(mentors), targets, weight, sums)
+        inputs = (student.clone().requires_grad_(), list(mentors), targets, rows, weight, sums)
         flat = LossOptions(ranking="batch", mentor_weight="auto", reduction=reduction).flat()
         library.opcheck(torch.ops.classroomkd.loss.default, (*inputs, True, with_report, *flat))
-    inputs = (student, list(mentors), targets, None, None)
+    inputs = (student, list(mentors), targets, rows, None, None)
     scale = torch.tensor(2.0, device=device)
     flat = LossOptions(task_weight=0.5, rank_decimals=2).flat()
     library.opcheck(torch.ops.classroomkd.loss_and_grad.default, (*inputs, scale, True, *flat))
-    library.opcheck(torch.ops.classroomkd.scale_rows.default, (student, scale, scale))
+    library.opcheck(operators.scale_rows.default, (student, scale, None, scale))
+    library.opcheck(operators.scale_rows.default, (student, rows, rows, scale))
 
 
 def test_module(device):

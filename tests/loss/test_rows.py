@@ -146,6 +146,49 @@ def test_no_weight_to_share(device):
         assert not z.grad.any()
 
 
+@pytest.mark.parametrize("n_rows", [9, 600])
+def test_what_an_ignored_row_weighs(device, n_rows):
+    """Nothing, whatever it is given; and of other rows a weight that is NaN is seen."""
+    student, mentors, targets = classroom(1, n_rows).to(device)
+    weight = torch.rand(n_rows, device=device)
+    targets[[2, 5]] = -100
+    for function in (*FUNCTIONS, fused_classroom_loss_and_grad):
+        expected = _results(function, student, mentors, targets, weight)
+        odd = weight.clone()
+        odd[2], odd[5] = torch.inf, torch.nan
+        results = _results(function, student, mentors, targets, odd)
+        assert all(map(torch.equal, results, expected))
+        odd[3] = torch.nan
+        loss, grad = _results(function, student, mentors, targets, odd)
+        assert loss.isnan()
+        assert grad[3].isnan().all()
+        assert not grad[2].any()
+
+
+def _results(function, student, mentors, targets, weight):
+    """Loss and gradient."""
+    z = student.clone().requires_grad_()
+    result = function(z, mentors, targets, row_weight=weight)
+    if isinstance(result, tuple):
+        return result
+    result.backward()
+    return result.detach(), z.grad
+
+
+def test_weights_are_the_launch_s(device, monkeypatch):
+    """No second pass over the gradient."""
+    launch = pytest.importorskip("classroomkd.kernels.launch")
+    if fused.implementation(device.type) is not launch:
+        pytest.skip("no launch")
+    started, start = [], launch.start
+    monkeypatch.setattr(launch, "start", lambda *how: started.append(how) or start(*how))
+    student, mentors, targets = classroom().to(device)
+    weights = {"class_weight": torch.rand(10), "row_weight": torch.rand(6)}
+    weights = {name: weight.to(device) for name, weight in weights.items()}
+    fused_classroom_loss_and_grad(student, mentors, targets, **weights)
+    assert len(started) == 1
+
+
 def test_weights_in_float64_and_compiled():
     """By definition, and in one graph, on the CPU."""
     student, mentors, targets = classroom()
