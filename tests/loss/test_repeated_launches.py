@@ -83,7 +83,7 @@ def compare(_rank):
     """In a process that does not interpret kernels."""
     import triton
 
-    from classroomkd.kernels import launch  # noqa: F401  before the driver is replaced
+    import loss_cpu
     from classroomkd.loss import plans
     from stub_driver import stub_driver
 
@@ -127,6 +127,9 @@ def compare(_rank):
                 elsewhere, _ = launches(call, batch, options)
                 streams = [[where[3] for where in given] for given, _ in (repeated, elsewhere)]
                 assert streams == [[driver.stream + k] * n_launches for k in (-1, 0)], name
+
+    loss_cpu.SIZES, loss_cpu._HOST_ROUNDS = ((N_ROWS, N_CLASSES, N_MENTORS),), 1
+    assert all(0 < least <= median for _, least, median in loss_cpu.host_times())
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
