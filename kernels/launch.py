@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -222,15 +221,14 @@ def classroom_launch(
     """
     n_rows = student.numel() // student.shape[1]
     by_row = options.reduction == "none"
-    new = torch.zeros if n_rows == 0 else torch.empty
-    numbers = functools.partial(new, dtype=torch.float32, device=student.device)
-    loss = numbers(n_rows if by_row else ())
-    report = numbers(report_size(len(mentors))) if with_report else None
+    new = student.new_zeros if n_rows == 0 else student.new_empty
+    loss = new(n_rows if by_row else (), dtype=torch.float32)
+    report = new(report_size(len(mentors)), dtype=torch.float32) if with_report else None
     grad = new_gradient(student) if with_grad else None
     if n_rows == 0:
         return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
     counted = not scale_grad and (with_report or not by_row)
-    outputs = LaunchOutputs(loss, grad, numbers(()) if counted else None, report)
+    count = new((), dtype=torch.float32) if counted else None
 
     batch: _Batch = student, mentors, targets
     plan = repeated.plan if repeated else None
@@ -247,9 +245,9 @@ def classroom_launch(
     stats, state = _room_for_sums(plan, student)
     tensors = (
         *(student, tuple(mentors), targets, row_weight, mentor_weight, ell_sums, scale),
-        *(weight_sum, stats, grad, loss, outputs.count, report, state),
+        *(weight_sum, stats, grad, loss, count, report, state),
     )
-    return outputs, Launch(plan, tensors, repeated)
+    return LaunchOutputs(loss, grad, count, report), Launch(plan, tensors, repeated)
 
 
 def scale_rows(

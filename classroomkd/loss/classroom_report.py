@@ -61,5 +61,5 @@ def pack_report(report: ClassroomReport) -> Tensor:
 def unpack_report(means: Tensor, n_mentors: int) -> ClassroomReport:
     """The inverse of `pack_report`; its entries are views."""
     sizes = [n_mentors] * len(MENTOR_STATISTICS) + [len(BATCH_STATISTICS)]
-    *of_mentors, of_batch = means.split(sizes)
+    *of_mentors, of_batch = means.split_with_sizes(sizes)
     return ClassroomReport(*of_mentors, *of_batch.unbind())
