@@ -134,10 +134,14 @@ def _figures(device: str, name: str, record: Record) -> Iterator[str]:
         yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
 
 
+def _up_to_mark(text: str) -> str:
+    head, mark, _ = text.partition(MARK)
+    return head + mark
+
+
 def reproduction(text: str, devices: Records) -> str:
     """docs/reproduction.md: ``text`` up to the mark, and all tables after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
         for name in filter(records.__contains__, REPRODUCTIONS):
             table = TABLES[records[name]["table"]]
@@ -176,8 +180,7 @@ def _one_change(record: Record) -> str:
 
 def teaching(text: str, devices: Records) -> str:
     """docs/teaching.md: ``text`` up to the mark, and all tables after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
         for name in filter(records.__contains__, teaching_tables.COMMANDS):
             heading, command = teaching_tables.COMMANDS[name]
@@ -189,8 +192,7 @@ def teaching(text: str, devices: Records) -> str:
 
 def checked(text: str, devices: Records) -> str:
     """docs/mentor-check.md: ``text`` up to the mark, and what was found after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
         if "mentor_check" in records:
             command = "python benchmarks/mentor_check.py --out OUT"
@@ -309,10 +311,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = read(RESULTS)
     model = _json(RESULTS / MODELLED / "model.json")
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
-    atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
-    atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
-    atomic_write(MENTOR_CHECK, checked(MENTOR_CHECK.read_text(encoding="utf-8"), devices))
-    print(PAGE, REPRODUCTION, TEACHING, MENTOR_CHECK, sep="\n")
+    print(PAGE)
+    generated = {REPRODUCTION: reproduction, TEACHING: teaching, MENTOR_CHECK: checked}
+    for path, generate in generated.items():
+        atomic_write(path, generate(path.read_text(encoding="utf-8"), devices))
+        print(path)
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

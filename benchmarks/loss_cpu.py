@@ -24,6 +24,7 @@ from torch import Tensor
 
 from baselines import composed_loss
 from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.runs.machine import processor
 from measure import environment, write_json
 
 THIS, AUTOGRAD, EAGER, COMPILED = (
@@ -129,15 +130,6 @@ def rows(threads: int, small: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "unknown processor"
-
-
 def main() -> int:
     """Measure, print and write loss_cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,7 +138,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch's threads")
     arguments = parser.parse_args()
     about = environment() | {
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         # More than the number of threads: other processes were using the machine.
         "load_average": os.getloadavg()[0],
     }

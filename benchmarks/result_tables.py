@@ -16,6 +16,7 @@ from typing import Any
 from summary import REPORTED
 
 Row = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # title, headings, body
 
 MACHINE = {  # key of an environment → how its value is printed
     "multiprocessors": "{} multiprocessors",
@@ -103,6 +104,9 @@ STEP_LEGEND = (
 )
 
 
+_LEGENDS = {"step": STEP_LEGEND, "loss_cpu": LOSS_CPU_LEGEND, "loss_linear": LOSS_LINEAR_LEGEND}
+
+
 def _formatted(row: Row, key: str, form: str) -> str:
     return "–" if row.get(key) is None else format(row[key], form)
 
@@ -133,7 +137,7 @@ def loader_cells(row: Row) -> list[str]:
     ]
 
 
-def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loader_tables(record: Row) -> list[Table]:
     """All loaders, then the kernel of the resident loader if there is a GPU."""
     height, width = record["size"]
     title = (
@@ -155,7 +159,7 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
-def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _step_tables(record: Row) -> list[Table]:
     """For each classroom the rates and the breakdown; then the whole epochs."""
     found = []
     for classroom in dict.fromkeys(row["classroom"] for row in record["rows"]):
@@ -216,7 +220,7 @@ def _whole_cells(row: Row) -> list[str]:
     return [str(row["epochs"]), *(f"{value:.2f}" for value in minutes), row["status"]]
 
 
-def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(record: Row) -> list[Table]:
     """Title, headings and body of each table of a record."""
     by_name = {
         **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
@@ -225,7 +229,7 @@ def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     return by_name.get(record.get("benchmark"), _loss_tables)(record)
 
 
-def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_cpu_tables(record: Row) -> list[Table]:
     """For each number of threads the sizes in full, and of the grid the gain."""
     found = []
     for threads in dict.fromkeys(row["threads"] for row in record["rows"]):
@@ -247,7 +251,7 @@ def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]
     return found
 
 
-def _loss_linear_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_linear_tables(record: Row) -> list[Table]:
     """One table: sizes by implementations."""
     body = [
         [
@@ -263,7 +267,7 @@ def _loss_linear_tables(record: Row) -> list[tuple[str, list[str], list[list[str
     return [("Loss and gradients of linear heads", headings, body)]
 
 
-def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_tables(record: Row) -> list[Table]:
     """The grid, then each named case in detail."""
     headings = ["B", "C", "M"]
     grid: dict[tuple, dict[str, str]] = {}
@@ -330,14 +334,11 @@ def _machine(about: Row) -> str:
 
 def _limits(record: Row) -> str:
     """The measured limits of the machine, and the meaning of the columns."""
-    if record.get("benchmark") == "loaders":
+    name = record.get("benchmark")
+    if name == "loaders":
         return f"{floor_lines(record)} {LOADER_LEGEND}"
-    if record.get("benchmark") == "step":
-        return STEP_LEGEND
-    if record.get("benchmark") == "loss_cpu":
-        return LOSS_CPU_LEGEND
-    if record.get("benchmark") == "loss_linear":
-        return LOSS_LINEAR_LEGEND
+    if name in _LEGENDS:
+        return _LEGENDS[name]
     ceilings = record["roofline"]
     measured = (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "

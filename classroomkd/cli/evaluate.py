@@ -194,12 +194,12 @@ def _named(student: str) -> tuple[str, str | None]:
 def _source(arguments: argparse.Namespace, network: Path) -> str:
     """The given images, or those of the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
-    from classroomkd.runs.paths import recorded_source
+    from classroomkd.runs.paths import recorded_data
 
     if arguments.data is not None:
         require_images(str(arguments.data))
         return str(arguments.data)
-    source = recorded_source(network)
+    source, _ = recorded_data(network)
     if not source:
         arguments.parser.error(
             f"--data is required: {network} lies in no run folder that names its images"
@@ -215,10 +215,10 @@ def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str
     With another split, a network would be measured on its training images. Loaders resize
     photographs differently, so the run's loader is used.
     """
-    from classroomkd.runs.paths import recorded_split
+    from classroomkd.runs.paths import recorded_data
 
     split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
-    recorded = recorded_split(network) if ours else {}
+    recorded = recorded_data(network)[1] if ours else {}
     loader = recorded.pop("loader", "auto")
     split |= recorded
     given = {name: getattr(arguments, name) for name in split}

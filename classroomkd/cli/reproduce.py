@@ -111,6 +111,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from classroomkd.reproduce.collect import write_results
     from classroomkd.reproduce.plan import make_plan, require_same_recipe
     from classroomkd.reproduce.runner import Runner, check_devices
+    from classroomkd.runs.progress import print_line
 
     console = Console()
     lists = ("methods", "classrooms", "devices")  # options with several values
@@ -168,11 +169,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
-        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"written: {path}")
     if runner.failed:
-        names = ", ".join(task.id for task in runner.failed)
-        console.print(f"failed: {names}", markup=False, highlight=False, soft_wrap=True)
-    return 1 if runner.failed else 0
+        print_line(console, f"failed: {', '.join(task.id for task in runner.failed)}")
+    return int(bool(runner.failed))
 
 
 def _require_folder(source: str) -> None:
@@ -199,6 +199,7 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
 
     from classroomkd.report.numbers import duration
     from classroomkd.reproduce.status import seconds_left, status, tasks_left
+    from classroomkd.runs.progress import print_line
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for column in ("", "done", "begun", "left"):
@@ -217,31 +218,30 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
     left = tasks_left(plan, out)
     mentors = sum(task in plan.mentors for task in left)
     time = duration(seconds_left(plan, out, at_once))
-    console.print(
+    print_line(
+        console,
         f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
         f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def _print_saved(plan: Plan, console: Console) -> None:
     """Print the work that the mentor cache saves, and what still differs between seeds."""
+    from classroomkd.runs.progress import print_line
+
     saved = sum(run.saved for run in plan.runs)
     if saved:
         share = saved / (saved + sum(run.work for run in plan.runs))
-        console.print(
+        print_line(
+            console,
             f"mentor cache: mentors answer once for all runs with the same batches, which saves "
             f"{share:.0%} of the runs' operations{_kept(plan)}",
-            highlight=False,
-            soft_wrap=True,
         )
     if any(run.recipe.data_seed is not None for run in plan.runs):
-        console.print(
+        print_line(
+            console,
             "data_seed: all seeds have the same batches and augmentation, and differ only in the "
             "students' initial weights",
-            highlight=False,
-            soft_wrap=True,
         )
 
 

@@ -111,11 +111,10 @@ def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
 
 def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
     from classroomkd.report import results_table
+    from classroomkd.runs.progress import print_line
 
     summary = run.run(
         sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
     )
     run.console.print(results_table(summary))
-    run.console.print(
-        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-    )
+    print_line(run.console, f"report: {out / 'report.html'}")

@@ -14,9 +14,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageSet, Loader, Loaders, channel_statistics
+from classroomkd.data import Loader, Loaders
 from classroomkd.data.batches import BatchLoaders
-from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
@@ -31,6 +30,7 @@ from classroomkd.runs.images import (
     ImageSets,
     counts,
     example_of,
+    network_info,
     open_loaders,
     sets_of_run,
 )
@@ -47,7 +47,7 @@ from classroomkd.runs.machine import (
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
 from classroomkd.runs.networks import NetworkTrainer
-from classroomkd.runs.progress import TrainingProgress
+from classroomkd.runs.progress import TrainingProgress, print_line
 from classroomkd.runs.recipe import (
     Recipe,
     split_seed,
@@ -125,7 +125,7 @@ class TrainingRun:
         KeyboardInterrupt, after SIGINT or SIGTERM too, with a message that says what was saved.
         """
         self._tell_unused_mentors()
-        info = self._network_info(train_set)
+        info = network_info(self.recipe.student, self.recipe.data, train_set)
         example = example_of(train_set, info.image_size)
         self._checks.with_data(info, example)
         for mentor in self.mentors:
@@ -174,16 +174,6 @@ class TrainingRun:
             self._print(f"mentor {check}")
         if self.recipe.strict and any(check.findings for check in checks):
             raise UserError("a mentor has the faults printed above, and strict=true is set")
-
-    def _network_info(self, train_set: AnyPart) -> NetworkInfo:
-        """The information for the student's file: classes, image size, normalisation."""
-        data = self.recipe.data
-        if data.mean and data.std:
-            mean, std = per_channel(data.mean), per_channel(data.std)
-        else:
-            assert isinstance(train_set, ImageSet)  # for photographs they are in the recipe
-            mean, std = channel_statistics(train_set)
-        return NetworkInfo(self.recipe.student, train_set.classes, mean, std, data.image_size)
 
     def _open(
         self,
@@ -378,4 +368,4 @@ class TrainingRun:
         return TrainingJob("mentor", mentor.name, mentor.architecture).result(network, measured)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)
