@@ -6,9 +6,7 @@ import gc
 import json
 import math
 import os
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import Augmentation, ImageSet, ResidentLoader, TorchLoader
+from classroomkd.data import (
+    Augmentation,
+    ImageSet,
+    ResidentLoader,
+    TorchLoader,
+    channel_statistics,
+)
 from classroomkd.data.augmentation import AUGMENT, normalisation_table, sample_order, stream_key
 from loader_baselines import (
     BareCopy,
@@ -27,7 +31,7 @@ from loader_baselines import (
     TorchvisionTransforms,
     ffcv_operations,
 )
-from measure import graph_time, host_time, profiler_time
+from measure import graph_time, host_time
 
 PADDING = 4
 SHORTEST = 0.3  # seconds; a round repeats epochs until then
@@ -46,6 +50,17 @@ class Setting:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @classmethod
+    def of(
+        cls, folder: Path, image_set: ImageSet, batch: int, workers: int, device: torch.device
+    ) -> Setting:
+        """The setting of a set of images, which are written to ``folder``."""
+        shape, statistics = image_set.images.shape[1:], channel_statistics(image_set)
+        np.save(folder / "images.npy", image_set.images)
+        np.save(folder / "targets.npy", image_set.targets)
+        (folder / "classes.json").write_text(json.dumps(image_set.classes), encoding="utf-8")
+        return cls(folder, len(image_set), shape, batch, workers, device, *statistics)
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -53,11 +68,6 @@ class Setting:
     @property
     def beton(self) -> Path:
         return self.folder / "images.beton"
-
-    def save(self, image_set: ImageSet) -> None:
-        np.save(self.folder / "images.npy", image_set.images)
-        np.save(self.folder / "targets.npy", image_set.targets)
-        (self.folder / "classes.json").write_text(json.dumps(image_set.classes), encoding="utf-8")
 
     def images(self) -> ImageSet:
         """The images, in memory."""
@@ -267,7 +277,7 @@ class Kernel:
         self.setting, self.size = setting, size
 
     def measure(self) -> dict[str, Any]:
-        """Time of one batch in µs, by four timers; None, and a line in "failures", if one fails."""
+        """Time of one batch in µs, on the GPU and on the host."""
         from classroomkd.kernels.augment import gather_augment
 
         setting, size = self.setting, self.size
@@ -288,30 +298,8 @@ class Kernel:
 
         # Enough batches that none is still in the cache when it is read again.
         sets = [(indices,) for indices in order.split(setting.batch)]
-        timers = {
-            "back_to_back": _back_to_back,
-            "host": host_time,
-            "profiler": profiler_time,
-            "graph": graph_time,
+        return {
+            "images": count,
+            "graph_us": graph_time(call, sets) * 1e6,
+            "host_us": host_time(call, sets) * 1e6,
         }
-        found, failures = {"images": count}, []
-        for name, timer in timers.items():
-            try:
-                found[f"{name}_us"] = timer(call, sets) * 1e6
-            except Exception as error:
-                found[f"{name}_us"] = None
-                failures.append(f"{name} failed: {error!r}")
-        return found | {"failures": failures}
-
-
-def _back_to_back(call: Callable[..., object], sets: list[tuple], repeats: int = 10) -> float:
-    """Seconds per call between events around many calls, launches included."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        deque((call(*arguments) for arguments in sets), maxlen=0)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / len(sets))
-    return statistics.median(seconds[1:])

@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
+from classroomkd.data import ImageSet, from_dataset, load_source
 from classroomkd.errors import UserError
 from loader_processes import Process, ProcessRow, RowError, reason, stop_all
 from loader_rows import FLOORS, Kernel, RunningLoader, Setting, floor_of, row_names
@@ -52,15 +52,8 @@ class LoaderRow(ProcessRow):
             floor=floor_of(name, setting.device) if name not in FLOORS else None,
         )
 
-    def ready(self) -> None:
-        """Wait for the process."""
-        self.attempt(lambda: self.process.ready())
-
     def prepare(self) -> None:
         """Open two loaders, one after another, and read an epoch of each."""
-        self.attempt(self._prepare)
-
-    def _prepare(self) -> None:
         before = self.process.memory()
         first, held = self.process.ask("open"), []
         gpu = self.process.ask("finish", held)
@@ -74,11 +67,7 @@ class LoaderRow(ProcessRow):
         }
 
     def measure(self) -> None:
-        """Time one round, if the row was prepared."""
-        if "first_batch" in self.record:
-            self.attempt(self._measure)
-
-    def _measure(self) -> None:
+        """Time one round."""
         self.record["rounds"].append(self.process.ask("round"))
         rate = statistics.median(self.record["rounds"])
         self.record |= {"status": "ok", "images_per_second": rate}
@@ -111,20 +100,15 @@ def kernel_row(setting: Setting, size: int, ends: float) -> dict[str, Any]:
     row = {"size": size, "batch": setting.batch, "status": "not run: out of time"}
     if time.monotonic() > ends - 30:
         return row
-    process = None
+    process = Process(partial(Kernel, setting, size), setting.device, ends)
     try:
-        process = Process(partial(Kernel, setting, size), setting.device, ends)
         process.ready()
         row |= process.ask("measure")
-        row["status"] = "; ".join(row.pop("failures")) or "ok"
     except RowError as failure:
         return row | {"status": str(failure)}
     finally:
-        if process is not None:
-            process.stop()
-    if microseconds := row["graph_us"] or row["profiler_us"]:
-        row["images_per_second"] = setting.batch / microseconds * 1e6
-    return row
+        process.stop()
+    return row | {"status": "ok", "images_per_second": setting.batch / row["graph_us"] * 1e6}
 
 
 def kernel_share(setting: Setting, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
@@ -165,19 +149,8 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
         image_set = read_images(arguments.data, arguments.images, arguments.size)
     if len(image_set) < arguments.batch:
         raise UserError(f"a batch of {arguments.batch} needs more than {len(image_set)} images")
-    mean, std = channel_statistics(image_set)
-    setting = Setting(
-        folder,
-        len(image_set),
-        image_set.images.shape[1:],
-        arguments.batch,
-        arguments.workers,
-        torch.device(arguments.device),
-        mean,
-        std,
-    )
-    setting.save(image_set)
-    return setting
+    device = torch.device(arguments.device)
+    return Setting.of(folder, image_set, arguments.batch, arguments.workers, device)
 
 
 def pack_beton(setting: Setting) -> None:
@@ -226,18 +199,18 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
             row.start(ends)
         pack_beton(setting)
         for row in rows:
-            row.ready()
+            row.attempt(row.process.ready)
         report(record)
         for row in rows:
             if time.monotonic() < to_prepare:
-                row.prepare()
+                row.attempt(row.prepare)
                 report(record)
             about = row.record.get("first_batch", row.record["status"])
             print(row.record["loader"], row.record["workers"], about, file=sys.stderr, flush=True)
         for number in range(n_rounds):
             for row in rows:
-                if time.monotonic() < to_measure:
-                    row.measure()
+                if time.monotonic() < to_measure and "first_batch" in row.record:
+                    row.attempt(row.measure)
                     record["floors"] = floors(setting, record["rows"])
                     report(record)
             print(f"round {number + 1} of {n_rounds}", file=sys.stderr, flush=True)

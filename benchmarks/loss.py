@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,6 +38,7 @@ from measure import (
     DEVICE,
     GPU,
     INTERPRETED,
+    attempted,
     environment,
     graph_time,
     host_time,
@@ -239,8 +240,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return math.sqrt(squares) / truth.norm().item()
 
 
-def measure(case: Case, name: str, sets: list, truth: list, ceilings: dict) -> dict[str, Any]:
+def measure(
+    case: Case, name: str, prepared: Callable[[Case], tuple[list, list[Tensor]]], ceilings: dict
+) -> dict[str, Any]:
     """One row's numbers; raises ArithmeticError if the result is wrong."""
+    sets, truth = prepared(case)
     by, make = IMPLEMENTATIONS[name]
     call = make(case.ranking)
     loss, grad = call(*sets[0])
@@ -276,28 +280,10 @@ def rows(
     case: Case, title: str, names: Iterable[str], ceilings: dict, deadline: float
 ) -> Iterator[dict[str, Any]]:
     """One row per implementation, also if it fails."""
-    prepared = None
+    prepared = cache(_prepare)
     for name in names:
-        status = not_here(name)
-        if status is None and time.monotonic() > deadline:
-            status = "not run: out of time"
-        numbers = {}
-        if status is None:
-            status = "ok"
-            try:
-                prepared = prepared or _prepare(case)
-                numbers = measure(case, name, *prepared, ceilings)
-            except Exception as error:
-                status = "out of memory" if _out_of_memory(error) else f"failed: {error!r}"
-        if GPU:
-            torch.cuda.empty_cache()
-        yield {
-            "case": title,
-            "implementation": name,
-            **size(case),
-            "status": status,
-            **numbers,
-        }
+        numbers = attempted(not_here(name), deadline, measure, case, name, prepared, ceilings)
+        yield {"case": title, "implementation": name, **size(case), **numbers}
 
 
 def _prepare(case: Case) -> tuple[list, list[Tensor]]:
@@ -308,13 +294,6 @@ def _prepare(case: Case) -> tuple[list, list[Tensor]]:
     if not active.all():
         raise ArithmeticError("the inputs leave a mentor inactive")
     return sets, truth
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Also if ending the broken capture raised another error."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None
 
 
 def precompile(todo: Todo, deadline: float) -> None:

@@ -24,6 +24,7 @@ import compiled
 import known_kernels
 from classroomkd.files import atomic_write
 from classroomkd.kernels.ahead_of_time import MachineCode, call_launches, machine_code
+from measure import as_json
 from modelled import CASE
 from sass import UNITS, disassemble
 from simulator import COSTS, Memory, play
@@ -309,7 +310,7 @@ def main() -> None:
         record[part].append(entry)
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            atomic_write(arguments.out, as_json(record))
 
     done = [tuple(old[key] for key in CASE) for old in record["rows"]]
     if wanted == list(cases()):

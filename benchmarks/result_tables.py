@@ -46,8 +46,6 @@ LEGEND = (
 
 KERNEL_COLUMNS = (
     ("graph µs", "graph_us", ".2f"),
-    ("profiler µs", "profiler_us", ".2f"),
-    ("back to back µs", "back_to_back_us", ".1f"),
     ("host µs", "host_us", ".1f"),
     ("images/s", "images_per_second", ",.0f"),
     ("% of floor", "floor_percent", ".0f"),

@@ -31,7 +31,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from classroomkd.data import channel_statistics
 from loader_processes import ProcessRow, RowError, stop_all
 from loader_rows import Setting
 from loaders import random_images, versions
@@ -77,9 +76,6 @@ class StepRow(ProcessRow):
 
     def prepare(self) -> None:
         """Make everything and take the first steps."""
-        self.attempt(self._prepare)
-
-    def _prepare(self) -> None:
         self.process.ready()
         before, held = self.process.memory(), []
         self.record |= self.process.ask("open", held)
@@ -87,9 +83,6 @@ class StepRow(ProcessRow):
 
     def round(self) -> None:
         """Time one round."""
-        self.attempt(self._round)
-
-    def _round(self) -> None:
         self.record["rounds"].append(self.process.ask("round"))
         rate = statistics.median(self.record["rounds"])
         self.record |= {
@@ -121,9 +114,6 @@ class StepRow(ProcessRow):
     def train_and_evaluate(self, epochs: int) -> None:
         """Time whole epochs, each with its evaluation."""
         self.record |= {"epochs": 0, "train_seconds": 0.0, "evaluation_seconds": 0.0}
-        self.attempt(partial(self._train_and_evaluate, epochs))
-
-    def _train_and_evaluate(self, epochs: int) -> None:
         while self.record["epochs"] < epochs:
             train, evaluation = self.process.ask("train_and_evaluate")
             self.record["epochs"] += 1
@@ -142,10 +132,10 @@ def measure(
         for row in rows:  # in parallel, before anything is timed
             row.start(ends)
         for row in rows:
-            row.prepare()
+            row.attempt(row.prepare)
         for _ in range(n_rounds):
             for row in rows:
-                row.round()
+                row.attempt(row.round)
                 grown()
         for row in rows:
             row.parts()
@@ -160,8 +150,8 @@ def whole(row: StepRow, epochs: int, ends: float) -> None:
         return
     try:
         row.start(ends)
-        row.prepare()
-        row.train_and_evaluate(epochs)
+        row.attempt(row.prepare)
+        row.attempt(partial(row.train_and_evaluate, epochs))
     finally:
         row.stop()
 
@@ -192,11 +182,7 @@ def implementations() -> list[str]:
 def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
     """The setting, with the images written to ``folder``."""
     image_set = random_images(arguments.images, arguments.size)
-    mean, std = channel_statistics(image_set)
-    shape = image_set.images.shape[1:]
-    setting = Setting(folder, len(image_set), shape, 1, arguments.workers, DEVICE, mean, std)
-    setting.save(image_set)
-    return setting
+    return Setting.of(folder, image_set, 1, arguments.workers, DEVICE)
 
 
 def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict], None]) -> dict:

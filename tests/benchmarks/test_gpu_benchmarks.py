@@ -171,10 +171,7 @@ def test_out_of_time_every_size_of_heads_says_so(cuda, monkeypatch, tmp_path):
 def setting(tmp_path, monkeypatch):
     """32 images of 8×8 for a GPU."""
     monkeypatch.setenv("CLASSROOMKD_CACHE", str(tmp_path / "cache"))
-    half = (0.5, 0.5, 0.5)
-    setting = loader_rows.Setting(tmp_path, 32, (8, 8, 3), 16, 1, CUDA, half, half)
-    setting.save(loaders.random_images(32, 8))
-    return setting
+    return loader_rows.Setting.of(tmp_path, loaders.random_images(32, 8), 16, 1, CUDA)
 
 
 def gather(images, targets, order, table, **options):
