@@ -39,12 +39,7 @@ _SHORT_FOR = {
 
 def add_recipe_options(parser: Parser) -> None:
     """Add the options that build a recipe; the defaults are the recipe's."""
-    parser.more_help = names.networks
-    parser.keys = names.keys
-    parser.intermixed = True
-    parser.formatter_class = (
-        argparse.RawDescriptionHelpFormatter
-    )  # keeps line breaks in the list of networks
+    parser.take_keys(names.keys, names.networks)
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",

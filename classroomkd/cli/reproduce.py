@@ -24,12 +24,7 @@ def add_to(commands: Any) -> None:
     """Add the command and its options."""
     what = "run everything that a table needs, and write it beside the published numbers"
     parser = add_command(commands, reproduce, what)
-    parser.keys = names.keys_of_tables
-    parser.intermixed = True
-    parser.formatter_class = (
-        argparse.RawDescriptionHelpFormatter
-    )  # keeps the lines of the list of names
-    parser.more_help = names.variants
+    parser.take_keys(names.keys_of_tables, names.variants)
     parser.add_argument(
         "table",
         metavar="TABLE",
