@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import (
-    Augmentation,
-    ImageSet,
-    ResidentLoader,
-    TorchLoader,
-    channel_statistics,
-)
+from classroomkd.data import Augmentation, ImageSet, ResidentLoader, TorchLoader, channel_statistics
 from classroomkd.data.augmentation import AUGMENT, normalisation_table, sample_order, stream_key
 from loader_baselines import (
     BareCopy,

@@ -29,15 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from classroomkd import fused_classroom_loss, fused_linear_classroom_loss
-from measure import (
-    DEVICE,
-    GPU,
-    attempted,
-    environment,
-    peak_extra_bytes,
-    synchronize,
-    write_json,
-)
+from measure import DEVICE, GPU, attempted, environment, peak_extra_bytes, synchronize, write_json
 from result_tables import terminal
 
 THIS, WHOLE, LIGER = (

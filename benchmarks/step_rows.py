@@ -131,11 +131,7 @@ class OurLoop:
 
         loader = opened(drop_last=True)
         bank = MentorBank(
-            mentors,
-            len(images.classes),
-            device=setting.device,
-            dtype=dtype,
-            compile=recipe.compile,
+            mentors, len(images.classes), device=setting.device, dtype=dtype, compile=recipe.compile
         )
         teachers: MentorBank | CachedMentors = bank
         if repeat:

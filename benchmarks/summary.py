@@ -57,10 +57,7 @@ def _loss(record: Record) -> Iterator[str]:
         if "percent" in found:
             text += f", {found['percent']:.0f} % of the roofline"
         compiled = [time for name, time in found.items() if name.startswith("compile")]
-        others = {
-            "eager": found.get("eager"),
-            "best torch.compile": min(compiled, default=None),
-        }
+        others = {"eager": found.get("eager"), "best torch.compile": min(compiled, default=None)}
         for name, time in others.items():
             text += f", {time / found[THIS]:.1f}× {name}" if time else ""
         yield text + (f" [{case}]" if case else "")

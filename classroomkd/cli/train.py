@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import add_command, add_run_options, path_option
 from classroomkd.cli.checks import require_images
-from classroomkd.cli.recipe_options import (
-    add_recipe_options,
-    given_options,
-    lacks,
-    recipe_of,
-)
+from classroomkd.cli.recipe_options import add_recipe_options, given_options, lacks, recipe_of
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,11 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def train_recipe(
-    recipe: Recipe,
-    out: Path | None,
-    default_out: str,
-    *,
-    download: str | None = None,
+    recipe: Recipe, out: Path | None, default_out: str, *, download: str | None = None
 ) -> None:
     """Train and report. The folder is checked before the data is read, which may take long."""
     from classroomkd.runs.paths import choose_folder

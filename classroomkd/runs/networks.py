@@ -21,12 +21,7 @@ from classroomkd.report import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.images import (
-    AnyPart,
-    example_of,
-    training_augmentation,
-    training_mixing,
-)
+from classroomkd.runs.images import AnyPart, example_of, training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.mentor_setup import renormalised
@@ -109,10 +104,7 @@ class NetworkTrainer:
         self.progress.skip(self.steps(jobs) - self.steps(missing))
 
     def evaluate(
-        self,
-        network: nn.Module,
-        part: str,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        self, network: nn.Module, part: str, watch: Callable[[Tensor, Tensor], None] | None = None
     ) -> Evaluation:
         """Measure ``network`` on a held-out part; ``watch`` gets each batch's logits, targets."""
         self.processes.align(network)

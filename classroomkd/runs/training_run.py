@@ -37,24 +37,12 @@ from classroomkd.runs.images import (
 from classroomkd.runs.inputs import input_digests
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, student_jobs
-from classroomkd.runs.machine import (
-    device_name,
-    find_device,
-    find_precision,
-    start,
-    versions,
-)
+from classroomkd.runs.machine import device_name, find_device, find_precision, start, versions
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress, print_line
-from classroomkd.runs.recipe import (
-    Recipe,
-    split_seed,
-    teaching,
-    to_dict,
-    with_absolute_paths,
-)
+from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_paths
 from classroomkd.runs.run_checks import RunChecks
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
@@ -353,9 +341,7 @@ class TrainingRun:
             return create(recipe.method, **recipe.method_options)
         across = self.processes.together and recipe.ranking_across_processes
         return create(
-            "classroom",
-            **vars(recipe.loss),
-            process_group=dist.group.WORLD if across else None,
+            "classroom", **vars(recipe.loss), process_group=dist.group.WORLD if across else None
         )
 
     def _measure_given(
