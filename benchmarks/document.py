@@ -27,6 +27,7 @@ from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.report.table_page import markdown as reproduction_markdown
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
+from measure import as_json
 from result_tables import markdown
 from summary import on_gpu
 
@@ -286,7 +287,7 @@ def take(out: Path, results: Path) -> Path:
     folder = results / names.pop()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in found.items():
-        atomic_write(folder / name, path.read_bytes())
+        atomic_write(folder / name, as_json(_json(path)))
     return folder
 
 

@@ -112,7 +112,7 @@ def _formatted(row: Row, key: str, form: str) -> str:
 def cells(row: Row) -> list[str]:
     """A row's measurements, or its status if there are none."""
     if row["status"] != "ok":
-        return [row["status"], *[""] * (len(COLUMNS) - 1)]
+        return [row["status"]]
     return [_formatted(row, key, form) for _, key, form in COLUMNS]
 
 
@@ -120,7 +120,7 @@ def loader_cells(row: Row) -> list[str]:
     """A loader's measurements, or its status if there are none."""
     name = [row["loader"], str(row["workers"] or "–")]
     if row["status"] != "ok":
-        return [*name, row["status"], *[""] * (len(LOADER_HEADINGS) - 3)]
+        return [*name, row["status"]]
     return [
         *name,
         _formatted(row, "images_per_second", ",.0f"),
@@ -169,10 +169,7 @@ def _step_tables(record: Row) -> list[Table]:
         found.append((title, headings, [_step_cells(row) for row in rows]))
         timed = [row for row in rows if "parts_status" in row]
         parts = next((list(row["parts_ms"]) for row in timed if "parts_ms" in row), [])
-        body = [
-            [str(row["batch"]), row["implementation"], *_part_cells(row, len(parts) + 2)]
-            for row in timed
-        ]
+        body = [[str(row["batch"]), row["implementation"], *_part_cells(row)] for row in timed]
         headings = ["batch", "implementation", *parts, "ms per step", "outside the networks %"]
         found.append((f"{classroom}: breakdown of a step", headings, body))
     if record["whole"]:
@@ -194,15 +191,15 @@ def _images_of(row: Row) -> str:
 def _step_cells(row: Row) -> list[str]:
     name = [str(row["batch"]), row["implementation"], row.get("loader", ""), row.get("dtype", "")]
     if row["status"] != "ok":
-        return [*name, row["status"], *[""] * len(STEP_COLUMNS)]
+        return [*name, row["status"]]
     values = [_formatted(row, key, form) for _, key, form in STEP_COLUMNS]
     values.insert(1, f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}")
     return name + values
 
 
-def _part_cells(row: Row, count: int) -> list[str]:
+def _part_cells(row: Row) -> list[str]:
     if row["parts_status"] != "ok":
-        return [row["parts_status"], *[""] * (count - 1)]
+        return [row["parts_status"]]
     times = row["parts_ms"].values()
     return [
         *(f"{milliseconds:.3f}" for milliseconds in (*times, sum(times))),
@@ -219,12 +216,16 @@ def _whole_cells(row: Row) -> list[str]:
 
 
 def tables(record: Row) -> list[Table]:
-    """Title, headings and body of each table of a record."""
+    """The tables of a record; a row that has only its status is filled up."""
     by_name = {
         **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
         **{"loss_cpu": _loss_cpu_tables, "loss_linear": _loss_linear_tables},
     }
-    return by_name.get(record.get("benchmark"), _loss_tables)(record)
+    made = by_name.get(record.get("benchmark"), _loss_tables)(record)
+    return [
+        (title, headings, [row + [""] * (len(headings) - len(row)) for row in body])
+        for title, headings, body in made
+    ]
 
 
 def _loss_cpu_tables(record: Row) -> list[Table]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,17 +81,14 @@ class NetworkTrainer:
         """
         done = {job.name: found for job in jobs if (found := self._finished(job))}
         missing = sorted((j for j in jobs if j.name not in done), key=lambda job: job.last)
-        if missing:
-            with self.stored.claim(missing[-1]):
-                for job in list(missing):
-                    if stored := self._from_store(job):
-                        done[job.name] = stored
-                        missing.remove(job)
-                self._skip(jobs, missing)
-                if missing:
-                    done |= self._train(missing, method, mentors, lessons)
-        else:
-            self._skip(jobs, missing)
+        with self.stored.claim(missing[-1]) if missing else nullcontext():
+            for job in list(missing):
+                if stored := self._from_store(job):
+                    done[job.name] = stored
+                    missing.remove(job)
+            self.progress.skip(self.steps(jobs) - self.steps(missing))
+            if missing:
+                done |= self._train(missing, method, mentors, lessons)
         return [done[job.name] for job in jobs]
 
     def steps(self, jobs: Sequence[TrainingJob]) -> int:
@@ -99,9 +97,6 @@ class NetworkTrainer:
             return 0
         per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
         return max(job.last for job in jobs) * per_epoch
-
-    def _skip(self, jobs: Sequence[TrainingJob], missing: Sequence[TrainingJob]) -> None:
-        self.progress.skip(self.steps(jobs) - self.steps(missing))
 
     def evaluate(
         self, network: nn.Module, part: str, watch: Callable[[Tensor, Tensor], None] | None = None

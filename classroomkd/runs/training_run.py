@@ -180,7 +180,11 @@ class TrainingRun:
         held_out = self._open_held_out(opened, loaders, info, sets)
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
-        self._tell_start(out, sets, folders, loaders)
+        self._print(
+            f"images: {counts(sets, folders)}, of {len(info.classes)} classes; "
+            f"{device_name(self.device)}; run in {out}"
+        )
+        self._print(f"loader: {loaders.backend} ({loaders.reason})")
         interrupts = opened.enter_context(Interrupts())
         stored = StoredMentors(
             store=MentorStore(),
@@ -239,20 +243,6 @@ class TrainingRun:
         run.begin(start(self.device, self.processes.world_size))
         self.processes.wait()
         return run
-
-    def _tell_start(
-        self,
-        out: Path,
-        sets: ImageSets,
-        folders: Mapping[str, str],
-        loaders: Loaders | BatchLoaders,
-    ) -> None:
-        """Print the images that the run uses, and its folder."""
-        self._print(
-            f"images: {counts(sets, folders)}, of {len(sets['train'].classes)} classes; "
-            f"{device_name(self.device)}; run in {out}"
-        )
-        self._print(f"loader: {loaders.backend} ({loaders.reason})")
 
     def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json."""
