@@ -183,10 +183,10 @@ def teaching(text: str, devices: Records) -> str:
     """docs/teaching.md: ``text`` up to the mark, and all tables after it."""
     blocks = [_up_to_mark(text)]
     for device, records in devices.items():
-        for name in filter(records.__contains__, teaching_tables.COMMANDS):
-            heading, command = teaching_tables.COMMANDS[name]
+        for name in filter(records.__contains__, teaching_tables.RECORDS):
+            heading, command, tables = teaching_tables.RECORDS[name]
             blocks += [f"## {heading}", f"{_link(device, name)}, by `{command}`:"]
-            blocks += teaching_tables.markdown(name, records[name])
+            blocks += tables(records[name]["rows"])
             blocks += _figures(device, name, records[name])
     return _joined(blocks)
 

@@ -14,7 +14,6 @@ row.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import os
 import statistics
@@ -163,24 +162,13 @@ def pack_beton(setting: Setting) -> None:
         print(reason(error), file=sys.stderr)
 
 
-def versions() -> dict[str, str | None]:
-    """The versions of the packages that loaders use."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict], None]) -> dict:
     """Measure all rows; ``report`` is called with the record as it grows."""
     to_prepare, to_measure, ends = (time.monotonic() + x * seconds for x in (0.5, 0.8, 0.95))
     rows = [LoaderRow(setting, *name) for name in row_names(setting)]
     record = {
         "benchmark": "loaders",
-        "environment": environment() | versions(),
+        "environment": environment(*PACKAGES),
         "images": setting.count,
         "size": setting.shape[:2],
         "batch": setting.batch,

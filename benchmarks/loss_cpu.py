@@ -15,7 +15,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from baselines import composed_loss
 from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.runs.machine import processor
+from loss import LossAndGrad, differentiated
 from measure import environment, write_json
 
 THIS, AUTOGRAD, EAGER, COMPILED = (
@@ -37,7 +38,6 @@ _MOST_LOGITS = 2**24  # of student and mentors together, lest the grid take hour
 _ROUNDS, _ROUND_SECONDS = 5, 0.03
 
 Inputs = tuple[Tensor, list[Tensor], Tensor]
-Call = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 def grid() -> list[tuple[int, int, int]]:
@@ -61,35 +61,20 @@ def inputs(size: tuple[int, int, int]) -> Inputs:
     return student.clone().requires_grad_(), [mentor.clone() for mentor in mentors], targets
 
 
-def differentiated(loss_function: Callable[..., Tensor]) -> Call:
-    """Loss and gradient by autograd."""
-
-    def call(student: Tensor, mentors: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = loss_function(student, mentors, targets)
-        (grad,) = torch.autograd.grad(loss, student)
-        return loss.detach(), grad
-
-    return call
-
-
-def _composed(student: Tensor, mentors: list[Tensor], targets: Tensor) -> Tensor:
-    return composed_loss(student, mentors, targets, "sample")
-
-
-def implementations(dynamic: bool) -> dict[str, Call]:
+def implementations(dynamic: bool) -> dict[str, LossAndGrad]:
     """All implementations; earlier results of torch.compile are kept only if dynamic."""
     if not dynamic:
         torch.compiler.reset()
-    compiled = torch.compile(_composed, dynamic=dynamic)
+    compiled = torch.compile(composed_loss, dynamic=dynamic)
     return {
         THIS: fused_classroom_loss_and_grad,
-        AUTOGRAD: differentiated(fused_classroom_loss),
-        EAGER: differentiated(_composed),
-        COMPILED: differentiated(compiled),
+        AUTOGRAD: differentiated(fused_classroom_loss, "sample"),
+        EAGER: differentiated(composed_loss, "sample"),
+        COMPILED: differentiated(compiled, "sample"),
     }
 
 
-def measure(calls: dict[str, Call], size: tuple[int, int, int]) -> dict[str, float]:
+def measure(calls: dict[str, LossAndGrad], size: tuple[int, int, int]) -> dict[str, float]:
     """Seconds of one call of each.
 
     With one thread this is the process's CPU time, independent of other work on the machine.

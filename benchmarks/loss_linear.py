@@ -177,11 +177,11 @@ def _status(field: str) -> int:
 
 def rows(size: Size, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
     """One row per implementation, also if it does not run."""
-    made = cache(batch_of)
+    made = cache(lambda: batch_of(size))
     about: dict[str, Any] = dict(zip(("rows", "classes", "width", "mentors"), size, strict=True))
     about["dtype"] = str(DTYPE).removeprefix("torch.")
     for name in IMPLEMENTATIONS:
-        numbers = attempted(not_here(name), deadline, lambda name=name: measure(name, made(size)))
+        numbers = attempted(not_here(name), deadline, lambda name=name: measure(name, made()))
         yield about | {"implementation": name, **numbers}
 
 

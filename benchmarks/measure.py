@@ -208,8 +208,8 @@ def _out_of_memory(error: BaseException | None) -> bool:
     return error is not None
 
 
-def environment() -> dict[str, object]:
-    """Device, versions and date."""
+def environment(*packages: str) -> dict[str, object]:
+    """Device, date and versions, those of further ``packages`` too."""
     about: dict[str, object] = {
         "classroomkd": classroomkd.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -219,7 +219,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
     }
-    for package in ("triton", "liger-kernel"):
+    for package in ("triton", "liger-kernel", *packages):
         try:
             about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

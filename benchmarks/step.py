@@ -33,7 +33,7 @@ from typing import Any
 
 from loader_processes import ProcessRow, RowError, stop_all
 from loader_rows import Setting
-from loaders import random_images, versions
+from loaders import PACKAGES, random_images
 from measure import DEVICE, GPU, environment, write_json
 from result_tables import STEP_LEGEND, terminal
 from step_rows import (
@@ -197,7 +197,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     ]
     record = {
         "benchmark": "step",
-        "environment": environment() | versions(),
+        "environment": environment(*PACKAGES),
         "workers": setting.workers,
         "seconds_a_round": arguments.seconds,
         "rows": [],

@@ -189,16 +189,11 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from classroomkd.report.numbers import duration
+    from classroomkd.report.run_table import terminal_table
     from classroomkd.reproduce.status import seconds_left, status, tasks_left
     from classroomkd.runs.progress import print_line
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("", "done", "begun", "left"):
-        table.add_column(column, justify="right" if column else "left")
     states = {task.id: status(task, out) for task in (*plan.mentors, *plan.runs)}
     lines: dict[str, Counter[str]] = {}
     for task in (*plan.mentors, *plan.runs):
@@ -207,9 +202,9 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
         name = task.id.removeprefix("runs/").rpartition("/")[0] if is_run else "mentors"
         kind = "done" if state.finished else "begun" if state.epochs else "left"
         lines.setdefault(name, Counter())[kind] += 1
-    for name, counts in lines.items():
-        table.add_row(name, *(str(counts[kind] or "–") for kind in ("done", "begun", "left")))
-    console.print(table)
+    kinds = ("done", "begun", "left")
+    rows = [[name, *(str(of[kind] or "–") for kind in kinds)] for name, of in lines.items()]
+    console.print(terminal_table(("", *kinds), rows))
     left = tasks_left(plan, out)
     mentors = sum(task in plan.mentors for task in left)
     time = duration(seconds_left(plan, out, at_once))
@@ -222,15 +217,20 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
 
 def _print_saved(plan: Plan, console: Console) -> None:
     """Print the work that the mentor cache saves, and what still differs between seeds."""
+    from classroomkd.reproduce.sharing import cache_bytes
     from classroomkd.runs.progress import print_line
+    from classroomkd.training.logits_files import words
 
     saved = sum(run.saved for run in plan.runs)
     if saved:
+        takes = ""
+        if all(run.recipe.data.source for run in plan.runs):
+            takes = f" and takes {words(cache_bytes(plan.runs))}"
         share = saved / (saved + sum(run.work for run in plan.runs))
         print_line(
             console,
             f"mentor cache: mentors answer once for all runs with the same batches, which saves "
-            f"{share:.0%} of the runs' operations{_kept(plan)}",
+            f"{share:.0%} of the runs' operations{takes}",
         )
     if any(run.recipe.data_seed is not None for run in plan.runs):
         print_line(
@@ -240,27 +240,11 @@ def _print_saved(plan: Plan, console: Console) -> None:
         )
 
 
-def _kept(plan: Plan) -> str:
-    """How much the mentor cache takes, in words, if the plan says of which data."""
-    if not all(run.recipe.data.source for run in plan.runs):
-        return ""
-    from classroomkd.reproduce.sharing import cache_bytes
-    from classroomkd.training.logits_files import words
-
-    return f" and takes {words(cache_bytes(plan.runs))}"
-
-
 def _print_results(results: Mapping[str, Any], console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    from classroomkd.report.run_table import terminal_table
     from classroomkd.report.table_page import result_cells
 
     columns, rows = result_cells(results)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    kept = [columns.index(name) for name in ("classroom", "variant", "seeds", "last", "best")]
-    for place in kept:
-        table.add_column(columns[place], justify="left" if place < 2 else "right")
-    for row in rows:
-        table.add_row(*(row[place] for place in kept))
-    console.print(table)
+    shown = ("classroom", "variant", "seeds", "last", "best")
+    kept = [[row[columns.index(name)] for name in shown] for row in rows]
+    console.print(terminal_table(shown, kept, texts=2))
