@@ -25,7 +25,7 @@ from loader_baselines import (
     TorchvisionTransforms,
     ffcv_operations,
 )
-from measure import graph_time, host_time
+from measure import graph_time, host_time, synchronize
 
 PADDING = 4
 SHORTEST = 0.3  # seconds; a round repeats epochs until then
@@ -185,7 +185,7 @@ class RunningLoader:
         del opener  # it holds the images
         self.batches = iter(self.loader)
         self.batch = next(self.batches)
-        self.synchronize()
+        synchronize()
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "compiled": self._compiled_since(opened_at)}
 
@@ -193,7 +193,7 @@ class RunningLoader:
         """Read the rest of the epoch; returns the peak GPU memory in bytes since `open`."""
         for batch in self.batches:
             self.batch = batch
-        self.synchronize()
+        synchronize()
         self._check(self.batch[0])
         if self.setting.device.type == "cpu":
             return None
@@ -209,7 +209,7 @@ class RunningLoader:
                 self.loader.set_epoch(self.epochs)
             for batch in self.loader:
                 count += len(batch[1])
-            self.synchronize()
+            synchronize()
         return count / (time.perf_counter() - start)
 
     def close(self) -> None:
@@ -218,10 +218,6 @@ class RunningLoader:
             self.loader.close()
         self.loader = None
         gc.collect()
-
-    def synchronize(self) -> None:
-        if self.setting.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _gpu_bytes(self, count: Callable[[], int]) -> int:
         return count() if self.setting.device.type == "cuda" else 0
