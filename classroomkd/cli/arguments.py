@@ -152,16 +152,21 @@ def add_run_options(parser: Parser, name: str) -> None:
     )
 
 
-def add_loading(parser: Parser, run: str = "") -> None:
-    """Add --image-size, --test-share and --seed; their defaults may be those of a ``run``."""
-    own = f"that of {run}, else " if run else ""
-    size = DEFAULT_IMAGE_SIZE if run else f"{DEFAULT_IMAGE_SIZE}; digits 16"
+def add_image_size(parser: Parser, default: object = DEFAULT_IMAGE_SIZE) -> None:
+    """Add --image-size, which is None if it is not given; ``default`` says what it is then."""
     parser.add_argument(
         "--image-size",
         type=PIXELS,
         metavar="PIXELS",
-        help=f"width and height that images are resized to (default: {own}{size})",
+        help=f"width and height that images are resized to (default: {default})",
     )
+
+
+def add_loading(parser: Parser, run: str = "") -> None:
+    """Add --image-size, --test-share and --seed; their defaults may be those of a ``run``."""
+    own = f"that of {run}, else " if run else ""
+    size = DEFAULT_IMAGE_SIZE if run else f"{DEFAULT_IMAGE_SIZE}; digits 16"
+    add_image_size(parser, f"{own}{size}")
     parser.add_argument(
         "--test-share",
         type=SHARE,

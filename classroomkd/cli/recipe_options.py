@@ -9,10 +9,9 @@ from classroomkd.cli import names
 from classroomkd.cli.arguments import (
     COUNT,
     DATA_HELP,
-    DEFAULT_IMAGE_SIZE,
-    PIXELS,
     Parser,
     add_device,
+    add_image_size,
     nested,
     not_empty,
     path_option,
@@ -80,12 +79,7 @@ def add_recipe_options(parser: Parser) -> None:
     parser.add_argument(
         "--batch-size", type=COUNT, metavar="N", help="images per step (default: 64)"
     )
-    parser.add_argument(
-        "--image-size",
-        type=PIXELS,
-        metavar="PIXELS",
-        help=f"width and height that images are resized to (default: {DEFAULT_IMAGE_SIZE})",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--download", choices=("cifar10", "cifar100"), help="download this data set into PATH first"
     )
