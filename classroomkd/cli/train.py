@@ -70,7 +70,7 @@ def _resume(out: Path) -> None:
     from classroomkd.runs.recipe import load_recipe
 
     if (out / "summary.json").exists() and not (out / "report.html").exists():
-        from classroomkd.report import write_report
+        from classroomkd.report.page import write_report
 
         print(f"the run in {out} is finished\nreport: {write_report([out])}")
         return
@@ -101,7 +101,7 @@ def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
 
 
 def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
-    from classroomkd.report import results_table
+    from classroomkd.report.run_table import results_table
     from classroomkd.runs.progress import print_line
 
     summary = run.run(

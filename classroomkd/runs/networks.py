@@ -18,7 +18,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
-from classroomkd.report import label
+from classroomkd.report.records import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver

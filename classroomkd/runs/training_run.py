@@ -22,7 +22,7 @@ from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import is_logits
-from classroomkd.report import write_report
+from classroomkd.report.page import write_report
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.given_mentors import check_given
 from classroomkd.runs.images import (
