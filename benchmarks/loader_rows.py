@@ -21,6 +21,7 @@ from classroomkd.data.augmentation import AUGMENT, normalisation_table, sample_o
 from loader_baselines import (
     BareCopy,
     DeviceCopy,
+    How,
     PinnedCopy,
     TorchvisionTransforms,
     ffcv_operations,
@@ -67,6 +68,11 @@ class Setting:
         """The images, in memory."""
         arrays = [np.load(self.folder / f"{name}.npy") for name in ("images", "targets")]
         return ImageSet(*arrays, json.loads((self.folder / "classes.json").read_text("utf-8")))
+
+    def how(self, workers: int) -> How:
+        """How a baseline makes batches of these images."""
+        like = self.mean, self.std, self.device, self.dtype
+        return How(self.batch, workers, PADDING, *like)
 
     def bytes_per_image(self, floor: str) -> int:
         """The bytes a floor moves: bytes in and numbers out, or only numbers over the bus."""
@@ -126,9 +132,8 @@ def _ffcv(setting: Setting, workers: int) -> Opener:
 
 
 def _baseline(make: Callable[..., Iterable], setting: Setting, workers: int) -> Opener:
-    common = {name: getattr(setting, name) for name in ("mean", "std", "device", "dtype")}
     data = setting.beton if make is ffcv_operations else setting.images()
-    return partial(make, data, setting.batch, workers=workers, padding=PADDING, **common)
+    return partial(make, data, setting.how(workers))
 
 
 STOCK = "FFCV's operations"
