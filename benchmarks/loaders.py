@@ -1,14 +1,13 @@
 """Compare the loaders with FFCV's own operations, torchvision's transforms and bare copies.
 
     python benchmarks/loaders.py [--images N] [--size 32] [--batch 512] [--rounds 3] [--workers N]
-                                 [--device cpu|cuda] [--data SOURCE] [--minutes M] [--out FOLDER]
+                                 [--device cpu|cuda] [--minutes M] [--out FOLDER]
 
-The images are random or from SOURCE (class folders, CIFAR's Python files, a .beton file). They are
-shuffled, cropped with a padding of 4 pixels, flipped and normalised, to float32 on the CPU and
-bfloat16 on a GPU. Every row runs in its own process, because some set thread counts or may abort,
-and memory is measured per process. On a GPU the resident loader's kernel comes first. All rows are
-prepared, then timed in rounds, interleaved. Prints the tables and writes loaders.json after every
-row.
+Random images are shuffled, cropped with a padding of 4 pixels, flipped and normalised, to float32
+on the CPU and bfloat16 on a GPU. Every row runs in its own process, because some set thread counts
+or may abort, and memory is measured per process. On a GPU the resident loader's kernel comes first.
+All rows are prepared, then timed in rounds, interleaved. Prints the tables and writes loaders.json
+after every row.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import ImageSet, from_dataset, load_source
+from classroomkd.data import ImageSet
 from classroomkd.errors import UserError
 from loader_processes import Process, ProcessRow, RowError, reason, stop_all
 from loader_rows import FLOORS, Kernel, RunningLoader, Setting, floor_of, row_names
@@ -126,32 +125,6 @@ def random_images(count: int, size: int) -> ImageSet:
     return ImageSet(images, rng.integers(0, 100, count), [str(k) for k in range(100)])
 
 
-def read_images(source: str, count: int, size: int) -> ImageSet:
-    """At most ``count`` images of a ``.beton`` file or of a folder's training part.
-
-    Raises UserError if they cannot be read.
-    """
-    if source.endswith(".beton"):
-        from classroomkd.data.ffcv.beton import open_beton
-
-        found = from_dataset(open_beton(source))
-    else:
-        found, _ = load_source(source, image_size=size)
-    return ImageSet(found.images[:count], found.targets[:count], found.classes)
-
-
-def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The setting, with the images written to ``folder``."""
-    if arguments.data is None:
-        image_set = random_images(arguments.images, arguments.size)
-    else:
-        image_set = read_images(arguments.data, arguments.images, arguments.size)
-    if len(image_set) < arguments.batch:
-        raise UserError(f"a batch of {arguments.batch} needs more than {len(image_set)} images")
-    device = torch.device(arguments.device)
-    return Setting.of(folder, image_set, arguments.batch, arguments.workers, device)
-
-
 def pack_beton(setting: Setting) -> None:
     """Write the images as .beton, if FFCV is available."""
     try:
@@ -221,20 +194,20 @@ def main() -> int:
     add("--rounds", type=int, default=3, help="(%(default)s)")
     add("--workers", type=int, default=cores, help="besides rows with 1 (the cores: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    add("--data", help="class folders, CIFAR's Python files or a .beton file, not random images")
     add("--minutes", type=float, default=math.inf, help="time limit")
     add("--out", type=Path, help="folder for loaders.json")
     arguments = parser.parse_args()
+    if arguments.batch > arguments.images:
+        parser.error(f"a batch of {arguments.batch} needs more than {arguments.images} images")
 
     def report(record: dict[str, Any]) -> None:
         if arguments.out:
             write_json(arguments.out, "loaders", record)
 
     with tempfile.TemporaryDirectory(prefix="loaders-") as folder:
-        try:
-            setting = prepared(arguments, Path(folder))
-        except UserError as error:
-            parser.error(str(error))
+        image_set = random_images(arguments.images, arguments.size)
+        device = torch.device(arguments.device)
+        setting = Setting.of(Path(folder), image_set, arguments.batch, arguments.workers, device)
         record = run(setting, arguments.rounds, 60 * arguments.minutes, report)
     report(record)
     print(terminal(record), record["environment"], floor_lines(record), LOADER_LEGEND, sep="\n")

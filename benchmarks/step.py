@@ -179,12 +179,6 @@ def implementations() -> list[str]:
     return [name for name in (*TRAINERS, LOOP) if name not in left_out]
 
 
-def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The setting, with the images written to ``folder``."""
-    image_set = random_images(arguments.images, arguments.size)
-    return Setting.of(folder, image_set, 1, arguments.workers, DEVICE)
-
-
 def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict], None]) -> dict:
     """Measure all rows; ``report`` is called with the record as it grows."""
     ends = time.monotonic() + 0.95 * 60 * arguments.minutes
@@ -282,7 +276,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
         os.environ["CLASSROOMKD_CACHE"] = f"{folder}/cache"  # for FFCV's files
-        record = run(arguments, prepared(arguments, Path(folder)), report)
+        image_set = random_images(arguments.images, arguments.size)
+        setting = Setting.of(Path(folder), image_set, 1, arguments.workers, DEVICE)
+        record = run(arguments, setting, report)
     print(terminal(record), record["environment"], STEP_LEGEND, sep="\n")
     records = record["rows"] + record["whole"]
     statuses = [record.get(key, "") for record in records for key in ("status", "parts_status")]
