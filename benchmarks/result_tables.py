@@ -1,16 +1,8 @@
-"""Format records as tables, for the terminal and as Markdown.
-
-    python benchmarks/result_tables.py benchmarks/results/<device>/loss.json > table.md
-
-`document.py` puts all of them on one page.
-"""
+"""Format records as tables: for the terminal, and as Markdown for the page of ``document.py``."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -351,7 +343,3 @@ def floor_lines(record: Row) -> str:
         f"{floor['gigabytes_per_second']:.1f} GB/s = {floor['images_per_second']:,.0f} images/s."
         for name, floor in record["floors"].items()
     )
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
