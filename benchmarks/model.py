@@ -174,9 +174,9 @@ def predict(kernel: MachineCode, memory: Memory = MEMORY) -> Prediction:
     n_sms = int(np.clip(STEPS / (work * per_sm), 2, SIMULATED))
     waves = max(4, STEPS // (work * n_sms * slots))
     if per_sm / slots <= waves:
-        cycles, _, _, _, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
+        cycles, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
     else:  # the first programs, then extrapolated at the rate of the later ones
-        half, (cycles, _, _, _, in_flight) = (
+        half, (cycles, in_flight) = (
             played(walked, n_sms, round(part * slots * n_sms)) for part in (waves / 2, waves)
         )
         cycles += (cycles - half[0]) / (waves / 2) * (per_sm / slots - waves)
