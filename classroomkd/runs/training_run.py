@@ -14,8 +14,6 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import Loader, Loaders
-from classroomkd.data.batches import BatchLoaders
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
@@ -177,7 +175,13 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = self._open_held_out(opened, loaders, info, sets)
+        held_out = {
+            name: opened.enter_context(
+                evaluation_loader(loaders, sets[name], info, **self.processes.place)
+            )
+            for name in ("validation", "test")
+            if name in sets
+        }
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
         self._print(
@@ -213,18 +217,6 @@ class TrainingRun:
             progress=opened.enter_context(TrainingProgress(self.console)),
             notify=self._print,
         )
-
-    def _open_held_out(
-        self, opened: ExitStack, loaders: Loaders | BatchLoaders, info: NetworkInfo, sets: ImageSets
-    ) -> dict[str, Loader]:
-        """The loaders of the parts on which networks are measured, "test" last."""
-        return {
-            name: opened.enter_context(
-                evaluation_loader(loaders, sets[name], info, **self.processes.place)
-            )
-            for name in ("validation", "test")
-            if name in sets
-        }
 
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]

@@ -204,7 +204,7 @@ def test_the_loaders(cuda, setting, monkeypatch):
     assert "first_batch" not in reports[0]
     assert len(reports) == 1 + 1 + 3 + 2 * 3 + 1
     assert all(row["gpu_mib"] is not None for row in record["rows"])
-    for name in ("Event", "profile", "replay", "mem_get_info", "max_memory_allocated"):
+    for name in ("Event", "replay", "mem_get_info", "max_memory_allocated"):
         assert cuda.calls[name], name
 
 
