@@ -333,7 +333,7 @@ class TrainingRun:
         to_channels_last(network, self.device)
         measured = trainer.evaluate(network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
-        return TrainingJob("mentor", mentor.name, mentor.architecture).result(network, measured)
+        return mentor.job.result(network, measured)
 
     def _print(self, line: str) -> None:
         print_line(self.console, line)
