@@ -5,8 +5,7 @@
 Measures this project over a grid of sizes, and all implementations at seven named cases. Prints the
 tables and writes loss.json after every row. The headline sizes come first, the tuning modes of
 torch.compile last. Every mentor is active, so no work is skipped. On the CPU it measures wall times
-at small sizes, which only checks the script; with TRITON_INTERPRET=1 it runs the kernels in the
-interpreter.
+at small sizes, which only checks the script.
 """
 
 from __future__ import annotations
@@ -37,7 +36,6 @@ from classroomkd.kernels.launch import WARP_SIZE
 from measure import (
     DEVICE,
     GPU,
-    INTERPRETED,
     attempted,
     environment,
     graph_time,
@@ -230,7 +228,7 @@ def not_here(name: str) -> str | None:
         return "not run: needs a GPU"
     if name == "Liger KL" and importlib.util.find_spec("liger_kernel") is None:
         return "not installed: liger-kernel"
-    return "not run: TRITON_INTERPRET=1" if INTERPRETED and "compile" in name else None
+    return None
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

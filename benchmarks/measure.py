@@ -25,8 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import classroomkd
 from classroomkd.files import atomic_write
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
+GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 Call = Callable[..., object]
@@ -230,8 +229,6 @@ def environment(*packages: str) -> dict[str, object]:
         about["memory_gib"] = round(properties.total_memory / 2**30, 1)
         about["l2_mib"] = round(properties.L2_cache_size / 2**20, 1)
         about["multiprocessors"] = properties.multi_processor_count
-    if INTERPRETED:
-        about["device"] = f"{about['device']}, kernels in Triton's interpreter"
     return about
 
 

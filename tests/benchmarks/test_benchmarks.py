@@ -15,10 +15,8 @@ import torch
 
 from classroomkd import classroom_loss
 from classroomkd.errors import UserError
-from classroomkd.loss import fused
 from fake_cuda import HereProcess
 from ffcv_required import requires_ffcv
-from interpreter import INTERPRETED
 from patience import LAST_RESORT
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -28,9 +26,7 @@ import loader_processes  # noqa: E402
 import loader_rows  # noqa: E402
 import loaders  # noqa: E402
 import loss as benchmark  # noqa: E402
-import measure  # noqa: E402
 import result_tables  # noqa: E402
-import roofline  # noqa: E402
 import step  # noqa: E402
 import step_rows  # noqa: E402
 
@@ -71,28 +67,6 @@ def test_the_script_on_this_machine(tmp_path):
     of_the_grid = next(row for row in measured if not row["case"])
     assert f"{of_the_grid['device_time_us']:.2f} µs" in printed
     assert f"{measured[0]['device_time_us']:.2f}" in printed
-
-
-@pytest.mark.skipif(not INTERPRETED, reason="the GPU runs the kernels themselves")
-def test_the_script_through_the_interpreted_kernels(tmp_path, monkeypatch):
-    """As with TRITON_INTERPRET=1, of which the environment and the missing rows tell."""
-    monkeypatch.setattr(fused, "_INTERPRET", True)
-    for module in (measure, benchmark):
-        monkeypatch.setattr(module, "INTERPRETED", True)
-    names = (benchmark.THIS, "eager", "compile default")
-    some = {name: benchmark.IMPLEMENTATIONS[name] for name in names}
-    monkeypatch.setattr(benchmark, "IMPLEMENTATIONS", some)
-    monkeypatch.setattr(benchmark, "phases", lambda small: [[(SMALL, "small", names)]])
-    monkeypatch.setattr(roofline, "measure", lambda: CEILINGS)
-    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
-    monkeypatch.setattr(sys, "argv", ["loss.py", "--small", "--out", str(tmp_path)])
-    assert benchmark.main() == 0
-    record = json.loads((tmp_path / "loss.json").read_text())
-    assert "interpreter" in record["environment"]["device"]
-    this, eager, compiled = record["rows"]
-    assert (this["status"], eager["status"]) == ("ok", "ok")
-    assert compiled["status"] == "not run: TRITON_INTERPRET=1"
-    assert this["host_time_us"] > 5 * eager["host_time_us"]
 
 
 @pytest.mark.parametrize(
