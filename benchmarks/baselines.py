@@ -99,11 +99,7 @@ def composed_rows(
 
 
 def float64_loss_and_grad(
-    student: Tensor,
-    mentors: list[Tensor],
-    targets: Tensor,
-    ranking: str,
-    chunk_bytes: int = 2**28,
+    student: Tensor, mentors: list[Tensor], targets: Tensor, ranking: str, chunk_bytes: int = 2**28
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The reference: loss 0-d, gradient [B, C] and active mentors [M, B], in chunks of rows.
 

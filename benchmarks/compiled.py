@@ -29,6 +29,7 @@ import triton
 from rich.progress import track
 
 from classroomkd.files import atomic_write
+from measure import as_json
 
 Row = dict[str, object]
 KERNELS = Path(__file__).resolve().parent.parent / "kernels"
@@ -186,14 +187,14 @@ def recorded(path: Path, wanted: Mapping[str, object]) -> list[Row]:
 
 
 def write(path: Path, head: Mapping[str, object], done: Sequence[Row]) -> None:
-    """Write the record, one line per call."""
-    head = dict(head) | {
+    """Write the record."""
+    record = dict(head) | {
         "done": len(done),
         "failed": sum("error" in call for call in done),
         "spilling": sum(spilled(call) > 0 for call in done),
+        "compiled": done,
     }
-    calls = ",\n".join(map(json.dumps, done))
-    atomic_write(path, f'{json.dumps(head)[:-1]}, "compiled": [\n{calls}\n]}}\n')
+    atomic_write(path, as_json(record))
 
 
 def compile_rows(rows: Sequence[Row], processes: int) -> Iterator[Row]:

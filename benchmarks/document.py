@@ -27,6 +27,7 @@ from classroomkd.report.run_table import COLUMNS, evidence, result_rows
 from classroomkd.report.table_page import markdown as reproduction_markdown
 from classroomkd.reproduce.tables import TABLES
 from figures import drawings
+from measure import as_json
 from result_tables import markdown
 from summary import on_gpu
 
@@ -134,10 +135,14 @@ def _figures(device: str, name: str, record: Record) -> Iterator[str]:
         yield f"![{drawing.caption}](figures/{figure})\n\n{drawing.caption}"
 
 
+def _up_to_mark(text: str) -> str:
+    head, mark, _ = text.partition(MARK)
+    return head + mark
+
+
 def reproduction(text: str, devices: Records) -> str:
     """docs/reproduction.md: ``text`` up to the mark, and all tables after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
         for name in filter(records.__contains__, REPRODUCTIONS):
             table = TABLES[records[name]["table"]]
@@ -176,21 +181,19 @@ def _one_change(record: Record) -> str:
 
 def teaching(text: str, devices: Records) -> str:
     """docs/teaching.md: ``text`` up to the mark, and all tables after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
-        for name in filter(records.__contains__, teaching_tables.COMMANDS):
-            heading, command = teaching_tables.COMMANDS[name]
+        for name in filter(records.__contains__, teaching_tables.RECORDS):
+            heading, command, tables = teaching_tables.RECORDS[name]
             blocks += [f"## {heading}", f"{_link(device, name)}, by `{command}`:"]
-            blocks += teaching_tables.markdown(name, records[name])
+            blocks += tables(records[name]["rows"])
             blocks += _figures(device, name, records[name])
     return _joined(blocks)
 
 
 def checked(text: str, devices: Records) -> str:
     """docs/mentor-check.md: ``text`` up to the mark, and what was found after it."""
-    head, mark, _ = text.partition(MARK)
-    blocks = [head + mark]
+    blocks = [_up_to_mark(text)]
     for device, records in devices.items():
         if "mentor_check" in records:
             command = "python benchmarks/mentor_check.py --out OUT"
@@ -206,7 +209,7 @@ def _quickstart(summary: Record) -> str:
 
 
 def _of_compiled(compiled: Record) -> Iterator[str]:
-    """Register counts per target and number of mentors, failed calls, and kernels that spill."""
+    """Register counts per target and number of mentors, and the kernels that spill."""
     done, calls = compiled["done"], compiled["calls"]
     kernels = [
         (call, name, kernel)
@@ -235,14 +238,6 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
             for target, by_mentors in sorted(most.items())
         ],
     )
-    failed = [call for call in compiled["compiled"] if "error" in call]
-    if failed:
-        yield "These calls failed:"
-        keys = ("target", "n_classes", "n_mentors", "dtype", "error")
-        yield markdown_table(
-            ("target", "C", "M", "dtype", "error"),
-            [[str(call[key]).partition("\n")[0] for key in keys] for call in failed],
-        )
     spilling = [(call, name, kernel) for call, name, kernel in kernels if kernel["spilled_bytes"]]
     if not spilling:
         yield "No kernel spills registers."
@@ -284,7 +279,7 @@ def take(out: Path, results: Path) -> Path:
     folder = results / names.pop()
     folder.mkdir(parents=True, exist_ok=True)
     for name, path in found.items():
-        atomic_write(folder / name, path.read_bytes())
+        atomic_write(folder / name, as_json(_json(path)))
     return folder
 
 
@@ -309,10 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     devices = read(RESULTS)
     model = _json(RESULTS / MODELLED / "model.json")
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
-    atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
-    atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
-    atomic_write(MENTOR_CHECK, checked(MENTOR_CHECK.read_text(encoding="utf-8"), devices))
-    print(PAGE, REPRODUCTION, TEACHING, MENTOR_CHECK, sep="\n")
+    print(PAGE)
+    generated = {REPRODUCTION: reproduction, TEACHING: teaching, MENTOR_CHECK: checked}
+    for path, generate in generated.items():
+        atomic_write(path, generate(path.read_text(encoding="utf-8"), devices))
+        print(path)
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

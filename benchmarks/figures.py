@@ -190,18 +190,24 @@ def _loss_on_a_cpu(rows: Rows) -> Figure:
     figure, panels = _figure(2.6 * len(rows), 1.7, 1, len(rows))
     for axes, row in zip(panels[0], rows, strict=True):
         times = {name: us / 1000 for name, us in row["microseconds"].items() if "+" not in name}
-        names = ["this project" if name.startswith("fused_") else name for name in times]
-        colours = [OWN if name == "this project" else OTHER for name in names]
-        drawn = axes.barh(range(len(names)), [*times.values()], color=colours, height=0.7)
-        labels = [format(time, ",.0f" if time >= 100 else ".2g") for time in times.values()]
-        axes.bar_label(drawn, labels, padding=3)
+        _bars(axes, times, ".2g")
         axes.set_title("B {rows:,}, C {classes:,}, M {mentors}".format(**row))
+        names = ["this project" if name.startswith("fused_") else name for name in times]
         axes.set_yticks(range(len(names)), names if axes is panels[0, 0] else [])
-        axes.invert_yaxis()
         axes.margins(x=0.2)
-        axes.grid(visible=False, axis="y")
         axes.set_xlabel("ms")
     return figure
+
+
+def _bars(axes: Axes, times: Mapping[str, float], form: str) -> None:
+    """A bar for each implementation, labelled with its time, in ``form`` below 100; 0 is none."""
+    colours = [OWN if name.startswith("fused_") else OTHER for name in times]
+    drawn = axes.barh(range(len(times)), [*times.values()], color=colours, height=0.7)
+    labels = [format(t, ",.0f" if t >= 100 else form) if t else "–" for t in times.values()]
+    axes.bar_label(drawn, labels, padding=3)
+    axes.set_yticks(range(len(times)), [*times])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
 
 
 def _implementations(rows: Rows) -> Figure:
@@ -220,15 +226,9 @@ def _implementations(rows: Rows) -> Figure:
         kind = "B {rows:,}, C {classes:,}, M {mentors}, {dtype}".format(**row)
         kind += ", ranked by batch" if row["ranking"] == "batch" else ""
         axes.set_title(f"{cases[number]}\n{kind}")
-        times = [own[name]["device_time_us"] if name in own else 0 for name in names]
-        colours = [OWN if name.startswith("fused_") else OTHER for name in names]
-        drawn = axes.barh(range(len(names)), times, color=colours, height=0.7)
-        labels = [format(time, ",.0f" if time >= 100 else ".1f") if time else "–" for time in times]
-        axes.bar_label(drawn, labels, padding=3)
-        axes.set_yticks(range(len(names)), names)
-        axes.invert_yaxis()
+        times = {name: own[name]["device_time_us"] if name in own else 0 for name in names}
+        _bars(axes, times, ".1f")
         axes.margins(x=0.15)
-        axes.grid(visible=False, axis="y")
         axes.set_xlabel("device time of one call, µs")
     return figure
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,17 +21,19 @@ from classroomkd.torchvision import import_torchvision
 Statistics = tuple[float, float, float]
 
 
-def ffcv_operations(
-    path: Path,
-    batch_size: int,
-    *,
-    workers: int,
-    padding: int,
-    mean: Statistics,
-    std: Statistics,
-    device: torch.device,
-    dtype: torch.dtype,
-):
+class How(NamedTuple):
+    """How batches are made; ``mean`` and ``std`` are those of values from 0 to 1."""
+
+    batch_size: int
+    workers: int
+    padding: int
+    mean: Statistics
+    std: Statistics
+    device: torch.device
+    dtype: torch.dtype
+
+
+def ffcv_operations(path: Path, how: How):
     """FFCV's loader with its own operations, composed as in its CIFAR example.
 
     It sets the thread counts of the process. An epoch must be read to its end.
@@ -39,33 +42,29 @@ def ffcv_operations(
     from ffcv import transforms
     from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
 
-    to_device = [transforms.ToDevice(device)] if device.type == "cuda" else []
+    to_device = [transforms.ToDevice(how.device)] if how.device.type == "cuda" else []
+    # torchvision's Normalize for values from 0 to 255.
+    levels = ([255 * value for value in values] for values in (how.mean, how.std))
     image = [
         SimpleRGBImageDecoder(),
         transforms.RandomHorizontalFlip(),
-        transforms.RandomTranslate(padding=padding),
+        transforms.RandomTranslate(padding=how.padding),
         transforms.ToTensor(),
         *to_device,
         transforms.ToTorchImage(),
-        transforms.Convert(dtype),
-        _in_levels(mean, std),
+        transforms.Convert(how.dtype),
+        import_torchvision("transforms").Normalize(*levels),
     ]
     label = [IntDecoder(), transforms.ToTensor(), *to_device, transforms.Squeeze(1)]
     return ffcv.Loader(
         str(path),
-        batch_size,
-        num_workers=workers,
+        how.batch_size,
+        num_workers=how.workers,
         os_cache=True,
         order=ffcv.loader.OrderOption.RANDOM,
         drop_last=True,
         pipelines={"image": image, "label": label},
     )
-
-
-def _in_levels(mean: Statistics, std: Statistics) -> torch.nn.Module:
-    """torchvision's Normalize for values from 0 to 255."""
-    normalize = import_torchvision("transforms").Normalize
-    return normalize([255 * value for value in mean], [255 * value for value in std])
 
 
 class TorchvisionTransforms:
@@ -74,42 +73,36 @@ class TorchvisionTransforms:
     def __init__(
         self,
         image_set: ImageSet,
-        batch_size: int,
-        *,
-        workers: int,
-        padding: int,
-        mean: Statistics,
-        std: Statistics,
-        device: torch.device,
-        dtype: torch.dtype,
+        how: How,
         memory_format: torch.memory_format = torch.channels_last,
     ) -> None:
         transforms = import_torchvision("transforms")
-        self.device, self.dtype, self.memory_format = device, dtype, memory_format
+        self._how, self._memory_format = how, memory_format
         transform = transforms.Compose(
             [
-                transforms.RandomCrop(image_set.images.shape[1:3], padding),
+                transforms.RandomCrop(image_set.images.shape[1:3], how.padding),
                 transforms.RandomHorizontalFlip(),
                 transforms.ToTensor(),
-                transforms.Normalize(mean, std),
+                transforms.Normalize(how.mean, how.std),
             ]
         )
         self._loader = DataLoader(
             _Transformed(image_set, transform),
-            batch_size,
+            how.batch_size,
             shuffle=True,
             drop_last=True,
-            num_workers=workers,
+            num_workers=how.workers,
             persistent_workers=True,
-            pin_memory=device.type == "cuda",
+            pin_memory=how.device.type == "cuda",
         )
 
     def __iter__(self) -> Iterator[Sequence[Tensor]]:
+        at_once = {"device": self._how.device, "non_blocking": True}
         for images, targets in self._loader:
             finished = images.to(
-                self.device, self.dtype, non_blocking=True, memory_format=self.memory_format
+                dtype=self._how.dtype, memory_format=self._memory_format, **at_once
             )
-            yield finished, targets.to(self.device, non_blocking=True)
+            yield finished, targets.to(**at_once)
 
 
 class _Transformed(Dataset):

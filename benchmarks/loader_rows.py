@@ -6,9 +6,7 @@ import gc
 import json
 import math
 import os
-import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -18,16 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import Augmentation, ImageSet, ResidentLoader, TorchLoader
+from classroomkd.data import Augmentation, ImageSet, ResidentLoader, TorchLoader, channel_statistics
 from classroomkd.data.augmentation import AUGMENT, normalisation_table, sample_order, stream_key
 from loader_baselines import (
     BareCopy,
     DeviceCopy,
+    How,
     PinnedCopy,
     TorchvisionTransforms,
     ffcv_operations,
 )
-from measure import graph_time, host_time, profiler_time
+from measure import graph_time, host_time, synchronize
 
 PADDING = 4
 SHORTEST = 0.3  # seconds; a round repeats epochs until then
@@ -46,6 +45,17 @@ class Setting:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @classmethod
+    def of(
+        cls, folder: Path, image_set: ImageSet, batch: int, workers: int, device: torch.device
+    ) -> Setting:
+        """The setting of a set of images, which are written to ``folder``."""
+        shape, statistics = image_set.images.shape[1:], channel_statistics(image_set)
+        np.save(folder / "images.npy", image_set.images)
+        np.save(folder / "targets.npy", image_set.targets)
+        (folder / "classes.json").write_text(json.dumps(image_set.classes), encoding="utf-8")
+        return cls(folder, len(image_set), shape, batch, workers, device, *statistics)
+
     @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -54,15 +64,15 @@ class Setting:
     def beton(self) -> Path:
         return self.folder / "images.beton"
 
-    def save(self, image_set: ImageSet) -> None:
-        np.save(self.folder / "images.npy", image_set.images)
-        np.save(self.folder / "targets.npy", image_set.targets)
-        (self.folder / "classes.json").write_text(json.dumps(image_set.classes), encoding="utf-8")
-
     def images(self) -> ImageSet:
         """The images, in memory."""
         arrays = [np.load(self.folder / f"{name}.npy") for name in ("images", "targets")]
         return ImageSet(*arrays, json.loads((self.folder / "classes.json").read_text("utf-8")))
+
+    def how(self, workers: int) -> How:
+        """How a baseline makes batches of these images."""
+        like = self.mean, self.std, self.device, self.dtype
+        return How(self.batch, workers, PADDING, *like)
 
     def bytes_per_image(self, floor: str) -> int:
         """The bytes a floor moves: bytes in and numbers out, or only numbers over the bus."""
@@ -122,9 +132,8 @@ def _ffcv(setting: Setting, workers: int) -> Opener:
 
 
 def _baseline(make: Callable[..., Iterable], setting: Setting, workers: int) -> Opener:
-    common = {name: getattr(setting, name) for name in ("mean", "std", "device", "dtype")}
     data = setting.beton if make is ffcv_operations else setting.images()
-    return partial(make, data, setting.batch, workers=workers, padding=PADDING, **common)
+    return partial(make, data, setting.how(workers))
 
 
 STOCK = "FFCV's operations"
@@ -181,7 +190,7 @@ class RunningLoader:
         del opener  # it holds the images
         self.batches = iter(self.loader)
         self.batch = next(self.batches)
-        self.synchronize()
+        synchronize()
         seconds = time.perf_counter() - start
         return {"seconds": seconds, "compiled": self._compiled_since(opened_at)}
 
@@ -189,7 +198,7 @@ class RunningLoader:
         """Read the rest of the epoch; returns the peak GPU memory in bytes since `open`."""
         for batch in self.batches:
             self.batch = batch
-        self.synchronize()
+        synchronize()
         self._check(self.batch[0])
         if self.setting.device.type == "cpu":
             return None
@@ -205,7 +214,7 @@ class RunningLoader:
                 self.loader.set_epoch(self.epochs)
             for batch in self.loader:
                 count += len(batch[1])
-            self.synchronize()
+            synchronize()
         return count / (time.perf_counter() - start)
 
     def close(self) -> None:
@@ -214,10 +223,6 @@ class RunningLoader:
             self.loader.close()
         self.loader = None
         gc.collect()
-
-    def synchronize(self) -> None:
-        if self.setting.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def _gpu_bytes(self, count: Callable[[], int]) -> int:
         return count() if self.setting.device.type == "cuda" else 0
@@ -267,7 +272,7 @@ class Kernel:
         self.setting, self.size = setting, size
 
     def measure(self) -> dict[str, Any]:
-        """Time of one batch in µs, by four timers; None, and a line in "failures", if one fails."""
+        """Time of one batch in µs, on the GPU and on the host."""
         from classroomkd.kernels.augment import gather_augment
 
         setting, size = self.setting, self.size
@@ -288,30 +293,8 @@ class Kernel:
 
         # Enough batches that none is still in the cache when it is read again.
         sets = [(indices,) for indices in order.split(setting.batch)]
-        timers = {
-            "back_to_back": _back_to_back,
-            "host": host_time,
-            "profiler": profiler_time,
-            "graph": graph_time,
+        return {
+            "images": count,
+            "graph_us": graph_time(call, sets) * 1e6,
+            "host_us": host_time(call, sets) * 1e6,
         }
-        found, failures = {"images": count}, []
-        for name, timer in timers.items():
-            try:
-                found[f"{name}_us"] = timer(call, sets) * 1e6
-            except Exception as error:
-                found[f"{name}_us"] = None
-                failures.append(f"{name} failed: {error!r}")
-        return found | {"failures": failures}
-
-
-def _back_to_back(call: Callable[..., object], sets: list[tuple], repeats: int = 10) -> float:
-    """Seconds per call between events around many calls, launches included."""
-    seconds = []
-    for _ in range(repeats + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        deque((call(*arguments) for arguments in sets), maxlen=0)
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / len(sets))
-    return statistics.median(seconds[1:])

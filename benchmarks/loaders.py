@@ -1,20 +1,18 @@
 """Compare the loaders with FFCV's own operations, torchvision's transforms and bare copies.
 
     python benchmarks/loaders.py [--images N] [--size 32] [--batch 512] [--rounds 3] [--workers N]
-                                 [--device cpu|cuda] [--data SOURCE] [--minutes M] [--out FOLDER]
+                                 [--device cpu|cuda] [--minutes M] [--out FOLDER]
 
-The images are random or from SOURCE (class folders, CIFAR's Python files, a .beton file). They are
-shuffled, cropped with a padding of 4 pixels, flipped and normalised, to float32 on the CPU and
-bfloat16 on a GPU. Every row runs in its own process, because some set thread counts or may abort,
-and memory is measured per process. On a GPU the resident loader's kernel comes first. All rows are
-prepared, then timed in rounds, interleaved. Prints the tables and writes loaders.json after every
-row.
+Random images are shuffled, cropped with a padding of 4 pixels, flipped and normalised, to float32
+on the CPU and bfloat16 on a GPU. Every row runs in its own process, because some set thread counts
+or may abort, and memory is measured per process. On a GPU the resident loader's kernel comes first.
+All rows are prepared, then timed in rounds, interleaved. Prints the tables and writes loaders.json
+after every row.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import os
 import statistics
@@ -29,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from classroomkd.data import ImageSet, channel_statistics, from_dataset, load_source
+from classroomkd.data import ImageSet
 from classroomkd.errors import UserError
 from loader_processes import Process, ProcessRow, RowError, reason, stop_all
 from loader_rows import FLOORS, Kernel, RunningLoader, Setting, floor_of, row_names
@@ -52,15 +50,8 @@ class LoaderRow(ProcessRow):
             floor=floor_of(name, setting.device) if name not in FLOORS else None,
         )
 
-    def ready(self) -> None:
-        """Wait for the process."""
-        self.attempt(lambda: self.process.ready())
-
     def prepare(self) -> None:
         """Open two loaders, one after another, and read an epoch of each."""
-        self.attempt(self._prepare)
-
-    def _prepare(self) -> None:
         before = self.process.memory()
         first, held = self.process.ask("open"), []
         gpu = self.process.ask("finish", held)
@@ -74,11 +65,7 @@ class LoaderRow(ProcessRow):
         }
 
     def measure(self) -> None:
-        """Time one round, if the row was prepared."""
-        if "first_batch" in self.record:
-            self.attempt(self._measure)
-
-    def _measure(self) -> None:
+        """Time one round."""
         self.record["rounds"].append(self.process.ask("round"))
         rate = statistics.median(self.record["rounds"])
         self.record |= {"status": "ok", "images_per_second": rate}
@@ -111,20 +98,15 @@ def kernel_row(setting: Setting, size: int, ends: float) -> dict[str, Any]:
     row = {"size": size, "batch": setting.batch, "status": "not run: out of time"}
     if time.monotonic() > ends - 30:
         return row
-    process = None
+    process = Process(partial(Kernel, setting, size), setting.device, ends)
     try:
-        process = Process(partial(Kernel, setting, size), setting.device, ends)
         process.ready()
         row |= process.ask("measure")
-        row["status"] = "; ".join(row.pop("failures")) or "ok"
     except RowError as failure:
         return row | {"status": str(failure)}
     finally:
-        if process is not None:
-            process.stop()
-    if microseconds := row["graph_us"] or row["profiler_us"]:
-        row["images_per_second"] = setting.batch / microseconds * 1e6
-    return row
+        process.stop()
+    return row | {"status": "ok", "images_per_second": setting.batch / row["graph_us"] * 1e6}
 
 
 def kernel_share(setting: Setting, row: dict[str, Any], found: dict[str, dict[str, float]]) -> None:
@@ -143,43 +125,6 @@ def random_images(count: int, size: int) -> ImageSet:
     return ImageSet(images, rng.integers(0, 100, count), [str(k) for k in range(100)])
 
 
-def read_images(source: str, count: int, size: int) -> ImageSet:
-    """At most ``count`` images of a ``.beton`` file or of a folder's training part.
-
-    Raises UserError if they cannot be read.
-    """
-    if source.endswith(".beton"):
-        from classroomkd.data.ffcv.beton import open_beton
-
-        found = from_dataset(open_beton(source))
-    else:
-        found, _ = load_source(source, image_size=size)
-    return ImageSet(found.images[:count], found.targets[:count], found.classes)
-
-
-def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The setting, with the images written to ``folder``."""
-    if arguments.data is None:
-        image_set = random_images(arguments.images, arguments.size)
-    else:
-        image_set = read_images(arguments.data, arguments.images, arguments.size)
-    if len(image_set) < arguments.batch:
-        raise UserError(f"a batch of {arguments.batch} needs more than {len(image_set)} images")
-    mean, std = channel_statistics(image_set)
-    setting = Setting(
-        folder,
-        len(image_set),
-        image_set.images.shape[1:],
-        arguments.batch,
-        arguments.workers,
-        torch.device(arguments.device),
-        mean,
-        std,
-    )
-    setting.save(image_set)
-    return setting
-
-
 def pack_beton(setting: Setting) -> None:
     """Write the images as .beton, if FFCV is available."""
     try:
@@ -190,24 +135,13 @@ def pack_beton(setting: Setting) -> None:
         print(reason(error), file=sys.stderr)
 
 
-def versions() -> dict[str, str | None]:
-    """The versions of the packages that loaders use."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict], None]) -> dict:
     """Measure all rows; ``report`` is called with the record as it grows."""
     to_prepare, to_measure, ends = (time.monotonic() + x * seconds for x in (0.5, 0.8, 0.95))
     rows = [LoaderRow(setting, *name) for name in row_names(setting)]
     record = {
         "benchmark": "loaders",
-        "environment": environment() | versions(),
+        "environment": environment(*PACKAGES),
         "images": setting.count,
         "size": setting.shape[:2],
         "batch": setting.batch,
@@ -226,18 +160,18 @@ def run(setting: Setting, n_rounds: int, seconds: float, report: Callable[[dict]
             row.start(ends)
         pack_beton(setting)
         for row in rows:
-            row.ready()
+            row.attempt(row.process.ready)
         report(record)
         for row in rows:
             if time.monotonic() < to_prepare:
-                row.prepare()
+                row.attempt(row.prepare)
                 report(record)
             about = row.record.get("first_batch", row.record["status"])
             print(row.record["loader"], row.record["workers"], about, file=sys.stderr, flush=True)
         for number in range(n_rounds):
             for row in rows:
-                if time.monotonic() < to_measure:
-                    row.measure()
+                if time.monotonic() < to_measure and "first_batch" in row.record:
+                    row.attempt(row.measure)
                     record["floors"] = floors(setting, record["rows"])
                     report(record)
             print(f"round {number + 1} of {n_rounds}", file=sys.stderr, flush=True)
@@ -260,20 +194,20 @@ def main() -> int:
     add("--rounds", type=int, default=3, help="(%(default)s)")
     add("--workers", type=int, default=cores, help="besides rows with 1 (the cores: %(default)s)")
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    add("--data", help="class folders, CIFAR's Python files or a .beton file, not random images")
     add("--minutes", type=float, default=math.inf, help="time limit")
     add("--out", type=Path, help="folder for loaders.json")
     arguments = parser.parse_args()
+    if arguments.batch > arguments.images:
+        parser.error(f"a batch of {arguments.batch} needs more than {arguments.images} images")
 
     def report(record: dict[str, Any]) -> None:
         if arguments.out:
             write_json(arguments.out, "loaders", record)
 
     with tempfile.TemporaryDirectory(prefix="loaders-") as folder:
-        try:
-            setting = prepared(arguments, Path(folder))
-        except UserError as error:
-            parser.error(str(error))
+        image_set = random_images(arguments.images, arguments.size)
+        device = torch.device(arguments.device)
+        setting = Setting.of(Path(folder), image_set, arguments.batch, arguments.workers, device)
         record = run(setting, arguments.rounds, 60 * arguments.minutes, report)
     report(record)
     print(terminal(record), record["environment"], floor_lines(record), LOADER_LEGEND, sep="\n")

@@ -5,8 +5,7 @@
 Measures this project over a grid of sizes, and all implementations at seven named cases. Prints the
 tables and writes loss.json after every row. The headline sizes come first, the tuning modes of
 torch.compile last. Every mentor is active, so no work is skipped. On the CPU it measures wall times
-at small sizes, which only checks the script; with TRITON_INTERPRET=1 it runs the kernels in the
-interpreter.
+at small sizes, which only checks the script.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +36,7 @@ from classroomkd.kernels.launch import WARP_SIZE
 from measure import (
     DEVICE,
     GPU,
-    INTERPRETED,
+    attempted,
     environment,
     graph_time,
     host_time,
@@ -229,7 +228,7 @@ def not_here(name: str) -> str | None:
         return "not run: needs a GPU"
     if name == "Liger KL" and importlib.util.find_spec("liger_kernel") is None:
         return "not installed: liger-kernel"
-    return "not run: TRITON_INTERPRET=1" if INTERPRETED and "compile" in name else None
+    return None
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
@@ -239,8 +238,11 @@ def relative_error(value: Tensor, truth: Tensor) -> float:
     return math.sqrt(squares) / truth.norm().item()
 
 
-def measure(case: Case, name: str, sets: list, truth: list, ceilings: dict) -> dict[str, Any]:
+def measure(
+    case: Case, name: str, prepared: Callable[[Case], tuple[list, list[Tensor]]], ceilings: dict
+) -> dict[str, Any]:
     """One row's numbers; raises ArithmeticError if the result is wrong."""
+    sets, truth = prepared(case)
     by, make = IMPLEMENTATIONS[name]
     call = make(case.ranking)
     loss, grad = call(*sets[0])
@@ -276,28 +278,10 @@ def rows(
     case: Case, title: str, names: Iterable[str], ceilings: dict, deadline: float
 ) -> Iterator[dict[str, Any]]:
     """One row per implementation, also if it fails."""
-    prepared = None
+    prepared = cache(_prepare)
     for name in names:
-        status = not_here(name)
-        if status is None and time.monotonic() > deadline:
-            status = "not run: out of time"
-        numbers = {}
-        if status is None:
-            status = "ok"
-            try:
-                prepared = prepared or _prepare(case)
-                numbers = measure(case, name, *prepared, ceilings)
-            except Exception as error:
-                status = "out of memory" if _out_of_memory(error) else f"failed: {error!r}"
-        if GPU:
-            torch.cuda.empty_cache()
-        yield {
-            "case": title,
-            "implementation": name,
-            **size(case),
-            "status": status,
-            **numbers,
-        }
+        numbers = attempted(not_here(name), deadline, measure, case, name, prepared, ceilings)
+        yield {"case": title, "implementation": name, **size(case), **numbers}
 
 
 def _prepare(case: Case) -> tuple[list, list[Tensor]]:
@@ -308,13 +292,6 @@ def _prepare(case: Case) -> tuple[list, list[Tensor]]:
     if not active.all():
         raise ArithmeticError("the inputs leave a mentor inactive")
     return sets, truth
-
-
-def _out_of_memory(error: BaseException | None) -> bool:
-    """Also if ending the broken capture raised another error."""
-    while error is not None and not isinstance(error, torch.OutOfMemoryError):
-        error = error.__context__
-    return error is not None
 
 
 def precompile(todo: Todo, deadline: float) -> None:

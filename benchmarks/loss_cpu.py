@@ -30,6 +30,8 @@ from torch import Tensor
 
 from baselines import composed_loss
 from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd.runs.machine import processor
+from loss import LossAndGrad, differentiated
 from measure import environment, write_json
 
 THIS, AUTOGRAD, EAGER, COMPILED = (
@@ -43,7 +45,6 @@ _ROUNDS, _ROUND_SECONDS = 5, 0.03
 _HOST_ROUNDS, _HOST_CALLS = 20, 50
 
 Inputs = tuple[Tensor, list[Tensor], Tensor]
-Call = Callable[[Tensor, list[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 def grid() -> list[tuple[int, int, int]]:
@@ -67,35 +68,20 @@ def inputs(size: tuple[int, int, int]) -> Inputs:
     return student.clone().requires_grad_(), [mentor.clone() for mentor in mentors], targets
 
 
-def differentiated(loss_function: Callable[..., Tensor]) -> Call:
-    """Loss and gradient by autograd."""
-
-    def call(student: Tensor, mentors: list[Tensor], targets: Tensor) -> tuple[Tensor, Tensor]:
-        loss = loss_function(student, mentors, targets)
-        (grad,) = torch.autograd.grad(loss, student)
-        return loss.detach(), grad
-
-    return call
-
-
-def _composed(student: Tensor, mentors: list[Tensor], targets: Tensor) -> Tensor:
-    return composed_loss(student, mentors, targets, "sample")
-
-
-def implementations(dynamic: bool) -> dict[str, Call]:
+def implementations(dynamic: bool) -> dict[str, LossAndGrad]:
     """All implementations; earlier results of torch.compile are kept only if dynamic."""
     if not dynamic:
         torch.compiler.reset()
-    compiled = torch.compile(_composed, dynamic=dynamic)
+    compiled = torch.compile(composed_loss, dynamic=dynamic)
     return {
         THIS: fused_classroom_loss_and_grad,
-        AUTOGRAD: differentiated(fused_classroom_loss),
-        EAGER: differentiated(_composed),
-        COMPILED: differentiated(compiled),
+        AUTOGRAD: differentiated(fused_classroom_loss, "sample"),
+        EAGER: differentiated(composed_loss, "sample"),
+        COMPILED: differentiated(compiled, "sample"),
     }
 
 
-def measure(calls: dict[str, Call], size: tuple[int, int, int]) -> dict[str, float]:
+def measure(calls: dict[str, LossAndGrad], size: tuple[int, int, int]) -> dict[str, float]:
     """Seconds of one call of each.
 
     With one thread this is the process's CPU time, independent of other work on the machine.
@@ -183,15 +169,6 @@ class _Nothing(torch.autograd.Function):
         return *ctx.saved_tensors, None
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return "unknown processor"
-
-
 def main() -> int:
     """Measure, print and write loss_cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,7 +182,7 @@ def main() -> int:
             print(f"{name}: {least:.1f} µs, median {median:.1f}")
         return 0
     about = environment() | {
-        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "processor": f"{processor()}, {os.cpu_count()} cores",
         # More than the number of threads: other processes were using the machine.
         "load_average": os.getloadavg()[0],
     }

@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from classroomkd import fused_classroom_loss, fused_linear_classroom_loss
-from measure import DEVICE, GPU, environment, peak_extra_bytes, synchronize, write_json
+from measure import DEVICE, GPU, attempted, environment, peak_extra_bytes, synchronize, write_json
 from result_tables import terminal
 
 THIS, WHOLE, LIGER = (
@@ -176,25 +177,12 @@ def _status(field: str) -> int:
 
 def rows(size: Size, deadline: float = math.inf) -> Iterator[dict[str, Any]]:
     """One row per implementation, also if it does not run."""
-    batch = None
+    made = cache(lambda: batch_of(size))
     about: dict[str, Any] = dict(zip(("rows", "classes", "width", "mentors"), size, strict=True))
     about["dtype"] = str(DTYPE).removeprefix("torch.")
     for name in IMPLEMENTATIONS:
-        status, numbers = not_here(name), {}
-        if status is None and time.monotonic() > deadline:
-            status = "not run: out of time"
-        if status is None:
-            status = "ok"
-            try:
-                batch = batch or batch_of(size)
-                numbers = measure(name, batch)
-            except torch.OutOfMemoryError:
-                status = "out of memory"
-            except Exception as error:
-                status = f"failed: {error!r}"
-        if GPU:
-            torch.cuda.empty_cache()
-        yield about | {"implementation": name, "status": status, **numbers}
+        numbers = attempted(not_here(name), deadline, lambda name=name: measure(name, made()))
+        yield about | {"implementation": name, **numbers}
 
 
 def main() -> int:

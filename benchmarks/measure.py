@@ -13,9 +13,10 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.autograd import DeviceType
@@ -24,8 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 import classroomkd
 from classroomkd.files import atomic_write
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-GPU = torch.cuda.is_available() and not INTERPRETED
+GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 
 Call = Callable[..., object]
@@ -180,8 +180,35 @@ def peak_extra_bytes(call: Call, arguments: tuple) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def environment() -> dict[str, object]:
-    """Device, versions and date."""
+def attempted(
+    not_here: str | None, deadline: float, measure: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """The numbers that ``measure`` returns, after their "status": "ok", or why there are none.
+
+    It is not called if ``not_here`` gives a reason, or after the ``deadline`` (`time.monotonic`).
+    """
+    if not_here is None and time.monotonic() > deadline:
+        not_here = "not run: out of time"
+    if not_here is not None:
+        return {"status": not_here}
+    try:
+        return {"status": "ok", **measure(*arguments)}
+    except Exception as error:
+        return {"status": "out of memory" if _out_of_memory(error) else f"failed: {error!r}"}
+    finally:
+        if GPU:
+            torch.cuda.empty_cache()
+
+
+def _out_of_memory(error: BaseException | None) -> bool:
+    """Also if ending a broken capture raised another error."""
+    while error is not None and not isinstance(error, torch.OutOfMemoryError):
+        error = error.__context__
+    return error is not None
+
+
+def environment(*packages: str) -> dict[str, object]:
+    """Device, date and versions, those of further ``packages`` too."""
     about: dict[str, object] = {
         "classroomkd": classroomkd.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -191,7 +218,7 @@ def environment() -> dict[str, object]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip,
     }
-    for package in ("triton", "liger-kernel"):
+    for package in ("triton", "liger-kernel", *packages):
         try:
             about[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
@@ -202,15 +229,25 @@ def environment() -> dict[str, object]:
         about["memory_gib"] = round(properties.total_memory / 2**30, 1)
         about["l2_mib"] = round(properties.L2_cache_size / 2**20, 1)
         about["multiprocessors"] = properties.multi_processor_count
-    if INTERPRETED:
-        about["device"] = f"{about['device']}, kernels in Triton's interpreter"
     return about
 
 
 def write_json(out: Path, name: str, record: dict[str, object]) -> None:
     """Write ``record`` to ``out/name.json``, creating the folder."""
     out.mkdir(parents=True, exist_ok=True)
-    atomic_write(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    atomic_write(out / f"{name}.json", as_json(record))
+
+
+def as_json(record: Mapping[str, object]) -> str:
+    """A record as JSON, with a line for each entry, or for each row of one."""
+    entries = []
+    for key, value in record.items():
+        text = json.dumps(value, ensure_ascii=False)
+        if isinstance(value, list | tuple) and value:
+            rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in value)
+            text = f"[\n{rows}\n]"
+        entries.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 class KeptRows:

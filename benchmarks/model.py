@@ -25,6 +25,7 @@ import known_kernels
 from classroomkd.files import atomic_write
 from classroomkd.kernels.ahead_of_time import MachineCode, machine_code
 from classroomkd.kernels.meta_calls import call_launches
+from measure import as_json
 from modelled import CASE
 from sass import UNITS, disassemble
 from simulator import COSTS, Memory, play
@@ -174,9 +175,9 @@ def predict(kernel: MachineCode, memory: Memory = MEMORY) -> Prediction:
     n_sms = int(np.clip(STEPS / (work * per_sm), 2, SIMULATED))
     waves = max(4, STEPS // (work * n_sms * slots))
     if per_sm / slots <= waves:
-        cycles, _, _, _, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
+        cycles, in_flight = played(walked, n_sms, max(1, round(per_sm * n_sms)))
     else:  # the first programs, then extrapolated at the rate of the later ones
-        half, (cycles, _, _, _, in_flight) = (
+        half, (cycles, in_flight) = (
             played(walked, n_sms, round(part * slots * n_sms)) for part in (waves / 2, waves)
         )
         cycles += (cycles - half[0]) / (waves / 2) * (per_sm / slots - waves)
@@ -310,7 +311,7 @@ def main() -> None:
         record[part].append(entry)
         if arguments.out:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(arguments.out, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            atomic_write(arguments.out, as_json(record))
 
     done = [tuple(old[key] for key in CASE) for old in record["rows"]]
     if wanted == list(cases()):

@@ -1,21 +1,12 @@
-"""Format records as tables, for the terminal and as Markdown.
-
-    python benchmarks/result_tables.py benchmarks/results/<device>/loss.json > table.md
-
-`document.py` puts all of them on one page.
-"""
+"""Format records as tables: for the terminal, and as Markdown for the page of ``document.py``."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from summary import REPORTED
-
 Row = dict[str, Any]
+Table = tuple[str, list[str], list[list[str]]]  # title, headings, body
 
 MACHINE = {  # key of an environment → how its value is printed
     "multiprocessors": "{} multiprocessors",
@@ -45,8 +36,6 @@ LEGEND = (
 
 KERNEL_COLUMNS = (
     ("graph µs", "graph_us", ".2f"),
-    ("profiler µs", "profiler_us", ".2f"),
-    ("back to back µs", "back_to_back_us", ".1f"),
     ("host µs", "host_us", ".1f"),
     ("images/s", "images_per_second", ",.0f"),
     ("% of floor", "floor_percent", ".0f"),
@@ -103,6 +92,9 @@ STEP_LEGEND = (
 )
 
 
+_LEGENDS = {"step": STEP_LEGEND, "loss_cpu": LOSS_CPU_LEGEND, "loss_linear": LOSS_LINEAR_LEGEND}
+
+
 def _formatted(row: Row, key: str, form: str) -> str:
     return "–" if row.get(key) is None else format(row[key], form)
 
@@ -110,7 +102,7 @@ def _formatted(row: Row, key: str, form: str) -> str:
 def cells(row: Row) -> list[str]:
     """A row's measurements, or its status if there are none."""
     if row["status"] != "ok":
-        return [row["status"], *[""] * (len(COLUMNS) - 1)]
+        return [row["status"]]
     return [_formatted(row, key, form) for _, key, form in COLUMNS]
 
 
@@ -118,7 +110,7 @@ def loader_cells(row: Row) -> list[str]:
     """A loader's measurements, or its status if there are none."""
     name = [row["loader"], str(row["workers"] or "–")]
     if row["status"] != "ok":
-        return [*name, row["status"], *[""] * (len(LOADER_HEADINGS) - 3)]
+        return [*name, row["status"]]
     return [
         *name,
         _formatted(row, "images_per_second", ",.0f"),
@@ -133,7 +125,7 @@ def loader_cells(row: Row) -> list[str]:
     ]
 
 
-def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loader_tables(record: Row) -> list[Table]:
     """All loaders, then the kernel of the resident loader if there is a GPU."""
     height, width = record["size"]
     title = (
@@ -155,7 +147,7 @@ def _loader_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
     return found
 
 
-def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _step_tables(record: Row) -> list[Table]:
     """For each classroom the rates and the breakdown; then the whole epochs."""
     found = []
     for classroom in dict.fromkeys(row["classroom"] for row in record["rows"]):
@@ -167,10 +159,7 @@ def _step_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
         found.append((title, headings, [_step_cells(row) for row in rows]))
         timed = [row for row in rows if "parts_status" in row]
         parts = next((list(row["parts_ms"]) for row in timed if "parts_ms" in row), [])
-        body = [
-            [str(row["batch"]), row["implementation"], *_part_cells(row, len(parts) + 2)]
-            for row in timed
-        ]
+        body = [[str(row["batch"]), row["implementation"], *_part_cells(row)] for row in timed]
         headings = ["batch", "implementation", *parts, "ms per step", "outside the networks %"]
         found.append((f"{classroom}: breakdown of a step", headings, body))
     if record["whole"]:
@@ -192,15 +181,15 @@ def _images_of(row: Row) -> str:
 def _step_cells(row: Row) -> list[str]:
     name = [str(row["batch"]), row["implementation"], row.get("loader", ""), row.get("dtype", "")]
     if row["status"] != "ok":
-        return [*name, row["status"], *[""] * len(STEP_COLUMNS)]
+        return [*name, row["status"]]
     values = [_formatted(row, key, form) for _, key, form in STEP_COLUMNS]
     values.insert(1, f"{min(row['rounds']):,.0f}–{max(row['rounds']):,.0f}")
     return name + values
 
 
-def _part_cells(row: Row, count: int) -> list[str]:
+def _part_cells(row: Row) -> list[str]:
     if row["parts_status"] != "ok":
-        return [row["parts_status"], *[""] * (count - 1)]
+        return [row["parts_status"]]
     times = row["parts_ms"].values()
     return [
         *(f"{milliseconds:.3f}" for milliseconds in (*times, sum(times))),
@@ -216,16 +205,20 @@ def _whole_cells(row: Row) -> list[str]:
     return [str(row["epochs"]), *(f"{value:.2f}" for value in minutes), row["status"]]
 
 
-def tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Title, headings and body of each table of a record."""
+def tables(record: Row) -> list[Table]:
+    """The tables of a record; a row that has only its status is filled up."""
     by_name = {
         **{"loaders": _loader_tables, "step": _step_tables, "roofline": lambda _: []},
         **{"loss_cpu": _loss_cpu_tables, "loss_linear": _loss_linear_tables},
     }
-    return by_name.get(record.get("benchmark"), _loss_tables)(record)
+    made = by_name.get(record.get("benchmark"), _loss_tables)(record)
+    return [
+        (title, headings, [row + [""] * (len(headings) - len(row)) for row in body])
+        for title, headings, body in made
+    ]
 
 
-def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_cpu_tables(record: Row) -> list[Table]:
     """For each number of threads the sizes in full, and of the grid the gain."""
     found = []
     for threads in dict.fromkeys(row["threads"] for row in record["rows"]):
@@ -247,7 +240,7 @@ def _loss_cpu_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]
     return found
 
 
-def _loss_linear_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_linear_tables(record: Row) -> list[Table]:
     """One table: sizes by implementations."""
     body = [
         [
@@ -263,14 +256,14 @@ def _loss_linear_tables(record: Row) -> list[tuple[str, list[str], list[list[str
     return [("Loss and gradients of linear heads", headings, body)]
 
 
-def _loss_tables(record: Row) -> list[tuple[str, list[str], list[list[str]]]]:
+def _loss_tables(record: Row) -> list[Table]:
     """The grid, then each named case in detail."""
     headings = ["B", "C", "M"]
     grid: dict[tuple, dict[str, str]] = {}
     named: dict[str, list[list[str]]] = {}
     for row in record["rows"]:
         kind = f"{row['dtype']}, {row['ranking']}"
-        if row["implementation"] == REPORTED and not row["case"]:
+        if row["implementation"].endswith(", report") and not row["case"]:
             kind += ", report"
         size = row["rows"], row["classes"], row["mentors"]
         if row["case"]:
@@ -330,14 +323,11 @@ def _machine(about: Row) -> str:
 
 def _limits(record: Row) -> str:
     """The measured limits of the machine, and the meaning of the columns."""
-    if record.get("benchmark") == "loaders":
+    name = record.get("benchmark")
+    if name == "loaders":
         return f"{floor_lines(record)} {LOADER_LEGEND}"
-    if record.get("benchmark") == "step":
-        return STEP_LEGEND
-    if record.get("benchmark") == "loss_cpu":
-        return LOSS_CPU_LEGEND
-    if record.get("benchmark") == "loss_linear":
-        return LOSS_LINEAR_LEGEND
+    if name in _LEGENDS:
+        return _LEGENDS[name]
     ceilings = record["roofline"]
     measured = (
         f"Measured roofline: {ceilings['copy_gigabytes_per_second']:.0f} GB/s copied, "
@@ -353,7 +343,3 @@ def floor_lines(record: Row) -> str:
         f"{floor['gigabytes_per_second']:.1f} GB/s = {floor['images_per_second']:,.0f} images/s."
         for name, floor in record["floors"].items()
     )
-
-
-if __name__ == "__main__":
-    sys.stdout.write(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

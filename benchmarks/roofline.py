@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from measure import DEVICE, GPU, INTERPRETED, environment, graph_time, host_time, write_json
+from measure import DEVICE, GPU, environment, graph_time, host_time, write_json
 
 BLOCK = 1024  # eight independent chains per thread hide latency
 STEPS = 1024
@@ -43,7 +43,7 @@ def measure() -> dict[str, float]:
     if GPU:
         n_programs, steps = 64 * torch.cuda.get_device_properties(0).multi_processor_count, STEPS
     else:
-        n_programs, steps = (1, 16) if INTERPRETED else (256, 1)
+        n_programs, steps = 256, 1
     x = torch.rand(n_programs * BLOCK, device=DEVICE)
 
     def exponentials(x: torch.Tensor, out: torch.Tensor) -> None:

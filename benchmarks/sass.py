@@ -84,7 +84,7 @@ def disassemble(cubin: bytes) -> list[Instruction]:
                 guard or "",
                 opcode,
                 tuple(re.split(r",\s*", operands.replace(".reuse", ""))) if operands else (),
-                _unit(opcode),
+                next(name for name, of in UNITS.items() if re.match(of, opcode)),
                 stall=control & 15,
                 sets=control >> 5 & 7,
                 reads=control >> 8 & 7,
@@ -92,7 +92,3 @@ def disassemble(cubin: bytes) -> list[Instruction]:
             )
         )
     return code
-
-
-def _unit(opcode: str) -> str:
-    return next(name for name, pattern in UNITS.items() if re.match(pattern, opcode))

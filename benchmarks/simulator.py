@@ -67,9 +67,8 @@ def play(
     replace,  # and the next program's, from the end of the previous one
     stagger,  # cycles between the first and the last multiprocessor's first program
 ):
-    """Cycles until the last program ends, and means over that time, of each multiprocessor:
-    instructions a cycle, share of the special function units' time, bytes from and to DRAM a cycle,
-    bytes on their way to it.
+    """Cycles until the last program ends, and the bytes that are on their way to a multiprocessor,
+    their mean over that time.
     """
     n_steps = path.shape[0]
     per_sm = n_warps * n_slots
@@ -89,7 +88,7 @@ def play(
     wake = np.zeros((n_sms, 4))  # when a scheduler looks again
     last = np.zeros((n_sms, 4), np.int64)
     dram_free = l2_free = now = 0.0
-    issued = special = dram_bytes = on_the_way = 0.0
+    on_the_way = 0.0
     begun = finished = 0
     for slot in range(n_slots):
         for sm in range(n_sms):
@@ -129,12 +128,10 @@ def play(
                 step = at[sm, w]
                 instruction, access = path[step, 0], path[step, 2]
                 unit, stall = code[instruction, 0], code[instruction, 1]
-                issued += 1
                 unit_free[sm, scheduler, unit] = now + _COST[unit, 0]
                 done = now + _COST[unit, 1]
                 read = done
                 if unit == _SPECIAL:
-                    special += _COST[unit, 0]
                     read = now + 8
                 elif unit in (_SHUFFLE, _SHARED):
                     start = max(now, shared_free[sm])
@@ -151,7 +148,6 @@ def play(
                     if unit == _STORE:
                         if dram:
                             dram_free = max(dram_free, start) + dram / (memory.dram_bytes * n_sms)
-                            dram_bytes += dram
                     elif l2 + dram:
                         start = max(start, port_free[sm])
                         port_free[sm] = start + (l2 + dram) / 64
@@ -163,7 +159,6 @@ def play(
                         if dram:
                             dram_free = max(dram_free, start) + dram / (memory.dram_bytes * n_sms)
                             done = max(done, dram_free + memory.dram_latency)
-                            dram_bytes += dram
                         on_the_way += (l2 + dram) * (done - now)
                     if unit == _COPY:
                         copied[sm, w] = max(copied[sm, w], done)
@@ -223,8 +218,7 @@ def play(
             raise RuntimeError("no warp can go on")
         now = max(np.ceil(soonest), now + 1)
     now = max(now, dram_free)  # what was stored must be there
-    busy = now * n_sms
-    return now, issued / busy, special / (4 * busy), dram_bytes / busy, on_the_way / busy
+    return now, on_the_way / (now * n_sms)
 
 
 @numba.njit(cache=True)

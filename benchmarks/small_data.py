@@ -137,7 +137,7 @@ def measure(row: dict[str, object], photos: Path | None, out: Path) -> dict[str,
             "device": "cpu",
             "threads": 1,
             "checkpoint_epochs": EPOCHS,
-        },
+        }
     )
     folder = out / "run"
     shutil.rmtree(folder, ignore_errors=True)

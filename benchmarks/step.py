@@ -31,10 +31,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from classroomkd.data import channel_statistics
 from loader_processes import ProcessRow, RowError, stop_all
 from loader_rows import Setting
-from loaders import random_images, versions
+from loaders import PACKAGES, random_images
 from measure import DEVICE, GPU, environment, write_json
 from result_tables import STEP_LEGEND, terminal
 from step_rows import (
@@ -77,9 +76,6 @@ class StepRow(ProcessRow):
 
     def prepare(self) -> None:
         """Make everything and take the first steps."""
-        self.attempt(self._prepare)
-
-    def _prepare(self) -> None:
         self.process.ready()
         before, held = self.process.memory(), []
         self.record |= self.process.ask("open", held)
@@ -87,9 +83,6 @@ class StepRow(ProcessRow):
 
     def round(self) -> None:
         """Time one round."""
-        self.attempt(self._round)
-
-    def _round(self) -> None:
         self.record["rounds"].append(self.process.ask("round"))
         rate = statistics.median(self.record["rounds"])
         self.record |= {
@@ -121,9 +114,6 @@ class StepRow(ProcessRow):
     def train_and_evaluate(self, epochs: int) -> None:
         """Time whole epochs, each with its evaluation."""
         self.record |= {"epochs": 0, "train_seconds": 0.0, "evaluation_seconds": 0.0}
-        self.attempt(partial(self._train_and_evaluate, epochs))
-
-    def _train_and_evaluate(self, epochs: int) -> None:
         while self.record["epochs"] < epochs:
             train, evaluation = self.process.ask("train_and_evaluate")
             self.record["epochs"] += 1
@@ -142,10 +132,10 @@ def measure(
         for row in rows:  # in parallel, before anything is timed
             row.start(ends)
         for row in rows:
-            row.prepare()
+            row.attempt(row.prepare)
         for _ in range(n_rounds):
             for row in rows:
-                row.round()
+                row.attempt(row.round)
                 grown()
         for row in rows:
             row.parts()
@@ -160,8 +150,8 @@ def whole(row: StepRow, epochs: int, ends: float) -> None:
         return
     try:
         row.start(ends)
-        row.prepare()
-        row.train_and_evaluate(epochs)
+        row.attempt(row.prepare)
+        row.attempt(partial(row.train_and_evaluate, epochs))
     finally:
         row.stop()
 
@@ -189,16 +179,6 @@ def implementations() -> list[str]:
     return [name for name in (*TRAINERS, LOOP) if name not in left_out]
 
 
-def prepared(arguments: argparse.Namespace, folder: Path) -> Setting:
-    """The setting, with the images written to ``folder``."""
-    image_set = random_images(arguments.images, arguments.size)
-    mean, std = channel_statistics(image_set)
-    shape = image_set.images.shape[1:]
-    setting = Setting(folder, len(image_set), shape, 1, arguments.workers, DEVICE, mean, std)
-    setting.save(image_set)
-    return setting
-
-
 def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict], None]) -> dict:
     """Measure all rows; ``report`` is called with the record as it grows."""
     ends = time.monotonic() + 0.95 * 60 * arguments.minutes
@@ -211,7 +191,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
     ]
     record = {
         "benchmark": "step",
-        "environment": environment() | versions(),
+        "environment": environment(*PACKAGES),
         "workers": setting.workers,
         "seconds_a_round": arguments.seconds,
         "rows": [],
@@ -296,7 +276,9 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="step-") as folder:
         os.environ["CLASSROOMKD_CACHE"] = f"{folder}/cache"  # for FFCV's files
-        record = run(arguments, prepared(arguments, Path(folder)), report)
+        image_set = random_images(arguments.images, arguments.size)
+        setting = Setting.of(Path(folder), image_set, 1, arguments.workers, DEVICE)
+        record = run(arguments, setting, report)
     print(terminal(record), record["environment"], STEP_LEGEND, sep="\n")
     records = record["rows"] + record["whole"]
     statuses = [record.get(key, "") for record in records for key in ("status", "parts_status")]

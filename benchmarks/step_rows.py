@@ -131,11 +131,7 @@ class OurLoop:
 
         loader = opened(drop_last=True)
         bank = MentorBank(
-            mentors,
-            len(images.classes),
-            device=setting.device,
-            dtype=dtype,
-            compile=recipe.compile,
+            mentors, len(images.classes), device=setting.device, dtype=dtype, compile=recipe.compile
         )
         teachers: MentorBank | CachedMentors = bank
         if repeat:
@@ -228,17 +224,8 @@ class StraightforwardLoop:
         self.optimizer = torch.optim.SGD(
             self._network.parameters(), lr=LEARNING_RATE, momentum=0.9, weight_decay=5e-4
         )
-        self._loader = TorchvisionTransforms(
-            images,
-            case.batch,
-            workers=setting.workers,
-            padding=PADDING,
-            mean=setting.mean,
-            std=setting.std,
-            device=setting.device,
-            dtype=torch.float32,
-            memory_format=torch.contiguous_format,
-        )
+        how = setting.how(setting.workers)._replace(batch_size=case.batch, dtype=torch.float32)
+        self._loader = TorchvisionTransforms(images, how, torch.contiguous_format)
         self._batches = iter(())
         self.steps = len(images) // case.batch
         self.about = {"loader": "torchvision", "dtype": "float32"}

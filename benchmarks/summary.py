@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from result_tables import terminal
+
 Record = Mapping[str, Any]
 THIS = "fused_classroom_loss_and_grad"
 REPORTED = f"{THIS}, report"
@@ -57,57 +59,21 @@ def _loss(record: Record) -> Iterator[str]:
         if "percent" in found:
             text += f", {found['percent']:.0f} % of the roofline"
         compiled = [time for name, time in found.items() if name.startswith("compile")]
-        others = {
-            "eager": found.get("eager"),
-            "best torch.compile": min(compiled, default=None),
-        }
+        others = {"eager": found.get("eager"), "best torch.compile": min(compiled, default=None)}
         for name, time in others.items():
             text += f", {time / found[THIS]:.1f}× {name}" if time else ""
         yield text + (f" [{case}]" if case else "")
 
 
-def _linear(record: Record) -> Iterator[str]:
-    for row in record["rows"]:
-        text = row["status"]
-        if text == "ok":
-            text = f"{row['milliseconds']:.1f} ms"
-            text += f", {row['peak_extra_mib']:,.0f} MiB" if row["peak_extra_mib"] else ""
-        size = "N {rows}, V {classes}, H {width}, M {mentors}, {implementation}"
-        yield f"{size.format(**row)}: {text}"
-
-
-def _loaders(record: Record) -> Iterator[str]:
-    for row in record.get("kernel", []):
-        rate = row.get("images_per_second")
-        text = f"{rate / 1e6:.1f} million images/s" if rate else row["status"]
-        yield f"resident, {row['size']} pixels, batch {row['batch']}: {text}"
-    for row in record["rows"]:
-        rate = row.get("images_per_second")
-        text = f"{rate:,.0f} images/s" if rate else row["status"]
-        yield f"{row['loader']}, {row['workers'] or 'no'} workers: {text}"
-
-
-def _step(record: Record) -> Iterator[str]:
-    for row in record["rows"]:
-        what = f"{row['classroom']}, batch {row['batch']}, {row['implementation']}"
-        if row["status"] != "ok":
-            yield f"{what}: {row['status']}"
-            continue
-        text = f"{row['images_per_second']:,.0f} images/s, {row['times_the_loop']:.1f}× the loop"
-        outside = row.get("outside_networks_percent")
-        text += "" if outside is None else f", {outside:.0f} % outside the networks"
-        yield f"{what}: {text}"
-
-
 def main() -> None:
-    """Print the headline numbers of each record in a folder."""
+    """Print the headline numbers of the loss and the tables of the other records in a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="a folder that benchmarks wrote")
     out = parser.parse_args().out
-    parts = {"loss": _loss, "loss_linear": _linear, "loaders": _loaders, "step": _step}
-    for name, lines in parts.items():
+    for name in ("loss", "loss_linear", "loaders", "step"):
         if (path := out / f"{name}.json").exists():
-            for line in lines(json.loads(path.read_text(encoding="utf-8"))):
+            record = json.loads(path.read_text(encoding="utf-8"))
+            for line in _loss(record) if name == "loss" else terminal(record).splitlines():
                 print(f"{name:11} {line[:150]}")
 
 

@@ -15,25 +15,6 @@ from classroomkd.report.numbers import differences, percent, spread
 
 Row = Mapping[str, Any]
 
-COMMANDS = {  # record → heading, command that measures it
-    "gradients": ("The gradients", "python benchmarks/gradients.py --out OUT"),
-    "drop_in": ("In your own trainer", "python benchmarks/drop_in.py --out OUT"),
-    "small_data": (
-        "`classroomkd train` on small data",
-        "python benchmarks/small_data.py --out OUT --photos FOLDER",
-    ),
-    "examples": ("The examples", "python benchmarks/examples.py --out OUT"),
-}
-
-
-def markdown(name: str, record: Row) -> Iterator[str]:
-    """The tables of a record, and the text that explains them."""
-    tables = {
-        **{"gradients": _gradients, "drop_in": _drop_in, "small_data": _small_data},
-        "examples": _examples,
-    }
-    yield from tables[name](record["rows"])
-
 
 def _gradients(rows: Sequence[Row]) -> Iterator[str]:
     yield (
@@ -197,3 +178,15 @@ def _examples(rows: Sequence[Row]) -> Iterator[str]:
             f"In the classroom of language models the mentors taught {' and '.join(shares)} of the "
             f"tokens, and the third, the first with its vocabulary shuffled, {of_the_sick}."
         )
+
+
+RECORDS = {  # record → heading, command that measures it, its tables
+    "gradients": ("The gradients", "python benchmarks/gradients.py --out OUT", _gradients),
+    "drop_in": ("In your own trainer", "python benchmarks/drop_in.py --out OUT", _drop_in),
+    "small_data": (
+        "`classroomkd train` on small data",
+        "python benchmarks/small_data.py --out OUT --photos FOLDER",
+        _small_data,
+    ),
+    "examples": ("The examples", "python benchmarks/examples.py --out OUT", _examples),
+}

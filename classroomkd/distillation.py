@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from classroomkd.data import ImageFiles, ImageSet, from_dataset, split_off
 from classroomkd.data.batches import Batches, first_batch
 from classroomkd.errors import UserError
-from classroomkd.report import results_table
+from classroomkd.report.run_table import results_table
 from classroomkd.runs.builder import outputs_of
 from classroomkd.runs.identity import values_without
 from classroomkd.runs.images import AnyPart

@@ -1,4 +1,4 @@
-"""The exception for errors that the user can fix."""
+"""Errors that the user can fix, and the text of others."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,8 @@ class UserError(ValueError):
 
     The command line prints it after ``classroomkd: error:`` and exits with status 2.
     """
+
+
+def one_line(error: BaseException) -> str:
+    """The message of any error in one line; the name of its class if it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

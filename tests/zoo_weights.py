@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from classroomkd.models.zoo import build
+
 
 def fill(model: nn.Module) -> nn.Module:
     """Overwrite the state dict: each tensor drawn from a generator seeded by its name's CRC-32."""
@@ -27,6 +29,12 @@ def fill(model: nn.Module) -> nn.Module:
             values *= 0.1
         tensor.copy_(torch.from_numpy(values))
     return model
+
+
+def without_weights(name: str) -> nn.Module:
+    """A network of 100 classes on the meta device."""
+    with torch.device("meta"):
+        return build(name, 100)
 
 
 def probe() -> Tensor:

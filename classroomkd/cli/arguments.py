@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
     keys: Callable[[str], list[str]] | None = None  # recipe keys that an option may mean
     _parsing = False
 
+    def take_keys(self, keys: Callable[[str], list[str]], more_help: Callable[[], str]) -> None:
+        """Accept KEY=VALUE between options, and end the help with ``more_help``, line by line."""
+        self.keys, self.more_help, self.intermixed = keys, more_help, True
+        self.formatter_class = argparse.RawDescriptionHelpFormatter
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if self._parsing:  # called again by parse_known_intermixed_args
             return super().parse_known_args(args, namespace)
@@ -144,6 +149,37 @@ def add_run_options(parser: Parser, name: str) -> None:
         default=None,
         metavar="DIR",
         help=f"run folder to create (default: runs/{name}, then runs/{name}-2, …)",
+    )
+
+
+def add_image_size(parser: Parser, default: object = DEFAULT_IMAGE_SIZE) -> None:
+    """Add --image-size, which is None if it is not given; ``default`` says what it is then."""
+    parser.add_argument(
+        "--image-size",
+        type=PIXELS,
+        metavar="PIXELS",
+        help=f"width and height that images are resized to (default: {default})",
+    )
+
+
+def add_loading(parser: Parser, run: str = "") -> None:
+    """Add --image-size, --test-share and --seed; their defaults may be those of a ``run``."""
+    own = f"that of {run}, else " if run else ""
+    size = DEFAULT_IMAGE_SIZE if run else f"{DEFAULT_IMAGE_SIZE}; digits 16"
+    add_image_size(parser, f"{own}{size}")
+    parser.add_argument(
+        "--test-share",
+        type=SHARE,
+        default=None if run else DEFAULT_TEST_SHARE,
+        metavar="SHARE",
+        help=f"share to hold out if there is no test/ or val/ (default: {own}{DEFAULT_TEST_SHARE})",
+    )
+    parser.add_argument(
+        "--seed",
+        type=NATURAL,
+        default=None if run else DEFAULT_SEED,
+        metavar="N",
+        help=f"seed of that split (default: {own}{DEFAULT_SEED})",
     )
 
 

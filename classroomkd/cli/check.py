@@ -28,12 +28,9 @@ def check(arguments: argparse.Namespace) -> int:
     if not recipe.mentors:
         lacks(arguments, "--mentors")
 
-    from classroomkd.data import ImageSet, channel_statistics
-    from classroomkd.data.loader import per_channel
-    from classroomkd.models import NetworkInfo
     from classroomkd.models.network_names import is_logits
     from classroomkd.runs.given_mentors import check_given
-    from classroomkd.runs.images import example_of, read_images
+    from classroomkd.runs.images import example_of, network_info, read_images
     from classroomkd.runs.machine import find_device
     from classroomkd.runs.mentor_setup import find_mentors, fit_mentor
     from classroomkd.runs.recipe import split_seed
@@ -45,12 +42,7 @@ def check(arguments: argparse.Namespace) -> int:
     networks = [config for config in recipe.mentors if not is_logits(config.source)]
     mentors = find_mentors(networks, recipe.mentor_training.epochs, print)
     sets = read_images(recipe.data, split_seed(recipe))
-    if recipe.data.mean and recipe.data.std:
-        mean, std = per_channel(recipe.data.mean), per_channel(recipe.data.std)
-    else:
-        assert isinstance(sets.train, ImageSet)  # for photographs they are in the recipe
-        mean, std = channel_statistics(sets.train)
-    info = NetworkInfo("", sets.train.classes, mean, std, recipe.data.image_size)
+    info = network_info("", recipe.data, sets.train)
     for mentor in mentors:
         if mentor.network is None:
             print(f"{mentor.name}: has no weights yet, would be trained first: not checked")

@@ -11,15 +11,11 @@ from typing import TYPE_CHECKING, Any
 from classroomkd.cli.arguments import (
     DATA_HELP,
     DEFAULT_IMAGE_SIZE,
-    DEFAULT_SEED,
-    DEFAULT_TEST_SHARE,
-    NATURAL,
     PHOTO_SIDE,
-    PIXELS,
     QUALITY,
-    SHARE,
     Parser,
     add_command,
+    add_loading,
     not_empty,
     path_option,
 )
@@ -50,7 +46,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument(
         "source", type=not_empty, metavar="SOURCE", help=f"{DATA_HELP}, or a .beton file"
     )
-    _add_loading(parser)
+    add_loading(parser)
     parser.add_argument(
         "--contact-sheet",
         type=path_option,
@@ -80,30 +76,6 @@ def add_to(commands: Any) -> None:
     _add_packing(parser)
 
 
-def _add_loading(parser: Parser) -> None:
-    parser.add_argument(
-        "--image-size",
-        type=PIXELS,
-        metavar="PIXELS",
-        help="width and height that images are resized to "
-        f"(default: {DEFAULT_IMAGE_SIZE}; digits 16)",
-    )
-    parser.add_argument(
-        "--test-share",
-        type=SHARE,
-        default=DEFAULT_TEST_SHARE,
-        metavar="SHARE",
-        help=f"share to hold out if there is no test/ or val/ {_DEFAULT}",
-    )
-    parser.add_argument(
-        "--seed",
-        type=NATURAL,
-        default=DEFAULT_SEED,
-        metavar="N",
-        help=f"seed of that split {_DEFAULT}",
-    )
-
-
 def _add_packing(parser: Parser) -> None:
     parser.add_argument(
         "--part",
@@ -111,7 +83,7 @@ def _add_packing(parser: Parser) -> None:
         default="train",
         help=f"part to pack {_DEFAULT}",
     )
-    _add_loading(parser)
+    add_loading(parser)
     parser.add_argument("--photos", action="store_true", help="keep the shapes of images, as JPEGs")
     parser.add_argument(
         "--max-side",

@@ -12,11 +12,9 @@ from classroomkd.cli.arguments import (
     DEFAULT_IMAGE_SIZE,
     DEFAULT_SEED,
     DEFAULT_TEST_SHARE,
-    NATURAL,
-    PIXELS,
-    SHARE,
     add_command,
     add_device,
+    add_loading,
     path_option,
 )
 from classroomkd.cli.checks import require_checkpoint, require_images
@@ -42,24 +40,12 @@ def add_to(commands: Any) -> None:
         metavar="PATH",
         help=f"{DATA_HELP} (default: the images of STUDENT's run)",
     )
-    own = "(default: that of STUDENT's run, else {})"
-    parser.add_argument(
-        "--seed",
-        type=NATURAL,
-        metavar="N",
-        help=f"seed of the train–test split {own.format(DEFAULT_SEED)}",
-    )
-    parser.add_argument(
-        "--test-share",
-        type=SHARE,
-        metavar="SHARE",
-        help=f"share to hold out if there is no test/ or val/ {own.format(DEFAULT_TEST_SHARE)}",
-    )
+    add_loading(parser, "STUDENT's run")
     parser.add_argument(
         "--crop",
         choices=("pad", "resize"),
         help="resize: take the centre of each photograph; pad: all images have one size "
-        f"{own.format('pad')}",
+        "(default: that of STUDENT's run, else pad)",
     )
     for name, what in (("mean", "mean"), ("std", "standard deviation")):
         parser.add_argument(
@@ -70,12 +56,6 @@ def add_to(commands: Any) -> None:
             help=f"{what} of each channel, of values scaled to 0..1, that STUDENT's images are "
             "normalised by (default: what its file says, else those of the training part)",
         )
-    parser.add_argument(
-        "--image-size",
-        type=PIXELS,
-        metavar="PIXELS",
-        help=f"width and height of the images {own.format(DEFAULT_IMAGE_SIZE)}",
-    )
     parser.add_argument(
         "--all", action="store_true", help="measure on every image, including the training set"
     )
@@ -95,12 +75,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if arguments.std is not None and min(arguments.std) <= 0:
         arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
 
-    from classroomkd.data import ImageSet, channel_statistics, is_split_by_seed, join
+    from classroomkd.data import is_split_by_seed, join
     from classroomkd.data.loader import per_channel
-    from classroomkd.models import NetworkInfo, is_external, load_network
+    from classroomkd.models import is_external, load_network
     from classroomkd.models.first_weights import load_given
     from classroomkd.models.layout import to_channels_last
-    from classroomkd.runs.images import open_loaders, read_images
+    from classroomkd.runs.images import network_info, open_loaders, read_images
     from classroomkd.runs.machine import find_device
     from classroomkd.runs.mentor_setup import fit_to_data
     from classroomkd.runs.recipe import DataConfig
@@ -128,20 +108,16 @@ def evaluate(arguments: argparse.Namespace) -> None:
         )
     data = DataConfig(source, image_size, test_share=split["test_share"])
     data.crop = "resize" if photos else "pad"
+    data.mean, data.std = arguments.mean, arguments.std
     sets = read_images(data, split["seed"])
     train_set, test_set = sets.train, sets.test
-    if info is None and given:
-        mean, std = per_channel(arguments.mean), per_channel(arguments.std)
-        info = NetworkInfo(architecture, test_set.classes, mean, std, image_size)
-    elif info is None:
-        assert isinstance(train_set, ImageSet)  # ensured by the check of --crop
-        info = NetworkInfo(
-            architecture, test_set.classes, *channel_statistics(train_set), image_size
-        )
-        print(
-            f"{student} does not say how its images were prepared: using the mean and "
-            f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
-        )
+    if info is None:
+        info = network_info(architecture, data, train_set)
+        if not given:
+            print(
+                f"{student} does not say how its images were prepared: using the mean and "
+                f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
+            )
     if is_external(name) and len(info.classes) == len(test_set.classes):
         print(f"{student}: assuming that its classes are the data's, in the same order")
         info = replace(info, classes=test_set.classes)
@@ -194,12 +170,12 @@ def _named(student: str) -> tuple[str, str | None]:
 def _source(arguments: argparse.Namespace, network: Path) -> str:
     """The given images, or those of the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
-    from classroomkd.runs.paths import recorded_source
+    from classroomkd.runs.paths import recorded_data
 
     if arguments.data is not None:
         require_images(str(arguments.data))
         return str(arguments.data)
-    source = recorded_source(network)
+    source, _ = recorded_data(network)
     if not source:
         arguments.parser.error(
             f"--data is required: {network} lies in no run folder that names its images"
@@ -215,10 +191,10 @@ def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str
     With another split, a network would be measured on its training images. Loaders resize
     photographs differently, so the run's loader is used.
     """
-    from classroomkd.runs.paths import recorded_split
+    from classroomkd.runs.paths import recorded_data
 
     split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
-    recorded = recorded_split(network) if ours else {}
+    recorded = recorded_data(network)[1] if ours else {}
     loader = recorded.pop("loader", "auto")
     split |= recorded
     given = {name: getattr(arguments, name) for name in split}

@@ -72,17 +72,15 @@ def mentors(arguments: argparse.Namespace) -> int:
         raise
     if runner.failed:
         return 1
+    from classroomkd.runs.progress import print_line
     from classroomkd.runs.store import MentorStore
 
     store = MentorStore()
-    kept = store.holds_all(out.rglob("mentors/*.safetensors"))
-    where = (
-        f"the mentors are in {store.folder}"
-        if kept
-        else f"not all mentors are in the store: see {out}"
-    )
-    console.print(where, markup=False, highlight=False, soft_wrap=True)
-    if kept and arguments.out is None:
+    if not store.holds_all(out.rglob("mentors/*.safetensors")):
+        print_line(console, f"not all mentors are in the store: see {out}")
+        return 0
+    print_line(console, f"the mentors are in {store.folder}")
+    if arguments.out is None:
         shutil.rmtree(out)
         with suppress(OSError):  # unless there are other runs
             out.parent.rmdir()

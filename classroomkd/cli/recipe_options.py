@@ -9,10 +9,9 @@ from classroomkd.cli import names
 from classroomkd.cli.arguments import (
     COUNT,
     DATA_HELP,
-    DEFAULT_IMAGE_SIZE,
-    PIXELS,
     Parser,
     add_device,
+    add_image_size,
     nested,
     not_empty,
     path_option,
@@ -39,12 +38,7 @@ _SHORT_FOR = {
 
 def add_recipe_options(parser: Parser) -> None:
     """Add the options that build a recipe; the defaults are the recipe's."""
-    parser.more_help = names.networks
-    parser.keys = names.keys
-    parser.intermixed = True
-    parser.formatter_class = (
-        argparse.RawDescriptionHelpFormatter
-    )  # keeps line breaks in the list of networks
+    parser.take_keys(names.keys, names.networks)
     parser.argument_default = argparse.SUPPRESS
     parser.add_argument(
         "override",
@@ -85,12 +79,7 @@ def add_recipe_options(parser: Parser) -> None:
     parser.add_argument(
         "--batch-size", type=COUNT, metavar="N", help="images per step (default: 64)"
     )
-    parser.add_argument(
-        "--image-size",
-        type=PIXELS,
-        metavar="PIXELS",
-        help=f"width and height that images are resized to (default: {DEFAULT_IMAGE_SIZE})",
-    )
+    add_image_size(parser)
     parser.add_argument(
         "--download", choices=("cifar10", "cifar100"), help="download this data set into PATH first"
     )

@@ -35,7 +35,7 @@ def report(arguments: argparse.Namespace) -> None:
 
     for folder in arguments.runs:  # before importing matplotlib, which is slow
         require_records(folder)
-    from classroomkd.report import write_report
+    from classroomkd.report.page import write_report
 
     print(f"report: {write_report(arguments.runs, arguments.out, export=arguments.export)}")
     if arguments.export:

@@ -24,12 +24,7 @@ def add_to(commands: Any) -> None:
     """Add the command and its options."""
     what = "run everything that a table needs, and write it beside the published numbers"
     parser = add_command(commands, reproduce, what)
-    parser.keys = names.keys_of_tables
-    parser.intermixed = True
-    parser.formatter_class = (
-        argparse.RawDescriptionHelpFormatter
-    )  # keeps the lines of the list of names
-    parser.more_help = names.variants
+    parser.take_keys(names.keys_of_tables, names.variants)
     parser.add_argument(
         "table",
         metavar="TABLE",
@@ -111,6 +106,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     from classroomkd.reproduce.collect import write_results
     from classroomkd.reproduce.plan import make_plan, require_same_recipe
     from classroomkd.reproduce.runner import Runner, check_devices
+    from classroomkd.runs.progress import print_line
 
     console = Console()
     lists = ("methods", "classrooms", "devices")  # options with several values
@@ -168,11 +164,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
-        console.print(f"written: {path}", markup=False, highlight=False, soft_wrap=True)
+        print_line(console, f"written: {path}")
     if runner.failed:
-        names = ", ".join(task.id for task in runner.failed)
-        console.print(f"failed: {names}", markup=False, highlight=False, soft_wrap=True)
-    return 1 if runner.failed else 0
+        print_line(console, f"failed: {', '.join(task.id for task in runner.failed)}")
+    return int(bool(runner.failed))
 
 
 def _require_folder(source: str) -> None:
@@ -194,15 +189,11 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     from classroomkd.report.numbers import duration
+    from classroomkd.report.run_table import terminal_table
     from classroomkd.reproduce.status import seconds_left, status, tasks_left
+    from classroomkd.runs.progress import print_line
 
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for column in ("", "done", "begun", "left"):
-        table.add_column(column, justify="right" if column else "left")
     states = {task.id: status(task, out) for task in (*plan.mentors, *plan.runs)}
     lines: dict[str, Counter[str]] = {}
     for task in (*plan.mentors, *plan.runs):
@@ -211,61 +202,49 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
         name = task.id.removeprefix("runs/").rpartition("/")[0] if is_run else "mentors"
         kind = "done" if state.finished else "begun" if state.epochs else "left"
         lines.setdefault(name, Counter())[kind] += 1
-    for name, counts in lines.items():
-        table.add_row(name, *(str(counts[kind] or "–") for kind in ("done", "begun", "left")))
-    console.print(table)
+    kinds = ("done", "begun", "left")
+    rows = [[name, *(str(of[kind] or "–") for kind in kinds)] for name, of in lines.items()]
+    console.print(terminal_table(("", *kinds), rows))
     left = tasks_left(plan, out)
     mentors = sum(task in plan.mentors for task in left)
     time = duration(seconds_left(plan, out, at_once))
-    console.print(
+    print_line(
+        console,
         f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
         f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
-        highlight=False,
-        soft_wrap=True,
     )
 
 
 def _print_saved(plan: Plan, console: Console) -> None:
     """Print the work that the mentor cache saves, and what still differs between seeds."""
-    saved = sum(run.saved for run in plan.runs)
-    if saved:
-        share = saved / (saved + sum(run.work for run in plan.runs))
-        console.print(
-            f"mentor cache: mentors answer once for all runs with the same batches, which saves "
-            f"{share:.0%} of the runs' operations{_kept(plan)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-    if any(run.recipe.data_seed is not None for run in plan.runs):
-        console.print(
-            "data_seed: all seeds have the same batches and augmentation, and differ only in the "
-            "students' initial weights",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _kept(plan: Plan) -> str:
-    """How much the mentor cache takes, in words, if the plan says of which data."""
-    if not all(run.recipe.data.source for run in plan.runs):
-        return ""
     from classroomkd.reproduce.sharing import cache_bytes
+    from classroomkd.runs.progress import print_line
     from classroomkd.training.logits_files import words
 
-    return f" and takes {words(cache_bytes(plan.runs))}"
+    saved = sum(run.saved for run in plan.runs)
+    if saved:
+        takes = ""
+        if all(run.recipe.data.source for run in plan.runs):
+            takes = f" and takes {words(cache_bytes(plan.runs))}"
+        share = saved / (saved + sum(run.work for run in plan.runs))
+        print_line(
+            console,
+            f"mentor cache: mentors answer once for all runs with the same batches, which saves "
+            f"{share:.0%} of the runs' operations{takes}",
+        )
+    if any(run.recipe.data_seed is not None for run in plan.runs):
+        print_line(
+            console,
+            "data_seed: all seeds have the same batches and augmentation, and differ only in the "
+            "students' initial weights",
+        )
 
 
 def _print_results(results: Mapping[str, Any], console: Console) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
+    from classroomkd.report.run_table import terminal_table
     from classroomkd.report.table_page import result_cells
 
     columns, rows = result_cells(results)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    kept = [columns.index(name) for name in ("classroom", "variant", "seeds", "last", "best")]
-    for place in kept:
-        table.add_column(columns[place], justify="left" if place < 2 else "right")
-    for row in rows:
-        table.add_row(*(row[place] for place in kept))
-    console.print(table)
+    shown = ("classroom", "variant", "seeds", "last", "best")
+    kept = [[row[columns.index(name)] for name in shown] for row in rows]
+    console.print(terminal_table(shown, kept, texts=2))

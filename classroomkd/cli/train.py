@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import add_command, add_run_options, path_option
 from classroomkd.cli.checks import require_images
-from classroomkd.cli.recipe_options import (
-    add_recipe_options,
-    given_options,
-    lacks,
-    recipe_of,
-)
+from classroomkd.cli.recipe_options import add_recipe_options, given_options, lacks, recipe_of
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,11 +51,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def train_recipe(
-    recipe: Recipe,
-    out: Path | None,
-    default_out: str,
-    *,
-    download: str | None = None,
+    recipe: Recipe, out: Path | None, default_out: str, *, download: str | None = None
 ) -> None:
     """Train and report. The folder is checked before the data is read, which may take long."""
     from classroomkd.runs.paths import choose_folder
@@ -79,7 +70,7 @@ def _resume(out: Path) -> None:
     from classroomkd.runs.recipe import load_recipe
 
     if (out / "summary.json").exists() and not (out / "report.html").exists():
-        from classroomkd.report import write_report
+        from classroomkd.report.page import write_report
 
         print(f"the run in {out} is finished\nreport: {write_report([out])}")
         return
@@ -110,12 +101,11 @@ def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
 
 
 def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
-    from classroomkd.report import results_table
+    from classroomkd.report.run_table import results_table
+    from classroomkd.runs.progress import print_line
 
     summary = run.run(
         sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
     )
     run.console.print(results_table(summary))
-    run.console.print(
-        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-    )
+    print_line(run.console, f"report: {out / 'report.html'}")

@@ -17,7 +17,7 @@ from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
 from classroomkd.data.torch_loader import TorchLoader
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 from classroomkd.files import lock, remove_leftovers
 from classroomkd.limits import Backend
 
@@ -72,7 +72,7 @@ class Loaders:
     def _without_ffcv(
         self, image_sets: Sequence[ImageSet | ImageFiles], error: UserError | OSError
     ) -> tuple[str, str]:
-        reason = " ".join(str(error).split())
+        reason = one_line(error)
         if self._are_photos:
             return "torch", reason
         if self.device.type == "cpu":  # the sets are in memory already

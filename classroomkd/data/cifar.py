@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 
 SIDE = 32
 
@@ -90,10 +90,9 @@ def download(path: Path, kind: str) -> None:
             root=str(path), train=False, download=True
         )
     except (ImportError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"could not download {layout.title} into {path} ({reason}): download {layout.url} "
-            f"yourself and unpack it there, so that {path / layout.folder} exists"
+            f"could not download {layout.title} into {path} ({one_line(error)}): download "
+            f"{layout.url} yourself and unpack it there, so that {path / layout.folder} exists"
         ) from error
 
 
@@ -153,7 +152,7 @@ def _unpickle(file: Path) -> dict:
             # Python 2 had one type for text and bytes; latin1 preserves both, as NumPy expects.
             content = _ArrayUnpickler(stream, encoding="latin1").load()
     except Exception as error:  # damaged bytes make the unpickler raise almost anything
-        raise _damaged(file, " ".join(str(error).split()) or type(error).__name__) from error
+        raise _damaged(file, one_line(error)) from error
     if not isinstance(content, dict):
         raise _damaged(file, f"it holds a {type(content).__name__} instead of a dictionary")
     return content

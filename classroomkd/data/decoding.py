@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 
 if TYPE_CHECKING:  # Pillow is imported on use, because decoded images do not need it
     from PIL import Image
@@ -85,8 +85,7 @@ def read_image(file: Path, size: int | None = None) -> np.ndarray:
     except UnidentifiedImageError:
         raise UserError(f"{file} is not a PNG, JPEG or WebP image") from None
     except Exception as error:  # decoders raise almost anything on damaged bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{file} cannot be read ({reason})") from error
+        raise UserError(f"{file} cannot be read ({one_line(error)})") from error
 
 
 def read_size(file: Path) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from classroomkd.data.cache import files_digest
 from classroomkd.data.decoding import read_image, rgb
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +164,9 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
             image, target = dataset[i]
             image, target = as_pixels(image), as_index(target)
         except Exception as error:  # the data set's own code may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"sample {i} of the data set cannot be used: {reason}") from error
+            raise UserError(
+                f"sample {i} of the data set cannot be used: {one_line(error)}"
+            ) from error
         if images is None:
             images = np.empty((len(dataset), *image.shape), np.uint8)
         if image.shape != images.shape[1:]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
-import json
 import os
 import re
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
@@ -189,23 +188,11 @@ def is_logits(source: str) -> bool:
     path = Path(source).expanduser()
     if path.suffix != ".safetensors":
         return path.suffix == ".npy"
-    with suppress(OSError, ValueError):
-        return list(safetensors_header(path)[0]) == ["logits"]
+    from safetensors import SafetensorError, safe_open
+
+    with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+        return list(file.keys()) == ["logits"]
     return False
-
-
-def safetensors_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of each tensor, and where their bytes begin.
-
-    Raises ValueError if it is none.
-    """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > path.stat().st_size:
-            raise ValueError("it is no safetensors file")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    return header, 8 + length
 
 
 def absolute(source: str) -> str:

@@ -215,17 +215,14 @@ def similarity(shapes: Shapes, wanted: Shapes) -> float:
 
 def differences(shapes: Shapes, wanted: Shapes) -> str:
     """Why tensors of these shapes cannot be loaded, in one line; empty if they can."""
+
+    def only_in(ours: Shapes, theirs: Shapes) -> list[str]:
+        names = (name for name in ours if name not in theirs and not name.endswith(COUNTER))
+        return [f"{name} {_shown(ours[name])}" for name in names]
+
     kinds = {
-        "missing": [
-            f"{name} {_shown(shape)}"
-            for name, shape in wanted.items()
-            if name not in shapes and not name.endswith(COUNTER)
-        ],
-        "unexpected": [
-            f"{name} {_shown(shape)}"
-            for name, shape in shapes.items()
-            if name not in wanted and not name.endswith(COUNTER)
-        ],
+        "missing": only_in(wanted, shapes),
+        "unexpected": only_in(shapes, wanted),
         "with another shape": [
             f"{name} {_shown(shape)} instead of {_shown(wanted[name])}"
             for name, shape in shapes.items()

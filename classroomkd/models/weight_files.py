@@ -49,11 +49,7 @@ def _other_kind(start: bytes) -> str:
 
 
 _REFUSED = r"GLOBAL (\S+) was not an allowed global|but got <class '(\S+)'>"
-_MAGIC = {
-    b"\x89HDF": "an HDF5 file",
-    b"\x1f\x8b": "a gzip archive",
-    b"\x93NUMPY": "a NumPy array",
-}
+_MAGIC = {b"\x89HDF": "an HDF5 file", b"\x1f\x8b": "a gzip archive", b"\x93NUMPY": "a NumPy array"}
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 
-import torch
 from torch import nn
 
 from classroomkd.errors import UserError
@@ -58,18 +57,7 @@ def build(name: str, num_classes: int) -> nn.Module:
     return ZOO[name](num_classes=num_classes)
 
 
-@cache
-def has_depthwise_convolutions(name: str) -> bool:
-    """Whether a network has a depthwise convolution.
-
-    Raises UserError as `build` does.
-    """
-    with torch.device("meta"):
-        network = build(name, 2)
-    return depthwise(network)
-
-
-def depthwise(network: nn.Module) -> bool:
+def has_depthwise_convolutions(network: nn.Module) -> bool:
     """Whether ``network`` has a depthwise convolution."""
     return any(
         isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1

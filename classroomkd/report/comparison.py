@@ -227,8 +227,7 @@ def _accuracies(
 
 
 def _curve(runs: list[list[dict]], name: str, line: dict, marker: str) -> list[Curve]:
-    value = [curve(runs, lambda r: r.get("test_top1"), name, line, marker)] if runs else []
-    return value
+    return [curve(runs, lambda r: r.get("test_top1"), name, line, marker)] if runs else []
 
 
 def _gains(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import re
 import warnings
@@ -20,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from classroomkd.report.axes import FRAME, GRID, INK, Axis, Curve, themed
+from classroomkd.report.numbers import csv_text
 
 NARROW, WIDE = 600, 1216  # pixels: one of two columns of a page, and the full width
 MANY_CLASSES = 20  # with more, a plot needs the full width of the page
@@ -83,12 +83,11 @@ class Drawing:
     @property
     def csv(self) -> str:
         """The numbers as CSV, with seven digits."""
-        text = io.StringIO()
-        lines = csv.writer(text, lineterminator="\n")
-        lines.writerow(self.columns)
-        for row in self.rows:
-            lines.writerow([f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row])
-        return text.getvalue()
+        rows = (
+            [f"{cell:.7g}" if isinstance(cell, float) else cell for cell in row]
+            for row in self.rows
+        )
+        return csv_text(self.columns, rows)
 
     def file(self, kind: str, name: str) -> bytes:
         """The figure as a file of the kind ".svg" or ".pdf"."""

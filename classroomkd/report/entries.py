@@ -125,15 +125,11 @@ def entries_of(runs: Sequence[RunRecords]) -> list[Entry]:
             students[number][0] or names[number],
             recipes[number],
             differs[number],
-            _colour(run, kinds.index(recipes[number])),
-            MARKERS[kinds.index(recipes[number]) % len(MARKERS)],
+            ALONE if run.method == "alone" else COLOURS[kind % len(COLOURS)],
+            MARKERS[kind % len(MARKERS)],
         )
-        for number, run in enumerate(runs)
+        for number, (run, kind) in enumerate(zip(runs, map(kinds.index, recipes), strict=True))
     ]
-
-
-def _colour(run: RunRecords, number: int) -> str:
-    return ALONE if run.method == "alone" else COLOURS[number % len(COLOURS)]
 
 
 def _absolute(path: Path | str) -> Path:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 
 from classroomkd.files import atomic_write
 from classroomkd.report.markup import Page, Table
-from classroomkd.report.numbers import UNKNOWN, are_numbers, filled
+from classroomkd.report.numbers import UNKNOWN, are_numbers, csv_text, filled
 
 _LATEX = str.maketrans(
     {letter: f"\\{letter}" for letter in "&%$#_{}"}
@@ -49,9 +47,5 @@ def latex(table: Table) -> str:
 def table_csv(table: Table) -> str:
     """The table's cells as they are shown, with ASCII's minus; what is unknown is empty."""
     columns, rows = filled(table.columns, [row.cells for row in table.rows])
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow(columns)
-    for row in rows:
-        lines.writerow(["" if cell == UNKNOWN else cell.replace("−", "-") for cell in row])
-    return text.getvalue()
+    shown = (["" if cell == UNKNOWN else cell.replace("−", "-") for cell in row] for row in rows)
+    return csv_text(columns, shown)

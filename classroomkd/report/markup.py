@@ -153,7 +153,7 @@ def _html(block: Block) -> str:
         return block
     if isinstance(block, Table):
         return table(block.columns, block.rows, block.broad)
-    return _sections(block)
+    return f'<div class="plots">{"".join(map(_section, block))}</div>'
 
 
 def table(columns: Sequence[str], rows: Sequence[TableRow], broad: bool = False) -> str:
@@ -189,10 +189,6 @@ def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     lines = [columns, ["---" if text else "---:" for text in texts], *rows]
     cleaned = [[" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cleaned)
-
-
-def _sections(plots: Sequence[Plot]) -> str:
-    return f'<div class="plots">{"".join(map(_section, plots))}</div>'
 
 
 def _section(plot: Plot) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any, TypeVar
 
@@ -71,6 +73,13 @@ def filled(
 def are_numbers(cells: Sequence[str]) -> bool:
     """Whether all cells are numbers; such columns are right-aligned."""
     return all(map(_NUMBER.fullmatch, cells))
+
+
+def csv_text(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    """A table as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    return text.getvalue()
 
 
 def duration(seconds: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -74,17 +75,17 @@ def evidence(summary: dict) -> str:
 
 def results_table(summary: dict) -> Table:
     """The results of ``summary`` (a run's summary.json) as a table for the terminal."""
-    table = Table(
-        caption=escape(evidence(summary)),
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),  # so that lines fit a terminal of 80 characters
-    )
-    columns, rows = filled(COLUMNS, result_rows(summary))
-    for column in columns:
-        table.add_column(column, justify="left" if column == "network" else "right")
+    table = terminal_table(*filled(COLUMNS, result_rows(summary)))
+    table.caption, table.caption_justify = escape(evidence(summary)), "left"
+    table.padding = (0, 1, 0, 0)  # so that lines fit a terminal of 80 characters
+    return table
+
+
+def terminal_table(columns: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> Table:
+    """A table whose first ``texts`` columns are aligned left, and all others right."""
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="left" if place < texts else "right")
     for row in rows:
         table.add_row(*map(escape, row))
     return table

@@ -12,20 +12,8 @@ from classroomkd.report.axes import ALONE, COLOURS, Axis
 from classroomkd.report.drawing import Plot, dots
 from classroomkd.report.export import export
 from classroomkd.report.markup import Block, Page, Table, TableRow, markdown_table, warning
-from classroomkd.report.numbers import (
-    UNKNOWN,
-    counted,
-    duration,
-    filled,
-    image_counts,
-    percent,
-)
-from classroomkd.report.published import (
-    PUBLISHED,
-    PUBLISHED_EPOCHS,
-    PUBLISHED_FROM,
-    Published,
-)
+from classroomkd.report.numbers import UNKNOWN, counted, duration, filled, image_counts, percent
+from classroomkd.report.published import PUBLISHED, PUBLISHED_EPOCHS, PUBLISHED_FROM, Published
 
 Rows = list[list[str]]
 

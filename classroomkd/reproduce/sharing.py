@@ -47,19 +47,15 @@ def cache_bytes(runs: Sequence[Task]) -> int:
     for run in runs:
         if run.kept:
             assert run.recipe.mentor_cache is not None
-            shape = run.kept, *_training_images(run.recipe)
-            total += size(shape, run.recipe.mentor_cache.dtype)
+            data, seed = run.recipe.data, split_seed(run.recipe)
+            counts = _counted(data.source, seed, data.test_share, data.validation)
+            total += size((run.kept, *counts), run.recipe.mentor_cache.dtype)
     return total
-
-
-def _training_images(recipe: Recipe) -> tuple[int, int]:
-    """How many images a recipe trains on, and of how many classes."""
-    data = recipe.data
-    return _counted(data.source, split_seed(recipe), data.test_share, data.validation)
 
 
 @cache
 def _counted(source: str, seed: int, test_share: float, validation: float) -> tuple[int, int]:
+    """How many images a recipe with this data trains on, and of how many classes."""
     parts: Parts[ImageSet] | Parts[ImageFiles]
     if source in NAMED_SOURCES:
         parts = Parts(*NAMED_SOURCES[source].read(seed, test_share))

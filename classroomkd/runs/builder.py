@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from classroomkd import models
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 from classroomkd.models import factories
 from classroomkd.models.first_weights import start_from
 from classroomkd.models.network_names import code_digest, is_code, label
@@ -104,11 +104,11 @@ def outputs_of(network: nn.Module, images: Tensor, what: str) -> int:
     except Exception as error:  # user code may raise anything
         if images.dim() != 4:
             raise UserError(
-                f"{what} cannot take a batch {list(images.shape)} ({_said(error)})"
+                f"{what} cannot take a batch {list(images.shape)} ({one_line(error)})"
             ) from None
         height, width = images.shape[-2:]
         raise UserError(
-            f"{what} cannot take images of {height}×{width} pixels ({_said(error)}): choose "
+            f"{what} cannot take images of {height}×{width} pixels ({one_line(error)}): choose "
             "another --image-size"
         ) from None
     return _classes(logits, len(images), what)
@@ -146,13 +146,9 @@ def _tried(name: str, image_size: int, batch_size: int, num_classes: int, device
     except Exception as error:
         raise UserError(
             f"{label(name)} cannot train on images of {image_size}×{image_size} pixels in batches "
-            f"of {batch_size} ({_said(error)}): choose a larger --image-size or --batch-size"
+            f"of {batch_size} ({one_line(error)}): choose a larger --image-size or --batch-size"
         ) from None
     return _classes(logits, len(images), label(name))
-
-
-def _said(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _classes(logits: object, rows: int, what: str) -> int:

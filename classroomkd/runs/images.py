@@ -16,12 +16,15 @@ from classroomkd.data import (
     Mixing,
     Parts,
     RandomResizedCrop,
+    channel_statistics,
     list_parts,
     load_parts,
     split_off,
 )
 from classroomkd.data.batches import Batches, BatchLoaders
+from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
+from classroomkd.models import NetworkInfo
 from classroomkd.runs.recipe import DataConfig
 from classroomkd.training.config import TrainingConfig
 
@@ -103,6 +106,16 @@ def example_of(part: AnyPart, size: int) -> Tensor:
         return part.example
     height, width = part.images.shape[1:3] if isinstance(part, ImageSet) else (size, size)
     return torch.zeros(2, 3, height, width)
+
+
+def network_info(architecture: str, data: DataConfig, train_set: AnyPart) -> NetworkInfo:
+    """What is to be stored with a network of ``data``: classes, normalisation, image size."""
+    if data.mean and data.std:
+        mean, std = per_channel(data.mean), per_channel(data.std)
+    else:
+        assert isinstance(train_set, ImageSet)  # for photographs they are in the recipe
+        mean, std = channel_statistics(train_set)
+    return NetworkInfo(architecture, train_set.classes, mean, std, data.image_size)
 
 
 def training_augmentation(data: DataConfig) -> Augmentation | RandomResizedCrop:

@@ -32,24 +32,25 @@ _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weig
 
 @dataclass
 class Mentor:
-    """A mentor by its ``name``, unique in the run; ``network`` is None until it is trained.
+    """A mentor by its role in the run, and its ``source``, the name that the recipe has for it.
 
-    ``source`` is its name in the recipe. For a mentor trained here, ``epochs`` is the length of its
-    schedule, ``at`` the epoch whose weights are used (None for the last), and ``weights`` its
-    initial weights (None for random ones); otherwise all three are None. ``mean`` and ``std`` are
-    those that the recipe gives for its images.
+    ``network`` is None if it is to be trained, and ``info`` if that is not known.
     """
 
-    name: str
+    job: TrainingJob
     source: str
-    architecture: str
-    epochs: int | None
-    at: int | None
     network: nn.Module | None
     info: NetworkInfo | None
-    weights: str | None = None
-    mean: Channels | None = None
-    std: Channels | None = None
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in the run."""
+        return self.job.name
+
+    @property
+    def architecture(self) -> str:
+        """What builds its network."""
+        return self.job.architecture
 
 
 def find_mentors(
@@ -69,10 +70,12 @@ def find_mentors(
     """
     mentors: list[Mentor] = []
     taken: Counter[str] = Counter()
+    trained: Counter[tuple[str, int | None]] = Counter()
     for config in configs:
         source, weights = config.source, config.weights
         network, info, architecture = None, None, source
         length: int | None = config.epochs or epochs
+        number = 0
         given = config.epochs is None if source in modules else is_given(config)
         if source in modules:
             network = copy.deepcopy(modules[source]).cpu().eval()
@@ -85,36 +88,25 @@ def find_mentors(
             length = weights = None
         else:
             network = info = None
+            trained[architecture, config.at] += 1
+            number = trained[architecture, config.at]
         called = label(architecture) + ("" if config.at is None else f"@{config.at}")
         taken[called] += 1
         name = called if taken[called] == 1 else f"{called}-{taken[called]}"
         mean, std = (per_channel(of) if of else None for of in (config.mean, config.std))
-        mentors.append(
-            Mentor(name, source, architecture, length, config.at, network, info, weights, mean, std)
-        )
+        schedule = length, config.at, number
+        job = TrainingJob("mentor", name, architecture, *schedule, weights, mean, std)
+        mentors.append(Mentor(job, source, network, info))
     return mentors
 
 
 def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
     """The mentors to train, grouped by trainings that are equal except for their last epoch."""
-    counts: Counter[tuple[str, int | None]] = Counter()
     trainings: dict[TrainingJob, list[TrainingJob]] = {}
     for mentor in mentors:
         if mentor.network is None:
-            kind = mentor.architecture, mentor.at
-            counts[kind] += 1
-            job = TrainingJob(
-                "mentor",
-                mentor.name,
-                mentor.architecture,
-                mentor.epochs,
-                mentor.at,
-                counts[kind],
-                mentor.weights,
-                mentor.mean,
-                mentor.std,
-            )
-            trainings.setdefault(replace(job, name="", at=None), []).append(job)
+            same = replace(mentor.job, name="", at=None)
+            trainings.setdefault(same, []).append(mentor.job)
     return list(trainings.values())
 
 
@@ -130,8 +122,8 @@ def fit_mentor(
     if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
         notify(f"{what}: assuming that its classes are the data's, in the same order")
         info = replace(info, classes=data.classes)
-    if mentor.mean and mentor.std:
-        info = replace(info or data, mean=mentor.mean, std=mentor.std)
+    if mentor.job.mean and mentor.job.std:
+        info = replace(info or data, mean=mentor.job.mean, std=mentor.job.std)
     mentor.info = info
     mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
     if info is None and (data.mean, data.std) != AS_THEY_COME:

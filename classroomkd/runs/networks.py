@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,16 +18,11 @@ from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
-from classroomkd.report import label
+from classroomkd.report.records import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.images import (
-    AnyPart,
-    example_of,
-    training_augmentation,
-    training_mixing,
-)
+from classroomkd.runs.images import AnyPart, example_of, training_augmentation, training_mixing
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.mentor_setup import renormalised
@@ -85,17 +81,14 @@ class NetworkTrainer:
         """
         done = {job.name: found for job in jobs if (found := self._finished(job))}
         missing = sorted((j for j in jobs if j.name not in done), key=lambda job: job.last)
-        if missing:
-            with self.stored.claim(missing[-1]):
-                for job in list(missing):
-                    if stored := self._from_store(job):
-                        done[job.name] = stored
-                        missing.remove(job)
-                self._skip(jobs, missing)
-                if missing:
-                    done |= self._train(missing, method, mentors, lessons)
-        else:
-            self._skip(jobs, missing)
+        with self.stored.claim(missing[-1]) if missing else nullcontext():
+            for job in list(missing):
+                if stored := self._from_store(job):
+                    done[job.name] = stored
+                    missing.remove(job)
+            self.progress.skip(self.steps(jobs) - self.steps(missing))
+            if missing:
+                done |= self._train(missing, method, mentors, lessons)
         return [done[job.name] for job in jobs]
 
     def steps(self, jobs: Sequence[TrainingJob]) -> int:
@@ -105,14 +98,8 @@ class NetworkTrainer:
         per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
         return max(job.last for job in jobs) * per_epoch
 
-    def _skip(self, jobs: Sequence[TrainingJob], missing: Sequence[TrainingJob]) -> None:
-        self.progress.skip(self.steps(jobs) - self.steps(missing))
-
     def evaluate(
-        self,
-        network: nn.Module,
-        part: str,
-        watch: Callable[[Tensor, Tensor], None] | None = None,
+        self, network: nn.Module, part: str, watch: Callable[[Tensor, Tensor], None] | None = None
     ) -> Evaluation:
         """Measure ``network`` on a held-out part; ``watch`` gets each batch's logits, targets."""
         self.processes.align(network)

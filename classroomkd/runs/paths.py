@@ -46,21 +46,13 @@ def unfinished(run: Path) -> Path:
     return path
 
 
-def recorded_split(network: Path) -> dict[str, Any]:
-    """The ``seed`` and ``test_share`` of the run whose folder is or contains ``network``.
+def recorded_data(network: Path) -> tuple[str, dict[str, Any]]:
+    """``data.source``, and the split, of the run whose folder is or contains ``network``.
 
-    If the run crops photographs, ``crop`` and ``loader`` too. Empty if there is no such run; other
-    tools' config.yaml, and damaged ones, are ignored.
+    The split has the ``seed`` and ``test_share``; if the run crops photographs, ``crop`` and
+    ``loader`` too. Both are empty if there is no such run; other tools' config.yaml, and damaged
+    ones, are ignored.
     """
-    return _recorded(network)[0]
-
-
-def recorded_source(network: Path) -> str:
-    """The ``data.source`` of that run; empty if there is none."""
-    return _recorded(network)[1]
-
-
-def _recorded(network: Path) -> tuple[dict[str, Any], str]:
     for folder in (network, *network.absolute().parents[:3]):
         config = None
         with suppress(OSError, yaml.YAMLError):
@@ -74,5 +66,5 @@ def _recorded(network: Path) -> tuple[dict[str, Any], str]:
                 split = {"seed": seed, "test_share": share} | (
                     {"crop": "resize", "loader": data.get("loader")} if photos else {}
                 )
-                return split, str(data.get("source") or "")
-    return {}, ""
+                return str(data.get("source") or ""), split
+    return "", {}

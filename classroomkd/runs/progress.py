@@ -14,6 +14,11 @@ from rich.table import Table
 _QUIET = 60.0  # seconds between lines about epochs if there is no terminal for a bar
 
 
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, however long."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 class TrainingProgress:
     """A bar over the steps of all networks, a table of mentors, and a line per finished network."""
 
@@ -71,8 +76,7 @@ class TrainingProgress:
 
     def _tell(self, line: str) -> None:
         self._told = time.monotonic()
-        line = escape(f"{self._called}, {line}")
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
+        print_line(self._progress.console, f"{self._called}, {line}")
 
 
 class _Display(Progress):

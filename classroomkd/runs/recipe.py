@@ -29,7 +29,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from classroomkd.data import NAMED_SOURCES
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 from classroomkd.limits import Backend
 from classroomkd.loss.methods import method_names
 from classroomkd.models.network_names import (
@@ -245,8 +245,9 @@ def load_recipe(
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{where}cannot take the override {item!r}: {reason}") from None
+                raise UserError(
+                    f"{where}cannot take the override {item!r}: {one_line(error)}"
+                ) from None
         says_mentor_epochs |= any(
             item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
         )

@@ -39,7 +39,7 @@ class RunChecks:
         for name, training in self._trained():
             self._check_trainable(name, training)
         first = [(self.recipe.student, self.recipe.init)]
-        first += [(mentor.architecture, mentor.weights) for mentor in self.mentors]
+        first += [(mentor.architecture, mentor.job.weights) for mentor in self.mentors]
         for name, weights in dict.fromkeys(first):
             if weights is not None:
                 load_given(name, weights, lambda _: None)

@@ -119,12 +119,7 @@ class RunFolder:
             atomic_write(path.with_stem(f"{path.stem}_best"), weights.read_bytes())
 
     def finish_network(
-        self,
-        phase: str,
-        name: str,
-        network: nn.Module,
-        info: NetworkInfo,
-        done: Mapping[str, Any],
+        self, phase: str, name: str, network: nn.Module, info: NetworkInfo, done: Mapping[str, Any]
     ) -> None:
         """Write a trained network's weights, then ``done``, which `finished` returns from now on.
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from classroomkd.models import NetworkInfo, network_names
-from classroomkd.report import label
+from classroomkd.report.records import label
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.identity import mentor_values
 from classroomkd.runs.images import training_augmentation

@@ -14,16 +14,13 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import ImageSet, Loader, Loaders, channel_statistics
-from classroomkd.data.batches import BatchLoaders
-from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import is_logits
-from classroomkd.report import write_report
+from classroomkd.report.page import write_report
 from classroomkd.runs.builder import Builder
 from classroomkd.runs.given_mentors import check_given
 from classroomkd.runs.images import (
@@ -31,30 +28,19 @@ from classroomkd.runs.images import (
     ImageSets,
     counts,
     example_of,
+    network_info,
     open_loaders,
     sets_of_run,
 )
 from classroomkd.runs.inputs import input_digests
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, student_jobs
-from classroomkd.runs.machine import (
-    device_name,
-    find_device,
-    find_precision,
-    start,
-    versions,
-)
+from classroomkd.runs.machine import device_name, find_device, find_precision, start, versions
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
 from classroomkd.runs.networks import NetworkTrainer
-from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import (
-    Recipe,
-    split_seed,
-    teaching,
-    to_dict,
-    with_absolute_paths,
-)
+from classroomkd.runs.progress import TrainingProgress, print_line
+from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_paths
 from classroomkd.runs.run_checks import RunChecks
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
@@ -125,7 +111,7 @@ class TrainingRun:
         KeyboardInterrupt, after SIGINT or SIGTERM too, with a message that says what was saved.
         """
         self._tell_unused_mentors()
-        info = self._network_info(train_set)
+        info = network_info(self.recipe.student, self.recipe.data, train_set)
         example = example_of(train_set, info.image_size)
         self._checks.with_data(info, example)
         for mentor in self.mentors:
@@ -175,16 +161,6 @@ class TrainingRun:
         if self.recipe.strict and any(check.findings for check in checks):
             raise UserError("a mentor has the faults printed above, and strict=true is set")
 
-    def _network_info(self, train_set: AnyPart) -> NetworkInfo:
-        """The information for the student's file: classes, image size, normalisation."""
-        data = self.recipe.data
-        if data.mean and data.std:
-            mean, std = per_channel(data.mean), per_channel(data.std)
-        else:
-            assert isinstance(train_set, ImageSet)  # for photographs they are in the recipe
-            mean, std = channel_statistics(train_set)
-        return NetworkInfo(self.recipe.student, train_set.classes, mean, std, data.image_size)
-
     def _open(
         self,
         opened: ExitStack,
@@ -199,10 +175,20 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = self._open_held_out(opened, loaders, info, sets)
+        held_out = {
+            name: opened.enter_context(
+                evaluation_loader(loaders, sets[name], info, **self.processes.place)
+            )
+            for name in ("validation", "test")
+            if name in sets
+        }
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
-        self._tell_start(out, sets, folders, loaders)
+        self._print(
+            f"images: {counts(sets, folders)}, of {len(info.classes)} classes; "
+            f"{device_name(self.device)}; run in {out}"
+        )
+        self._print(f"loader: {loaders.backend} ({loaders.reason})")
         interrupts = opened.enter_context(Interrupts())
         stored = StoredMentors(
             store=MentorStore(),
@@ -232,18 +218,6 @@ class TrainingRun:
             notify=self._print,
         )
 
-    def _open_held_out(
-        self, opened: ExitStack, loaders: Loaders | BatchLoaders, info: NetworkInfo, sets: ImageSets
-    ) -> dict[str, Loader]:
-        """The loaders of the parts on which networks are measured, "test" last."""
-        return {
-            name: opened.enter_context(
-                evaluation_loader(loaders, sets[name], info, **self.processes.place)
-            )
-            for name in ("validation", "test")
-            if name in sets
-        }
-
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
     ) -> RunFolder:
@@ -261,20 +235,6 @@ class TrainingRun:
         run.begin(start(self.device, self.processes.world_size))
         self.processes.wait()
         return run
-
-    def _tell_start(
-        self,
-        out: Path,
-        sets: ImageSets,
-        folders: Mapping[str, str],
-        loaders: Loaders | BatchLoaders,
-    ) -> None:
-        """Print the images that the run uses, and its folder."""
-        self._print(
-            f"images: {counts(sets, folders)}, of {len(sets['train'].classes)} classes; "
-            f"{device_name(self.device)}; run in {out}"
-        )
-        self._print(f"loader: {loaders.backend} ({loaders.reason})")
 
     def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json."""
@@ -363,9 +323,7 @@ class TrainingRun:
             return create(recipe.method, **recipe.method_options)
         across = self.processes.together and recipe.ranking_across_processes
         return create(
-            "classroom",
-            **vars(recipe.loss),
-            process_group=dist.group.WORLD if across else None,
+            "classroom", **vars(recipe.loss), process_group=dist.group.WORLD if across else None
         )
 
     def _measure_given(
@@ -375,7 +333,7 @@ class TrainingRun:
         to_channels_last(network, self.device)
         measured = trainer.evaluate(network, "test")
         require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
-        return TrainingJob("mentor", mentor.name, mentor.architecture).result(network, measured)
+        return mentor.job.result(network, measured)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        print_line(self.console, line)

@@ -20,11 +20,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from filelock import BaseFileLock, Timeout
+from safetensors import SafetensorError, safe_open
 
 from classroomkd.data.cache import cache_folder
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write, lock
-from classroomkd.models.network_names import safetensors_header
 
 _KEY, _LOGITS, _TAGS, _LOCK = "key.json", "logits.npy", "tags.npy", ".lock"
 _ROWS = 4096  # verified at a time
@@ -54,8 +54,9 @@ class OwnLogits:
             if path.suffix == ".npy":
                 self._logits = np.load(path, mmap_mode="r")
             else:
-                self._logits = _map_safetensors(path)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+                with safe_open(path, "pt") as file:  # which maps it
+                    self._logits = file.get_tensor("logits").numpy()
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise UserError(f"cannot read the logits in {path}: {error}") from None
         if self._logits.ndim != 3 or self._logits.dtype.kind != "f" or not self._logits.size:
             raise UserError(
@@ -82,15 +83,6 @@ class OwnLogits:
 
     def _index(self, epoch: int) -> int:
         return epoch - 1 if len(self._logits) > 1 else 0
-
-
-def _map_safetensors(path: Path) -> np.ndarray:
-    """The tensor "logits" of a safetensors file, mapped into memory."""
-    header, start = safetensors_header(path)
-    entry = header["logits"]
-    dtype = np.dtype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[entry["dtype"]])
-    offset = start + entry["data_offsets"][0]
-    return np.memmap(path, dtype, "r", offset, tuple(entry["shape"]))
 
 
 class KeptLogits:

@@ -86,8 +86,10 @@ class MentorBank:
                 images = images.to(self._dtype)
             if images.dim() == 4:
                 images = images.contiguous(memory_format=torch.channels_last)
-            ask = self._side_by_side if self._streams else self._in_turn
-            logits = ask(images, which)
+            if self._streams:
+                logits = self._side_by_side(images, which)
+            else:
+                logits = [self._networks[i](images) for i in which]
         for name, rows in zip(names, logits, strict=True):
             if rows.shape != (len(images), self._num_classes):
                 raise UserError(
@@ -96,9 +98,6 @@ class MentorBank:
                 )
         features = [self._stages[i].take() if self._stages else () for i in which]
         return list(map(Outputs, logits, features))
-
-    def _in_turn(self, images: Tensor, which: Sequence[int]) -> list[Tensor]:
-        return [self._networks[i](images) for i in which]
 
     def _side_by_side(self, images: Tensor, which: Sequence[int]) -> list[Tensor]:
         # Memory is safe without Tensor.record_stream: the current stream waits until all others are

@@ -143,7 +143,7 @@ class CachedMentors:
             return kept.to(self._dtype)
         assert isinstance(source, KeptLogits)
         # Rounded to the file's dtype, so that computed and cached logits give the same run.
-        asked = asked.to(_torch_dtype(rows.logits))
+        asked = asked.to(torch.from_numpy(rows.logits[:0]).dtype)
         if kept is not None:  # known rows are kept: a row's bits may depend on its batch
             asked = torch.where(self._to_device(rows.known)[:, None], kept, asked)
         if source.writes:
@@ -189,7 +189,3 @@ class CachedMentors:
 
 def _logits(bank: MentorBank, names: Sequence[str], images: Tensor) -> list[Tensor]:
     return [outputs.logits for outputs in bank(images, names)]
-
-
-def _torch_dtype(values: np.ndarray) -> torch.dtype:
-    return torch.from_numpy(values[:0]).dtype

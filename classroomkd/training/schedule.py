@@ -16,22 +16,18 @@ import math
 
 from torch import nn
 
-from classroomkd.models.zoo import depthwise, has_depthwise_convolutions
+from classroomkd.models.zoo import has_depthwise_convolutions
 from classroomkd.training.config import TrainingConfig
 
 PEAK = 0.05
 _PEAK_OF_DEPTHWISE = 0.01  # networks with depthwise convolutions diverge at more
 
 
-def peak_learning_rate(training: TrainingConfig, network: nn.Module | str) -> float:
-    """The schedule's peak: as given, or the usual one for a network, or for one of this name."""
+def peak_learning_rate(training: TrainingConfig, network: nn.Module) -> float:
+    """The schedule's peak: as given, or the usual one for a network."""
     if training.learning_rate is not None:
         return training.learning_rate
-    if isinstance(network, str):
-        has_any = has_depthwise_convolutions(network)
-    else:
-        has_any = depthwise(network)
-    return _PEAK_OF_DEPTHWISE if has_any else PEAK
+    return _PEAK_OF_DEPTHWISE if has_depthwise_convolutions(network) else PEAK
 
 
 def learning_rate(training: TrainingConfig, peak: float, epochs_done: float) -> float:

@@ -180,7 +180,7 @@ def made_up(method, weight, tops):
 def test_the_interval_is_that_of_the_paired_differences():
     rows = made_up("alone", None, [0.5, 0.6, 0.7, 0.8, 0.9])
     rows += made_up("classroom", 1.0, [0.51, 0.62, 0.73, 0.84, 0.95])
-    _, table = teaching.markdown("small_data", {"rows": rows})
+    _, table = teaching.RECORDS["small_data"][2](rows)
     last = table.splitlines()[-1]
     # Differences of 1 to 5 points: mean 3, deviation √2.5, and t of 4 degrees of freedom 2.776.
     assert f"+3.00 ± {2.776 * math.sqrt(2.5 / 5):.2f}" in last
@@ -201,7 +201,7 @@ def test_the_dead_are_counted():
         )
         for seed, top in enumerate(tops)
     ]
-    _, table = teaching.markdown("drop_in", {"rows": rows})
+    _, table = teaching.RECORDS["drop_in"][2](rows)
     cells = table.splitlines()[-1].split(" | ")
     assert cells[-2:] == ["1", "2 |"]
     assert cells[4] == "−39.00 ± 41.00"
@@ -233,5 +233,5 @@ def test_no_example_ends_with_a_classroom_behind_the_student_alone():
         own = [row for row in rows if row["example"] == name]
         assert [row["seed"] for row in own] == [0, 1, 2, 3, 4]
         assert sum(row["classroom"] - row["alone"] for row in own) >= 0, name
-    text = "\n".join(teaching.markdown("examples", {"rows": rows}))
+    text = "\n".join(teaching.RECORDS["examples"][2](rows))
     assert all(f"[{name}.py](../examples/{name}.py)" in text for name in examples.EXAMPLES[:3])

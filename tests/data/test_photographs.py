@@ -36,7 +36,7 @@ from classroomkd.runs.images import (
     read_images,
     training_augmentation,
 )
-from classroomkd.runs.paths import recorded_split
+from classroomkd.runs.paths import recorded_data
 from classroomkd.runs.recipe import DataConfig, load_recipe
 from classroomkd.training.evaluation import evaluation_crop
 from ffcv_required import requires_ffcv
@@ -371,7 +371,7 @@ def test_the_config_of_a_run_says_the_crop(photos, tmp_path):
     for loader in ("auto", "torch"):
         text["data"]["loader"] = loader
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(text))
-        assert recorded_split(tmp_path / "student.safetensors") == {
+        assert recorded_data(tmp_path / "student.safetensors")[1] == {
             "seed": 7,
             "test_share": 0.5,
             "crop": "resize",

@@ -23,7 +23,7 @@ from classroomkd.runs.recipe import MentorConfig
 from classroomkd.torchvision import import_torchvision
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.schedule import peak_learning_rate
-from zoo_weights import fill, probe
+from zoo_weights import fill, probe, without_weights
 
 torchvision_models = import_torchvision("models")
 with_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
@@ -363,7 +363,8 @@ def test_an_entry_is_taken_wherever_a_checkpoint_is_named(
 def test_the_usual_learning_rate_hangs_on_the_network_and_not_on_its_name() -> None:
     usual = TrainingConfig(learning_rate=None)
     for name in ("mobilenetv2", "shufflenetv1", "shufflenetv2", "tv:mobilenet_v2"):
-        assert peak_learning_rate(usual, name) == 0.01
+        assert peak_learning_rate(usual, without_weights(name)) == 0.01
     for name in ("resnet20", "resnet20_a", "resnet18", "vgg8", "wrn_16_1", "tv:resnext50_32x4d"):
-        assert peak_learning_rate(usual, name) == 0.05
-    assert peak_learning_rate(TrainingConfig(learning_rate=0.1), "mobilenetv2") == 0.1
+        assert peak_learning_rate(usual, without_weights(name)) == 0.05
+    given = TrainingConfig(learning_rate=0.1)
+    assert peak_learning_rate(given, without_weights("mobilenetv2")) == 0.1

@@ -21,12 +21,12 @@ from rich.console import Console
 from selenium import webdriver
 
 from classroomkd.errors import UserError
-from classroomkd.report import results_table, write_report
 from classroomkd.report.axes import ALONE, DARK, GRID
 from classroomkd.report.export import latex
 from classroomkd.report.markup import Table, TableRow, table
 from classroomkd.report.numbers import are_numbers, percent, spread
-from classroomkd.report.run_table import result_rows
+from classroomkd.report.page import write_report
+from classroomkd.report.run_table import result_rows, results_table
 
 MENTORS = ("resnet110", "resnet56", "resnet32", "resnet20", "resnet20-2", "resnet8-2")
 LESSONS = ("active_share", "temperature", "rank_weight", "kl")

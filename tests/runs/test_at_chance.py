@@ -13,7 +13,7 @@ from rich.console import Console
 
 from classroomkd import models
 from classroomkd.data import ImageSet, digits
-from classroomkd.report import write_report
+from classroomkd.report.page import write_report
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.training_run import TrainingRun

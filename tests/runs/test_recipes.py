@@ -14,6 +14,7 @@ from classroomkd.runs.recipe import Recipe, load_recipe
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
+from zoo_weights import without_weights
 
 CIFAR = [name for name in recipes.names() if name.startswith("cifar100/")]
 CLASSROOMS = [name for name in CIFAR if name != "cifar100/large-batch"]
@@ -44,11 +45,11 @@ def test_a_classroom_is_the_published_one(name):
     for one in (training, mentors):
         assert (one.epochs, one.batch_size, one.momentum, one.nesterov) == (240, 64, 0.9, False)
         assert (one.weight_decay, one.decay_norms_and_biases) == (5e-4, True)
-    peak = peak_learning_rate(training, student)
+    peak = peak_learning_rate(training, without_weights(student))
     rates = [learning_rate(training, peak, epoch) for epoch in (0, 60, 120, 149, 150, 180, 210)]
     assert rates == pytest.approx([0.05, 0.03, 0.01, 0.01, 1e-3, 1e-4, 1e-5])
     for source, peak in (("resnet56", 0.05), ("mobilenetv2", 0.01), ("shufflenetv1", 0.01)):
-        assert peak_learning_rate(mentors, source) == peak
+        assert peak_learning_rate(mentors, without_weights(source)) == peak
         rates = [learning_rate(mentors, peak, epoch) for epoch in (0, 149, 150, 180, 210)]
         assert rates == pytest.approx([peak, peak, peak / 10, peak / 100, peak / 1000])
     assert recipe.method == "classroom"
@@ -109,7 +110,7 @@ def test_two_steps_of_a_recipe(name):
             loader,
             recipe.training,
             name=recipe.student,
-            peak=peak_learning_rate(recipe.training, recipe.student),
+            peak=peak_learning_rate(recipe.training, student),
             method=methods.create(recipe.method, **vars(recipe.loss)),
             mentors=bank,
         )

@@ -23,6 +23,7 @@ from classroomkd.runs.recipe import load_recipe
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
+from zoo_weights import without_weights
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
 
@@ -53,7 +54,7 @@ def test_the_recipe(name):
     assert (training.weight_decay, training.decay_norms_and_biases) == (1e-4, False)
     assert training.momentum == 0.9
     assert recipe.loss == type(recipe.loss)(mentor_weight=None, task_weight="confidence")
-    peak = peak_learning_rate(training, recipe.student)
+    peak = peak_learning_rate(training, without_weights(recipe.student))
     rates = [learning_rate(training, peak, done) for done in (0, 29, 30, 59, 60, 89, 90, 99)]
     assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
 

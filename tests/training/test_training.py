@@ -35,14 +35,14 @@ from classroomkd.models.layout import Renormalised
 from classroomkd.runs import networks as networks_module
 from classroomkd.runs.checkpoints import Checkpoints
 from classroomkd.runs.mentor_setup import fit_to_data
-from classroomkd.runs.paths import choose_folder, recorded_split
+from classroomkd.runs.paths import choose_folder, recorded_data
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.training_run import TrainingRun
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
 from classroomkd.training.mentor_bank import MentorBank
-from classroomkd.training.schedule import learning_rate, peak_learning_rate
+from classroomkd.training.schedule import learning_rate
 from classroomkd.training.trainer import Trainer
 from small_runs import CLASSES, colours, recipe, same, values_of
 
@@ -125,14 +125,6 @@ def test_cosine_and_warm_up():
     imagenet = TrainingConfig(epochs=100, schedule="steps", milestones=[0.3, 0.6, 0.9])
     rates = [learning_rate(imagenet, 0.1, done) for done in (29, 30, 59, 60, 89, 90)]
     assert rates == pytest.approx([0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4])
-
-
-def test_usual_peaks():
-    usual = TrainingConfig(learning_rate=None)
-    assert peak_learning_rate(usual, "resnet20") == 0.05
-    assert peak_learning_rate(usual, "mobilenetv2") == peak_learning_rate(usual, "shufflenetv1")
-    assert peak_learning_rate(usual, "shufflenetv2") == 0.01
-    assert peak_learning_rate(TrainingConfig(learning_rate=0.3), "mobilenetv2") == 0.3
 
 
 # ---------------------------------------------------------------- the trainer
@@ -838,13 +830,13 @@ def test_only_a_run_of_ours_tells_the_split(tmp_path: Path, text, split):
     inner.mkdir(parents=True)
     (tmp_path / "run" / "config.yaml").write_text(text)
     for network in (tmp_path / "run", inner.parent / "a.safetensors", inner / "b.safetensors"):
-        assert recorded_split(network) == split
+        assert recorded_data(network)[1] == split
     (inner / "config.yaml").write_text("theirs: 1")  # nearer, but not ours
-    assert recorded_split(inner / "b.safetensors") == split
+    assert recorded_data(inner / "b.safetensors")[1] == split
     (inner / "config.yaml").unlink()
     (inner / "config.yaml").mkdir()  # nor can it be read
     (inner / "b.safetensors").touch()  # a file, in which there is none
-    assert recorded_split(inner / "b.safetensors") == split
+    assert recorded_data(inner / "b.safetensors")[1] == split
 
 
 def test_a_batch_larger_than_the_training_set_is_told(tmp_path: Path, states_kept):

@@ -25,7 +25,7 @@ import numpy as np
 
 from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.data.image_sets import samples_digest
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 
 JPEG, RAW = 0, 1  # FFCV's storage modes
 
@@ -91,8 +91,9 @@ class Beton:
         try:
             return read(self.stored(index))
         except Exception as error:  # decoders raise almost anything on damaged bytes
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise UserError(f"{self.path}: image {index} cannot be read ({reason})") from error
+            raise UserError(
+                f"{self.path}: image {index} cannot be read ({one_line(error)})"
+            ) from error
 
     def _require_shape(self, index: int, shape: tuple[int, int, int]) -> None:
         expected = (int(self.heights[index]), int(self.widths[index]), 3)

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
-from classroomkd.errors import UserError
+from classroomkd.errors import UserError, one_line
 
 
 def import_ffcv() -> ModuleType:
@@ -33,10 +33,9 @@ def import_ffcv() -> ModuleType:
             import ffcv
             from ffcv.memory_managers import OSCacheManager
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
-        reason = " ".join(str(error).split())
         raise UserError(
-            f"FFCV cannot be imported ({reason}): scripts/install_ffcv.sh in the repository "
-            "installs it"
+            f"FFCV cannot be imported ({one_line(error)}): scripts/install_ffcv.sh in the "
+            "repository installs it"
         ) from error
     OSCacheManager.compile_reader = _compile_reader
     return ffcv
