@@ -95,11 +95,10 @@ def _resume(out: Path) -> None:
 
 
 def _run_of(recipe: Recipe) -> TrainingRun:
-    from rich.console import Console
-
+    from classroomkd.runs.progress import plain_console
     from classroomkd.runs.training_run import TrainingRun
 
-    return TrainingRun(recipe, Console())
+    return TrainingRun(recipe, plain_console())
 
 
 def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
@@ -116,6 +115,4 @@ def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) ->
         sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
     )
     run.console.print(results_table(summary))
-    run.console.print(
-        f"report: {out / 'report.html'}", markup=False, highlight=False, soft_wrap=True
-    )
+    run.console.print(f"report: {out / 'report.html'}", soft_wrap=True)

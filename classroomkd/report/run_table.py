@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from classroomkd.report.numbers import UNKNOWN, filled
 from classroomkd.report.records import label
@@ -75,7 +75,7 @@ def evidence(summary: dict) -> str:
 def results_table(summary: dict) -> Table:
     """The results of ``summary`` (a run's summary.json) as a table for the terminal."""
     table = Table(
-        caption=escape(evidence(summary)),
+        caption=Text(evidence(summary)),
         caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
@@ -86,7 +86,7 @@ def results_table(summary: dict) -> Table:
     for column in columns:
         table.add_column(column, justify="left" if column == "network" else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))  # names may look like rich's markup or emoji codes
     return table
 
 

@@ -37,7 +37,8 @@ class Mentor:
     ``source`` is its name in the recipe. For a mentor trained here, ``epochs`` is the length of its
     schedule, ``at`` the epoch whose weights are used (None for the last), and ``weights`` its
     initial weights (None for random ones); otherwise all three are None. ``mean`` and ``std`` are
-    those that the recipe gives for its images.
+    those that the recipe gives for its images. ``file`` holds the weights of one that is not
+    trained here.
     """
 
     name: str
@@ -50,6 +51,12 @@ class Mentor:
     weights: str | None = None
     mean: Channels | None = None
     std: Channels | None = None
+    file: str | None = None
+
+    @property
+    def called(self) -> str:
+        """Its name in messages, with the file that it came from."""
+        return f"{self.name} ({self.file})" if self.file else self.name
 
 
 def find_mentors(
@@ -71,7 +78,7 @@ def find_mentors(
     taken: Counter[str] = Counter()
     for config in configs:
         source, weights = config.source, config.weights
-        network, info, architecture = None, None, source
+        network, info, architecture, file = None, None, source, None
         length: int | None = config.epochs or epochs
         given = config.epochs is None if source in modules else is_given(config)
         if source in modules:
@@ -80,9 +87,10 @@ def find_mentors(
             network, info, architecture = models.load_network(source, notify=notify)
             weights = source
         elif given:
-            network, info = load_given(source, weights or PRETRAINED, notify)
+            weights = weights or PRETRAINED
+            network, info = load_given(source, weights, notify)
         if given:
-            length = weights = None
+            length, file, weights = None, weights, None
         else:
             network = info = None
         called = label(architecture) + ("" if config.at is None else f"@{config.at}")
@@ -90,7 +98,19 @@ def find_mentors(
         name = called if taken[called] == 1 else f"{called}-{taken[called]}"
         mean, std = (per_channel(of) if of else None for of in (config.mean, config.std))
         mentors.append(
-            Mentor(name, source, architecture, length, config.at, network, info, weights, mean, std)
+            Mentor(
+                name,
+                source,
+                architecture,
+                length,
+                config.at,
+                network,
+                info,
+                weights,
+                mean,
+                std,
+                file,
+            )
         )
     return mentors
 
@@ -125,7 +145,7 @@ def fit_mentor(
 
     ``example`` is a batch of images like the data's.
     """
-    what, info = f"mentor {mentor.source}", mentor.info
+    what, info = f"mentor {mentor.called}", mentor.info
     assert mentor.network is not None
     if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
         notify(f"{what}: assuming that its classes are the data's, in the same order")
