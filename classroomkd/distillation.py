@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,7 +26,6 @@ from classroomkd.runs.builder import outputs_of
 from classroomkd.runs.identity import values_without
 from classroomkd.runs.images import AnyPart
 from classroomkd.runs.paths import choose_folder
-from classroomkd.runs.progress import plain_console
 from classroomkd.runs.recipe import Recipe, load_recipe, split_seed, with_absolute_paths
 from classroomkd.runs.training_run import TrainingRun
 
@@ -122,7 +122,7 @@ def distill(
         parts["train"], parts["test"] = split_off(
             train_set, loaded.data.test_share, split_seed(loaded)
         )
-    console = plain_console(quiet=quiet)
+    console = Console(quiet=quiet)
     with ExitStack() as opened:
         begun = resume and out is not None and (Path(out) / "config.yaml").exists()
         if out is None:

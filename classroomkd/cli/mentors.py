@@ -43,15 +43,15 @@ def mentors(arguments: argparse.Namespace) -> int:
     import shutil
 
     import yaml
+    from rich.console import Console
 
     from classroomkd.files import atomic_write
     from classroomkd.reproduce.plan import mentors_plan
     from classroomkd.reproduce.runner import Runner, check_devices
     from classroomkd.runs.paths import choose_folder
-    from classroomkd.runs.progress import plain_console
     from classroomkd.runs.recipe import load_recipe, to_dict
 
-    recipe, console = _mentors_recipe(arguments), plain_console()
+    recipe, console = _mentors_recipe(arguments), Console()
     if getattr(arguments, "download", None):
         raise UserError("--download and --at-once cannot be combined: download the images first")
     device = recipe.device or default_device()
@@ -72,6 +72,7 @@ def mentors(arguments: argparse.Namespace) -> int:
         raise
     if runner.failed:
         return 1
+    from classroomkd.runs.progress import print_line
     from classroomkd.runs.store import MentorStore
 
     store = MentorStore()
@@ -81,7 +82,7 @@ def mentors(arguments: argparse.Namespace) -> int:
         if kept
         else f"not all mentors are in the store: see {out}"
     )
-    console.print(where, soft_wrap=True)
+    print_line(console, where)
     if kept and arguments.out is None:
         shutil.rmtree(out)
         with suppress(OSError):  # unless there are other runs

@@ -105,13 +105,15 @@ def add_to(commands: Any) -> None:
 
 def reproduce(arguments: argparse.Namespace) -> int:
     """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
+    from rich.console import Console
+
     from classroomkd.data import NAMED_SOURCES, cifar, list_source
     from classroomkd.reproduce.collect import write_results
     from classroomkd.reproduce.plan import make_plan, require_same_recipe
     from classroomkd.reproduce.runner import Runner, check_devices
-    from classroomkd.runs.progress import plain_console
+    from classroomkd.runs.progress import print_line
 
-    console = plain_console()
+    console = Console()
     lists = ("methods", "classrooms", "devices")  # options with several values
     given = {name: list(getattr(arguments, name) or ()) for name in lists}
     overrides = list(arguments.override)
@@ -167,10 +169,10 @@ def reproduce(arguments: argparse.Namespace) -> int:
     pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
-        console.print(f"written: {path}", soft_wrap=True)
+        print_line(console, f"written: {path}")
     if runner.failed:
         names = ", ".join(task.id for task in runner.failed)
-        console.print(f"failed: {names}", soft_wrap=True)
+        print_line(console, f"failed: {names}")
     return 1 if runner.failed else 0
 
 
@@ -219,6 +221,7 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
     console.print(
         f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
         f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
+        highlight=False,
         soft_wrap=True,
     )
 
@@ -231,12 +234,14 @@ def _print_saved(plan: Plan, console: Console) -> None:
         console.print(
             f"mentor cache: mentors answer once for all runs with the same batches, which saves "
             f"{share:.0%} of the runs' operations{_kept(plan)}",
+            highlight=False,
             soft_wrap=True,
         )
     if any(run.recipe.data_seed is not None for run in plan.runs):
         console.print(
             "data_seed: all seeds have the same batches and augmentation, and differ only in the "
             "students' initial weights",
+            highlight=False,
             soft_wrap=True,
         )
 

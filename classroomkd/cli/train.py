@@ -95,10 +95,11 @@ def _resume(out: Path) -> None:
 
 
 def _run_of(recipe: Recipe) -> TrainingRun:
-    from classroomkd.runs.progress import plain_console
+    from rich.console import Console
+
     from classroomkd.runs.training_run import TrainingRun
 
-    return TrainingRun(recipe, plain_console())
+    return TrainingRun(recipe, Console())
 
 
 def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
@@ -110,9 +111,10 @@ def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
 
 def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
     from classroomkd.report import results_table
+    from classroomkd.runs.progress import print_line
 
     summary = run.run(
         sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
     )
     run.console.print(results_table(summary))
-    run.console.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    print_line(run.console, f"report: {out / 'report.html'}")

@@ -30,6 +30,7 @@ from classroomkd.reproduce.status import (
     tasks_left,
 )
 from classroomkd.runs.interrupts import Interrupted, Interrupts
+from classroomkd.runs.progress import print_line
 
 _POLL_SECONDS = 0.5
 _TAIL = 15  # lines of a failed run's output
@@ -196,7 +197,7 @@ class Runner:
         self._progress.update(total, completed=ended)
 
     def _print(self, line: str) -> None:
-        self._progress.console.print(line, soft_wrap=True)
+        print_line(self._progress.console, line)
 
 
 def check_devices(devices: Sequence[str]) -> None:

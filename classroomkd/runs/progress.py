@@ -9,13 +9,14 @@ from typing import Any
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _QUIET = 60.0  # seconds between lines about epochs if there is no terminal for a bar
 
 
-def plain_console(*, quiet: bool = False) -> Console:
-    """A console that prints text as it is: names may look like rich's markup or emoji codes."""
-    return Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is, however long: names may look like rich's markup or emoji codes."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
@@ -75,7 +76,7 @@ class TrainingProgress:
 
     def _tell(self, line: str) -> None:
         self._told = time.monotonic()
-        self._progress.console.print(f"{self._called}, {line}", soft_wrap=True)
+        print_line(self._progress.console, f"{self._called}, {line}")
 
 
 class _Display(Progress):
@@ -95,7 +96,7 @@ def _lessons(record: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column.startswith("in") else "right")
     for name, means in record["mentors"].items():
         shares = f"{means['active_share']:.1%}", f"{means['rank_weight']:.2f}"
-        table.add_row(name, *shares, f"{means['temperature']:.2f}", f"{means['kl']:.3f}")
+        table.add_row(Text(name), *shares, f"{means['temperature']:.2f}", f"{means['kl']:.3f}")
     confidence, task = record["student_confidence"], record["task_loss"]
     table.add_row(f"the student: confidence {confidence:.1%}, task loss {task:.3f}")
     return table

@@ -47,7 +47,7 @@ from classroomkd.runs.machine import (
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
 from classroomkd.runs.networks import NetworkTrainer
-from classroomkd.runs.progress import TrainingProgress
+from classroomkd.runs.progress import TrainingProgress, print_line
 from classroomkd.runs.recipe import (
     Recipe,
     split_seed,
@@ -378,4 +378,4 @@ class TrainingRun:
         return TrainingJob("mentor", mentor.name, mentor.architecture).result(network, measured)
 
     def _print(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        print_line(self.console, line)
