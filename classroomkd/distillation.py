@@ -217,6 +217,10 @@ def _parts(train: Any, test: Any, validation: Any, networks: _Networks) -> dict[
 def _image_set(part: Any, name: str) -> ImageSet | ImageFiles:
     if isinstance(part, ImageSet | ImageFiles):
         return part
+    if isinstance(part, str | Path):
+        raise UserError(
+            f"{name} must be data, not the path {part}: read it with classroomkd.data.load_source"
+        )
     if not hasattr(part, "__getitem__") or not hasattr(part, "__len__"):
         raise UserError(
             f"{name} must be an ImageSet, a map-style data set or a DataLoader, not "
@@ -235,17 +239,22 @@ def _classes(train: DataLoader, networks: _Networks) -> list[str]:
     images, targets = first_batch(train, "train")
     if targets.dim() == 2:
         return [str(number) for number in range(targets.shape[1])]
+    counts = {}
     for name, module in networks.modules.items():
         what = f"{'mentor' if name in networks.mentor_names else 'the student'} {name}"
         was_training = module.training
         device = next((tensor.device for tensor in module.parameters()), images.device)
         try:
             with torch.no_grad():
-                count = outputs_of(module.eval(), images[:2].to(device), what)
+                counts[what] = outputs_of(module.eval(), images[:2].to(device), what)
         finally:
             module.train(was_training)
-        return [str(number) for number in range(count)]
-    raise UserError("how many classes there are is not known: give the data set a list `classes`")
+    if not counts:
+        raise UserError("the number of classes is not known: give the data set a list `classes`")
+    if len(set(counts.values())) > 1:
+        said = ", ".join(f"{what} has {count} outputs" for what, count in counts.items())
+        raise UserError(f"the networks have different numbers of classes: {said}")
+    return [str(number) for number in range(max(counts.values()))]
 
 
 def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart]) -> None:

@@ -51,13 +51,13 @@ def classroom_plan(
     n_rows = student.numel() // n_classes
     soft = targets.dim() > 1
     dtypes = {logits.dtype for logits in (student, *mentors)}
+    n_positions = image_factor = image_shift = None
     if student.dim() == 3:
         align, cut = 1, position_blocks(n_mentors, warp_size)
         n_positions, image_factor, image_shift = _quotient(student.shape[2])
     else:
         align = alignment([student, *mentors, *([targets] if soft else [])])
         cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
-        n_positions = image_factor = image_shift = None
     n_programs = triton.cdiv(n_rows, cut.ROWS)
     n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
     summing = sum_blocks(n_stats, n_programs, cut, warp_size)

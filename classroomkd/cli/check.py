@@ -29,7 +29,7 @@ def check(arguments: argparse.Namespace) -> int:
         lacks(arguments, "--mentors")
 
     from classroomkd.models.network_names import is_logits
-    from classroomkd.runs.given_mentors import check_given
+    from classroomkd.runs.given_mentors import check_given, part_to_check
     from classroomkd.runs.images import example_of, network_info, read_images
     from classroomkd.runs.machine import find_device
     from classroomkd.runs.mentor_setup import find_mentors, fit_mentor
@@ -48,6 +48,6 @@ def check(arguments: argparse.Namespace) -> int:
             print(f"{mentor.name}: has no weights yet, would be trained first: not checked")
         else:
             fit_mentor(mentor, info, example_of(sets.train, info.image_size), print)
-    checks = check_given(mentors, sets.validation or sets.test, info, device)
+    checks = check_given(mentors, part_to_check(sets.validation, sets.test), info, device)
     print(*checks, sep="\n")
     return int(arguments.strict and any(of.findings for of in checks))

@@ -25,7 +25,7 @@ class Batches:
     """
 
     def __init__(self, loader: DataLoader, classes: Sequence[str], what: str) -> None:
-        self.loader, self.classes = loader, list(classes)
+        self.loader, self.classes, self.what = loader, list(classes), what
         self._first, _ = first_batch(loader, what)
         self.example = (
             self._first[:2].float() if self._first.is_floating_point() else self._first[:2]
@@ -41,6 +41,17 @@ class Batches:
         sampler = self.loader.sampler
         whole = len(self.loader) * self.batch_size
         return whole if self.loader.batch_size is None else min(whole, len(sampler))  # type: ignore[arg-type]
+
+    def require_classes(self, targets: Tensor) -> None:
+        """Raise UserError for a class index that is neither -100 nor that of a class."""
+        if targets.is_floating_point() or not targets.is_cpu:  # looking would wait for the GPU
+            return
+        wrong = (targets < 0) & (targets != -100) | (targets >= len(self.classes))
+        if wrong.any():
+            raise UserError(
+                f"{self.what} gives the target {int(targets[wrong][0])}: class indices are from 0 "
+                f"to {len(self.classes) - 1}, as there are {len(self.classes)} classes"
+            )
 
     def digest(self) -> str:
         """A SHA-256, in hexadecimal, of known properties of the batches, not of their content."""
@@ -88,7 +99,7 @@ class BatchLoader(Loader):
         known: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         known |= {"augmentation": None, "drop_last": False}
         super().__init__(len(batches), batches.batch_size, **known, **options)
-        self._loader = batches.loader
+        self._source, self._loader = batches, batches.loader
         self.one_shape = self._loader.drop_last
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -111,6 +122,7 @@ class BatchLoader(Loader):
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         for images, targets, *_ in self._loader:
+            self._source.require_classes(targets)
             if images.is_floating_point():
                 images = images.to(self.dtype)
             yield self._to_device(images, targets, torch.full((len(targets),), -1))

@@ -161,8 +161,7 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
     images, targets = None, np.empty(len(dataset), np.int64)
     for i in range(len(dataset)):
         try:
-            image, target = dataset[i]
-            image, target = as_pixels(image), as_index(target)
+            image, target = as_sample(dataset[i])
         except Exception as error:  # the data set's own code may raise anything
             raise UserError(
                 f"sample {i} of the data set cannot be used: {one_line(error)}"
@@ -179,6 +178,16 @@ def from_dataset(dataset: Any, classes: Sequence[str] | None = None) -> ImageSet
     if classes is None:
         classes = getattr(dataset, "classes", None) or [str(k) for k in range(targets.max() + 1)]
     return ImageSet(images, targets, list(classes))
+
+
+def as_sample(sample: Any) -> tuple[np.ndarray, int]:
+    """A sample of a map-style data set as an image, uint8 [H, W, 3], and its class index.
+
+    Raises ValueError or TypeError, without naming the sample, if it is not such a pair.
+    """
+    if not isinstance(sample, list | tuple) or len(sample) != 2:
+        raise ValueError("it is not a pair (image, class index)")
+    return as_pixels(sample[0]), as_index(sample[1])
 
 
 def as_pixels(image: Any) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from operator import index as as_index
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from classroomkd.data.crops import CentreCrop, RandomResizedCrop
-from classroomkd.data.image_sets import ImageSet, as_pixels
+from classroomkd.data.image_sets import ImageSet, as_sample
 from classroomkd.data.loader import Batch, Loader, available_cores
 from classroomkd.errors import UserError
 
@@ -108,9 +107,9 @@ class _Batches(Dataset):
         images: list[np.ndarray] = []
         targets = np.empty(len(indices), np.int64)
         for i, index in enumerate(indices.tolist()):
-            image, target = self.data[index]
+            sample = self.data[index]
             try:
-                image, targets[i] = as_pixels(image), as_index(target)
+                image, targets[i] = as_sample(sample)
             except (TypeError, ValueError) as error:
                 message = f"sample {index} of the data set cannot be used: {error}"
                 raise UserError(message) from error

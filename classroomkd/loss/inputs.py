@@ -162,8 +162,12 @@ def _check_targets(targets: Tensor, student_logits: Tensor) -> None:
             f"got {targets.dtype}"
         )
     if targets.shape not in (shape, rows):
+        classes_last = targets.shape == shape[:-1]
         raise ValueError(
             f"targets must have shape {list(rows)} (class indices) or {list(shape)} "
             f"(class probabilities), got {list(targets.shape)}"
+            + classes_last
+            * "; if the last dimension of the logits is that of the classes, "
+            "flatten the others: logits [N, C], targets [N]"
         )
     check_same_device("targets", targets, student_logits)

@@ -106,6 +106,8 @@ def fused_linear_classroom_loss(
     )
     shape, n_classes = student_hidden.shape[:-1], student_weight.shape[0]
     heads = _checked_mentors(mentors, student_hidden, n_classes)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a tensor, got {type(targets).__name__}")
     if targets.shape != shape or targets.dtype not in INDICES:
         raise ValueError(
             f"targets must be class indices of shape {list(shape)}, got {targets.dtype} of shape "
@@ -143,23 +145,24 @@ def fused_linear_classroom_loss(
     return (loss, unpack_report(report, len(heads))) if return_report else loss
 
 
-def cut_vocabulary(mentor: Tensor | Head, size: int) -> Tensor | Head:
-    """A mentor's first ``size`` classes, as views: for one whose vocabulary is padded at its end.
+def cut_vocabulary(head: Tensor | Head, size: int) -> Tensor | Head:
+    """The first ``size`` classes, as views: for a vocabulary that is padded at its end.
 
     Args:
-        mentor: as for `fused_linear_classroom_loss`.
-        size: the student's number of classes, at most the mentor's.
+        head: a mentor as for `fused_linear_classroom_loss`, or the student's hidden states, weight
+            and, optionally, bias.
+        size: the number of classes to keep, at most the head's.
 
     Raises:
-        ValueError: the mentor has fewer classes.
+        ValueError: the head has fewer classes.
 
     """
-    n_classes = mentor.shape[-1] if isinstance(mentor, Tensor) else mentor[1].shape[0]
+    n_classes = head.shape[-1] if isinstance(head, Tensor) else head[1].shape[0]
     if n_classes < size:
-        raise ValueError(f"a mentor of {n_classes:,} classes cannot be cut to {size:,}")
-    if isinstance(mentor, Tensor):
-        return mentor[..., :size]
-    hidden, weight, bias = (*mentor, None)[:3]
+        raise ValueError(f"a head of {n_classes:,} classes cannot be cut to {size:,}")
+    if isinstance(head, Tensor):
+        return head[..., :size]
+    hidden, weight, bias = (*head, None)[:3]
     return hidden, weight[:size], None if bias is None else bias[:size]
 
 
@@ -204,10 +207,11 @@ def _checked_mentors(
     mentors: Sequence[Tensor | Head], student_hidden: Tensor, n_classes: int
 ) -> list[list[Tensor]]:
     """Each mentor's tensors: logits [N, V], or hidden states, weight and, if there is one, bias."""
-    if isinstance(mentors, Tensor) or not len(mentors):
+    if not isinstance(mentors, Sequence) or not mentors or _is_one_head(mentors, n_classes):
         raise ValueError(
             "mentors must be a sequence of at least one mentor, each logits [..., V], a pair "
-            "(hidden, weight) or a triple (hidden, weight, bias)"
+            "(hidden, weight) or a triple (hidden, weight, bias); a single head is [(hidden, "
+            "weight)]"
         )
     heads = []
     for index, mentor in enumerate(mentors):
@@ -216,20 +220,21 @@ def _checked_mentors(
             check_float(name, mentor)
             rows, classes = mentor.shape[:-1], mentor.shape[-1]
             head = [mentor.reshape(-1, classes)]
-        else:
-            if len(mentor) not in (2, 3):
-                raise ValueError(
-                    f"{name} must be logits, (hidden, weight) or (hidden, weight, bias), got "
-                    f"{len(mentor)} tensors"
-                )
+        elif isinstance(mentor, Sequence) and len(mentor) in (2, 3):
             names = [f"{name}[{i}]" for i in range(3)]
-            rows, classes = mentor[0].shape[:-1], mentor[1].shape[0]
             head = [part for part in _checked_head(names, *mentor) if part is not None]
+            rows, classes = mentor[0].shape[:-1], mentor[1].shape[0]
+        else:
+            size = f" of {len(mentor)}" if isinstance(mentor, Sequence) else ""
+            raise TypeError(
+                f"{name} must be logits [..., V], (hidden, weight) or (hidden, weight, bias), got "
+                f"{type(mentor).__name__}{size}"
+            )
         if classes != n_classes:
             raise ValueError(
                 f"{name} has {classes:,} classes, the student {n_classes:,}. If the larger "
-                "vocabulary is padded at its end, cut it (classroomkd.loss.cut_vocabulary) or mask "
-                "the padding with a bias of -inf; if the tokens differ, map their ids first"
+                "vocabulary is padded at its end, cut it (classroomkd.loss.cut_vocabulary); if the "
+                "tokens differ, map their ids first"
             )
         if rows != student_hidden.shape[:-1]:
             raise ValueError(
@@ -239,6 +244,15 @@ def _checked_mentors(
         check_same_device(name, head[0], student_hidden)
         heads.append(head)
     return heads
+
+
+def _is_one_head(mentors: Sequence[Tensor | Head], n_classes: int) -> bool:
+    """Whether these are the parts of one mentor, and cannot be two or three mentors' logits."""
+    parts = [part for part in mentors if isinstance(part, Tensor)]
+    if len(mentors) not in (2, 3) or len(parts) < len(mentors):
+        return False
+    hidden, weight = parts[:2]
+    return weight.shape == (n_classes, hidden.shape[-1]) and hidden.shape[-1] != n_classes
 
 
 def _valid_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
@@ -257,12 +271,11 @@ def _rows_per_chunk(
     dtype: torch.dtype | None,
 ) -> int:
     """As given, or as many as ``memory_budget`` bytes hold, at least 1; it never depends on N."""
+    for name, value in (("chunk_rows", chunk_rows), ("memory_budget", memory_budget)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     if chunk_rows is not None:
-        if chunk_rows < 1:
-            raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
         return chunk_rows
-    if memory_budget < 1:
-        raise ValueError(f"memory_budget must be at least 1 byte, got {memory_budget}")
     # The student's logits and their gradient, and those of each mentor that has a head.
     made = [student.hidden.dtype] * 2 + [head[0].dtype for head in heads if len(head) > 1]
     bytes_per_class = sum((dtype or its).itemsize for its in made)

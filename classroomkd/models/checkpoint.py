@@ -253,8 +253,8 @@ def _recognised(found: list[State], content: Mapping[str, Any], path: Path) -> t
     within = f" in {state.entry}" if state.entry else ""
     raise UserError(
         f"{path} fits no network of the zoo, {libraries}; the nearest, {near.architecture}, "
-        f"differs{within}: {recognition.differences(shapes_of(state.tensors), near.shapes)} "
-        "(docs/extending.md explains how to add your own network)"
+        f"differs{within}: {recognition.differences(shapes_of(state.tensors), near.shapes)}; "
+        f"a network of your own is given as FILE.py:NAME={path} (docs/networks.md)"
     )
 
 

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from classroomkd.report.numbers import UNKNOWN, filled
 from classroomkd.report.records import label
@@ -76,7 +76,7 @@ def evidence(summary: dict) -> str:
 def results_table(summary: dict) -> Table:
     """The results of ``summary`` (a run's summary.json) as a table for the terminal."""
     table = terminal_table(*filled(COLUMNS, result_rows(summary)))
-    table.caption, table.caption_justify = escape(evidence(summary)), "left"
+    table.caption, table.caption_justify = Text(evidence(summary)), "left"
     table.padding = (0, 1, 0, 0)  # so that lines fit a terminal of 80 characters
     return table
 
@@ -87,7 +87,7 @@ def terminal_table(columns: Sequence[str], rows: Iterable[Sequence[str]], texts:
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < texts else "right")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))  # names may look like rich's markup or emoji codes
     return table
 
 

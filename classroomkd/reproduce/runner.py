@@ -13,7 +13,6 @@ from pathlib import Path
 
 from filelock import Timeout
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from classroomkd.errors import UserError
@@ -76,7 +75,7 @@ class Runner:
         training states and ended.
         """
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[what]}"),
             console=self.console,
@@ -157,7 +156,7 @@ class Runner:
                 env=environment,
                 start_new_session=True,  # so that Ctrl-C reaches it only through this process
             )
-        shown = self._progress.add_task(escape(task.id), total=task.epochs, what="epochs")
+        shown = self._progress.add_task(task.id, total=task.epochs, what="epochs")
         begun_at = time.monotonic()
         self._running.append(_Running(task, slot, process, log, log_begin, begun_at, shown))
 

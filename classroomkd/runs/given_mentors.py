@@ -18,8 +18,16 @@ from classroomkd.training.evaluation import evaluation_loader
 from classroomkd.training.mentor_check import CheckedMentor, MentorCheck, check_mentors
 
 N_IMAGES = 400
+_FEW = 100
 _ON_A_CPU = 128  # of images much larger than CIFAR's
 _SMALL = 64  # pixels
+
+
+def part_to_check(validation: AnyPart | None, test: AnyPart) -> AnyPart:
+    """The validation images, or the held-out ones if those are too few and these are more."""
+    if validation is None or len(validation) < min(_FEW, len(test)):
+        return test
+    return validation
 
 
 def check_given(
@@ -42,7 +50,7 @@ def check_given(
     for mentor in given:
         assert mentor.network is not None
         own = mentor.info or info
-        looked_at[mentor.name] = CheckedMentor(
+        looked_at[mentor.called] = CheckedMentor(
             to_channels_last(bare(mentor.network), device),
             *((None, None) if as_they_come else (own.mean, own.std)),
         )

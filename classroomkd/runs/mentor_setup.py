@@ -34,13 +34,15 @@ _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weig
 class Mentor:
     """A mentor by its role in the run, and its ``source``, the name that the recipe has for it.
 
-    ``network`` is None if it is to be trained, and ``info`` if that is not known.
+    ``network`` is None if it is to be trained, and ``info`` if that is not known. ``file`` holds
+    the weights of one that is not trained here.
     """
 
     job: TrainingJob
     source: str
     network: nn.Module | None
     info: NetworkInfo | None
+    file: str | None = None
 
     @property
     def name(self) -> str:
@@ -51,6 +53,11 @@ class Mentor:
     def architecture(self) -> str:
         """What builds its network."""
         return self.job.architecture
+
+    @property
+    def called(self) -> str:
+        """Its name in messages, with the file that it came from."""
+        return f"{self.name} ({self.file})" if self.file else self.name
 
 
 def find_mentors(
@@ -73,7 +80,7 @@ def find_mentors(
     trained: Counter[tuple[str, int | None]] = Counter()
     for config in configs:
         source, weights = config.source, config.weights
-        network, info, architecture = None, None, source
+        network, info, architecture, file = None, None, source, None
         length: int | None = config.epochs or epochs
         number = 0
         given = config.epochs is None if source in modules else is_given(config)
@@ -83,9 +90,10 @@ def find_mentors(
             network, info, architecture = models.load_network(source, notify=notify)
             weights = source
         elif given:
-            network, info = load_given(source, weights or PRETRAINED, notify)
+            weights = weights or PRETRAINED
+            network, info = load_given(source, weights, notify)
         if given:
-            length = weights = None
+            length, file, weights = None, weights, None
         else:
             network = info = None
             trained[architecture, config.at] += 1
@@ -96,7 +104,7 @@ def find_mentors(
         mean, std = (per_channel(of) if of else None for of in (config.mean, config.std))
         schedule = length, config.at, number
         job = TrainingJob("mentor", name, architecture, *schedule, weights, mean, std)
-        mentors.append(Mentor(job, source, network, info))
+        mentors.append(Mentor(job, source, network, info, file))
     return mentors
 
 
@@ -117,7 +125,7 @@ def fit_mentor(
 
     ``example`` is a batch of images like the data's.
     """
-    what, info = f"mentor {mentor.source}", mentor.info
+    what, info = f"mentor {mentor.called}", mentor.info
     assert mentor.network is not None
     if info and models.is_external(mentor.source) and len(info.classes) == len(data.classes):
         notify(f"{what}: assuming that its classes are the data's, in the same order")

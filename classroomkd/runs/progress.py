@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console, RenderableType
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 _QUIET = 60.0  # seconds between lines about epochs if there is no terminal for a bar
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print a line as it is, however long."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print a line as it is, however long: names may look like rich's markup or emoji codes."""
+    console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 class TrainingProgress:
@@ -24,7 +24,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console) -> None:
         self._progress = _Display(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[latest]}"),
@@ -49,7 +49,7 @@ class TrainingProgress:
     def begin(self, called: str, epoch: int, epochs: int) -> None:
         """Show the network and the epoch that it starts, counted from 1."""
         self._called = called
-        self._progress.update(self._task, description=escape(f"{called} {epoch}/{epochs}"))
+        self._progress.update(self._task, description=f"{called} {epoch}/{epochs}")
         if epoch == 1:
             self._progress.update(self._task, latest="")
             self._progress.lessons = None
@@ -96,7 +96,7 @@ def _lessons(record: Mapping[str, Any]) -> Table:
         table.add_column(column, justify="left" if column.startswith("in") else "right")
     for name, means in record["mentors"].items():
         shares = f"{means['active_share']:.1%}", f"{means['rank_weight']:.2f}"
-        table.add_row(escape(name), *shares, f"{means['temperature']:.2f}", f"{means['kl']:.3f}")
+        table.add_row(Text(name), *shares, f"{means['temperature']:.2f}", f"{means['kl']:.3f}")
     confidence, task = record["student_confidence"], record["task_loss"]
     table.add_row(f"the student: confidence {confidence:.1%}, task loss {task:.3f}")
     return table

@@ -22,7 +22,7 @@ from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.models.network_names import is_logits
 from classroomkd.report.page import write_report
 from classroomkd.runs.builder import Builder
-from classroomkd.runs.given_mentors import check_given
+from classroomkd.runs.given_mentors import check_given, part_to_check
 from classroomkd.runs.images import (
     AnyPart,
     ImageSets,
@@ -154,7 +154,7 @@ class TrainingRun:
 
     def _check_mentors(self, sets: ImageSets, info: NetworkInfo) -> None:
         """Print a line per given mentor; raise UserError for a fault if the recipe is strict."""
-        part = sets.get("validation", sets["test"])
+        part = part_to_check(sets.get("validation"), sets["test"])
         checks = check_given(self.mentors, part, info, self.device)
         for check in checks:
             self._print(f"mentor {check}")
@@ -175,7 +175,7 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = {
+        held_out: dict[str, Loader] = {
             name: opened.enter_context(
                 evaluation_loader(loaders, sets[name], info, **self.processes.place)
             )
@@ -332,7 +332,7 @@ class TrainingRun:
         """Measure a given mentor; raises UserError if its loss is not finite."""
         to_channels_last(network, self.device)
         measured = trainer.evaluate(network, "test")
-        require_finite(measured, f"mentor {mentor.name} ({mentor.source})")
+        require_finite(measured, f"mentor {mentor.called}")
         return mentor.job.result(network, measured)
 
     def _print(self, line: str) -> None:

@@ -156,8 +156,10 @@ def _check(
     chance = _chance(targets, n_classes)
     deviation = math.sqrt(n_rows * chance * (1 - chance))
     if right.sum() <= max(n_rows * chance + 3 * deviation, _ABOVE_CHANCE * n_rows * chance):
+        unsure = right.sum() > _ABOVE_CHANCE * n_rows * chance
         check.findings.append(
-            f"near chance ({chance:.1%}): other classes, another normalisation, or not trained"
+            f"near chance ({chance:.1%}): other classes or another order of them, another "
+            f"normalisation, or not trained{f'; or too few {row}s to tell' * unsure}"
         )
     elif not probabilities:
         _check_scale(check, logits, targets)

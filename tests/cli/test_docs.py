@@ -16,6 +16,7 @@ from PIL import Image
 
 from classroomkd.cli import main
 from classroomkd.cli.parser import make_parser
+from classroomkd.loss.methods import method_names
 from classroomkd.runs.recipe import load_recipe
 from image_folders import make_cifar
 
@@ -48,6 +49,24 @@ def test_python_blocks_run(code, page):
 def test_yaml_blocks_are_recipes(code, page, tmp_path):
     (tmp_path / "recipe.yaml").write_text(code)
     load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_the_table_of_methods_has_every_option():
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) ?\|$", text, re.MULTILINE))
+    assert list(rows) == method_names.names()
+
+    def shown(default):
+        if isinstance(default, str):
+            return f'"{default}"'
+        return f"{default:g}" if isinstance(default, float) else str(default)
+
+    for name, row in rows.items():
+        options = method_names.entry(name).options
+        if name == "classroom":  # method.md has those of the loss
+            options = {"standardise": options["standardise"]}
+        expected = [f"{option}={shown(default)}" for option, default in options.items()]
+        assert re.findall(r"`(\w+=[^`]*)`", row) == expected
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -788,7 +788,7 @@ def test_map_style_data_sets(shape):
         ((np.zeros((8, 8, 4), np.uint8), 0), "its image is [8, 8, 4], neither"),
         ((pixels(0), 0.5), "'float' object cannot be interpreted as an integer"),
         ((pixels(0), "cat"), "'str' object cannot be interpreted as an integer"),
-        (pixels(0), "too many values to unpack"),
+        (pixels(0), "it is not a pair (image, class index)"),
         (OSError("image file is truncated"), "image file is truncated"),
     ],
 )

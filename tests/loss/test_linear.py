@@ -327,18 +327,38 @@ def test_vocabularies_that_differ():
         cut_vocabulary(mentors[0], 40)
 
 
+def test_the_students_vocabulary_may_be_the_padded_one():
+    student, mentors, targets = heads()
+    loss = fused_linear_classroom_loss(*student[:2], mentors, targets)
+    (expected,) = torch.autograd.grad(loss, student[1])
+    weight = torch.cat([student[1].detach(), torch.ones(3, student[1].shape[1])]).requires_grad_()
+    hidden, cut, _ = cut_vocabulary((student[0], weight), V)
+    fused_linear_classroom_loss(hidden, cut, mentors, targets).backward()
+    assert torch.equal(weight.grad[:V], expected)
+    assert not weight.grad[V:].any()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"mentors": []}, "at least one mentor"),
         ({"targets": torch.zeros(N + 1, dtype=torch.int64)}, r"targets must .* shape \[13\]"),
         ({"targets": torch.zeros(N)}, "targets must be class indices"),
-        ({"chunk_rows": 0}, "chunk_rows must be at least 1, got 0"),
-        ({"memory_budget": 0}, "memory_budget must be at least 1 byte"),
+        ({"chunk_rows": 0}, "chunk_rows must be an integer of at least 1, got 0"),
+        ({"memory_budget": 0}, "memory_budget must be an integer of at least 1, got 0"),
+        ({"memory_budget": 1e6}, "memory_budget must be an integer of at least 1, got 1000000.0"),
+        ({"targets": [0] * N}, "targets must be a tensor, got list"),
         ({"student_bias": torch.zeros(V + 1)}, r"student_bias must have shape \[37\]"),
         ({"student_weight": torch.zeros(V, H + 1)}, r"student_weight must have shape \[V, H\]"),
         ({"student_weight": torch.zeros(V, H).half()}, "student_weight must have the dtype"),
-        ({"mentors": [(torch.zeros(N, H),)]}, r"mentors\[0\] must be logits, \(hidden, weight\)"),
+        ({"mentors": [(torch.zeros(N, H),)]}, r"mentors\[0\] must be logits .* got tuple of 1"),
+        ({"mentors": [None]}, r"mentors\[0\] must be logits .* got NoneType"),
+        ({"mentors": (torch.zeros(N, 9), torch.zeros(V, 9))}, r"a single head is \[\(hidden, w"),
+        ({"mentors": iter([torch.zeros(N, V)])}, "mentors must be a sequence"),
+        (
+            {"mentors": [(torch.zeros(N, H), torch.nn.Linear(H, V))]},
+            r"mentors\[0\]\[1\] must be a tensor of shape \[V, H\], got Linear",
+        ),
         ({"mentors": [torch.zeros(N + 1, V)]}, r"mentors\[0\] must have rows \[13\]"),
         ({"mentor_weight": torch.ones(2)}, r"mentor_weight must have shape \[1\]"),
     ],

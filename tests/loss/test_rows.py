@@ -213,6 +213,8 @@ def test_what_is_refused():
         classroom_loss(student, mentors, targets, class_weight=[1.0] * 5)
     with pytest.raises(ValueError, match=r"targets must have shape \[2, 3, 4\] .class indices."):
         classroom_loss(student, mentors, targets[:, 0])
+    with pytest.raises(ValueError, match=r"got \[2, 5, 3\]; if the last dimension .* flatten"):
+        classroom_loss(student, mentors, torch.zeros(2, 5, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"class_weight must be finite and not negative, got -1"):
         ClassroomLoss(class_weight=[1.0, -1.0])
 

@@ -259,7 +259,10 @@ class Stream(torch.utils.data.IterableDataset):
         ),
         ({"student": nn.Linear(7, 4)}, "the student Linear cannot take a batch [2, 12]"),
         ({"student": nn.LSTM(12, 4)}, "the student LSTM returns a tuple, not logits"),
-        ({"mentors": {"m": nn.Linear(12, 5)}}, "mentor m tells 5 classes apart, the data has 4"),
+        (
+            {"mentors": {"m": nn.Linear(12, 5)}},
+            "the student Sequential has 4 outputs, mentor m has 5",
+        ),
         ({"mentors": {"m": 3}}, "the mentor m must be a torch.nn.Module, a name or a mapping"),
         ({"mentors": {"a/b": nn.Linear(12, 4)}}, "a mentor's name is of letters"),
         ({"mentors": ["nets.py:no"]}, "nets.py, which "),
@@ -271,6 +274,15 @@ class Stream(torch.utils.data.IterableDataset):
             {"train": DataLoader(TensorDataset(torch.zeros(8, 12), torch.ones(8, 1).long()))},
             "train gives targets [1, 1] of torch.int64 for 1 images: they must be class indices",
         ),
+        (
+            {"train": DataLoader(TensorDataset(torch.zeros(8, 12), torch.arange(8)), 8)},
+            "train gives the target 4: class indices are from 0 to 3, as there are 4 classes",
+        ),
+        (
+            {"test": DataLoader(TensorDataset(torch.zeros(8, 12), -torch.arange(8)), 8)},
+            "test gives the target -1: class indices are from 0 to 3",
+        ),
+        ({"train": "photos/", "test": None}, "train must be data, not the path photos/: read it"),
         ({"training": {"mixup": 0.2}}, "training.mixup mixes known samples"),
         ({"data": {"flip": True}}, "data: flip has no meaning for the batches of a DataLoader"),
         ({"training": {"epoch": 3}}, "there is no key training.epoch: did you mean"),

@@ -63,9 +63,19 @@ def test_a_run_names_the_fault(tmp_path, knowing):
         for line in run_with(mentors, tmp_path / "run").splitlines()
         if line.startswith("mentor resnet8") and "top-1" in line
     )
+    assert f"({mentors[0]}): top-1" in fine
     assert ";" not in fine
     assert "its classes are in another order" in turned
     assert "red is its output 2 instead of 0" in turned
+
+
+def test_few_validation_images_give_way_to_more_held_out_ones(tmp_path, knowing):
+    mentors = [kept(knowing, tmp_path / "fine.safetensors")]
+    printed = run_with(mentors, tmp_path / "run", "data.validation=0.1", "strict=true")
+    (line,) = (
+        line for line in printed.splitlines() if "top-1" in line and "mentor resnet8 (" in line
+    )
+    assert line.endswith("of 200 images")
 
 
 def test_a_strict_run_stops(tmp_path, knowing):
@@ -85,7 +95,7 @@ def test_the_command(tmp_path, knowing, capsys):
     assert not main(command)
     printed = capsys.readouterr().out
     assert "resnet14: has no weights yet" in printed
-    assert "resnet8: top-1" in printed
+    assert f"resnet8 ({tmp_path / 'untrained.safetensors'}): top-1" in printed
     assert "near chance" in printed
     assert main([*command, "--strict"]) == 1
 

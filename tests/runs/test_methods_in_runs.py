@@ -424,14 +424,20 @@ def test_the_display_tells_what_each_mentor_does(tmp_path):
 
 
 def test_methods_on_the_command_line(tmp_path, capsys):
-    """No mentors for the student alone; a wrong method or option is one line."""
+    """No mentors for the student alone; a wrong method or option is one line.
+
+    Names are printed as they are: rich has an emoji for ":five:", and markup in square brackets.
+    """
+    out = tmp_path / "run:five:[red]"
     run = ["train", "--data=digits", "--image-size=8", "--student=resnet8", "--epochs=1"]
     fast = ["training.batch_size=256", "data.loader=resident", "threads=1", "device=cpu"]
-    assert cli.main([*run, "--out", str(tmp_path / "run"), "method=alone", *fast]) == 0
+    assert cli.main([*run, "--out", str(out), "method=alone", *fast]) == 0
     printed = capsys.readouterr().out
+    assert f"run in {out}" in printed
+    assert f"report: {out / 'report.html'}" in printed
     assert "resnet8 alone" in printed
     assert "classroom" not in printed
-    evaluate = ["evaluate", str(tmp_path / "run"), "--data", str(tmp_path)]
+    evaluate = ["evaluate", str(out), "--data", str(tmp_path)]
     assert cli.main(evaluate) == 2  # no images there, but a network
     assert "student" not in capsys.readouterr().err
     for overrides, message in (

@@ -46,6 +46,7 @@ class Wide(nn.Module):
             raise AssertionError
         return self.fc(self.body((images - self.mean) * self.scale).mean((2, 3)))
 
+five = small
 def three(): return small(3)
 def raises(num_classes): raise ValueError("no such width")
 def no_module(num_classes): return [small(num_classes)]
@@ -382,10 +383,12 @@ def test_commands(nets, tmp_path, capsys, store):
     assert main(["mentors", *common, "--epochs", "1", "--mentors", "nets.py:small"]) == 0
     (weights,) = store.glob("*.safetensors")
     options = ["--student", "nets.py:small", "--init", str(weights), "alone=false"]
-    teachers = ["--mentors", f"nets.py:small={weights}", "resnet8"]
+    teachers = ["--mentors", f"nets.py:five={weights}", "resnet8"]
     command = ["train", *common, "--epochs", "1", *options, *teachers, "--out", "run"]
     assert main(command) == 0, capsys.readouterr().err
-    capsys.readouterr()
+    printed = capsys.readouterr().out
+    assert f"mentor nets.py:five ({weights}): top-1" in printed
+    assert "nets.py:five (mentor)" in printed
     assert main(["evaluate", "run"]) == 0
     plain = capsys.readouterr().out
     assert "nets.py:small of run on the held-out part" in plain

@@ -95,6 +95,19 @@ def test_the_order_is_named(trained, images):
     assert f"digit {b} is its output {a} instead of {b}" in text
 
 
+def test_few_images_are_said_to_be_few():
+    """8 of 12 right, where chance is a third, may be chance; a third of 300 is chance."""
+    targets = torch.arange(12) % 3
+    fair = torch.nn.functional.one_hot(targets.where(torch.arange(12) > 3, (targets + 1) % 3), 3)
+    (few,) = check_logits({"fair": 4.0 * fair}, targets)
+    assert "near chance" in str(few)
+    assert str(few).endswith("or too few images to tell")
+    guesses = torch.nn.functional.one_hot(torch.arange(300) // 100, 3)
+    (many,) = check_logits({"guesses": 4.0 * guesses}, torch.arange(300) % 3)
+    assert "near chance" in str(many)
+    assert "too few" not in str(many)
+
+
 def test_same_answers(trained, images):
     twin = CheckedMentor(trained["plain", 0], *OWN)
     assert "the same answers as plain" in str(checked(trained, images, 100, 0, twin=twin)["twin"])
