@@ -216,8 +216,8 @@ def markdown(record: Mapping[str, Any]) -> Iterator[str]:
     yield (
         f"The smallest of {', '.join(map(str, sizes))} images with which a fault is found for all "
         f"{seeds} seeds; if there is none, the number of seeds for which {sizes[-1]} images "
-        "suffice. Seeds for which a fault changes nothing (training mode without batch norms) or costs at "
-        f"most {HARM:.0%} of the images (another normalisation) are left out; – means all."
+        "suffice. Seeds for which a fault changes nothing (training mode without batch norms) or "
+        f"costs at most {HARM:.0%} of the images (another normalisation) are left out; – means all."
     )
     names = list(dict.fromkeys(row["mentor"] for row in rows))
     faults = list(dict.fromkeys(row["fault"] for row in rows if row["fault"] is not None))
