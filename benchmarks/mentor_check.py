@@ -1,10 +1,10 @@
-"""Which faults of mentors `classroomkd check` finds, and in how many images.
+"""Which faults of mentors `classroomkd check` finds, and how many images it needs.
 
     python benchmarks/mentor_check.py --out OUT
 
 Trains three small networks on scikit-learn's handwritten digits with each of five seeds, puts each
-fault into each of them, and looks at it on more and more held-out images. Healthy ones are looked
-at too: whatever is found there is a false alarm.
+fault into each of them, and checks it on increasing numbers of held-out images. Healthy networks
+are checked too: any finding there is a false alarm.
 """
 
 from __future__ import annotations
@@ -214,10 +214,10 @@ def markdown(record: Mapping[str, Any]) -> Iterator[str]:
     healthy = [row for row in rows if row["fault"] is None]
     seeds = len({row["seed"] for row in rows})
     yield (
-        f"From how many images on, of {', '.join(map(str, sizes))}, a fault is found with each of "
-        f"{seeds} seeds, or else with how many seeds it is found in {sizes[-1]}. Seeds with which "
-        "a fault changes nothing (training mode without batch norms) or costs at most "
-        f"{HARM:.0%} of the images (another normalisation) are left out; – means all."
+        f"The smallest of {', '.join(map(str, sizes))} images with which a fault is found for all "
+        f"{seeds} seeds; if there is none, the number of seeds for which {sizes[-1]} images "
+        "suffice. Seeds for which a fault changes nothing (training mode without batch norms) or "
+        f"costs at most {HARM:.0%} of the images (another normalisation) are left out; – means all."
     )
     names = list(dict.fromkeys(row["mentor"] for row in rows))
     faults = list(dict.fromkeys(row["fault"] for row in rows if row["fault"] is not None))
@@ -235,7 +235,7 @@ def markdown(record: Mapping[str, Any]) -> Iterator[str]:
         ],
     )
     alarms = {n: sum(str(n) in row["alarms"] for row in healthy) for n in sizes}
-    told = ", ".join(f"{count} in {n} images" for n, count in alarms.items())
+    told = ", ".join(f"{count} with {n} images" for n, count in alarms.items())
     yield f"False alarms, of {len(healthy)} healthy mentors: {told}."
 
 

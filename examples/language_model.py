@@ -4,12 +4,12 @@
     python examples/language_model.py
 
 Two Llamas learn the characters of Python's help pages. A smaller one learns those of a twentieth of
-the pages, alone and in their classroom, where a third mentor is of no use: the first with its
-vocabulary shuffled. `check_logits` finds it, and the knowledge filter leaves it out token by token.
+the pages, alone and in their classroom, which has a faulty third mentor: the first one with its
+vocabulary shuffled. `check_logits` reports it, and the knowledge filter excludes it token by token.
 The logits of all tokens never exist at once: `fused_linear_classroom_loss` takes hidden states and
-the weights of the heads. Labels are shifted once, by the collator; the first characters of a
-sequence are its prompt, and no labels. Mentor weight and temperature are those of the other
-examples with few classes; the rate was chosen with seed 10. docs/teaching.md has other seeds.
+the weights of the heads. The collator shifts the labels, once; the first characters of a sequence
+are its prompt and are not labels. Mentor weight and temperature are those of the other examples
+with few classes; the learning rate was chosen with seed 10. docs/teaching.md has other seeds.
 """
 
 import argparse
