@@ -754,23 +754,19 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 """)
     path = os.pathsep.join([str(tmp_path), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")])
-    tests = "import gpu_tests as g; print(*(g.TESTS / name for name in g.ON_A_GPU))"
-
-    def bare(*command):
-        return subprocess.run(
-            [sys.executable, *command],
-            env=os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
-            capture_output=True,
-            text=True,
-            timeout=LAST_RESORT,
-        )
-
-    result = bare("-c", f"import roofline, loss, loss_linear, loaders, summary; {tests}")
-    assert result.returncode == 0, result.stderr
-    files = result.stdout.split()
     # Hypothesis's plugin is hidden with it; where it is not installed, there is none.
     options = ["-q", "-rs", "--collect-only", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
-    result = bare("-m", "pytest", *options, *files)
+    code = f"""
+import gpu_tests, loaders, loss, loss_linear, pytest, roofline, summary, sys
+sys.exit(pytest.main([*{options}, *(str(gpu_tests.TESTS / name) for name in gpu_tests.ON_A_GPU)]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path, "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=LAST_RESORT,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "test_fused_kernels.py::test_on_any_numbers" in result.stdout
     assert "test_operator.py::test_cuda_graph" in result.stdout

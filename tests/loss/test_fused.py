@@ -95,11 +95,16 @@ def kernels_ran(device, monkeypatch):
     assert calls
 
 
+# Of five rows and so many classes, seeds by which a mentor is behind over the whole batch, each
+# filter by row lets other mentors teach, and a target is the class that ``ignore_index`` names.
+WITH_ALL_KINDS = {10: 5, 37: 270}
+
+
 @pytest.mark.usefixtures("kernels_ran")
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_option(device, name, soft):
-    batch = classroom(n_rows=9)
+    batch = classroom(n_rows=5, seed=WITH_ALL_KINDS[10])
     if soft:
         batch = batch._replace(targets=probabilities(*batch.student.shape))
     assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
@@ -131,7 +136,7 @@ TILED_SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", 
 )
 def test_every_option_tiled(device, monkeypatch, name, soft):
     sweep(monkeypatch, 16)
-    batch = classroom(n_mentors=3, n_rows=9, n_classes=37)
+    batch = classroom(3, 5, 37, seed=WITH_ALL_KINDS[37])
     if soft:
         batch = batch._replace(targets=probabilities(*batch.student.shape))
     assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
@@ -166,7 +171,7 @@ def test_many_mentors(device, n_mentors):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", ["defaults", "correct", "dtkd", "released"])
 def test_half_precision(device, dtype, name):
-    batch = classroom(n_rows=8, n_classes=100).to(dtype)
+    batch = classroom(n_rows=5, n_classes=100).to(dtype)
     assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
 
 
@@ -350,10 +355,9 @@ def test_confidences_that_underflow(device):
 
 @pytest.mark.usefixtures("kernels_ran")
 @pytest.mark.parametrize("mentoring", ["adaptive", "fixed", "dtkd"])
-@pytest.mark.parametrize("n_classes", [2, 10, 1000, 9000])
-def test_the_kernels_bear_every_temperature(device, n_classes, mentoring):
+@pytest.mark.parametrize(("n_rows", "n_classes"), [(64, 2), (16, 10), (2, 1000), (1, 5000)])
+def test_the_kernels_bear_every_temperature(device, n_rows, n_classes, mentoring):
     """As the definition does in ``test_definition.py``."""
-    n_rows = 64 if n_classes < 1000 else 2 if n_classes < 9000 else 1
     for scale, temperature in ((0.01, 20.0), (1.0, 20.0), (10.0, 20.0), (1.0, 1e-45)):
         student, mentors, targets = classroom(1, n_rows, n_classes, scale=scale)
         for mentor in (mentors[0], torch.nextafter(student, torch.zeros(()))):
@@ -393,7 +397,7 @@ def test_logits_near_the_largest_float(device, monkeypatch, mentoring, tiled):
         sweep(monkeypatch, 4)
     rng = torch.Generator().manual_seed(0)
     values = torch.tensor([3e38, -3e38, 1e38, 1.0, 2.0, 1e-30])
-    n_rows = 6 if tiled else 24  # the interpreter takes a row after another in tiles
+    n_rows = 6 if tiled else 12  # the interpreter takes a row after another in tiles
     drawn = torch.randint(len(values), (4, n_rows, 9), generator=rng)
     student, *mentors = values[drawn]
     student[:2] = values[3:][drawn[0, :2] % 3]  # beside students as they should be
