@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mentor_cache
 import mentor_check
 import modelled
 import teaching as teaching_tables
@@ -36,6 +37,7 @@ RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
 TEACHING = ROOT / "docs/teaching.md"
 MENTOR_CHECK = ROOT / "docs/mentor-check.md"
+MENTOR_CACHE = ROOT / "docs/mentor-cache.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
@@ -199,6 +201,18 @@ def checked(text: str, devices: Records) -> str:
     return _joined(blocks)
 
 
+def cached(text: str, devices: Records) -> str:
+    """docs/mentor-cache.md: ``text`` up to the mark, and what its options cost after it."""
+    head, mark, _ = text.partition(MARK)
+    blocks = [head + mark]
+    for device, records in devices.items():
+        if "mentor_cache" in records:
+            command = "python benchmarks/mentor_cache.py --data FOLDER --out OUT"
+            blocks.append(f"{_link(device, 'mentor_cache')}, by `{command}`:")
+            blocks += mentor_cache.markdown(records["mentor_cache"])
+    return _joined(blocks)
+
+
 def _quickstart(summary: Record) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
     table = markdown_table(COLUMNS, result_rows(summary))
@@ -312,7 +326,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atomic_write(REPRODUCTION, reproduction(REPRODUCTION.read_text(encoding="utf-8"), devices))
     atomic_write(TEACHING, teaching(TEACHING.read_text(encoding="utf-8"), devices))
     atomic_write(MENTOR_CHECK, checked(MENTOR_CHECK.read_text(encoding="utf-8"), devices))
-    print(PAGE, REPRODUCTION, TEACHING, MENTOR_CHECK, sep="\n")
+    atomic_write(MENTOR_CACHE, cached(MENTOR_CACHE.read_text(encoding="utf-8"), devices))
+    print(PAGE, REPRODUCTION, TEACHING, MENTOR_CHECK, MENTOR_CACHE, sep="\n")
     for device, records in devices.items():
         for name, record in records.items():
             for file, drawing in drawings(device, name, record).items():

@@ -53,6 +53,13 @@ def test_what_the_check_of_mentors_finds_is_what_the_command_gives():
     assert "| NaN in a weight | 25 | 25 | 25 |" in text
 
 
+def test_what_the_mentor_cache_costs_is_what_the_command_gives():
+    text = document.MENTOR_CACHE.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.cached(text, document.read(document.RESULTS)) == text
+    assert "| float16 | 50 % |" in text
+
+
 def test_links_and_figures_are_there():
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", PAGE)
     assert any(target.startswith("figures/") for target in targets)
