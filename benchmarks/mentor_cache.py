@@ -91,11 +91,11 @@ def plan() -> Iterator[dict[str, Any]]:
                 yield way._asdict() | {"seed": seed}
 
 
-def top_k(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, float]:
+def top_k(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities [..., N, C] of which the ``k`` largest and the targets' are exact.
 
     The remaining probability is spread evenly over the other classes. ``logits`` are [..., N, C]
-    and ``targets`` [N]. Also returns the mean probability that is exact.
+    and ``targets`` [N]. Also returns the probability of each row that is exact, [..., N].
     """
     logs = log_softmax(logits.double(), -1)
     exact = torch.zeros_like(logs, dtype=torch.bool)
@@ -103,12 +103,15 @@ def top_k(logits: Tensor, targets: Tensor, k: int) -> tuple[Tensor, float]:
     exact.scatter_(-1, targets.expand(logs.shape[:-1])[..., None], True)
     others = logs.masked_fill(exact, -math.inf).logsumexp(-1, keepdim=True)
     others = others - (~exact).sum(-1, keepdim=True).log()
-    share = logs.exp().masked_fill(~exact, 0).sum(-1).mean()
-    return torch.where(exact, logs, others).float(), float(share)
+    share = logs.exp().masked_fill(~exact, 0).sum(-1)
+    return torch.where(exact, logs, others).float(), share
 
 
 def cached(recipe: Recipe, way: Stored) -> dict[str, np.ndarray]:
-    """The cached logits [epochs, N, C] of each mentor, memory-mapped."""
+    """The cached logits [epochs, N, C] of each mentor, memory-mapped.
+
+    They are 0 for images that the last batch of an epoch, which is not full, would have had.
+    """
     found = {}
     for folder in sorted(logits_folder().iterdir()):
         key = read_key(folder) or {}
@@ -124,18 +127,19 @@ def files(recipe: Recipe, way: Stored, targets: np.ndarray, out: Path) -> dict[s
     for name, logits in cached(recipe, way._replace(top=None)).items():
         values, share = top_k(torch.tensor(logits), torch.from_numpy(targets), way.top)
         np.save(out / f"{name}.npy", values.numpy())
-        shares.append(share)
+        shares.append(share.numpy()[logits.any(-1)])
     return {"exact_share": float(np.mean(shares))}
 
 
 def rounding(recipe: Recipe, way: Stored) -> dict[str, float]:
     """How far the logits cached in ``way`` are from those in float32, and how large these are."""
-    exact = cached(recipe, way._replace(dtype="float32"))
-    pairs = [(np.asarray(exact[name]), of) for name, of in cached(recipe, way).items()]
-    return {
-        "largest_difference": max(float(np.abs(a - b.astype(a.dtype)).max()) for a, b in pairs),
-        "largest_logit": max(float(np.abs(a).max()) for a, _ in pairs),
-    }
+    exact, differing, largest = cached(recipe, way._replace(dtype="float32")), [], []
+    for name, logits in cached(recipe, way).items():
+        known = logits.any(-1)
+        own, right = logits[known].astype(np.float32), exact[name][known]
+        differing.append(np.abs(own - right).max())
+        largest.append(np.abs(right).max())
+    return {"largest_difference": float(max(differing)), "largest_logit": float(max(largest))}
 
 
 def measure(row: Mapping[str, Any], data: Path, sets: Parts, out: Path) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from torch.nn.functional import softmax
 
@@ -21,14 +20,14 @@ def test_the_k_largest_and_the_target_are_exact_and_the_others_equal():
     expected = torch.tensor([[0.05, 0.5, 0.125, 0.2, 0.125], [0.4, 0.3, 0.1, 0.1, 0.1]])
     assert found.shape == (3, 2, 5)
     assert torch.allclose(found.exp(), expected.expand(3, 2, 5), atol=1e-6)
-    assert share == pytest.approx((0.75 + 0.7) / 2)
+    assert torch.allclose(share, torch.tensor([0.75, 0.7]).double().expand(3, 2))
 
 
 def test_all_of_the_classes_are_the_logits_themselves():
     logits = 3 * torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
     found, share = mentor_cache.top_k(logits, torch.tensor([0, 5, 2, 2]), 6)
     assert torch.allclose(softmax(found, -1), softmax(logits, -1), atol=1e-6)
-    assert share == pytest.approx(1)
+    assert torch.allclose(share, torch.ones(2, 4).double())
 
 
 def test_every_way_of_storing_is_paired_with_float32():
@@ -87,12 +86,11 @@ def test_students_learn_from_what_is_stored(tmp_path, monkeypatch):
         row = way._asdict() | {"seed": 0}
         return mentor_cache.measure(row, Path("colours"), sets, tmp_path)
 
-    whole = measured(Stored(2))
+    assert 0 < measured(Stored(2))["top1"] <= 1
     rounded = measured(Stored(2, "float16"))
     # A float16 has 11 bits.
     assert 0 < rounded["largest_difference"] <= rounded["largest_logit"] * 2**-11
-    repeated = measured(Stored(2, repeat=1))
-    assert {of["top1"] for of in (whole, rounded, repeated)} <= set(np.arange(13) / 12)
+    measured(Stored(2, repeat=1))
     largest = measured(Stored(2, top=1))
     assert 1 / 3 < largest["exact_share"] < 1
     assert np.load(tmp_path / "resnet8.npy").shape == (2, 27, 3)
