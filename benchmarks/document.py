@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import mentor_cache
 import mentor_check
 import modelled
 import teaching as teaching_tables
@@ -37,6 +38,7 @@ RESULTS, PAGE = ROOT / "benchmarks/results", ROOT / "docs/benchmarks.md"
 REPRODUCTION = ROOT / "docs/reproduction.md"
 TEACHING = ROOT / "docs/teaching.md"
 MENTOR_CHECK = ROOT / "docs/mentor-check.md"
+MENTOR_CACHE = ROOT / "docs/mentor-cache.md"
 LINK = "../benchmarks/results"  # of the page
 
 Record = Mapping[str, Any]
@@ -202,6 +204,18 @@ def checked(text: str, devices: Records) -> str:
     return _joined(blocks)
 
 
+def cached(text: str, devices: Records) -> str:
+    """docs/mentor-cache.md: ``text`` up to the mark, and what its options cost after it."""
+    head, mark, _ = text.partition(MARK)
+    blocks = [head + mark]
+    for device, records in devices.items():
+        if "mentor_cache" in records:
+            command = "python benchmarks/mentor_cache.py --data FOLDER --out OUT"
+            blocks.append(f"{_link(device, 'mentor_cache')}, by `{command}`:")
+            blocks += mentor_cache.markdown(records["mentor_cache"])
+    return _joined(blocks)
+
+
 def _quickstart(summary: Record) -> str:
     versions = ", ".join(f"{key} {value}" for key, value in summary["versions"].items())
     table = markdown_table(COLUMNS, result_rows(summary))
@@ -306,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
     print(PAGE)
     generated = {REPRODUCTION: reproduction, TEACHING: teaching, MENTOR_CHECK: checked}
+    generated |= {MENTOR_CACHE: cached}
     for path, generate in generated.items():
         atomic_write(path, generate(path.read_text(encoding="utf-8"), devices))
         print(path)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
+from classroomkd.data import Loader
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom

@@ -16,6 +16,9 @@ import step
 import step_rows
 import summary
 from classroomkd.errors import UserError
+from classroomkd.report.numbers import differences
+from mentor_cache import Stored
+from teaching import interval
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/benchmarks.md").read_text(encoding="utf-8")
@@ -51,6 +54,35 @@ def test_what_the_check_of_mentors_finds_is_what_the_command_gives():
     assert document.MARK in text
     assert document.checked(text, document.read(document.RESULTS)) == text
     assert "| NaN in a weight | 25 | 25 | 25 |" in text
+
+
+def test_what_the_mentor_cache_costs_is_what_the_command_gives():
+    text = document.MENTOR_CACHE.read_text(encoding="utf-8")
+    assert document.MARK in text
+    assert document.cached(text, document.read(document.RESULTS)) == text
+    assert "| float16 | 50 % |" in text
+
+
+def test_what_the_page_says_of_the_mentor_cache_holds():
+    cpu = document.read(document.RESULTS)["cpu"]
+    small = [run for run in cpu["reproduction-methods"]["runs"] if run["classroom"] == "small-100"]
+    known = {
+        variant: {run["seed"]: run["last"] for run in small if run["variant"] == variant}
+        for variant in ("alone", "classroom")
+    }
+    found = {}
+    for row in cpu["mentor_cache"]["rows"]:
+        way = Stored(*(row[key] for key in Stored._fields))
+        found.setdefault(way, {})[row["seed"]] = row["top1"]
+    assert found[Stored(5)] == known["classroom"]  # the same students
+    for way, top1 in found.items():
+        lost = differences(found[Stored(way.epochs)], top1)
+        if way.top:
+            assert min(lost) > 0.01
+            assert way.top == 25 or max(differences(top1, known["alone"])) < 0
+        elif way != Stored(way.epochs):
+            middle, half = interval(lost)
+            assert abs(middle) < half
 
 
 def test_links_and_figures_are_there():
