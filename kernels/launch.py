@@ -14,19 +14,16 @@ import triton
 from torch import Tensor
 from triton.compiler import CompiledKernel
 
-from classroomkd.kernels.blocks import scaling_blocks
 from classroomkd.kernels.counters import launch_state
-from classroomkd.kernels.launch_plan import WARP_SIZE, Plan, classroom_plan
-from classroomkd.kernels.layout import alignment, as_read, flattened, in_place, new_gradient
+from classroomkd.kernels.launch_plan import WARP_SIZE, Plan, classroom_plan, scaling_plan
+from classroomkd.kernels.layout import as_read, new_gradient
 from classroomkd.kernels.report_layout import report_size
-from classroomkd.kernels.scaling import scale_rows_kernel
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions
 
 MAX_MENTORS = 16
 MAX_CLASSES = 262_144
-
 
 _Batch = tuple[Tensor, Sequence[Tensor], Tensor]  # student, mentors, targets
 
@@ -283,24 +280,4 @@ def scaling_launch(
     out = torch.empty_like(grad)
     plan = repeated.plan if repeated else None
     tensors = grad, factor, row_weight, count, out
-    return out, Launch(plan or _scaling_plan(grad, factor), tensors, repeated)
-
-
-def _scaling_plan(grad: Tensor, factor: Tensor) -> Plan:
-    # Lines of adjacent numbers: rows, or of dense gradients in place the positions of a class.
-    dense = in_place(grad)
-    lines = grad.flatten(0, 1) if dense else flattened(grad)
-    n_lines, n_columns = lines.shape
-    cut = scaling_blocks(n_columns)
-    align = alignment([lines])
-    values = {
-        "factor_stride": factor.stride(0) if factor.dim() else None,
-        "n_lines": n_lines,
-        "n_columns": n_columns // align,
-        "n_classes": grad.shape[1] if dense else None,
-        "ALIGN": align,
-        "BLOCK_C": cut.BLOCK_C,
-        "ROWS": cut.ROWS,
-    }
-    grid = (triton.cdiv(n_lines, cut.ROWS), triton.cdiv(n_columns, cut.BLOCK_C))
-    return Plan(scale_rows_kernel, grid, values, cut)
+    return out, Launch(plan or scaling_plan(grad, factor), tensors, repeated)

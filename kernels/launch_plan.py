@@ -9,10 +9,11 @@ import torch
 import triton
 from torch import Tensor
 
-from classroomkd.kernels.blocks import Blocks, blocks, position_blocks, sum_blocks
-from classroomkd.kernels.layout import alignment
+from classroomkd.kernels.blocks import Blocks, blocks, position_blocks, scaling_blocks, sum_blocks
+from classroomkd.kernels.layout import alignment, flattened, in_place
 from classroomkd.kernels.one_pass import classroom_kernel
 from classroomkd.kernels.report_layout import report_size
+from classroomkd.kernels.scaling import scale_rows_kernel
 
 if TYPE_CHECKING:
     from classroomkd.loss.options import LossOptions
@@ -54,7 +55,7 @@ def classroom_plan(
     n_positions = image_factor = image_shift = None
     if student.dim() == 3:
         align, cut = 1, position_blocks(n_mentors, warp_size)
-        n_positions, image_factor, image_shift = _quotient(student.shape[2])
+        n_positions, image_factor, image_shift = quotient(student.shape[2])
     else:
         align = alignment([student, *mentors, *([targets] if soft else [])])
         cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
@@ -101,7 +102,28 @@ def classroom_plan(
     return Plan(classroom_kernel, (n_programs,), values, cut, n_stats)
 
 
-def _quotient(divisor: int) -> tuple[int, int, int]:
+def scaling_plan(grad: Tensor, factor: Tensor) -> Plan:
+    """How `scale_rows` of these is launched."""
+    # Lines of adjacent numbers: rows, or of dense gradients in place the positions of a class.
+    dense = in_place(grad)
+    lines = grad.flatten(0, 1) if dense else flattened(grad)
+    n_lines, n_columns = lines.shape
+    cut = scaling_blocks(n_columns)
+    align = alignment([lines])
+    values = {
+        "factor_stride": factor.stride(0) if factor.dim() else None,
+        "n_lines": n_lines,
+        "n_columns": n_columns // align,
+        "n_classes": grad.shape[1] if dense else None,
+        "ALIGN": align,
+        "BLOCK_C": cut.BLOCK_C,
+        "ROWS": cut.ROWS,
+    }
+    grid = (triton.cdiv(n_lines, cut.ROWS), triton.cdiv(n_columns, cut.BLOCK_C))
+    return Plan(scale_rows_kernel, grid, values, cut)
+
+
+def quotient(divisor: int) -> tuple[int, int, int]:
     """A divisor d > 1, and f, s such that n · f >> s is n // d for 0 ≤ n < 2³¹, within 63 bits."""
     shift = 31 + (divisor - 1).bit_length()
     return divisor, -(-(2**shift) // divisor), shift
