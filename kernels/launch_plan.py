@@ -53,7 +53,7 @@ def classroom_plan(
     dtypes = {logits.dtype for logits in (student, *mentors)}
     if student.dim() == 3:
         align, cut = 1, position_blocks(n_mentors, warp_size)
-        n_positions, image_factor, image_shift = _quotient(student.shape[2])
+        n_positions, image_factor, image_shift = quotient(student.shape[2])
     else:
         align = alignment([student, *mentors, *([targets] if soft else [])])
         cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
@@ -101,7 +101,7 @@ def classroom_plan(
     return Plan(classroom_kernel, (n_programs,), values, cut, n_stats)
 
 
-def _quotient(divisor: int) -> tuple[int, int, int]:
+def quotient(divisor: int) -> tuple[int, int, int]:
     """A divisor d > 1, and f, s such that n · f >> s is n // d for 0 ≤ n < 2³¹, within 63 bits."""
     shift = 31 + (divisor - 1).bit_length()
     return divisor, -(-(2**shift) // divisor), shift

@@ -10,6 +10,7 @@ from fused_cases import EXTREMES, Case, as_images, assert_right, decided
 from tests.ptx import TARGETS, ptx_execution
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
+from classroomkd.kernels import launch_plan  # noqa: E402
 from classroomkd.kernels.layout import MAX_CLASSES_IN_PLACE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -184,3 +185,13 @@ def test_compiled(device, function):
     fast = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(fast), results(function))
     assert results(fast)[1].stride() == student.stride()
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 7, 128, 129, 65_537, 2**24, 2**31 - 1])
+def test_rows_are_divided_among_images(divisor):
+    """By a multiplication that stays within 63 bits."""
+    _, factor, shift = launch_plan.quotient(divisor)
+    numbers = [0, 1, divisor - 1, divisor, 5 * divisor - 1, 5 * divisor, 2**31 - 1]
+    for number in [n for n in numbers if n < 2**31]:
+        assert number * factor < 2**63
+        assert number * factor >> shift == number // divisor
