@@ -195,3 +195,23 @@ def test_rows_are_divided_among_images(divisor):
     for number in [n for n in numbers if n < 2**31]:
         assert number * factor < 2**63
         assert number * factor >> shift == number // divisor
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 2, 2), (2, 3, 0), (2, 3, 1), (2, 1, 4), (1, 3, 2, 2), (2, 3, 2)]
+)
+def test_odd_shapes(device, shape):
+    """No image, no position, one of each, one class."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, *shape, generator=rng).to(device)
+    student, mentor = logits[0].requires_grad_(), logits[1]
+    targets = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=device)
+    for options in ({}, {"reduction": "none"}, {"row_weight": torch.ones_like(targets).float()}):
+        losses = [
+            function(student, [mentor], targets, **options)
+            for function in (fused_classroom_loss, classroom_loss)
+        ]
+        grads = [torch.autograd.grad(loss.sum(), student) for loss in losses]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert fused_classroom_loss_and_grad(student, [mentor], targets)[1].shape == shape
