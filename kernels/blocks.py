@@ -90,12 +90,12 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:
     """Blocks for dense logits in place: a position per thread, and four classes a step.
 
-    With many mentors two, so that nothing spills. With few, the compiler would spill for the sake
-    of more warps.
+    With more mentors two, for more warps and no spill. With few, the compiler would spill for the
+    sake of more warps.
     """
-    classes = 4 if n_mentors <= _MAX_MENTORS_LIMITED else 2
-    limit = 128 if n_mentors <= 3 and warp_size == 32 else None
-    return Blocks(classes, 4 * warp_size, 4, max_registers=limit)
+    few = n_mentors <= 3
+    limit = 128 if few and warp_size == 32 else None
+    return Blocks(4 if few else 2, 4 * warp_size, 4, max_registers=limit)
 
 
 def scaling_blocks(n_classes: int) -> Blocks:

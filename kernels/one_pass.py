@@ -290,8 +290,8 @@ def classroom_kernel(
         if last:
             if SUMS:
                 stat = tl.arange(0, BLOCK_STATS)
-                place = tl.where(stat == 0, 0, tl.where(stat == 1, M + 1, stat - 1))
-                tl.store(loss_ptr + place, sums, mask=stat < N_STATS)
+                number = tl.where(stat == 0, 0, tl.where(stat == 1, M + 1, stat - 1))
+                tl.store(loss_ptr + number, sums, mask=stat < N_STATS)
             else:
                 results = (loss_ptr, count_ptr, report_ptr)
                 store_batch(

@@ -164,7 +164,8 @@ def _like_logits(grad: Tensor, student: Tensor) -> Tensor:
     """Rows [N, C] in shape and memory as ``kernels/layout.py`` has the gradient."""
     if student.dim() == 2:
         return grad
-    grad = grad.view(student.shape[0], student.shape[2], -1).transpose(1, 2)
+    n_images, n_classes, n_positions = student.shape
+    grad = grad.view(n_images, n_positions, n_classes).transpose(1, 2)
     return grad.contiguous() if in_place(student) else grad
 
 
@@ -178,7 +179,7 @@ def scale_rows(
     if count is not None:
         factor = factor / count
     if factor.dim():
-        factor = factor[:, None] if grad.dim() == 2 else factor.reshape(grad.shape[0], 1, -1)
+        factor = factor.reshape(grad.shape[0], 1, *grad.shape[2:])
     return (grad.float() * factor).to(grad.dtype)
 
 

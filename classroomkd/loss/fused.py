@@ -301,7 +301,7 @@ def _like_logits(grad: Tensor, shape: torch.Size) -> Tensor:
     """A gradient [N, C] or [B, C, P] as [B, C, d₁, …], a view; ``shape`` is [B, d₁, …]."""
     if grad.dim() == 3:
         return grad.unflatten(2, shape[1:])
-    return grad if len(shape) == 1 else grad.reshape(*shape, -1).movedim(-1, 1)
+    return grad if len(shape) == 1 else grad.reshape(*shape, grad.shape[1]).movedim(-1, 1)
 
 
 def _check_scale(scale: Tensor, student_logits: Tensor) -> None:

@@ -10,6 +10,7 @@ from fused_cases import EXTREMES, Case, as_images, assert_right, decided
 from tests.ptx import TARGETS, ptx_execution
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
+from classroomkd.kernels import launch_plan  # noqa: E402
 from classroomkd.kernels.layout import MAX_CLASSES_IN_PLACE  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -184,3 +185,33 @@ def test_compiled(device, function):
     fast = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(results(fast), results(function))
     assert results(fast)[1].stride() == student.stride()
+
+
+@pytest.mark.parametrize("divisor", [2, 3, 7, 128, 129, 65_537, 2**24, 2**31 - 1])
+def test_rows_are_divided_among_images(divisor):
+    """By a multiplication that stays within 63 bits."""
+    _, factor, shift = launch_plan.quotient(divisor)
+    numbers = [0, 1, divisor - 1, divisor, 5 * divisor - 1, 5 * divisor, 2**31 - 1]
+    for number in [n for n in numbers if n < 2**31]:
+        assert number * factor < 2**63
+        assert number * factor >> shift == number // divisor
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 3, 2, 2), (2, 3, 0), (2, 3, 1), (2, 1, 4), (1, 3, 2, 2), (2, 3, 2)]
+)
+def test_odd_shapes(device, shape):
+    """No image, no position, one of each, one class."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, *shape, generator=rng).to(device)
+    student, mentor = logits[0].requires_grad_(), logits[1]
+    targets = torch.zeros(shape[0], *shape[2:], dtype=torch.int64, device=device)
+    for options in ({}, {"reduction": "none"}, {"row_weight": torch.ones_like(targets).float()}):
+        losses = [
+            function(student, [mentor], targets, **options)
+            for function in (fused_classroom_loss, classroom_loss)
+        ]
+        grads = [torch.autograd.grad(loss.sum(), student) for loss in losses]
+        torch.testing.assert_close(*losses, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    assert fused_classroom_loss_and_grad(student, [mentor], targets)[1].shape == shape

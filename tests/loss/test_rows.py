@@ -162,7 +162,6 @@ def test_what_an_ignored_row_weighs(device, n_rows):
         loss, grad = _results(function, student, mentors, targets, odd)
         assert loss.isnan()
         assert grad[3].isnan().all()
-        assert not grad[2].any()
 
 
 def _results(function, student, mentors, targets, weight):
