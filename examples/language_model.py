@@ -91,12 +91,11 @@ def shuffled(model):
 @torch.no_grad()
 def check(mentors, sequences, symbols):
     batch = collate([*sequences])
-    valid = batch["labels"] != -100
     logits = {
-        name: mentor(batch["input_ids"].to(mentor.device)).logits[valid]
+        name: mentor(batch["input_ids"].to(mentor.device)).logits
         for name, mentor in mentors.items()
     }
-    return check_logits(logits, batch["labels"][valid], list(map(repr, symbols)), row="token")
+    return check_logits(logits, batch["labels"], list(map(repr, symbols)), row="token")
 
 
 def settings(steps, seed, folder):

@@ -19,14 +19,16 @@ from classroomkd.errors import UserError
 class Batches:
     """A part of a run's images that is only available from a DataLoader of (images, targets).
 
-    ``classes`` are the class names. ``example`` has the first images, at most two.
+    ``classes`` are the class names, and ``what`` is the part: "train", which may also have class
+    probabilities and rows to ignore, or another. ``example`` has the first images, at most two.
 
     Raises UserError if the DataLoader has no length, or returns anything else.
     """
 
     def __init__(self, loader: DataLoader, classes: Sequence[str], what: str) -> None:
         self.loader, self.classes, self.what = loader, list(classes), what
-        self._first, _ = first_batch(loader, what)
+        self._first, targets = first_batch(loader, what)
+        self.require_classes(targets)
         self.example = (
             self._first[:2].float() if self._first.is_floating_point() else self._first[:2]
         )
@@ -43,10 +45,16 @@ class Batches:
         return whole if self.loader.batch_size is None else min(whole, len(sampler))  # type: ignore[arg-type]
 
     def require_classes(self, targets: Tensor) -> None:
-        """Raise UserError for a class index that is neither -100 nor that of a class."""
-        if targets.is_floating_point() or not targets.is_cpu:  # looking would wait for the GPU
+        """Raise UserError for a target that is no class's index, nor anything else allowed."""
+        if targets.is_floating_point():
+            if self.what != "train":
+                raise UserError(f"{self.what} gives class probabilities: give class indices [B]")
             return
-        wrong = (targets < 0) & (targets != -100) | (targets >= len(self.classes))
+        if not targets.is_cpu:  # looking would wait for the GPU
+            return
+        wrong = (targets < 0) | (targets >= len(self.classes))
+        if self.what == "train":
+            wrong &= targets != -100
         if wrong.any():
             raise UserError(
                 f"{self.what} gives the target {int(targets[wrong][0])}: class indices are from 0 "

@@ -64,7 +64,7 @@ def check_logits(
     *,
     row: str = "image",
 ) -> list[MentorCheck]:
-    """Check mentors' logits [N, C] for rows with known class indices [N].
+    """Check mentors' logits [..., C] for rows with known class indices [...].
 
     A few hundred rows are enough; a wrong order of the C classes can only be found with several
     rows per class. For language models, rows are tokens. A `MentorCheck` prints as one line; its
@@ -72,16 +72,39 @@ def check_logits(
 
     Args:
         logits: each mentor's, by its name, of any floating-point dtype.
-        targets: class indices [N].
+        targets: class indices [...]; rows with -100 are ignored.
         classes: the classes' names, for the findings.
         row: the noun for a row in the findings.
 
     Returns:
         One check for each mentor, in their order.
 
+    Raises:
+        ValueError, TypeError: shapes do not agree, a target is no class, or no row is left.
+
     """
-    targets = targets.cpu()
-    answers = {name: of.detach().float().cpu() for name, of in logits.items()}
+    if targets.is_floating_point():
+        raise TypeError(f"targets must be class indices, got {targets.dtype}")
+    for name, of in logits.items():
+        if of.shape[:-1] != targets.shape:
+            raise ValueError(
+                f"the logits of {name} must be {[*targets.shape, 'C']}, as the targets are "
+                f"{list(targets.shape)}, got {list(of.shape)}"
+            )
+    targets = targets.cpu().long()
+    valid = targets != -100
+    targets = targets[valid]
+    if not len(targets):
+        raise ValueError(f"there is no {row} to check: all targets are -100")
+    answers = {name: of.detach().float().cpu()[valid] for name, of in logits.items()}
+    for name, of in answers.items():
+        if (wrong := targets[(targets < 0) | (targets >= of.shape[1])]).numel():
+            raise ValueError(
+                f"targets must be class indices from 0 to {of.shape[1] - 1}, as {name} has "
+                f"{of.shape[1]} classes, or -100; got {int(wrong[0])}"
+            )
+        if classes and len(classes) != of.shape[1]:
+            raise ValueError(f"classes must be the names of {of.shape[1]}, got {len(classes)}")
     checks = [_check(name, of, targets, classes, row) for name, of in answers.items()]
     _compare(checks, answers)
     return checks

@@ -282,6 +282,10 @@ class Stream(torch.utils.data.IterableDataset):
             {"test": DataLoader(TensorDataset(torch.zeros(8, 12), -torch.arange(8)), 8)},
             "test gives the target -1: class indices are from 0 to 3",
         ),
+        (
+            {"test": DataLoader(TensorDataset(torch.zeros(8, 12), torch.eye(8)[:, :4]), 8)},
+            "test gives class probabilities: give class indices [B]",
+        ),
         ({"train": "photos/", "test": None}, "train must be data, not the path photos/: read it"),
         ({"training": {"mixup": 0.2}}, "training.mixup mixes known samples"),
         ({"data": {"flip": True}}, "data: flip has no meaning for the batches of a DataLoader"),

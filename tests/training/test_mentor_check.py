@@ -113,6 +113,32 @@ def test_same_answers(trained, images):
     assert "the same answers as plain" in str(checked(trained, images, 100, 0, twin=twin)["twin"])
 
 
+def test_tokens_of_sequences_and_prompts():
+    """Leading dimensions are rows, and those with -100 are left out, whatever they hold."""
+    targets = torch.arange(600).reshape(2, 300) % 20
+    logits = 4.0 * torch.nn.functional.one_hot(targets, 20) + torch.randn(2, 300, 20)
+    (plain,) = check_logits({"a": logits[:, 100:].flatten(0, 1)}, targets[:, 100:].flatten())
+    targets[:, :100], logits[:, :100] = -100, torch.nan
+    (found,) = check_logits({"a": logits.bfloat16()}, targets.int())
+    assert (found.n_rows, found.findings) == (400, [])
+    assert found.top1 == pytest.approx(plain.top1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("shape", "targets", "classes", "message"),
+    [
+        ((9, 4), torch.arange(8) % 4, (), r"a must be \[8, 'C'\], .* got \[9, 4\]"),
+        ((8, 4), torch.arange(8), (), r"from 0 to 3, as a has 4 classes, or -100; got 4"),
+        ((8, 4), torch.full((8,), -100), (), "no image to check: all targets are -100"),
+        ((8, 4), torch.ones(8), (), "targets must be class indices, got torch.float32"),
+        ((8, 4), torch.arange(8) % 4, ["x"], "classes must be the names of 4, got 1"),
+    ],
+)
+def test_what_cannot_be_checked(shape, targets, classes, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        check_logits({"a": torch.randn(shape)}, targets, classes)
+
+
 def test_logits_of_tokens():
     """Language models: no images, logits of tokens whose next token is known."""
     rng = torch.Generator().manual_seed(0)
