@@ -14,6 +14,7 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import nn
 
+from classroomkd.data import Loader
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
@@ -175,7 +176,7 @@ class TrainingRun:
         loaders = open_loaders(
             recipe.data.loader, list(sets.values()), info.image_size, self.device
         )
-        held_out = {
+        held_out: dict[str, Loader] = {
             name: opened.enter_context(
                 evaluation_loader(loaders, sets[name], info, **self.processes.place)
             )
