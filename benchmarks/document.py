@@ -223,7 +223,7 @@ def _quickstart(summary: Record) -> str:
 
 
 def _of_compiled(compiled: Record) -> Iterator[str]:
-    """Register counts per target and number of mentors, and the kernels that spill."""
+    """Register counts per target and number of mentors, failed calls, and kernels that spill."""
     done, calls = compiled["done"], compiled["calls"]
     kernels = [
         (call, name, kernel)
@@ -252,6 +252,14 @@ def _of_compiled(compiled: Record) -> Iterator[str]:
             for target, by_mentors in sorted(most.items())
         ],
     )
+    failed = [call for call in compiled["compiled"] if "error" in call]
+    if failed:
+        yield "These calls failed:"
+        keys = ("target", "n_classes", "n_mentors", "dtype", "error")
+        yield markdown_table(
+            ("target", "C", "M", "dtype", "error"),
+            [[str(call[key]).partition("\n")[0] for key in keys] for call in failed],
+        )
     spilling = [(call, name, kernel) for call, name, kernel in kernels if kernel["spilled_bytes"]]
     if not spilling:
         yield "No kernel spills registers."

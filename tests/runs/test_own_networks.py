@@ -333,7 +333,7 @@ def test_a_mentors_own_normalisation(nets, tmp_path):
     assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert not isinstance(trained, Renormalised)
     again = TrainingRun(recipe(f"mentors=[{normalised}]", "training.epochs=1"), _quiet())
-    assert again.mentors[0].mean == (0.1, 0.2, 0.3)
+    assert again.mentors[0].job.mean == (0.1, 0.2, 0.3)
 
 
 def _quiet():
