@@ -41,7 +41,7 @@ def _addresses(begin, place, column):
     and does no harm: as no alignment is known, a load is of one number, wherever the next one is.
     """
     _, _, position, n_positions = place
-    size: tl.constexpr = begin.dtype.element_ty.primitive_bitwidth // 8
+    size = begin.dtype.element_ty.primitive_bitwidth // 8
     offset = position[:, None, None] + column.to(tl.int64) * n_positions
     address = (begin.to(tl.int64) + offset * size).to(begin.dtype)
     return tl.max_contiguous(address, [address.shape[0], 1, 1])
