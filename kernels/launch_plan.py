@@ -52,10 +52,10 @@ def classroom_plan(
     n_rows = student.numel() // n_classes
     soft = targets.dim() > 1
     dtypes = {logits.dtype for logits in (student, *mentors)}
-    n_positions = image_factor = image_shift = None
+    division: tuple[int | None, ...] = (None, None, None)
     if student.dim() == 3:
         align, cut = 1, position_blocks(n_mentors, warp_size)
-        n_positions, image_factor, image_shift = quotient(student.shape[2])
+        division = quotient(student.shape[2])
     else:
         align = alignment([student, *mentors, *([targets] if soft else [])])
         cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
@@ -64,6 +64,7 @@ def classroom_plan(
     summing = sum_blocks(n_stats, n_programs, cut, warp_size)
     summed = sums or with_report or options.reduction != "none"
     task_weight, decimals = options.fixed_task_weight, options.rank_decimals
+    n_positions, image_factor, image_shift = division
     values = {
         "student_stride": student.stride(0) // align,
         "mentor_strides": tuple(mentor.stride(0) // align for mentor in mentors),

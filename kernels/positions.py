@@ -41,27 +41,45 @@ def _addresses(begin, place, column):
     and does no harm: as no alignment is known, a load is of one number, wherever the next one is.
     """
     _, _, position, n_positions = place
-    size: tl.constexpr = begin.dtype.element_ty.primitive_bitwidth // 8
+    size = begin.dtype.element_ty.primitive_bitwidth // 8
     offset = position[:, None, None] + column.to(tl.int64) * n_positions
     address = (begin.to(tl.int64) + offset * size).to(begin.dtype)
     return tl.max_contiguous(address, [address.shape[0], 1, 1])
 
 
 @triton.jit
+def _logits_of_type(
+    ptrs, strides, place, lane, column, wanted, before, C: tl.constexpr, TYPE: tl.constexpr
+):
+    """The tile with the lanes of this dtype loaded; others keep their values."""
+    begin, mine = rows_of_type(ptrs, strides, place[1], lane, 1, TYPE)
+    address = _addresses(begin[:, :, None], place, column)
+    mask = (wanted & mine)[:, :, None]
+    z = tl.load(address, mask=mask & (column < C), other=-float("inf"))
+    return tl.where(mask, z.to(tl.float32), before)
+
+
+@triton.jit
 def _logits(ptrs, strides, place, lane, column, wanted, C: tl.constexpr, MIXED: tl.constexpr):
     """U classes of all networks, [R, K, U]; −inf beyond the last, and where not wanted [R, K]."""
-    N_TYPES: tl.constexpr = 3 if MIXED else 1
-    inside = column < C
     z = tl.full([wanted.shape[0], wanted.shape[1], column.shape[2]], -float("inf"), tl.float32)
-    for i in tl.static_range(N_TYPES):
-        TYPE: tl.constexpr = (
-            (tl.float32, tl.float16, tl.bfloat16)[i] if MIXED else ptrs[0].dtype.element_ty
+    if MIXED:
+        for i in tl.static_range(3):
+            z = _logits_of_type(
+                ptrs,
+                strides,
+                place,
+                lane,
+                column,
+                wanted,
+                z,
+                C,
+                (tl.float32, tl.float16, tl.bfloat16)[i],
+            )
+    else:
+        z = _logits_of_type(
+            ptrs, strides, place, lane, column, wanted, z, C, ptrs[0].dtype.element_ty
         )
-        begin, mine = rows_of_type(ptrs, strides, place[1], lane, 1, TYPE)
-        address = _addresses(begin[:, :, None], place, column)
-        mask = (wanted & mine)[:, :, None]
-        of_type = tl.load(address, mask=mask & inside, other=-float("inf")).to(tl.float32)
-        z = tl.where(mask, of_type, z)
     return z
 
 

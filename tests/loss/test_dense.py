@@ -49,7 +49,7 @@ def test_every_option(device, name, soft):
 @pytest.mark.parametrize(
     ("n_classes", "n_mentors", "dtypes"),
     [
-        *((1, 1, (FLOAT32,)), (2, 2, (BFLOAT16,)), (63, 1, (FLOAT16,))),
+        *((1, 1, (FLOAT32,)), (2, 2, (BFLOAT16, FLOAT32)), (63, 1, (FLOAT16,))),
         pytest.param(21, 6, (FLOAT32, FLOAT16, BFLOAT16), marks=pytest.mark.slow),
         pytest.param(5, 16, (FLOAT32,), marks=pytest.mark.slow),
     ],
