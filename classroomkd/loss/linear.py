@@ -248,9 +248,11 @@ def _checked_mentors(
 
 def _is_one_head(mentors: Sequence[Tensor | Head], n_classes: int) -> bool:
     """Whether these are the parts of one mentor, and cannot be two or three mentors' logits."""
-    if len(mentors) not in (2, 3) or not all(isinstance(part, Tensor) for part in mentors):
+    if len(mentors) not in (2, 3):
         return False
     hidden, weight = mentors[:2]
+    if not isinstance(hidden, Tensor) or not isinstance(weight, Tensor):
+        return False
     return weight.shape == (n_classes, hidden.shape[-1]) and hidden.shape[-1] != n_classes
 
 
