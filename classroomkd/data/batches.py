@@ -107,7 +107,7 @@ class BatchLoader(Loader):
         known: dict[str, Any] = {"mean": (0.0,) * 3, "std": (1.0,) * 3}
         known |= {"augmentation": None, "drop_last": False}
         super().__init__(len(batches), batches.batch_size, **known, **options)
-        self._source, self._loader = batches, batches.loader
+        self._part, self._loader = batches, batches.loader
         self.one_shape = self._loader.drop_last
 
     def set_epoch(self, epoch: int, first_batch: int = 0) -> None:
@@ -130,7 +130,7 @@ class BatchLoader(Loader):
 
     def _iterate(self, batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         for images, targets, *_ in self._loader:
-            self._source.require_classes(targets)
+            self._part.require_classes(targets)
             if images.is_floating_point():
                 images = images.to(self.dtype)
             yield self._to_device(images, targets, torch.full((len(targets),), -1))

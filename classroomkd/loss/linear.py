@@ -248,10 +248,11 @@ def _checked_mentors(
 
 def _is_one_head(mentors: Sequence[Tensor | Head], n_classes: int) -> bool:
     """Whether these are the parts of one mentor, and cannot be two or three mentors' logits."""
-    parts = [part for part in mentors if isinstance(part, Tensor)]
-    if len(mentors) not in (2, 3) or len(parts) < len(mentors):
+    if len(mentors) not in (2, 3):
         return False
-    hidden, weight = parts[:2]
+    hidden, weight = mentors[:2]
+    if not isinstance(hidden, Tensor) or not isinstance(weight, Tensor):
+        return False
     return weight.shape == (n_classes, hidden.shape[-1]) and hidden.shape[-1] != n_classes
 
 
