@@ -163,6 +163,7 @@ def device(request, monkeypatch):
         perturb = request.config.getoption("perturb")
         with ptx_execution(target, seed=number, perturb=perturb) as run:
             yield torch.device("cpu")
+            monkeypatch.undo()  # first, lest it put back later what the execution has replaced
         assert not run.findings, "\n".join(map(str, run.findings))
     else:
         if not INTERPRETED:

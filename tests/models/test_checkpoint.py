@@ -605,7 +605,7 @@ def test_another_network(tmp_path: Path, network: nn.Module) -> None:
     )
     torch.save({"weight": torch.zeros(2, 3), "fc.bias": torch.zeros(())}, path)
     assert_refused(path, str(path), "fits no network of the zoo", "unexpected: weight [2, 3]")
-    assert_refused(path, "docs/extending.md")
+    assert_refused(path, "docs/networks.md")
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_tied_weights_are_saved(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"nets.py:raises raised ValueError: no such width (line 26 of nets.py)"),
+        ("raises", r"nets.py:raises raised ValueError: no such width (line 27 of nets.py)"),
         ("no_module", "nets.py:no_module must return a torch.nn.Module, not list"),
         ("seven", "nets.py:seven has 7 outputs for 10 classes: let it take"),
         ("maps", "nets.py:maps gives [2, 2, 14, 14] for 2 images: its logits must be [B, classes]"),
