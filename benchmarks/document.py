@@ -327,8 +327,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     model = _json(RESULTS / MODELLED / "model.json")
     atomic_write(PAGE, document(devices, _json(RESULTS / "compiled.json"), model))
     print(PAGE)
-    generated = {REPRODUCTION: reproduction, TEACHING: teaching, MENTOR_CHECK: checked}
-    generated |= {MENTOR_CACHE: cached}
+    generated = {
+        **{REPRODUCTION: reproduction, TEACHING: teaching},
+        **{MENTOR_CHECK: checked, MENTOR_CACHE: cached},
+    }
     for path, generate in generated.items():
         atomic_write(path, generate(path.read_text(encoding="utf-8"), devices))
         print(path)

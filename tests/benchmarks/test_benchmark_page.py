@@ -294,11 +294,9 @@ def test_taking_in_what_was_measured(gpu_records, tmp_path, monkeypatch):
     (results / "modelled/model.json").write_text(json.dumps(MODEL))
     monkeypatch.setattr(document, "RESULTS", results)
     monkeypatch.setattr(document, "PAGE", tmp_path / "benchmarks.md")
-    monkeypatch.setattr(document, "REPRODUCTION", tmp_path / "reproduction.md")
-    monkeypatch.setattr(document, "TEACHING", tmp_path / "teaching.md")
-    monkeypatch.setattr(document, "MENTOR_CHECK", tmp_path / "mentor-check.md")
-    for page in (document.REPRODUCTION, document.TEACHING, document.MENTOR_CHECK):
-        page.write_text(document.MARK)
+    for page in ("REPRODUCTION", "TEACHING", "MENTOR_CHECK", "MENTOR_CACHE"):
+        monkeypatch.setattr(document, page, tmp_path / f"{page.lower()}.md")
+        (tmp_path / f"{page.lower()}.md").write_text(document.MARK)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert document.main([str(out)]) == 1  # the page is whole without matplotlib
     text = (tmp_path / "benchmarks.md").read_text(encoding="utf-8")
