@@ -1,6 +1,6 @@
-"""A driver for Triton, without a GPU: kernels are compiled for an H100 and go to a function.
+"""A driver for Triton without a GPU: kernels are compiled for an H100 and passed to a function.
 
-With it all of the host's work is done, tensors being the CPU's, but for the launch itself.
+Tensors are on the CPU. The host does all of its work for a call except the launch itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Calls of one kind, whose later launches repeat the first: no plan is made, nothing is looked up.
+"""Calls of one kind: later launches repeat the first, without a new plan or a kernel lookup.
 
-They pass by Triton's own launcher, which takes longer than all else that a call does on the host:
-it describes every argument to find the kernel that it has compiled for such ones.
+They bypass Triton's own launcher, which takes longer than everything else that a call does on the
+host: it describes every argument to find the kernel that it has compiled for them.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Whether a call is valid, and how it is run, depends on its options and on its tensors' types,
 dtypes, devices, shapes, strides and alignment; on their values only for class indices on a CPU,
-which every call looks at. All this is compared with what earlier calls had. PyTorch's own guard of
+which every call looks at. All this is compared with those of earlier calls. PyTorch's own guard of
 compiled code compares the tensors, in a fraction of the time that Python would take.
 """
 
@@ -161,7 +161,7 @@ def _described(
 ) -> tuple[_Kind, tuple[Tensor, ...]] | None:
     """The kind of a call of that function, and its tensors; None if it is not to be planned.
 
-    Only rows of logits are, without weights of classes or rows, where nothing looks on.
+    Only calls with logits [B, C], without class or row weights, that nothing watches are planned.
     """
     if operators.is_watched() or type(student_logits) not in operators.PLAIN:
         return None
