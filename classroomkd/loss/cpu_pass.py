@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,9 @@ _WEIGHTINGS = {
 # Exponentials, about a nanosecond each, for which another thread is woken; and how many take the
 # time of what a network has once a row.
 _LEAST_SHARE, _ROW = 100_000, 64
-_NOTHING = (0, 0, 0)
-_NO_SUMS, _NO_WEIGHTS = np.empty(0, np.float32), np.empty(0)
+_NO_SUMS, _NO_WEIGHTS, _NO_STATS = (
+    *(np.empty(0, np.float32), np.empty(0), np.empty((0, 0), np.float32)),
+)
 
 
 class Outputs(NamedTuple):
@@ -56,7 +57,7 @@ class Outputs(NamedTuple):
     loss: Tensor
     grad: Tensor | None
     count: Tensor | None  # type: ignore[assignment]  # a tuple has a method of this name
-    report: Tensor
+    report: Tensor | None
 
 
 def confidence_sums(
@@ -73,9 +74,8 @@ def confidence_sums(
     batch.share_out(
         cpu_rows.confidences,
         1 + len(mentors),
-        _table(*batch.logits),
+        batch.table(None),
         batch.indices,
-        np.array(batch.probabilities),
         student.shape[1],
         float(options.label_smoothing),
         options.ignore_index,
@@ -115,48 +115,57 @@ def classroom_loss_and_grad(
     factor = 1.0
     if scale_grad:
         factor = (1.0 if scale is None else scale.item()) / (count if mean else 1)
-    weights = _alike(options.mentor_weight_for(n_classes, n_mentors), n_mentors)
+    weights, *constants = _constants(options, n_classes, n_mentors)
     if mentor_weight is not None:
         weights = weights * mentor_weight.double().numpy()
-    decimals, task_weight = options.rank_decimals, options.fixed_task_weight
-    better, correct = _filter(options.knowledge_filter)
     grad = torch.empty((n_rows, n_classes), dtype=student.dtype) if with_grad else None
-    losses = np.empty(n_rows, np.float32)
-    n_stats = report_size(n_mentors) if with_report else 0
-    stats = np.empty((n_rows, n_stats), np.float32)
-    gradient = _NOTHING if grad is None else _place(grad)
+    losses, loss = np.empty(n_rows, np.float32), np.empty((), np.float32)
+    stats, report = _NO_STATS, _NO_SUMS
+    if with_report:
+        n_stats = report_size(n_mentors)
+        stats, report = np.empty((n_rows, n_stats), np.float32), np.empty(n_stats, np.float32)
     batch.share_out(
         cpu_rows.rows,
         1 + 3 * n_mentors,
-        _table(*batch.logits, batch.probabilities, gradient),
+        batch.table(grad),
         batch.indices,
         row_weights,
-        n_classes,
-        float(options.label_smoothing),
-        options.ignore_index,
         _NO_SUMS if ell_sums is None else ell_sums.numpy(),
         weights,
-        1.0 if options.mentoring == "none" else float(options.temperature),
-        math.nan if task_weight is None else float(task_weight),
-        0.0 if decimals is None else 10.0**decimals,
-        better,
-        correct,
-        _MENTORINGS[options.mentoring],
-        _WEIGHTINGS[options.weighting],
+        n_classes,
+        *constants,
         factor,
         int(scale_grad),
         losses,
         stats,
     )
-    loss = np.empty((), np.float32)
-    report = np.empty(n_stats, np.float32)
     cpu_rows.totals(losses, stats, batch.n_valid, count if mean else 1.0, loss, report)
     counted = not scale_grad and (options.reduction != "none" or with_report)
     return Outputs(
         torch.from_numpy(losses if options.reduction == "none" else loss),
         None if grad is None else _like_logits(grad, student),
         torch.tensor(count, dtype=torch.float32) if counted else None,
-        torch.from_numpy(report),  # empty where it is not wanted
+        torch.from_numpy(report) if with_report else None,
+    )
+
+
+@functools.lru_cache
+def _constants(options: LossOptions, n_classes: int, n_mentors: int) -> tuple[Any, ...]:
+    """What `cpu_rows.rows` takes that the options and sizes decide: the weights, never written to,
+    and from ``label_smoothing`` to ``weighting``.
+    """
+    decimals, task_weight = options.rank_decimals, options.fixed_task_weight
+    return (
+        np.full(n_mentors, options.mentor_weight_for(n_classes, n_mentors)),
+        float(options.label_smoothing),
+        options.ignore_index,
+        1.0 if options.mentoring == "none" else float(options.temperature),
+        math.nan if task_weight is None else float(task_weight),
+        0.0 if decimals is None else 10.0**decimals,
+        int("better" in options.knowledge_filter),
+        int("correct" in options.knowledge_filter),
+        _MENTORINGS[options.mentoring],
+        _WEIGHTINGS[options.weighting],
     )
 
 
@@ -189,27 +198,33 @@ class _Batch:
     def __init__(
         self, student: Tensor, mentors: Sequence[Tensor], targets: Tensor, options: LossOptions
     ) -> None:
-        self._kept = [_unit_stride(flattened(logits)) for logits in (student, *mentors)]
-        self.n_rows, self._classes = self._kept[0].shape
-        self.logits = [_place(logits) for logits in self._kept]
-        self.indices, self.probabilities, self.n_valid = 0, _NOTHING, self.n_rows
+        self._logits = [_rows(logits) for logits in (student, *mentors)]
+        self.n_rows, self._classes = self._logits[0].shape
+        self._probabilities: Tensor | None = None
         if targets.dim() > 1:
-            targets = flattened(targets)
-            targets = _unit_stride(targets.float() if targets.dtype not in _KINDS else targets)
-            self.probabilities = _place(targets)
-        else:
-            if targets.dtype != torch.int64 or targets.stride(0) != 1:
-                targets = targets.to(torch.int64).contiguous()
-            self.indices = targets.data_ptr()
-            self.n_valid, bad = cpu_rows.survey(
-                self.indices, self.n_rows, options.ignore_index, self._classes
+            self._probabilities = _rows(targets if targets.dtype in _KINDS else targets.float())
+            self.indices, self.n_valid = 0, self.n_rows
+            return
+        if targets.dtype != torch.int64 or targets.stride(0) != 1:
+            targets = targets.to(torch.int64).contiguous()
+        self._indices = targets  # for as long as their address is used
+        self.indices = targets.data_ptr()
+        self.n_valid, bad = cpu_rows.survey(
+            self.indices, self.n_rows, options.ignore_index, self._classes
+        )
+        if bad >= 0:
+            raise ValueError(
+                f"targets must be class indices from 0 to {self._classes - 1} or "
+                f"ignore_index={options.ignore_index}, got {int(targets[bad])} in row {bad}"
             )
-            if bad >= 0:
-                raise ValueError(
-                    f"targets must be class indices from 0 to {self._classes - 1} or "
-                    f"ignore_index={options.ignore_index}, got {int(targets[bad])} in row {bad}"
-                )
-        self._kept.append(targets)  # for as long as its address is used
+
+    def table(self, grad: Tensor | None) -> np.ndarray:
+        """The tensors as `cpu_rows.rows` takes them."""
+        tensors = *self._logits, self._probabilities, grad
+        layout = tuple([None if x is None else (x.stride(0), x.dtype) for x in tensors])
+        table = _layout_table(layout).copy()
+        table[:, 0] = [0 if x is None else x.data_ptr() for x in tensors]
+        return table
 
     def share_out(
         self, function: Callable[..., None], exponentials: int, *arguments: object
@@ -228,30 +243,21 @@ class _Batch:
             call.result()
 
 
-def _unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _place(logits: Tensor) -> tuple[int, int, int]:
-    """Address, bytes from row to row, and kind."""
-    dtype = logits.dtype
-    return logits.data_ptr(), logits.stride(0) * dtype.itemsize, _KINDS[dtype]
-
-
-def _table(*places: tuple[int, int, int]) -> np.ndarray:
-    return np.array([*itertools.chain(*places)]).reshape(-1, 3)
+def _rows(logits: Tensor) -> Tensor:
+    """[N, C] with the classes of a row side by side; copied where they are not."""
+    rows = logits if logits.dim() == 2 else flattened(logits)
+    return rows if rows.stride(1) == 1 else rows.contiguous()
 
 
 @functools.lru_cache
-def _alike(weight: float, n_mentors: int) -> np.ndarray:
-    """The same weight for each mentor, never written to."""
-    return np.full(n_mentors, weight)
-
-
-@functools.cache
-def _filter(name: str) -> tuple[int, int]:
-    """Whether a mentor must be better, and whether it must be correct, to teach."""
-    return int("better" in name), int("correct" in name)
+def _layout_table(layout: tuple[tuple[int, torch.dtype] | None, ...]) -> np.ndarray:
+    """Rows of address, here 0, bytes from row to row, and kind."""
+    table = np.zeros((len(layout), 3), np.int64)
+    for place, stride_and_dtype in zip(table, layout, strict=True):
+        if stride_and_dtype is not None:
+            stride, dtype = stride_and_dtype
+            place[1:] = stride * dtype.itemsize, _KINDS[dtype]
+    return table
 
 
 @functools.cache

@@ -84,13 +84,12 @@ def survey(targets, n_rows, ignore_index, n_classes):
 
 
 @_entry
-def confidences(
-    first, last, logits, targets, probabilities, n_classes, label_smoothing, ignore_index, ells
-):
+def confidences(first, last, table, targets, n_classes, label_smoothing, ignore_index, ells):
     """For ranking "batch", of rows from ``first`` to ``last``: ℓ_k into ells [B, K].
 
     The other arguments are those of `rows`.
     """
+    logits, probabilities = table[:-2], table[-2]
     one_class = probabilities[0] == 0 and label_smoothing == 0
     scratch = np.empty((3, n_classes), np.float32)
     row, e, t = scratch[0], scratch[1], scratch[2]
@@ -166,11 +165,11 @@ def rows(
     table,
     targets,
     row_weights,
+    ell_sums,
+    weights,
     n_classes,
     label_smoothing,
     ignore_index,
-    ell_sums,
-    weights,
     temperature,
     task_weight,
     share_scale,
@@ -199,7 +198,7 @@ def rows(
         factor: multiplies the gradient; with ``weighs_grad`` 1, so does the row's weight.
         losses: float32 [B], written to.
         stats: float32 [B, 4M + 3], written to in the order of ``kernels/report_layout.py``; or
-            [B, 0].
+            [0, 0].
     """
     logits, probabilities, out = table[:-2], table[-2], table[-1]
     K = len(logits)
@@ -260,7 +259,7 @@ def rows(
             if one_class:
                 grad[target] -= np.float32(task)
             else:
-                vectors.add_lesson(grad, t, np.float32(-task), t, _ZERO)
+                vectors.add_difference(grad, t, np.float32(-task), t, _ZERO)
 
         # Second half: the terms of the active mentors.
         mentor_loss, last_tau = 0.0, math.nan
@@ -290,7 +289,7 @@ def rows(
                 if weight * tau_s != 0:
                     mentor_loss += weight * tau_s * kl
                 if with_grad:
-                    vectors.add_lesson(
+                    vectors.add_difference(
                         grad, e_s, np.float32(weight / s_sum), e_m, np.float32(weight / m_sum)
                     )
             if n_stats:

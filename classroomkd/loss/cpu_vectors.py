@@ -149,7 +149,7 @@ def begin_gradient(grad, e, weight):
 
 
 @_fused
-def add_lesson(grad, e_s, weight_s, e_m, weight_m):
+def add_difference(grad, e_s, weight_s, e_m, weight_m):
     for i in range(len(grad)):
         grad[i] += weight_s * e_s[i] - weight_m * e_m[i]
 
