@@ -34,6 +34,7 @@ TEST = [
     "mypy>=1.13",
     "psutil>=5.9",
     "pytest>=8",
+    "pytest-benchmark>=5",
     "pytest-xdist>=3.5",
     "ruff>=0.8",
     "selenium>=4.20",

@@ -1,16 +1,11 @@
 """The loss and its gradient on a CPU: this project beside plain PyTorch, eager and compiled.
 
     python benchmarks/loss_cpu.py [--small] [--threads 1 2] [--out FOLDER]
-    python benchmarks/loss_cpu.py --host
 
 Four sizes and a grid. Each number is the minimum over rounds in which the implementations
 alternate, so that other work on the machine affects all equally. The formulation in PyTorch is
 `composed_loss` of ``baselines.py``; torch.compile gets it for each of the four sizes, and for the
 grid once with dynamic sizes. Results are compared before they are timed.
-
-With --host it prints what a call for a GPU takes on the host instead, at the first of the sizes:
-the kernels are compiled for an H100 and each launch goes to a function that does nothing. All
-tensors are the CPU's, so that allocation and streams take other times than on a GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +13,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +36,6 @@ SIZES = ((64, 100, 6), (512, 100, 6), (1024, 1000, 6), (256, 32_000, 3))
 ROWS, CLASSES, MENTORS = (1, 64, 512, 4096), (2, 10, 100, 1000, 32_000), (1, 6, 12)
 _MOST_LOGITS = 2**24  # of student and mentors together, lest the grid take hours
 _ROUNDS, _ROUND_SECONDS = 5, 0.03
-_HOST_ROUNDS, _HOST_CALLS = 20, 50
 
 Inputs = tuple[Tensor, list[Tensor], Tensor]
 
@@ -122,65 +115,13 @@ def rows(threads: int, small: bool) -> Iterator[dict[str, Any]]:
         }
 
 
-def host_times() -> Iterator[tuple[str, float, float]]:
-    """Names, and the least and the median microseconds of a call, with the launches stubbed."""
-    from stub_driver import stub_driver
-
-    torch.set_num_threads(1)
-    student, mentors, targets = inputs(SIZES[0])
-    detached = student.detach()
-
-    def backward(loss: Tensor) -> None:
-        loss.backward()
-        student.grad = None
-
-    calls: dict[str, Callable[[], object]] = {
-        THIS: lambda: fused_classroom_loss_and_grad(detached, mentors, targets),
-        f"{THIS}, report": lambda: fused_classroom_loss_and_grad(
-            detached, mentors, targets, return_report=True
-        ),
-        AUTOGRAD: lambda: backward(fused_classroom_loss(student, mentors, targets)),
-        "an autograd.Function that does nothing + backward": lambda: backward(
-            _Nothing.apply(student, (detached,))
-        ),
-    }
-    microseconds: dict[str, list[float]] = {name: [] for name in calls}
-    with stub_driver(lambda *_: None):
-        for _ in range(_HOST_ROUNDS):
-            for name, call in calls.items():
-                for _ in range(_HOST_CALLS):
-                    start = time.perf_counter()
-                    call()
-                    microseconds[name].append(1e6 * (time.perf_counter() - start))
-    for name, times in microseconds.items():
-        yield name, min(times), statistics.median(times)
-
-
-class _Nothing(torch.autograd.Function):
-    """What PyTorch itself takes for a loss with a gradient of its own."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, grad: tuple[Tensor]) -> Tensor:
-        ctx.save_for_backward(*grad)
-        return student.new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> Any:
-        return *ctx.saved_tensors, None
-
-
 def main() -> int:
     """Measure, print and write loss_cpu.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for loss_cpu.json")
     parser.add_argument("--small", action="store_true", help="few sizes")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="torch's threads")
-    parser.add_argument("--host", action="store_true", help="the host's time of a GPU's call")
     arguments = parser.parse_args()
-    if arguments.host:
-        for name, least, median in host_times():
-            print(f"{name}: {least:.1f} µs, median {median:.1f}")
-        return 0
     about = environment() | {
         "processor": f"{processor()}, {os.cpu_count()} cores",
         # More than the number of threads: other processes were using the machine.
