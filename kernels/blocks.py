@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import triton
+import triton.language as tl
 
 from classroomkd.kernels.counters import MAX_GROUPS
 
@@ -15,6 +16,8 @@ _MAX_WARPS_HELD = 4
 _MAX_CLASSES_HELD = 128
 _MAX_CLASSES_OF_ONE_STEP = 2048
 _MAX_MENTORS_LIMITED = 7
+MAX_MENTORS_APART = tl.constexpr(12)
+"""Swept rows of more mentors are one tile (``tiles.py``)."""
 
 
 class Blocks(NamedTuple):
@@ -75,6 +78,8 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
     one step up to 4096 classes, with as many registers as the compiler likes.
     """
     load = 16 // itemsize
+    if n_mentors > MAX_MENTORS_APART.value:
+        return Blocks(512, 1, 512 // (4 * warp_size), V=4)
     one_step = _MAX_CLASSES_OF_ONE_STEP * (2 if n_mentors <= 2 and itemsize == 4 else 1)
     if n_classes <= one_step:
         block_c = triton.next_power_of_2(n_classes)

@@ -56,11 +56,11 @@ def held_confidences(
 
 
 @triton.jit
-def held_kd_sums(ds, students, lessons, SAME_TAU: tl.constexpr):
+def held_kd_sums(ds, students, kd_inputs, SAME_TAU: tl.constexpr):
     """The sums of e_m, of e_s and of the cross terms of each lane [R, K], and the pieces of e_m and
     e_s.
     """
-    maxima, tau_m, tau_s, _, lane = lessons
+    maxima, tau_m, tau_s, _, lane = kd_inputs
     s_max = lane_of(maxima, lane, 0)
     scale_m = (1.0 / tau_m * LOG2E)[:, :, None]
     scale_s = (1.0 / tau_s * LOG2E)[:, :, None]
@@ -84,16 +84,11 @@ def held_kd_sums(ds, students, lessons, SAME_TAU: tl.constexpr):
 @triton.jit
 def store_held_gradient(
     grad_ptr,
-    es_m,
-    es_s,
+    numerators,  # the pieces of e_m, and those of e_s
     coefficients,  # [R, K] each
     labels,
     of_rows,
-    row,
-    target,
-    lane,
-    column,
-    n_rows,
+    where,
     C: tl.constexpr,
     ALIGN: tl.constexpr,
 ):
@@ -105,6 +100,8 @@ def store_held_gradient(
     target_ptr, target_stride, label_smoothing, _ = labels
     task, factor, valid, nonfinite = of_rows
     coef_m, coef_s = coefficients
+    es_m, es_s = numerators
+    row, target, lane, column, n_rows = where
     K: tl.constexpr = lane.shape[1]
     PIECES: tl.constexpr = len(es_m)
     for first in tl.static_range(0, PIECES, K):

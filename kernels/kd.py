@@ -27,7 +27,7 @@ def _kd_sums(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
 @triton.jit
 def one_step_kd(
     begins,
-    lessons,
+    kd_inputs,
     weight,  # [1, K], as is e_sum
     e_sum,
     task,  # [1, 1]
@@ -41,7 +41,7 @@ def one_step_kd(
 
     Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
     """
-    maxima, tau_m, tau_s, active, lane = lessons
+    maxima, tau_m, tau_s, active, lane = kd_inputs
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
@@ -81,14 +81,14 @@ def one_step_kd(
 @triton.jit
 def swept_kd_sums(
     begins,
-    lessons,
+    kd_inputs,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
     """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [1, K]."""
-    maxima, tau_m, tau_s, active, lane = lessons
+    maxima, tau_m, tau_s, active, lane = kd_inputs
     L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
@@ -174,7 +174,7 @@ def swept_gradient(
     begins,
     labels,
     of_rows,
-    lessons,
+    kd_inputs,
     coefficients,  # [1, K] each
     row,  # [1]
     target,
@@ -185,7 +185,7 @@ def swept_gradient(
 ):
     """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's term in lane 0."""
     target_ptr, label_smoothing, _ = labels
-    maxima, tau_m, tau_s, active, lane = lessons
+    maxima, tau_m, tau_s, active, lane = kd_inputs
     coef_m, coef_s = coefficients
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)

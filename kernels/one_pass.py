@@ -43,6 +43,7 @@ from classroomkd.kernels.batch import (
     store_stat,
     sum_batch,
 )
+from classroomkd.kernels.blocks import MAX_MENTORS_APART
 from classroomkd.kernels.device import divergence, floored
 from classroomkd.kernels.held import held_confidences, held_kd_sums, store_held_gradient
 from classroomkd.kernels.kd import one_step_kd, store_row_gradient, swept_gradient, swept_kd_sums
@@ -55,6 +56,7 @@ from classroomkd.kernels.positions import (
 )
 from classroomkd.kernels.ranks import gate_and_temperature, kd_terms, task_loss
 from classroomkd.kernels.swept import row_begins, swept_confidences
+from classroomkd.kernels.tiles import tile_begins, tile_confidences, tile_gradient, tile_kd_sums
 
 
 @triton.jit(
@@ -121,8 +123,12 @@ def classroom_kernel(
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
     DENSE: tl.constexpr = n_positions is not None
     HELD: tl.constexpr = PIECES > 0
-    ONE_STEP: tl.constexpr = (BLOCK_C >= C) and (not HELD) and (not DENSE)
+    TILED: tl.constexpr = (M > MAX_MENTORS_APART) and (not HELD) and (not DENSE)
+    ONE_STEP: tl.constexpr = (BLOCK_C >= C) and (not HELD) and (not DENSE) and (not TILED)
     SAME_TAU: tl.constexpr = MENTORING != "dtkd"
+    sweep_confidences: tl.constexpr = tile_confidences if TILED else swept_confidences
+    sweep_kd_sums: tl.constexpr = tile_kd_sums if TILED else swept_kd_sums
+    sweep_gradient: tl.constexpr = tile_gradient if TILED else swept_gradient
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     mask = row < n_rows
     lane = tl.arange(0, K)[None, :]
@@ -141,7 +147,10 @@ def classroom_kernel(
     elif DENSE:
         place = place_of(row, n_positions, image_factor, image_shift)
     else:
-        begins = row_begins(ptrs, strides, tl.sum(row), ALIGN)
+        if TILED:
+            begins = tile_begins(ptrs, strides, row, lane, ALIGN, MIXED)
+        else:
+            begins = row_begins(ptrs, strides, tl.sum(row), ALIGN)
         target_begin = target_ptr + tl.sum(row)
         if SOFT:
             target_begin = row_begins((target_ptr,), (target_stride,), tl.sum(row), ALIGN)[0]
@@ -159,7 +168,7 @@ def classroom_kernel(
             ptrs, strides, labels, place, lane, mask, C, BLOCK_C, MIXED
         )
     else:
-        row_ell, maxima, e_sum, d_target, valid, out_of_range, target, t_sum = swept_confidences(
+        row_ell, maxima, e_sum, d_target, valid, out_of_range, target, t_sum = sweep_confidences(
             begins, labels, lane, C, BLOCK_C, V, SOFT
         )
 
@@ -181,19 +190,19 @@ def classroom_kernel(
         )
 
         # Second half: the terms of the active mentors.
-        lessons = (maxima, tau_m, tau_s, active, lane)
+        kd_inputs = (maxima, tau_m, tau_s, active, lane)
         if HELD:
-            sum_m, sum_s, cross, es_m, es_s = held_kd_sums(ds, students, lessons, SAME_TAU)
+            sum_m, sum_s, cross, es_m, es_s = held_kd_sums(ds, students, kd_inputs, SAME_TAU)
         elif DENSE:
             sum_m, sum_s, cross = position_kd_sums(
-                ptrs, strides, place, lessons, mask, C, BLOCK_C, SAME_TAU, MIXED
+                ptrs, strides, place, kd_inputs, mask, C, BLOCK_C, SAME_TAU, MIXED
             )
         elif ONE_STEP:
             kl, row_grad = one_step_kd(
-                begins, lessons, weight, e_sum, task, t_sum, C, BLOCK_C, V, SAME_TAU
+                begins, kd_inputs, weight, e_sum, task, t_sum, C, BLOCK_C, V, SAME_TAU
             )
         else:
-            sum_m, sum_s, cross = swept_kd_sums(begins, lessons, C, BLOCK_C, V, SAME_TAU)
+            sum_m, sum_s, cross = sweep_kd_sums(begins, kd_inputs, C, BLOCK_C, V, SAME_TAU)
         if not ONE_STEP:
             kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
         mentor_loss = tl.sum(kd_terms(active, weight, tau_s, kl), 1)
@@ -234,20 +243,9 @@ def classroom_kernel(
                 coef_m = tl.where(active, weight / sum_m, coef_m)
                 coef_s = tl.where(active, weight / sum_s, 0.0)
             if HELD:
+                where = (row, target, lane, column, n_rows)
                 store_held_gradient(
-                    grad_ptr,
-                    es_m,
-                    es_s,
-                    (coef_m, coef_s),
-                    labels,
-                    of_rows,
-                    row,
-                    target,
-                    lane,
-                    column,
-                    n_rows,
-                    C,
-                    ALIGN,
+                    grad_ptr, (es_m, es_s), (coef_m, coef_s), labels, of_rows, where, C, ALIGN
                 )
             elif DENSE:
                 position_gradient(
@@ -257,7 +255,7 @@ def classroom_kernel(
                     labels,
                     of_rows,
                     place,
-                    lessons,
+                    kd_inputs,
                     (coef_m, coef_s),
                     target,
                     mask,
@@ -271,12 +269,12 @@ def classroom_kernel(
                     grad_ptr, row_grad, labels, of_rows, row, target, C, BLOCK_C, SOFT
                 )
             else:
-                swept_gradient(
+                sweep_gradient(
                     grad_ptr,
                     begins,
                     labels,
                     of_rows,
-                    lessons,
+                    kd_inputs,
                     (coef_m, coef_s),
                     row,
                     target,

@@ -169,9 +169,9 @@ def position_confidences(
 
 
 @triton.jit
-def _numerators(z, lessons, SAME_TAU: tl.constexpr):
+def _numerators(z, kd_inputs, SAME_TAU: tl.constexpr):
     """e_m, e_s, z_m − max z_m, z_s − max z_s, and the scales of the latter two, [R, K, U]."""
-    maxima, tau_m, tau_s, active, lane = lessons
+    maxima, tau_m, tau_s, active, lane = kd_inputs
     scale_m = (1.0 / tau_m * LOG2E)[:, :, None]
     scale_s = scale_m
     if not SAME_TAU:
@@ -185,11 +185,30 @@ def _numerators(z, lessons, SAME_TAU: tl.constexpr):
 
 
 @triton.jit
+def kd_sum_terms(z, kd_inputs, SAME_TAU: tl.constexpr):
+    """e_m, e_s and the cross terms [R, K, U] of logits."""
+    e_m, e_s, d_m, d_s, scale_m, scale_s = _numerators(z, kd_inputs, SAME_TAU)
+    return e_m, e_s, cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
+
+
+@triton.jit
+def gradient_terms(z, t, kd_inputs, coefficients, of_rows, SAME_TAU: tl.constexpr):
+    """The gradient [R, 1, U] of logits [R, K, U], given t after smoothing [R, 1, U]."""
+    task, factor, valid, nonfinite = of_rows
+    coef_m, coef_s = coefficients
+    numerators = _numerators(z, kd_inputs, SAME_TAU)
+    terms = numerators[1] * coef_s[:, :, None] - numerators[0] * coef_m[:, :, None]
+    grad = tl.sum(terms, 1)[:, None, :] - t * task[:, :, None]
+    grad = tl.where(nonfinite[:, None, None], float("nan"), grad * factor[:, None, None])
+    return tl.where(valid[:, None, None], grad, 0.0)
+
+
+@triton.jit
 def position_kd_sums(
     ptrs,
     strides,
     place,
-    lessons,
+    kd_inputs,
     mask,
     C: tl.constexpr,
     U: tl.constexpr,
@@ -197,7 +216,7 @@ def position_kd_sums(
     MIXED: tl.constexpr,
 ):
     """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [R, K]."""
-    _, tau_m, _, active, lane = lessons
+    _, tau_m, _, active, lane = kd_inputs
     wanted = mask[:, None] & (active | (lane == 0))
     sum_m = tl.zeros_like(tau_m)
     sum_s = tl.zeros_like(tau_m)
@@ -205,10 +224,10 @@ def position_kd_sums(
     for at in tl.range(0, C, U):
         column = at + tl.arange(0, U)[None, None, :]
         z = _logits(ptrs, strides, place, lane, column, wanted, C, MIXED)
-        e_m, e_s, d_m, d_s, scale_m, scale_s = _numerators(z, lessons, SAME_TAU)
+        e_m, e_s, crosses = kd_sum_terms(z, kd_inputs, SAME_TAU)
         sum_m += tl.sum(e_m, 2)
         sum_s += tl.sum(e_s, 2)
-        cross += tl.sum(cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU), 2)
+        cross += tl.sum(crosses, 2)
     return sum_m, sum_s, cross
 
 
@@ -220,7 +239,7 @@ def position_gradient(
     labels,
     of_rows,
     place,
-    lessons,
+    kd_inputs,
     coefficients,  # [R, K] each
     target,
     mask,
@@ -230,20 +249,15 @@ def position_gradient(
     MIXED: tl.constexpr,
 ):
     """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's term in lane 0."""
-    task, factor, valid, nonfinite = of_rows
-    coef_m, coef_s = coefficients
-    active = lessons[3]
-    lane = lessons[4]
+    active = kd_inputs[3]
+    lane = kd_inputs[4]
     wanted = mask[:, None] & (active | (lane == 0))
     begin = grad_ptr + (place[1] * place[3] * C)[:, None, None]
     for at in tl.range(0, C, U):
         column = at + tl.arange(0, U)[None, None, :]
         z = _logits(ptrs, strides, place, lane, column, wanted, C, MIXED)
-        numerators = _numerators(z, lessons, SAME_TAU)
-        terms = numerators[1] * coef_s[:, :, None] - numerators[0] * coef_m[:, :, None]
-        grad = tl.sum(terms, 1)[:, None, :]
-        grad -= _targets(labels, place, target, column, mask, C)[1] * task[:, :, None]
-        grad = tl.where(nonfinite[:, None, None], float("nan"), grad * factor[:, None, None])
-        grad = tl.where(valid[:, None, None], grad, 0.0).to(grad_ptr.dtype.element_ty)
+        t = _targets(labels, place, target, column, mask, C)[1]
+        grad = gradient_terms(z, t, kd_inputs, coefficients, of_rows, SAME_TAU)
+        grad = grad.to(grad_ptr.dtype.element_ty)
         address = _addresses(begin, place, column)
         tl.store(address, grad, mask=mask[:, None, None] & (column < C))

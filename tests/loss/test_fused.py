@@ -163,9 +163,21 @@ def test_tiles_and_extremes(device, monkeypatch, n_classes):
 
 
 @pytest.mark.usefixtures("kernels_ran")
-@pytest.mark.parametrize("n_mentors", [12, 16])
-def test_many_mentors(device, n_mentors):
-    assert_as_good_as_pytorch(classroom(n_mentors, 4, 50), device)
+@pytest.mark.parametrize("n_classes", [50, 150, 600])
+@pytest.mark.parametrize("n_mentors", [12, 13, 16])
+def test_many_mentors(device, n_mentors, n_classes):
+    assert_as_good_as_pytorch(classroom(n_mentors, 4, n_classes), device)
+
+
+@pytest.mark.usefixtures("kernels_ran")
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_with_many_mentors(device, name, soft):
+    """Swept rows of all networks in one tile, in two steps, the last incomplete."""
+    batch = classroom(13, 5, 530)
+    if soft:
+        batch = batch._replace(targets=probabilities(*batch.student.shape))
+    assert_as_good_as_pytorch(batch, device, **OPTIONS[name])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
