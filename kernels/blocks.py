@@ -89,7 +89,8 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
         limited = few != one_warp and block_c <= _MAX_CLASSES_OF_ONE_STEP
         limit = 128 if limited and warp_size == 32 else None
         return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
-    return Blocks(1024, 1, 1024 // (load * warp_size), V=load)
+    limit = 128 if n_mentors > _MAX_MENTORS_LIMITED and warp_size == 32 else None
+    return Blocks(1024, 1, 1024 // (load * warp_size), V=load, max_registers=limit)
 
 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:

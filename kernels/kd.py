@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
-from classroomkd.kernels.swept import in_lanes, numbers_of
+from classroomkd.kernels.swept import GROUP, in_lanes, numbers_of
 
 
 @triton.jit
@@ -79,6 +79,62 @@ def one_step_kd(
 
 
 @triton.jit
+def _loads(begins, n_classes, column, inside):
+    """Columns of some mentors' rows; −inf of those whose n_classes is 0."""
+    tiles = ()
+    for m in tl.static_range(len(begins)):
+        wanted = inside & (n_classes[m] > column * 0)
+        tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
+    return tiles
+
+
+@triton.jit
+def _sums_of_group(
+    student,  # where the row begins, and its maximum
+    begins,  # of some mentors, as are the next four
+    z_max,
+    scale_m,
+    scale_s,
+    n_classes,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
+    SAME_TAU: tl.constexpr,
+):
+    """Each thread's Σ e_m, Σ e_s and cross terms, [L] for each of these mentors."""
+    student_begin, student_max = student
+    L: tl.constexpr = BLOCK_C // V
+    sums_m = ()
+    sums_s = ()
+    crosses = ()
+    for _ in tl.static_range(len(begins)):
+        sums_m = sums_m + (tl.zeros([L], tl.float32),)
+        sums_s = sums_s + (tl.zeros([L], tl.float32),)
+        crosses = crosses + (tl.zeros([L], tl.float32),)
+    for start in tl.range(0, C, BLOCK_C):
+        column = start + tl.arange(0, BLOCK_C)
+        inside = column < C
+        z_s = tl.load(student_begin + column, mask=inside, other=-float("inf"))
+        tiles = _loads(begins, n_classes, column, inside)
+        d_s = tl.reshape(z_s.to(tl.float32), [L, V]) - student_max
+        new_m = ()
+        new_s = ()
+        new_crosses = ()
+        for m in tl.static_range(len(begins)):
+            d_m = tl.reshape(tiles[m].to(tl.float32), [L, V]) - z_max[m]
+            e_m = tl.exp2(exponents(d_m, scale_m[m]))
+            e_s = tl.exp2(exponents(d_s, scale_s[m]))
+            cross = cross_terms(e_m, d_m, d_s, scale_m[m], scale_s[m], SAME_TAU)
+            new_m = new_m + (sums_m[m] + tl.sum(e_m, 1),)
+            new_s = new_s + (sums_s[m] + tl.sum(e_s, 1),)
+            new_crosses = new_crosses + (crosses[m] + tl.sum(cross, 1),)
+        sums_m = new_m
+        sums_s = new_s
+        crosses = new_crosses
+    return sums_m, sums_s, crosses
+
+
+@triton.jit
 def swept_kd_sums(
     begins,
     kd_inputs,
@@ -89,45 +145,24 @@ def swept_kd_sums(
 ):
     """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [1, K]."""
     maxima, tau_m, tau_s, active, lane = kd_inputs
-    L: tl.constexpr = BLOCK_C // V
-    N: tl.constexpr = len(begins)
-    z_max = numbers_of(maxima, lane, N)
-    scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
-    if SAME_TAU:
-        scale_s = scale_m
-    else:
-        scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, N)
-    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
+    student = begins[0], numbers_of(maxima, lane, 1)[0]
     sums_m = ()
     sums_s = ()
     crosses = ()
-    for _ in tl.static_range(N - 1):
-        sums_m = sums_m + (tl.zeros([L], tl.float32),)
-        sums_s = sums_s + (tl.zeros([L], tl.float32),)
-        crosses = crosses + (tl.zeros([L], tl.float32),)
-    for start in tl.range(0, C, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        inside = column < C
-        z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
-        tiles = ()
-        for m in tl.static_range(1, N):
-            wanted = inside & (n_classes[m] > column * 0)
-            tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
-        d_s = tl.reshape(z_s.to(tl.float32), [L, V]) - z_max[0]
-        new_m = ()
-        new_s = ()
-        new_crosses = ()
-        for m in tl.static_range(1, N):
-            d_m = tl.reshape(tiles[m - 1].to(tl.float32), [L, V]) - z_max[m]
-            e_m = tl.exp2(exponents(d_m, scale_m[m]))
-            e_s = tl.exp2(exponents(d_s, scale_s[m]))
-            cross = cross_terms(e_m, d_m, d_s, scale_m[m], scale_s[m], SAME_TAU)
-            new_m = new_m + (sums_m[m - 1] + tl.sum(e_m, 1),)
-            new_s = new_s + (sums_s[m - 1] + tl.sum(e_s, 1),)
-            new_crosses = new_crosses + (crosses[m - 1] + tl.sum(cross, 1),)
-        sums_m = new_m
-        sums_s = new_s
-        crosses = new_crosses
+    for first in tl.static_range(1, len(begins), GROUP):
+        group = begins[first : first + GROUP]
+        z_max = numbers_of(maxima, lane, len(group), first)
+        scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, len(group), first)
+        scale_s = scale_m
+        if not SAME_TAU:
+            scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, len(group), first)
+        n_classes = numbers_of(tl.where(active, C, 0), lane, len(group), first)  # that are read
+        of_group = _sums_of_group(
+            student, group, z_max, scale_m, scale_s, n_classes, C, BLOCK_C, V, SAME_TAU
+        )
+        sums_m = sums_m + of_group[0]
+        sums_s = sums_s + of_group[1]
+        crosses = crosses + of_group[2]
     K: tl.constexpr = lane.shape[1]
     sum_m = tl.sum(in_lanes((sums_m[0],) + sums_m, K), 1)
     sum_s = tl.sum(in_lanes((sums_s[0],) + sums_s, K), 1)
@@ -202,10 +237,6 @@ def swept_gradient(
         column = start + tl.arange(0, BLOCK_C)
         inside = column < C
         z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
-        tiles = ()
-        for m in tl.static_range(1, N):
-            wanted = inside & (n_classes[m] > column * 0)
-            tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
         if SOFT:
             t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
         else:
@@ -213,8 +244,10 @@ def swept_gradient(
         t = smoothed(t, label_smoothing, inside, C)
         d_s = z_s.to(tl.float32) - z_max[0]
         grad = -tl.exp2(d_s * LOG2E) * of_m[0] - t * a_s
-        for m in tl.static_range(1, N):
-            d_m = tiles[m - 1].to(tl.float32) - z_max[m]
-            grad += tl.exp2(exponents(d_s, scale_s[m])) * of_s[m]
-            grad -= tl.exp2(exponents(d_m, scale_m[m])) * of_m[m]
+        for g in tl.static_range(1, N, GROUP):
+            tiles = _loads(begins[g : g + GROUP], n_classes[g : g + GROUP], column, inside)
+            for i in tl.static_range(len(tiles)):
+                d_m = tiles[i].to(tl.float32) - z_max[g + i]
+                grad += tl.exp2(exponents(d_s, scale_s[g + i])) * of_s[g + i]
+                grad -= tl.exp2(exponents(d_m, scale_m[g + i])) * of_m[g + i]
         store_tile(grad_ptr, grad, of_rows, row, column, inside, C)

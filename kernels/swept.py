@@ -24,6 +24,9 @@ from classroomkd.kernels.device import (
     smoothed,
 )
 
+GROUP = tl.constexpr(6)
+"""Mentors whose rows are in registers at once; with more, a sweep reads group after group."""
+
 
 @triton.jit
 def _pairs(tiles):
@@ -52,12 +55,12 @@ def in_lanes(tiles, K: tl.constexpr):
 
 
 @triton.jit
-def numbers_of(lanes, lane, N: tl.constexpr):
-    """The first N of lanes [1, K], as scalars."""
+def numbers_of(lanes, lane, N: tl.constexpr, FIRST: tl.constexpr = 0):
+    """N of lanes [1, K] from the first of them on, as scalars."""
     bits = lanes.to(tl.int32, bitcast=True)  # of which 0 + x is x to the compiler too
     numbers = ()
     for k in tl.static_range(N):
-        number = tl.sum(tl.sum(tl.where(lane == k, bits, 0), 1), 0)
+        number = tl.sum(tl.sum(tl.where(lane == FIRST + k, bits, 0), 1), 0)
         numbers = numbers + (number.to(lanes.dtype, bitcast=True),)
     return numbers
 
@@ -81,32 +84,24 @@ def _at(begins, target, lane):
 
 
 @triton.jit
-def swept_confidences(
-    begins,
-    labels,  # the first points to the row's index, or to its first probability
-    lane,  # [1, K]
+def _first_sweep(
+    begins,  # of some networks
+    labels,
+    target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
-    """First sweep. For all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
-    target class; for the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
+    """Each thread's running values [L]: for each of these networks max z, Σ exp(z − max z) and
+    Σ t (z − max z); for the row Σ t, the largest probability and its class.
     """
-    target_ptr, label_smoothing, ignore_index = labels
+    target_ptr, label_smoothing, _ = labels
     L: tl.constexpr = BLOCK_C // V
-    K: tl.constexpr = lane.shape[1]
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
-    valid = tl.full([1], True, tl.int1)
-    out_of_range = tl.full([1], False, tl.int1)
-    if not SOFT:
-        index = tl.load(target_ptr).to(tl.int64)
-        valid = valid & (index != ignore_index)
-        out_of_range = (valid & ((index < 0) | (index >= C))) | out_of_range
-        target = tl.where((index < 0) | (index >= C), 0, index).to(tl.int32)
     maxima = ()
     sums = ()
-    picks = ()  # Σ t (z − max z)
+    picks = ()
     for _ in tl.static_range(len(begins)):
         maxima = maxima + (tl.full([L], -float("inf"), tl.float32),)
         sums = sums + (tl.zeros([L], tl.float32),)
@@ -154,6 +149,42 @@ def swept_confidences(
         picks = new_picks
         if not ONE_CLASS:
             t_sums += tl.sum(t, 1)
+    return maxima, sums, picks, t_sums, best, best_at
+
+
+@triton.jit
+def swept_confidences(
+    begins,
+    labels,  # the first points to the row's index, or to its first probability
+    lane,  # [1, K]
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
+    SOFT: tl.constexpr,
+):
+    """First sweep. For all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
+    target class; for the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
+    """
+    target_ptr, label_smoothing, ignore_index = labels
+    K: tl.constexpr = lane.shape[1]
+    ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
+    valid = tl.full([1], True, tl.int1)
+    out_of_range = tl.full([1], False, tl.int1)
+    target = None
+    if not SOFT:
+        index = tl.load(target_ptr).to(tl.int64)
+        valid = valid & (index != ignore_index)
+        out_of_range = (valid & ((index < 0) | (index >= C))) | out_of_range
+        target = tl.where((index < 0) | (index >= C), 0, index).to(tl.int32)
+    maxima = ()
+    sums = ()
+    picks = ()
+    for k in tl.static_range(0, len(begins), GROUP + 1):
+        of_group = _first_sweep(begins[k : k + GROUP + 1], labels, target, C, BLOCK_C, V, SOFT)
+        maxima = maxima + of_group[0]
+        sums = sums + of_group[1]
+        picks = picks + of_group[2]
+        t_sums, best, best_at = of_group[3:]  # the same for every group
     if SOFT:
         largest = tl.max(best, 0)
         target = tl.min(tl.where(best == largest, best_at, C - 1), 0)
