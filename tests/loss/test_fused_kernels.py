@@ -63,6 +63,12 @@ KERNELS = {
     "defaults": Kernel(100, 6),
     "one class, one mentor": Kernel(1, 1, dtypes=(BFLOAT16,)),
     "16 mentors": Kernel(33, 16, {"reduction": "sum"}, weighted=True),
+    "13 mentors, swept": Kernel(
+        *(530, 13, {"mentoring": "dtkd", "label_smoothing": 0.1}),
+        dtypes=(FLOAT16, FLOAT32, BFLOAT16),
+        layout="padded",
+        soft=True,
+    ),
     "released": Kernel(100, 3, {"ranking": "batch", "rank_decimals": 2}),
     "ablation": Kernel(
         *(10, 3),
