@@ -73,24 +73,33 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
 
     A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
     registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
-    each; with many mentors, and in the one warp of 512 classes, the compiler would have to spill
-    for that. With many mentors such a row takes two warps. One or two mentors in float32 gain by
-    one step up to 4096 classes, with as many registers as the compiler likes.
+    each, even if some are spilled; but not in float32 with more than 8 mentors. In the one warp of
+    512 classes the compiler would have to spill much; with many mentors such a row takes two warps.
+    One or two mentors in float32 gain by one step up to 4096 classes, with as many registers as the
+    compiler likes.
     """
     load = 16 // itemsize
+    few = n_mentors <= _MAX_MENTORS_LIMITED
     if n_mentors > MAX_MENTORS_APART.value:
         return Blocks(512, 1, 512 // (4 * warp_size), V=4)
     one_step = _MAX_CLASSES_OF_ONE_STEP * (2 if n_mentors <= 2 and itemsize == 4 else 1)
-    if n_classes <= one_step:
+    if n_classes > one_step:
+        block_c, num_warps = 1024, 1024 // (load * warp_size)
+        limit = None if few else 128
+    else:
         block_c = triton.next_power_of_2(n_classes)
-        few = n_mentors <= _MAX_MENTORS_LIMITED
-        one_warp = block_c == 16 * warp_size
-        num_warps = max(1, block_c // ((16 if few or not one_warp else 8) * warp_size))
-        limited = few != one_warp and block_c <= _MAX_CLASSES_OF_ONE_STEP
-        limit = 128 if limited and warp_size == 32 else None
-        return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
-    limit = 128 if n_mentors > _MAX_MENTORS_LIMITED and warp_size == 32 else None
-    return Blocks(1024, 1, 1024 // (load * warp_size), V=load, max_registers=limit)
+        in_a_warp = 16 * warp_size  # columns
+        shared = block_c == in_a_warp and not few
+        num_warps = 2 if shared else max(1, block_c // in_a_warp)
+        if few:
+            unlimited = block_c == in_a_warp or block_c > _MAX_CLASSES_OF_ONE_STEP
+        else:
+            unlimited = block_c < in_a_warp
+        limit = (
+            None if unlimited else 168 if n_mentors > 8 and itemsize == 4 and not shared else 128
+        )
+    limit = limit if warp_size == 32 else None
+    return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
 
 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:

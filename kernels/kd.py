@@ -237,6 +237,7 @@ def swept_gradient(
         column = start + tl.arange(0, BLOCK_C)
         inside = column < C
         z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
+        tiles = _loads(begins[1 : 1 + GROUP], n_classes[1 : 1 + GROUP], column, inside)
         if SOFT:
             t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
         else:
@@ -245,7 +246,8 @@ def swept_gradient(
         d_s = z_s.to(tl.float32) - z_max[0]
         grad = -tl.exp2(d_s * LOG2E) * of_m[0] - t * a_s
         for g in tl.static_range(1, N, GROUP):
-            tiles = _loads(begins[g : g + GROUP], n_classes[g : g + GROUP], column, inside)
+            if g > 1:
+                tiles = _loads(begins[g : g + GROUP], n_classes[g : g + GROUP], column, inside)
             for i in tl.static_range(len(tiles)):
                 d_m = tiles[i].to(tl.float32) - z_max[g + i]
                 grad += tl.exp2(exponents(d_s, scale_s[g + i])) * of_s[g + i]

@@ -192,13 +192,19 @@ def kd_sum_terms(z, kd_inputs, SAME_TAU: tl.constexpr):
 
 
 @triton.jit
-def gradient_terms(z, t, kd_inputs, coefficients, of_rows, SAME_TAU: tl.constexpr):
-    """The gradient [R, 1, U] of logits [R, K, U], given t after smoothing [R, 1, U]."""
-    task, factor, valid, nonfinite = of_rows
+def gradient_terms(z, kd_inputs, coefficients, SAME_TAU: tl.constexpr):
+    """Σ_k (coef_s · e_s − coef_m · e_m) [R, 1, U] of logits [R, K, U]."""
     coef_m, coef_s = coefficients
-    numerators = _numerators(z, kd_inputs, SAME_TAU)
-    terms = numerators[1] * coef_s[:, :, None] - numerators[0] * coef_m[:, :, None]
-    grad = tl.sum(terms, 1)[:, None, :] - t * task[:, :, None]
+    e_m, e_s, _, _, _, _ = _numerators(z, kd_inputs, SAME_TAU)
+    terms = e_s * coef_s[:, :, None] - e_m * coef_m[:, :, None]
+    return tl.sum(terms, 1)[:, None, :]
+
+
+@triton.jit
+def finished_gradient(grad, t, of_rows):
+    """`gradient_terms` without a_s · t, times the factor; t after smoothing [R, 1, U]."""
+    task, factor, valid, nonfinite = of_rows
+    grad -= t * task[:, :, None]
     grad = tl.where(nonfinite[:, None, None], float("nan"), grad * factor[:, None, None])
     return tl.where(valid[:, None, None], grad, 0.0)
 
@@ -256,8 +262,8 @@ def position_gradient(
     for at in tl.range(0, C, U):
         column = at + tl.arange(0, U)[None, None, :]
         z = _logits(ptrs, strides, place, lane, column, wanted, C, MIXED)
+        grad = gradient_terms(z, kd_inputs, coefficients, SAME_TAU)
         t = _targets(labels, place, target, column, mask, C)[1]
-        grad = gradient_terms(z, t, kd_inputs, coefficients, of_rows, SAME_TAU)
-        grad = grad.to(grad_ptr.dtype.element_ty)
+        grad = finished_gradient(grad, t, of_rows).to(grad_ptr.dtype.element_ty)
         address = _addresses(begin, place, column)
         tl.store(address, grad, mask=mask[:, None, None] & (column < C))

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from classroomkd.kernels.device import LOG2E, log_confidence, smoothed
 from classroomkd.kernels.pieces import rows_of_type
-from classroomkd.kernels.positions import gradient_terms, kd_sum_terms
+from classroomkd.kernels.positions import finished_gradient, gradient_terms, kd_sum_terms
 
 
 @triton.jit
@@ -184,7 +184,7 @@ def tile_gradient(
     for start in tl.range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)[None, None, :]
         z = _logits(begins, active | (lane == 0), column, C)
+        grad = gradient_terms(z, kd_inputs, coefficients, SAME_TAU)
         t = _targets(labels, target, column, C, SOFT)[1]
-        grad = gradient_terms(z, t, kd_inputs, coefficients, of_rows, SAME_TAU)
-        grad = grad.to(grad_ptr.dtype.element_ty)
+        grad = finished_gradient(grad, t, of_rows).to(grad_ptr.dtype.element_ty)
         tl.store(grad_ptr + (row * C)[:, None, None] + column, grad, mask=column < C)
