@@ -8,8 +8,8 @@ which are combined across threads after the loop, for all networks in one reduct
 contains a barrier or a reduction across threads, and the loads of all rows are in flight together;
 an inactive mentor is masked out of them instead of being branched around. More than six mentors are
 swept in groups, with the student again beside each, so that their running values leave registers
-for more warps. The first sweep computes the confidences, the second the sums of the KD terms, the third the gradient. In later sweeps, rows
-that fit are read from a cache.
+for more warps. The first sweep computes the confidences, the second the sums of the KD terms, the
+third the gradient. In later sweeps, rows that fit are read from a cache.
 
 Tiles are [L, V]: V adjacent columns, the width of a load, for each of L running values.
 """
