@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli import names
 from classroomkd.cli.arguments import COUNT, DATA_HELP, NATURAL, add_command, path_option
-from classroomkd.cli.checks import default_device, is_override, require_networks
+from classroomkd.cli.checks import is_override, require_networks
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -135,11 +135,9 @@ def reproduce(arguments: argparse.Namespace) -> int:
         require_networks(task.recipe)
         if (out / task.id / "config.yaml").exists():
             require_same_recipe(task, out / task.id)
-    for run in plan.runs:
-        source = run.recipe.data.source
-        if not source and not arguments.plan:
-            arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
-    for source in {run.recipe.data.source for run in plan.runs} - {""}:
+        if not task.recipe.data.source and not arguments.plan:
+            arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
+    for source in {task.recipe.data.source for task in plan.runs} - {""}:
         _require_folder(source)
         if source not in NAMED_SOURCES and not cifar.find(Path(source)):
             list_source(source)  # it reports errors in the source
@@ -149,8 +147,9 @@ def reproduce(arguments: argparse.Namespace) -> int:
         return 0
     from classroomkd.report.table_page import write_tables
     from classroomkd.reproduce.tables import TABLES
+    from classroomkd.runs.machine import find_device
 
-    devices = given["devices"] or [default_device()]
+    devices = given["devices"] or [str(find_device(None))]
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
     order, title = [run.id for run in whole.runs], TABLES[arguments.table].title

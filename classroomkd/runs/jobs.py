@@ -51,8 +51,11 @@ class TrainingJob:
 
     def seed(self, recipe: Recipe) -> int:
         """The seed of its initial weights, and usually of its batches, in a run of ``recipe``."""
+        # Mentors are counted from 1, so that a mentor has the same seed in every run that uses it.
         seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
-        return network_seed(seed, self.number, network_names.label(self.architecture))
+        name = network_names.label(self.architecture)
+        entropy = np.random.SeedSequence((seed, self.number, *name.encode()))
+        return int(entropy.generate_state(1)[0])
 
     def batch_seed(self, recipe: Recipe) -> int:
         """The seed of its batches and their augmentation in a run of ``recipe``."""
@@ -108,12 +111,3 @@ def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         chosen = max(records, key=lambda record: record["validation_top1"])
         kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
     return kept
-
-
-def network_seed(seed: int, number: int, architecture: str) -> int:
-    """A seed for the ``number``-th network of its kind, unrelated to all other seeds.
-
-    Mentors are counted from 1, so that a mentor has the same seed in every run that uses it.
-    """
-    entropy = (seed, number, *architecture.encode())
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

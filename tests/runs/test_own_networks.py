@@ -261,9 +261,9 @@ def test_an_edit_during_a_run_does_not_reach_it(nets, tmp_path, monkeypatch):
     """What was imported at the start is what is trained and saved."""
     original = TrainingRun._train_all
 
-    def edited(self, trainer):
+    def edited(self, *opened):
         nets.write_text("raise RuntimeError\n")
-        return original(self, trainer)
+        return original(self, *opened)
 
     monkeypatch.setattr(TrainingRun, "_train_all", edited)
     digest = code_digest(f"{nets}:small")
