@@ -22,7 +22,6 @@ from classroomkd.errors import UserError
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(
         commands, evaluate, "measure the accuracy of a trained network on held-out images"
     )
@@ -65,11 +64,13 @@ def add_to(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print accuracy, loss and calibration error."""
     from classroomkd.models.network_names import PRETRAINED, label
+    from classroomkd.runs.paths import recorded_data
 
     student = str(arguments.student)
     name, weights = _named(student)
     place = Path(student if weights in (None, PRETRAINED) else weights)
-    source = _source(arguments, place)
+    recorded_source, recorded_split = recorded_data(place)
+    source = _source(arguments, place, recorded_source)
     if (arguments.mean is None) != (arguments.std is None):
         arguments.parser.error("--mean and --std go together")
     if arguments.std is not None and min(arguments.std) <= 0:
@@ -98,7 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{student} lies in a run folder but was not written by the run: give --data"
         )
-    split = _split(arguments, place, ours=info is not None)
+    split = _split(arguments, {} if info is None else recorded_split)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
     given = arguments.mean is not None
     if photos and info is None and not given:
@@ -167,34 +168,30 @@ def _named(student: str) -> tuple[str, str | None]:
     return name, weights
 
 
-def _source(arguments: argparse.Namespace, network: Path) -> str:
-    """The given images, or those of the run that the network comes from."""
+def _source(arguments: argparse.Namespace, network: Path, recorded: str) -> str:
+    """The given images, or those ``recorded`` by the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
-    from classroomkd.runs.paths import recorded_data
 
     if arguments.data is not None:
         require_images(str(arguments.data))
         return str(arguments.data)
-    source, _ = recorded_data(network)
-    if not source:
+    if not recorded:
         arguments.parser.error(
             f"--data is required: {network} lies in no run folder that names its images"
         )
-    if source not in NAMED_SOURCES and not Path(source).exists():
-        raise UserError(f"the images of the run are no longer at {source}: give --data")
-    return source
+    if recorded not in NAMED_SOURCES and not Path(recorded).exists():
+        raise UserError(f"the images of the run are no longer at {recorded}: give --data")
+    return recorded
 
 
-def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str, Any]:
-    """Seed, share and crop of the split and the loader; by default the run's, if it is ``ours``.
+def _split(arguments: argparse.Namespace, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Seed, share and crop of the split and the loader; by default those ``recorded`` by the run.
 
     With another split, a network would be measured on its training images. Loaders resize
     photographs differently, so the run's loader is used.
     """
-    from classroomkd.runs.paths import recorded_data
-
     split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
-    recorded = recorded_data(network)[1] if ours else {}
+    recorded = dict(recorded)
     loader = recorded.pop("loader", "auto")
     split |= recorded
     given = {name: getattr(arguments, name) for name in split}

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "train the mentors of a recipe that are not in the store yet"
     parser = add_command(commands, mentors, what)
     add_recipe_options(parser)

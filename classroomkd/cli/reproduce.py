@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "run everything that a table needs, and write it beside the published numbers"
     parser = add_command(commands, reproduce, what)
     parser.take_keys(names.keys_of_tables, names.variants)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "train mentors and a student on your own images"
     parser = add_command(commands, train, what)
     add_recipe_options(parser)

@@ -68,7 +68,7 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
 
 
 def _kept(path: Path, called: str, digest: str) -> Path:
-    """Where the file of a network of one's own is kept beside the weights at ``path``."""
+    """The copy of a user-defined network's file that is kept beside the weights at ``path``."""
     return path.parent / "code" / digest[:12] / split_code(called)[0]
 
 
@@ -157,20 +157,18 @@ def _require_weights(state: State, match: Match, path: Path) -> None:
         raise UserError(f"{path} is a {match.architecture} for 0 classes")
     for name, theirs in match.names.items():
         tensor = state.tensors[theirs]
-        wrong = (
-            "on the meta device, without values"
-            if tensor.is_meta
-            else "not dense"
-            if tensor.layout != torch.strided
-            else f"{tensor.dtype}"
-            if not tensor.is_floating_point() and not name.endswith(COUNTER)
-            else ""
+        if tensor.is_meta:
+            wrong = "on the meta device, without values"
+        elif tensor.layout != torch.strided:
+            wrong = "not dense"
+        elif tensor.is_floating_point() or name.endswith(COUNTER):
+            continue
+        else:
+            wrong = f"{tensor.dtype}"
+        raise UserError(
+            f"{path} is a {match.architecture} whose {theirs} is {wrong}: save its weights as "
+            "dense floating-point tensors"
         )
-        if wrong:
-            raise UserError(
-                f"{path} is a {match.architecture} whose {theirs} is {wrong}: save its weights as "
-                "dense floating-point tensors"
-            )
 
 
 def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> str:

@@ -117,8 +117,8 @@ def _as_map(output: Tensor | None, name: str) -> Tensor:
 def layer_shapes(name: str, image_size: int) -> dict[str, tuple[int, int, int]]:
     """The modules of a network that can be features, by path, with their shapes (C, H, W).
 
-    They are those whose output for square images `StageOutputs` can keep; nothing is computed,
-    unless one's own code does not allow that.
+    They are those whose output for square images `StageOutputs` can keep. Nothing is computed,
+    unless a user-defined network does not allow that.
     """
     shapes: dict[str, tuple[int, int, int]] = {}
 
@@ -144,7 +144,7 @@ def feature_shapes(
 ) -> list[tuple[int, int, int]]:
     """The shapes (C, H, W) of the features of a network for square images, as of `StageOutputs`.
 
-    Nothing is computed, unless one's own code does not allow that. Raises UserError as
+    Nothing is computed, unless a user-defined network does not allow that. Raises UserError as
     `StageOutputs` does.
     """
     return shapes_of(

@@ -24,8 +24,8 @@ from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.recipe import MentorConfig, is_given
 
 Channels = tuple[float, float, float]
-AS_THEY_COME: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""The mean and standard deviation that leave images unchanged."""
+NOT_NORMALISED: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+"""The mean and standard deviation of images that are used unchanged."""
 
 _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weights: …, epochs: 5}"
 
@@ -134,7 +134,7 @@ def fit_mentor(
         info = replace(info or data, mean=mentor.job.mean, std=mentor.job.std)
     mentor.info = info
     mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
-    if info is None and (data.mean, data.std) != AS_THEY_COME:
+    if info is None and (data.mean, data.std) != NOT_NORMALISED:
         notify(f"{what} does not say how to normalise; it gets what this data has")
     elif info and (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
@@ -175,7 +175,7 @@ def fit_to_data(
     outputs = outputs_of(network, example, what)
     if outputs != len(data.classes):
         raise UserError(
-            f"{what} tells {outputs} classes apart, the data has {len(data.classes)}: "
+            f"{what} has {outputs} classes, the data has {len(data.classes)}: "
             f"give a network that was trained on these classes{otherwise}"
         )
     if own is None:

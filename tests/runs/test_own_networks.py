@@ -299,7 +299,7 @@ def test_first_weights_under_a_new_classifier(nets, tmp_path, capsys, monkeypatc
                 if not key.startswith("fc."):
                     torch.testing.assert_close(network[key], value.detach(), atol=1e-5, rtol=1e-5)
         message = refusal(run_of, [f"mentors=[{source}={weights}]"], tmp_path / "refused")
-        assert "tells 7 classes apart, the data has 3" in message
+        assert "has 7 classes, the data has 3" in message
         assert "or train it on them with a new classifier, as {source: …" in message
 
 
