@@ -132,7 +132,7 @@ def make_plan(
         recipe = load_recipe(file, common)
         if not recipe.student or not recipe.mentors:
             raise UserError(f"{file} is not a classroom: it needs a student and mentors")
-        variants = {variant.name: variant for variant in spec.variants(row)(recipe)}
+        variants = {variant.name: variant for variant in spec.variants(row, recipe)}
         rows[row] = (classroom, common, variants)
         known |= variants
     chosen = _chosen(method_names, known)

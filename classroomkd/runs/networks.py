@@ -73,7 +73,7 @@ class NetworkTrainer(RunContext):
                 if stored := self._from_store(job):
                     done[job.name] = stored
                     missing.remove(job)
-            self.progress.skip(self.steps(jobs) - self.steps(missing))
+            self.progress.advance(self.steps(jobs) - self.steps(missing))
             if missing:
                 done |= self._train(missing, method, mentors, lessons)
         return [done[job.name] for job in jobs]
@@ -175,7 +175,7 @@ class NetworkTrainer(RunContext):
             within = f", batch {trainer.batch + 1} of {steps}" if trainer.batch else ""
             self.notify(f"{trainer.name}: resuming from epoch {trainer.epoch}{within}")
         self.run.adopt_records(saver.records)
-        self.progress.skip((trainer.epoch - 1) * steps + trainer.batch)
+        self.progress.advance((trainer.epoch - 1) * steps + trainer.batch)
         return found
 
     def _train_epochs(
@@ -285,7 +285,7 @@ class NetworkTrainer(RunContext):
         started = time.perf_counter()
 
         def between_steps() -> None:
-            self.progress.step()
+            self.progress.advance()
             saver.between_steps()
 
         try:

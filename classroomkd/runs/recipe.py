@@ -44,7 +44,6 @@ from classroomkd.runs.identity import marked
 from classroomkd.runs.recipe_checks import check
 from classroomkd.training.config import TrainingConfig
 
-_MENTOR_EPOCHS = "mentor_training.epochs"
 # Earlier defaults, for keys that an old run's config.yaml lacks.
 _OF_OLD_RUNS = {"loss": {"mentor_weight": None, "task_weight": "confidence"}}
 
@@ -228,30 +227,24 @@ def load_recipe(
     method, item = "", ""
     try:
         files = () if file is None else layers.read_with_bases(file)
-        begun, says_mentor_epochs = _begun(files, of_run)
-        merged = deepcopy(begun)
+        merged = deepcopy(_begun(files, of_run))
         if values is not None:
-            given = layers.layer(values)
-            merged = _merged(merged, given)
-            says_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
+            merged = _merged(merged, layers.layer(values))
         chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
         method = chosen[-1] if chosen else merged.method
         for item in overrides:
-            key, equals, _ = item.partition("=")
+            key, equals, text = item.partition("=")
             if not equals or not key:
                 raise UserError(f"an override is like training.epochs=60, not {item!r}")
             try:
-                layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
+                layers.override(merged, key, layers.value_of(text))
             except OmegaConfBaseException:  # which may be a ValueError too, and names the key
                 raise
             except (TypeError, ValueError, yaml.YAMLError) as error:
                 raise UserError(
                     f"{where}cannot take the override {item!r}: {one_line(error)}"
                 ) from None
-        says_mentor_epochs |= any(
-            item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
-        )
-        if not says_mentor_epochs:
+        if OmegaConf.is_missing(merged.mentor_training, "epochs"):
             merged.mentor_training.epochs = merged.training.epochs
         recipe = cast(Recipe, OmegaConf.to_object(merged))
         # A file may set loss with its method overridden; an override of loss would do nothing.
@@ -350,17 +343,15 @@ def _absolute_weights(weights: str | None) -> str | None:
 
 
 @cache  # merging is slow, and a plan of many runs has few files
-def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictConfig, bool]:
-    """The defaults with the files' values, and whether a file sets the mentors' epochs."""
+def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> DictConfig:
+    """The defaults with the files' values; mentors' epochs are missing unless a file has them."""
     if not files:
         defaults = OmegaConf.structured(Recipe)
-        return (_merged(defaults, _OF_OLD_RUNS) if of_run else defaults), False
-    merged, sets_mentor_epochs = _begun(files[:-1], of_run)
+        defaults.mentor_training.epochs = MISSING
+        return _merged(defaults, _OF_OLD_RUNS) if of_run else defaults
     values = layers.yaml_mapping(*files[-1])
     values.pop("base", None)
-    given = layers.layer(values)
-    sets_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    return _merged(merged, given), sets_mentor_epochs
+    return _merged(_begun(files[:-1], of_run), layers.layer(values))
 
 
 def _merged(base: DictConfig, values: Any) -> DictConfig:

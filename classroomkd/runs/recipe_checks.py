@@ -98,14 +98,9 @@ def _of_data(data: DataConfig) -> list[Requirement]:
 
 def _of_mentor(name: str, mentor: MentorConfig, epochs: int) -> list[Requirement]:
     """``epochs`` is the length of the mentor's schedule."""
-    at = mentor.at
+    own, at = mentor.epochs, mentor.at
     return [
-        (
-            f"{name}.epochs",
-            mentor.epochs,
-            mentor.epochs is None or mentor.epochs >= 1,
-            "at least 1",
-        ),
+        (f"{name}.epochs", own, own is None or own >= 1, "at least 1"),
         (f"{name}.at", at, at is None or 1 <= at <= epochs, f"an epoch from 1 to {epochs}"),
         *_of_channels(name, mentor.mean, mentor.std),
         (f"{name}.weights", repr(""), mentor.weights != "", "a file"),

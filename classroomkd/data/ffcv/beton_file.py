@@ -16,13 +16,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from classroomkd.data.decoding import progress_bar
 from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.data.image_sets import samples_digest
 from classroomkd.errors import UserError, one_line
@@ -283,15 +283,3 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
 
     with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
         return image.height, image.width, 3
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, if that is a terminal; yields the function that advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)
