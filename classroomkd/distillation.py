@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from classroomkd.data import ImageFiles, ImageSet, from_dataset, split_off
 from classroomkd.data.batches import Batches, first_batch
 from classroomkd.errors import UserError
+from classroomkd.limits import LARGEST_SIDE
 from classroomkd.report.run_table import results_table
 from classroomkd.runs.builder import outputs_of
 from classroomkd.runs.identity import values_without
@@ -272,7 +273,7 @@ def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart])
             )
         training.setdefault("batch_size", train.batch_size)
         side = train.example.shape[-1] if train.example.dim() == 4 else 1
-        data |= {"image_size": min(side, 1024), "mean": [0.0] * 3, "std": [1.0] * 3}
+        data |= {"image_size": min(side, LARGEST_SIDE), "mean": [0.0] * 3, "std": [1.0] * 3}
         data["validation"] = 0.1 if "validation" in parts else 0.0
     elif isinstance(train, ImageSet):
         data.setdefault("image_size", train.images.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import (
     DATA_HELP,
@@ -19,6 +19,9 @@ from classroomkd.cli.arguments import (
 )
 from classroomkd.cli.checks import require_checkpoint, require_images
 from classroomkd.errors import UserError
+
+if TYPE_CHECKING:
+    from classroomkd.training.evaluation import Evaluation
 
 
 def add_to(commands: Any) -> None:
@@ -71,15 +74,12 @@ def evaluate(arguments: argparse.Namespace) -> None:
     place = Path(student if weights in (None, PRETRAINED) else weights)
     recorded_source, recorded_split = recorded_data(place)
     source = _source(arguments, place, recorded_source)
-    if (arguments.mean is None) != (arguments.std is None):
-        arguments.parser.error("--mean and --std go together")
-    if arguments.std is not None and min(arguments.std) <= 0:
-        arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
+    _check_normalisation(arguments)
 
     from classroomkd.data import is_split_by_seed, join
     from classroomkd.data.loader import per_channel
     from classroomkd.models import is_external, load_network
-    from classroomkd.models.first_weights import load_given
+    from classroomkd.models.initial_weights import load_given
     from classroomkd.models.layout import to_channels_last
     from classroomkd.runs.images import network_info, open_loaders, read_images
     from classroomkd.runs.machine import find_device
@@ -139,11 +139,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not arguments.all and is_split_by_seed(source):
         total = len(train_set) + len(test_set)
         chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
+    _print_result(result, len(info.classes), chosen)
+
+
+def _print_result(result: Evaluation, n_classes: int, chosen: str) -> None:
     print(f"images  {result.images}{chosen}")
     print(f"top-1   {result.top1:.2%}")
-    print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
+    print(f"top-5   {f'{result.top5:.2%}' if n_classes > 5 else '–'}")
     print(f"loss    {result.loss:.4f}")
     print(f"calibration error {result.calibration_error:.4f}")
+
+
+def _check_normalisation(arguments: argparse.Namespace) -> None:
+    if (arguments.mean is None) != (arguments.std is None):
+        arguments.parser.error("--mean and --std go together")
+    if arguments.std is not None and min(arguments.std) <= 0:
+        arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
 
 
 def _named(student: str) -> tuple[str, str | None]:

@@ -146,8 +146,8 @@ def load_network(
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(COUNTER)}
     tensors = {name: state.tensors[theirs] for name, theirs in match.names.items()}
     model.load_state_dict({**counters, **tensors})
-    if info is None and (told := "; ".join(_told(path, state, match, found, counters))):
-        notify(f"{path}: {told}")
+    if info is None and (notes := "; ".join(_notes(path, state, match, found, counters))):
+        notify(f"{path}: {notes}")
     return model.eval(), info, match.architecture
 
 
@@ -273,7 +273,7 @@ def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
         yield functools.partial(recognition.find_elsewhere, library=library)
 
 
-def _told(
+def _notes(
     path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """What the user should know about how the file was read."""

@@ -168,12 +168,10 @@ def read_run(folder: Path) -> RunRecords:
     """Read ``folder``; raises UserError if its records or summary cannot be read."""
     folder = Path(folder)
     require_records(folder)
-    metrics, summary, config = (
-        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
-    )
+    summary, config = folder / "summary.json", folder / "config.yaml"
     try:
         finished = _summary(summary) if summary.is_file() else None
-        curves, unreadable = _read_metrics(metrics)
+        curves, unreadable = _read_metrics(folder / "metrics.jsonl")
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
         starts = _starts(folder / "starts.jsonl")
         digests = {k: v for k, v in _inputs(folder).items() if k.endswith(" images")}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError, one_line
 from classroomkd.models import factories
-from classroomkd.models.first_weights import start_from
+from classroomkd.models.initial_weights import start_from
 from classroomkd.models.network_names import code_digest, is_code, label
 
 

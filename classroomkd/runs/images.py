@@ -22,6 +22,7 @@ from classroomkd.data import (
     split_off,
 )
 from classroomkd.data.batches import Batches, BatchLoaders
+from classroomkd.data.ffcv.beton import MAX_SIDE
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
@@ -32,7 +33,7 @@ Sets = Parts[ImageSet] | Parts[ImageFiles]
 AnyPart = ImageSet | ImageFiles | Batches
 ImageSets = dict[str, AnyPart]  # "train", "test", and "validation" if there is one
 
-_MAX_SIDE, _UP_TO = 500, 256  # the side of the photographs to use for an image size
+_UP_TO = 256  # the image size up to which photographs of `MAX_SIDE` pixels are large enough
 
 
 def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
@@ -97,7 +98,7 @@ def open_loaders(
     images = [part for part in sets if not isinstance(part, Batches)]
     if len(images) < len(sets):
         return BatchLoaders(device)
-    return Loaders(backend, images, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+    return Loaders(backend, images, device, max_side=max(MAX_SIDE, size * MAX_SIDE // _UP_TO))
 
 
 def example_of(part: AnyPart, size: int) -> Tensor:

@@ -16,7 +16,7 @@ from classroomkd import models
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
-from classroomkd.models.first_weights import load_given
+from classroomkd.models.initial_weights import load_given
 from classroomkd.models.layout import Renormalised
 from classroomkd.models.network_names import PRETRAINED, is_checkpoint, label, split_entry
 from classroomkd.runs.builder import outputs_of

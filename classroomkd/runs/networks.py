@@ -190,7 +190,7 @@ class NetworkTrainer(RunContext):
             self.progress.begin(trainer.name, trainer.epoch, job.last)
             record, measured = self._train_epoch(trainer, saver, lessons)
             record |= self._chance(job, trainer, [*saver.records, record])
-            self._tell_silent(record, saver.records)
+            self._warn_silent(record, saver.records)
             saver.records.append(
                 {"phase": job.phase, "name": job.name} | record | {"epochs": job.last}
             )
@@ -228,7 +228,7 @@ class NetworkTrainer(RunContext):
             )
         return {"chance_top1": chance}
 
-    def _tell_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+    def _warn_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
         """Warn about mentors that taught almost nothing in this epoch, once each."""
         for name, of in record.get("mentors", {}).items():
             if of["active_share"] < _SILENT and not any(

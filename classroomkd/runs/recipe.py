@@ -224,50 +224,7 @@ def load_recipe(
     Raises UserError, in one line that names the value, for an unknown key or an invalid value.
     """
     where = f"{file}: " if file else ""
-    method, item = "", ""
-    try:
-        files = () if file is None else layers.read_with_bases(file)
-        merged = deepcopy(_begun(files, of_run))
-        if values is not None:
-            merged = _merged(merged, layers.layer(values))
-        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
-        method = chosen[-1] if chosen else merged.method
-        for item in overrides:
-            key, equals, text = item.partition("=")
-            if not equals or not key:
-                raise UserError(f"an override is like training.epochs=60, not {item!r}")
-            try:
-                layers.override(merged, key, layers.value_of(text))
-            except OmegaConfBaseException:  # which may be a ValueError too, and names the key
-                raise
-            except (TypeError, ValueError, yaml.YAMLError) as error:
-                raise UserError(
-                    f"{where}cannot take the override {item!r}: {one_line(error)}"
-                ) from None
-        if OmegaConf.is_missing(merged.mentor_training, "epochs"):
-            merged.mentor_training.epochs = merged.training.epochs
-        recipe = cast(Recipe, OmegaConf.to_object(merged))
-        # A file may set loss with its method overridden; an override of loss would do nothing.
-        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
-        if idle and recipe.method != "classroom":
-            from classroomkd.runs.recipe_keys import unused_loss
-
-            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
-        known = method_names.entry(recipe.method).options
-        texts = {key for key, default in known.items() if isinstance(default, str)}
-        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
-        recipe.method_options = {
-            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
-            for key, value in recipe.method_options.items()
-        }
-    except UserError:
-        raise
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
-
-        raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{where}{layers.reason(error)}") from None
+    recipe = _read(file, overrides, values, of_run, where)
     check(recipe, where)
     data = recipe.data
     if data.padding is None:
@@ -340,6 +297,64 @@ def _absolute_weights(weights: str | None) -> str | None:
     if weights in (None, PRETRAINED):
         return weights
     return str(Path(weights).expanduser().absolute())
+
+
+def _read(
+    file: Path | None,
+    overrides: Sequence[str],
+    values: Mapping[str, Any] | None,
+    of_run: bool,
+    where: str,
+) -> Recipe:
+    """The recipe as given, before its values are checked; errors begin with ``where``."""
+    method, item = "", ""
+    try:
+        files = () if file is None else layers.read_with_bases(file)
+        merged = deepcopy(_begun(files, of_run))
+        if values is not None:
+            merged = _merged(merged, layers.layer(values))
+        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
+        method = chosen[-1] if chosen else merged.method
+        for item in overrides:
+            _override(merged, item, where)
+        if OmegaConf.is_missing(merged.mentor_training, "epochs"):
+            merged.mentor_training.epochs = merged.training.epochs
+        recipe = cast(Recipe, OmegaConf.to_object(merged))
+        # A file may set loss with its method overridden; an override of loss would do nothing.
+        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+        if idle and recipe.method != "classroom":
+            from classroomkd.runs.recipe_keys import unused_loss
+
+            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+        known = method_names.entry(recipe.method).options
+        texts = {key for key, default in known.items() if isinstance(default, str)}
+        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
+        recipe.method_options = {
+            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
+            for key, value in recipe.method_options.items()
+        }
+        return recipe
+    except UserError:
+        raise
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
+
+        raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"{where}{layers.reason(error)}") from None
+
+
+def _override(merged: DictConfig, item: str, where: str) -> None:
+    """Apply an override like ``training.epochs=60``; UserError if it cannot be read."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"an override is like training.epochs=60, not {item!r}")
+    try:
+        layers.override(merged, key, layers.value_of(text))
+    except OmegaConfBaseException:  # which may be a ValueError too, and names the key
+        raise
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}cannot take the override {item!r}: {one_line(error)}") from None
 
 
 @cache  # merging is slow, and a plan of many runs has few files

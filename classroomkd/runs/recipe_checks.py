@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from classroomkd.errors import UserError
-from classroomkd.limits import ALPHAS, is_alpha
+from classroomkd.limits import ALPHAS, LARGEST_SIDE, is_alpha
 from classroomkd.loss.methods import method_names
 from classroomkd.loss.options import LossOptions
 from classroomkd.models.network_names import is_checkpoint, is_logits
@@ -84,13 +84,15 @@ def _of_run(recipe: Recipe) -> list[Requirement]:
 
 
 def _of_data(data: DataConfig) -> list[Requirement]:
+    size, padding, cutout = data.image_size, data.padding or 0, data.cutout
+    side = f"to {LARGEST_SIDE} pixels"
     return [
-        ("data.image_size", data.image_size, 1 <= data.image_size <= 1024, "1 to 1024 pixels"),
+        ("data.image_size", size, 1 <= size <= LARGEST_SIDE, f"1 {side}"),
         ("data.test_share", data.test_share, 0 < data.test_share < 1, "between 0 and 1"),
         ("data.validation", data.validation, 0 <= data.validation < 1, "from 0 to below 1"),
-        ("data.padding", data.padding, 0 <= (data.padding or 0) <= 1024, "0 to 1024 pixels"),
-        ("data.cutout", data.cutout, 0 <= data.cutout <= 1024, "0 to 1024 pixels"),
-        ("data.cutout", data.cutout, data.crop == "pad" or data.cutout == 0, "0 with crop: resize"),
+        ("data.padding", padding, 0 <= padding <= LARGEST_SIDE, f"0 {side}"),
+        ("data.cutout", cutout, 0 <= cutout <= LARGEST_SIDE, f"0 {side}"),
+        ("data.cutout", cutout, data.crop == "pad" or cutout == 0, "0 with crop: resize"),
         ("data.split_seed", data.split_seed, (data.split_seed or 0) >= 0, "at least 0"),
         *_of_channels("data", data.mean, data.std),
     ]

@@ -124,7 +124,7 @@ class TrainingRun:
         to resume had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt, after SIGINT or SIGTERM too, with a message that says what was saved.
         """
-        self._tell_unused_mentors()
+        self._print_unused_mentors()
         info = network_info(self.recipe.student, self.recipe.data, train_set)
         example = example_of(train_set, info.image_size)
         self._checks.with_data(info, example)
@@ -159,7 +159,7 @@ class TrainingRun:
                 write_report(out)
         return summary
 
-    def _tell_unused_mentors(self) -> None:
+    def _print_unused_mentors(self) -> None:
         """Print which of the recipe's mentors the method does not use."""
         names = names_in_order(self.recipe, self.mentors, self.own_logits)
         if len(names) < len(self.recipe.mentors):
