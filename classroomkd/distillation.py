@@ -150,7 +150,7 @@ class _Networks:
     mentor_names: list[str] = field(default_factory=list)
 
     def student(self, student: nn.Module | str, mentors: Any) -> str:
-        """The recipe's word for the student."""
+        """The recipe's name for the student."""
         if isinstance(student, str):
             return student
         if not isinstance(student, nn.Module):
@@ -164,21 +164,21 @@ class _Networks:
         return name
 
     def mentors(self, mentors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
-        """The recipe's words for the mentors."""
+        """The recipe's entries for the mentors."""
         if isinstance(mentors, str | nn.Module):
             mentors = [mentors]
         if isinstance(mentors, Mapping):
             return [self._mentor(name, mentor) for name, mentor in mentors.items()]
-        taken = Counter(self.modules.keys())  # of the mapping it would take the values
-        words = []
+        taken = Counter(self.modules.keys())  # a Counter of the mapping would count its values
+        entries = []
         for mentor in mentors:
             source = mentor.get("source") if isinstance(mentor, Mapping) else mentor
             name = type(source).__name__
             taken[name] += 1
-            words.append(
+            entries.append(
                 self._mentor(name if taken[name] == 1 else f"{name}-{taken[name]}", mentor)
             )
-        return words
+        return entries
 
     def _mentor(self, name: str, mentor: Any) -> Any:
         options = dict(mentor) if isinstance(mentor, Mapping) else {"source": mentor}

@@ -101,9 +101,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
-    from classroomkd.data import NAMED_SOURCES, cifar, list_source
     from classroomkd.reproduce.collect import write_results
-    from classroomkd.reproduce.plan import make_plan, require_same_recipe
+    from classroomkd.reproduce.plan import make_plan
     from classroomkd.reproduce.runner import Runner, check_devices
     from classroomkd.runs.progress import print_line
 
@@ -130,16 +129,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     )
     plan = whole.shard(*shard) if arguments.shard else whole
     out = arguments.out or Path("reproduce") / arguments.table
-    for task in plan.runs:
-        require_networks(task.recipe)
-        if (out / task.id / "config.yaml").exists():
-            require_same_recipe(task, out / task.id)
-        if not task.recipe.data.source and not arguments.plan:
-            arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
-    for source in {task.recipe.data.source for task in plan.runs} - {""}:
-        _require_folder(source)
-        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
-            list_source(source)  # it reports errors in the source
+    _check_runs(plan, out, arguments)
     _print_plan(plan, out, len(given["devices"]) or 1, console)
     _print_saved(plan, console)
     if arguments.plan:
@@ -166,6 +156,23 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if runner.failed:
         print_line(console, f"failed: {', '.join(task.id for task in runner.failed)}")
     return int(bool(runner.failed))
+
+
+def _check_runs(plan: Plan, out: Path, arguments: argparse.Namespace) -> None:
+    """Raise UserError for missing networks or images, or runs that were started otherwise."""
+    from classroomkd.data import NAMED_SOURCES, cifar, list_source
+    from classroomkd.reproduce.plan import require_same_recipe
+
+    for task in plan.runs:
+        require_networks(task.recipe)
+        if (out / task.id / "config.yaml").exists():
+            require_same_recipe(task, out / task.id)
+        if not task.recipe.data.source and not arguments.plan:
+            arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
+    for source in {task.recipe.data.source for task in plan.runs} - {""}:
+        _require_folder(source)
+        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
+            list_source(source)  # it reports errors in the source
 
 
 def _require_folder(source: str) -> None:

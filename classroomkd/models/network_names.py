@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
-PRETRAINED = "pretrained"  # the word for the weights that a network's library has
+PRETRAINED = "pretrained"  # stands for the weights from a network's library
 # The suffixes of checkpoints.
 SUFFIXES = (".bin", ".ckpt", ".npy", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")
 
@@ -120,7 +120,7 @@ def code_file(source: str) -> Path:
 
     try:
         found = retried(lambda: importlib.util.find_spec(place))
-    except Exception as error:  # whatever the packages above it raise
+    except Exception as error:  # the packages above it may raise anything
         raise UserError(f"cannot import {place} for {source}: {error}") from None
     if found is None or not found.has_location or found.origin is None:
         raise UserError(f"there is no module {place}, which {source} names")

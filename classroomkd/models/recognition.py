@@ -118,13 +118,13 @@ def fit(shapes: Shapes, architecture: str) -> Match | None:
 
 
 def misfit(shapes: Shapes, architecture: str) -> str:
-    """What keeps tensors of these shapes from being those of a network, in one line."""
+    """Why tensors of these shapes cannot be those of a network, in one line."""
     classes = _classes(shapes, architecture)
     return differences(shapes, expected(architecture, classes or _CLASSES))
 
 
 def _classes(shapes: Shapes, architecture: str) -> int | None:
-    """The number of classes that a network has with these shapes, if they hang on it."""
+    """The number of classes of a network with these shapes; None if no shape depends on it."""
     for name, shape in expected(architecture).items():
         given = shapes.get(name, ())
         if _CLASSES in shape and len(given) == len(shape):

@@ -169,7 +169,7 @@ def _called(
 
 
 def stage_names(name: str) -> list[str]:
-    """The paths of the stages of a network; none where they are not known."""
+    """The paths of the stages of a network; empty if they are not known."""
     with torch.device("meta"), suppress(UserError):
         return stages(build(name, 2))
     return []

@@ -132,7 +132,7 @@ class Runner:
         if (folder / "config.yaml").exists():
             arguments = ["train", "--resume", str(folder)]
         else:
-            if folder.exists():  # started, but not as far as its first file
+            if folder.exists():  # killed before it had written its first file
                 shutil.rmtree(folder)
             forget_seconds_waited(task, self.out)
             arguments = [*task.arguments, f"device={kind}", "--out", str(folder)]

@@ -165,5 +165,5 @@ def _classes(logits: object, rows: int, what: str) -> int:
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):  # made where there is no file
+    except (OSError, TypeError):  # defined without a file, as in a notebook
         return f"{kind.__module__}.{kind.__qualname__}"

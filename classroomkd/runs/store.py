@@ -62,8 +62,9 @@ class MentorStore:
     ) -> Iterator[None]:
         """A context that excludes other processes from the same training, of any epoch.
 
-        It waits for a process inside. Raises Interrupted if a signal asks to stop meanwhile. If the
-        folder is not writable nothing is locked, since nothing can be stored there either.
+        It waits for another process to leave such a context, and raises Interrupted if a signal
+        asks to stop during that. If the folder is not writable, nothing is locked, since nothing
+        can be stored there either.
         """
         weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
