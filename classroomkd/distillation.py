@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -24,10 +23,10 @@ from classroomkd.errors import UserError
 from classroomkd.limits import LARGEST_SIDE
 from classroomkd.report.run_table import results_table
 from classroomkd.runs.builder import outputs_of
-from classroomkd.runs.identity import values_without
+from classroomkd.runs.identity import difference
 from classroomkd.runs.images import AnyPart
 from classroomkd.runs.paths import choose_folder
-from classroomkd.runs.recipe import Recipe, load_recipe, split_seed, with_absolute_paths
+from classroomkd.runs.recipe import Recipe, load_recipe, result_values, split_seed
 from classroomkd.runs.training_run import TrainingRun
 
 
@@ -285,16 +284,10 @@ def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart])
 def _require_same(recipe: Recipe, folder: Path) -> None:
     """Raise UserError if the run in ``folder`` was started with other arguments."""
     begun = load_recipe(folder / "config.yaml", of_run=True)
-    one, other = (
-        yaml.safe_dump(values_without(with_absolute_paths(each), "machine", "place")).splitlines()
-        for each in (begun, recipe)
-    )
-    for was, now in zip(one, other, strict=False):
-        if was != now:
-            raise UserError(
-                f"{folder} was started with {was.strip()}, which is {now.strip()} now: give the "
-                "same arguments, or another out"
-            )
+    if differing := difference(result_values(begun), result_values(recipe)):
+        raise UserError(
+            f"{folder} was started with {differing} now: give the same arguments, or another out"
+        )
 
 
 def _finished(run: TrainingRun, folder: Path) -> Distilled:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -62,6 +63,12 @@ def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files in ``folder`` of processes killed while writing."""
     for leftover in folder.glob(f".*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256, in hexadecimal, of a file's content."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

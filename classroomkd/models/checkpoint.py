@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write
+from classroomkd.files import atomic_write, sha256
 from classroomkd.models import external, factories, recognition, weight_files
 from classroomkd.models.info import NetworkInfo
 from classroomkd.models.network_names import (
@@ -198,7 +198,7 @@ def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> st
         file = code_file(architecture)
     except UserError as error:
         raise UserError(f"{path} is of an unknown network, {architecture!r}: {error}") from None
-    if info.code not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+    if info.code not in (None, sha256(file)):
         notify(f"{file} has changed since {path} was written: its network may compute otherwise")
     return architecture
 

@@ -19,7 +19,7 @@ from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.models.network_names import SIZES, code_digest, is_checkpoint, is_code, label
 from classroomkd.reproduce.tables import TABLES, Table, Variant, mentors_override
-from classroomkd.runs.identity import mentor_values, values_without
+from classroomkd.runs.identity import difference, mentor_values, values_without
 from classroomkd.runs.recipe import (
     MentorConfig,
     Recipe,
@@ -27,6 +27,7 @@ from classroomkd.runs.recipe import (
     is_given,
     load_recipe,
     mentor_seed,
+    result_values,
     teaching,
     with_absolute_paths,
 )
@@ -316,7 +317,7 @@ def forward_flops(network: str, image_size: int) -> float:
 def require_same_recipe(task: Task, folder: Path) -> None:
     """Raise UserError if the run in ``folder`` was started with other values than ``task`` has."""
     differing = difference(
-        _values(load_recipe(folder / "config.yaml", of_run=True)), _values(task.recipe)
+        result_values(load_recipe(folder / "config.yaml", of_run=True)), result_values(task.recipe)
     )
     if differing:
         raise UserError(
@@ -338,26 +339,8 @@ def _require_same_code(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def difference(begun: dict, now: dict) -> str:
-    """The first difference between two recipes' `_values`, as text; empty if there is none."""
-    for key, value in begun.items():
-        if isinstance(value, dict):
-            if inner := difference(value, now[key]):
-                return f"{key}.{inner}"
-        elif value != now[key]:
-            return f"{key} {json.dumps(value)}, which is {json.dumps(now[key])}"
-    return ""
-
-
 def run_values(folder: Path) -> dict:
     """The values that determine the results of the run in ``folder``, except its seed."""
-    values = _values(load_recipe(folder / "config.yaml", of_run=True))
+    values = result_values(load_recipe(folder / "config.yaml", of_run=True))
     del values["seed"]
-    return values
-
-
-def _values(recipe: Recipe) -> dict:
-    values = values_without(with_absolute_paths(recipe), "machine", "place")
-    if not recipe.student or recipe.method != "classroom":
-        del values["loss"]  # unused
     return values

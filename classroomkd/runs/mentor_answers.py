@@ -22,9 +22,8 @@ from classroomkd.loss.methods import Method, method_names
 from classroomkd.models.network_names import is_logits, label
 from classroomkd.runs.builder import module_digest
 from classroomkd.runs.context import RunContext
-from classroomkd.runs.images import AnyPart, training_augmentation, training_mixing
+from classroomkd.runs.images import AnyPart, training_mixing
 from classroomkd.runs.jobs import TrainingJob
-from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import Mentor
 from classroomkd.runs.recipe import Recipe, kept_epochs, split_seed, teaching
 from classroomkd.training.logits_files import (
@@ -144,7 +143,7 @@ class MentorAnswers(RunContext):
 
     def _key(self, job: TrainingJob, mentor: Mentor, network: nn.Module) -> dict[str, Any]:
         """Everything that the mentor's logits depend on."""
-        recipe, device = self.recipe, self.processes.device
+        recipe = self.recipe
         assert recipe.mentor_cache is not None
         training = job.training(recipe)
         return {
@@ -154,21 +153,13 @@ class MentorAnswers(RunContext):
             "shape": list(self._shape),
             "dtype": recipe.mentor_cache.dtype,
             "images": self.digests["train"],
-            "image_size": recipe.data.image_size,
             "mean": list(self.info.mean),
             "std": list(self.info.std),
-            "augmentation": repr(training_augmentation(recipe.data)),
             "mixing": repr(training_mixing(training, len(self.info.classes))),
-            # Each loader resizes photographs in its own way.
-            "loader": self.loaders.backend if recipe.data.crop == "resize" else None,
             "seed": job.batch_seed(recipe),
             "batch_size": training.batch_size,  # the bits depend on it
-            "processes": self.processes.world_size,
-            "precision": str(self.dtype),
             "compile": recipe.compile,
-            "device": device.type,
-            "threads": recipe.threads if device.type == "cpu" else None,
-            "versions": versions(),
+            **self.computation(),
         }
 
 

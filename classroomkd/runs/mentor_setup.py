@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
+from classroomkd.files import sha256
 from classroomkd.models import NetworkInfo
 from classroomkd.models.initial_weights import load_given
 from classroomkd.models.layout import Renormalised
@@ -143,8 +143,7 @@ def fit_mentor(
 def sha256_of(source: str) -> str:
     """The SHA-256 of a checkpoint: a file, or the student's file in a run folder."""
     path, _ = split_entry(source)
-    with (models.student_file(path) if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(models.student_file(path) if path.is_dir() else path)
 
 
 def weights_digest(weights: str) -> str:

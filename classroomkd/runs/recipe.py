@@ -40,7 +40,7 @@ from classroomkd.models.network_names import (
     is_external,
 )
 from classroomkd.runs import recipe_layers as layers
-from classroomkd.runs.identity import marked
+from classroomkd.runs.identity import marked, values_without
 from classroomkd.runs.recipe_checks import check
 from classroomkd.training.config import TrainingConfig
 
@@ -291,6 +291,14 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     ]
     init = _absolute_weights(recipe.init)
     return replace(recipe, student=absolute(recipe.student), init=init, mentors=mentors)
+
+
+def result_values(recipe: Recipe) -> dict[str, Any]:
+    """The values that determine the results of a run on given images, seed included."""
+    values = values_without(with_absolute_paths(recipe), "machine", "place")
+    if not recipe.student or recipe.method != "classroom":
+        del values["loss"]  # unused
+    return values
 
 
 def _absolute_weights(weights: str | None) -> str | None:

@@ -13,9 +13,7 @@ from classroomkd.models import NetworkInfo, network_names
 from classroomkd.report.records import label
 from classroomkd.runs.context import RunContext
 from classroomkd.runs.identity import mentor_values
-from classroomkd.runs.images import training_augmentation
 from classroomkd.runs.jobs import TrainingJob
-from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import weights_digest
 from classroomkd.runs.store import MentorStore
 
@@ -57,26 +55,17 @@ class StoredMentors(RunContext):
         given = job.architecture in self.builder.modules
         if job.phase != "mentor" or given or not self.recipe.store:
             return None
-        data, device = self.recipe.data, self.processes.device
         key = {
             **mentor_values(self.recipe),
+            **self.computation(),
             "architecture": network_names.label(job.architecture),
             "training": job.training(self.recipe).deciding(),
             "epoch": job.last,
             "images": dict(self.digests),
             "classes": self.info.classes,
-            "image_size": data.image_size,
-            "augmentation": repr(training_augmentation(data)),
-            # Each loader resizes photographs in its own way.
-            "loader": self.loaders.backend if data.crop == "resize" else None,
             "mean": job.mean or self.info.mean,
             "std": job.std or self.info.std,
             "seed": job.seed(self.recipe),
-            "precision": str(self.dtype),
-            "processes": self.processes.world_size,
-            "device": device.type,
-            "threads": self.recipe.threads if device.type == "cpu" else None,
-            "versions": versions(),
         }
         if (code := self.builder.code(job.architecture)) is not None:
             key["code"] = code
