@@ -136,15 +136,10 @@ def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None
 
 def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
     """A description of the number of images in each part and their source."""
+    origins = {name: f" ({folder})" for name, folder in folders.items()}
+    split_off = f" (split off {folders['train']})" if folders else ""
     return ", ".join(
-        f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+        f"{len(sets[name]):,} {name}{origins.get(name, split_off)}"
         for name in ("train", "validation", "test")
         if name in sets
     )
-
-
-def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """The source of a part of the images, to be printed after its name."""
-    if part in folders:
-        return f" ({folders[part]})"
-    return f" (split off {folders['train']})" if folders else ""

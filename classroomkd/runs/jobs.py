@@ -86,16 +86,14 @@ class TrainingJob:
 
 def student_jobs(recipe: Recipe) -> list[TrainingJob]:
     """The trainings of the student, in order: alone, and by the recipe's method."""
-    wanted = {
-        "alone": recipe.alone or recipe.method == "alone",
-        "student": recipe.method != "alone",
-    }
-    name = network_names.label(recipe.student)
-    epochs, weights = recipe.training.epochs, recipe.init
+    if not recipe.student:
+        return []
+    phases = ["alone"] if recipe.alone or recipe.method == "alone" else []
+    if recipe.method != "alone":
+        phases.append("student")
+    name, epochs = network_names.label(recipe.student), recipe.training.epochs
     return [
-        TrainingJob(phase, name, recipe.student, epochs, weights=weights)
-        for phase in wanted
-        if recipe.student and wanted[phase]
+        TrainingJob(phase, name, recipe.student, epochs, weights=recipe.init) for phase in phases
     ]
 
 
