@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console
 from torch import nn
 from torch.utils.data import DataLoader
@@ -21,12 +20,13 @@ from torch.utils.data import DataLoader
 from classroomkd.data import ImageFiles, ImageSet, from_dataset, split_off
 from classroomkd.data.batches import Batches, first_batch
 from classroomkd.errors import UserError
+from classroomkd.limits import LARGEST_SIDE
 from classroomkd.report.run_table import results_table
 from classroomkd.runs.builder import outputs_of
-from classroomkd.runs.identity import values_without
+from classroomkd.runs.identity import difference
 from classroomkd.runs.images import AnyPart
 from classroomkd.runs.paths import choose_folder
-from classroomkd.runs.recipe import Recipe, load_recipe, split_seed, with_absolute_paths
+from classroomkd.runs.recipe import Recipe, load_recipe, result_values, split_seed
 from classroomkd.runs.training_run import TrainingRun
 
 
@@ -149,7 +149,7 @@ class _Networks:
     mentor_names: list[str] = field(default_factory=list)
 
     def student(self, student: nn.Module | str, mentors: Any) -> str:
-        """The recipe's word for the student."""
+        """The recipe's name for the student."""
         if isinstance(student, str):
             return student
         if not isinstance(student, nn.Module):
@@ -163,21 +163,21 @@ class _Networks:
         return name
 
     def mentors(self, mentors: Mapping[str, Any] | Sequence[Any]) -> list[Any]:
-        """The recipe's words for the mentors."""
+        """The recipe's entries for the mentors."""
         if isinstance(mentors, str | nn.Module):
             mentors = [mentors]
         if isinstance(mentors, Mapping):
             return [self._mentor(name, mentor) for name, mentor in mentors.items()]
-        taken = Counter(self.modules.keys())  # of the mapping it would take the values
-        words = []
+        taken = Counter(self.modules.keys())  # a Counter of the mapping would count its values
+        entries = []
         for mentor in mentors:
             source = mentor.get("source") if isinstance(mentor, Mapping) else mentor
             name = type(source).__name__
             taken[name] += 1
-            words.append(
+            entries.append(
                 self._mentor(name if taken[name] == 1 else f"{name}-{taken[name]}", mentor)
             )
-        return words
+        return entries
 
     def _mentor(self, name: str, mentor: Any) -> Any:
         options = dict(mentor) if isinstance(mentor, Mapping) else {"source": mentor}
@@ -272,7 +272,7 @@ def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart])
             )
         training.setdefault("batch_size", train.batch_size)
         side = train.example.shape[-1] if train.example.dim() == 4 else 1
-        data |= {"image_size": min(side, 1024), "mean": [0.0] * 3, "std": [1.0] * 3}
+        data |= {"image_size": min(side, LARGEST_SIDE), "mean": [0.0] * 3, "std": [1.0] * 3}
         data["validation"] = 0.1 if "validation" in parts else 0.0
     elif isinstance(train, ImageSet):
         data.setdefault("image_size", train.images.shape[1])
@@ -284,16 +284,10 @@ def _settings(values: dict[str, Any], epochs: int, parts: Mapping[str, AnyPart])
 def _require_same(recipe: Recipe, folder: Path) -> None:
     """Raise UserError if the run in ``folder`` was started with other arguments."""
     begun = load_recipe(folder / "config.yaml", of_run=True)
-    one, other = (
-        yaml.safe_dump(values_without(with_absolute_paths(each), "machine", "place")).splitlines()
-        for each in (begun, recipe)
-    )
-    for was, now in zip(one, other, strict=False):
-        if was != now:
-            raise UserError(
-                f"{folder} was started with {was.strip()}, which is {now.strip()} now: give the "
-                "same arguments, or another out"
-            )
+    if differing := difference(result_values(begun), result_values(recipe)):
+        raise UserError(
+            f"{folder} was started with {differing} now: give the same arguments, or another out"
+        )
 
 
 def _finished(run: TrainingRun, folder: Path) -> Distilled:

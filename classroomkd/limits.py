@@ -10,6 +10,8 @@ Backend = Literal["auto", "ffcv", "resident", "torch"]
 # where they are above 1 (docs/method.md). The error grows with τ².
 MAX_TEMPERATURE = 20.0
 
+LARGEST_SIDE = 1024  # pixels of an image; larger ones would hardly fit in memory
+
 # The α of MixUp and CutMix; 0 turns them off. At the largest α, nearly every share is 1/2; at the
 # smallest, nearly every image is unmixed; far below, the computed quantiles of Beta are wrong.
 MIN_ALPHA, MAX_ALPHA = 1e-3, 1e3

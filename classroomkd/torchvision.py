@@ -33,8 +33,13 @@ def import_torchvision(submodule: str | None = None) -> ModuleType:
     Raises ImportError if torchvision is not installed.
     """
     name = "torchvision" if submodule is None else f"torchvision.{submodule}"
+    return retried(lambda: importlib.import_module(name))
+
+
+def retried(make: Callable[[], T]) -> T:
+    """The result of ``make``, called again with the schemas if importing torchvision fails."""
     try:
-        return importlib.import_module(name)
+        return make()
     except RuntimeError as error:
         if "operator torchvision::" not in str(error):
             raise
@@ -43,15 +48,4 @@ def import_torchvision(submodule: str | None = None) -> ModuleType:
             fragment = library.Library("torchvision", "FRAGMENT")
             fragment.define(schema)
             _fragments.append(fragment)
-    return importlib.import_module(name)
-
-
-def retried(make: Callable[[], T]) -> T:
-    """The result of ``make``, which may import torchvision where only the shim makes that work."""
-    try:
-        return make()
-    except RuntimeError as error:
-        if "operator torchvision::" not in str(error):
-            raise
-    import_torchvision()
     return make()

@@ -13,16 +13,9 @@ from classroomkd.errors import UserError
 
 # What the extra "train" of setup.py installs, by the names of the modules.
 _OF_TRAIN = {
-    "PIL",
-    "filelock",
-    "matplotlib",
-    "omegaconf",
-    "rich",
-    "safetensors",
-    "scipy",
-    "sklearn",
+    *("PIL", "filelock", "matplotlib", "omegaconf", "rich"),
+    *("safetensors", "scipy", "sklearn", "torchvision", "yaml"),
 }
-_OF_TRAIN |= {"torchvision", "yaml"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

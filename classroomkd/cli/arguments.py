@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from classroomkd.errors import UserError
-from classroomkd.limits import Backend
+from classroomkd.limits import LARGEST_SIDE, Backend
 
 DEFAULT_SEED, DEFAULT_TEST_SHARE, DEFAULT_IMAGE_SIZE = 0, 0.2, 32
 DATA_HELP = (
@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
         known = difflib.get_close_matches(option, self._option_string_actions, n=1, cutoff=0.8)
         name = option.removeprefix("--").replace("-", "_")
         keys = self.keys(name) if self.keys else []
-        if keys and (not known or _last(keys[0]) == _last(name)):
+        if keys and (not known or keys[0].split(".")[-1] == name.split(".")[-1]):
             if not equals:
                 following = args[args.index(unknown) + 1 :]
                 value = next((text for text in following[:1] if not text.startswith("-")), "VALUE")
@@ -71,10 +71,6 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
-def _last(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callable[[str], Any]:
     def parse(text: str) -> Any:
         with suppress(ValueError):
@@ -87,7 +83,9 @@ def _checked(convert: type, holds: Callable[[Any], bool], wanted: str) -> Callab
 
 COUNT = _checked(int, lambda value: value >= 1, "a whole number of at least 1")
 NATURAL = _checked(int, lambda value: value >= 0, "a whole number of at least 0")
-PIXELS = _checked(int, lambda value: 1 <= value <= 1024, "a whole number from 1 to 1024")
+PIXELS = _checked(
+    int, lambda value: 1 <= value <= LARGEST_SIDE, f"a whole number from 1 to {LARGEST_SIDE}"
+)
 PHOTO_SIDE = _checked(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")
 QUALITY = _checked(int, lambda value: 1 <= value <= 100, "a whole number from 1 to 100")
 SHARE = _checked(float, lambda value: 0 < value < 1, "a number between 0 and 1")

@@ -10,7 +10,6 @@ from classroomkd.errors import UserError
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "list, verify or remove the mentors' logits cached by runs with mentor_cache"
     parser = add_command(commands, cache, what)
     parser.add_argument(

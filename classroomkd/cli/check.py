@@ -10,7 +10,6 @@ from classroomkd.cli.recipe_options import add_recipe_options, lacks, recipe_of
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "look for faults in given mentors, on a few hundred labelled images"
     parser = add_command(commands, check, what)
     add_recipe_options(parser)

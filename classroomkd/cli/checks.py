@@ -65,10 +65,3 @@ def is_override(text: str) -> bool:
     from classroomkd.models.network_names import split_weights
 
     return "=" in text and not Path(text).exists() and split_weights(text)[1] is None
-
-
-def default_device() -> str:
-    """The device type to use if none is given."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,16 +27,14 @@ if TYPE_CHECKING:
     from classroomkd.data import ImageFiles, ImageSet, Parts
 
 _PARTS = {
-    "train": "the training part",
-    "validation": "the validation part",
-    "test": "the held-out part",
-    "all": "all parts",
+    "train": "training part",
+    "validation": "validation part",
+    "test": "held-out part",
 }
 _DEFAULT = "(default: %(default)s)"
 
 
 def add_to(commands: Any) -> None:
-    """Add the commands and their options."""
     what = "show a data set, pack it into a .beton file, verify such a file"
     group = commands.add_parser("data", help=what, description=what)
     commands = group.add_subparsers(metavar="command", required=True)
@@ -79,7 +77,7 @@ def add_to(commands: Any) -> None:
 def _add_packing(parser: Parser) -> None:
     parser.add_argument(
         "--part",
-        choices=("train", "validation", "test", "all"),
+        choices=(*_PARTS, "all"),
         default="train",
         help=f"part to pack {_DEFAULT}",
     )
@@ -120,7 +118,7 @@ def info(arguments: argparse.Namespace) -> None:
     else:
         found, sizes = _load_with_sizes(path, arguments)
         folders = found.folders
-        parts = {_PARTS[name].removeprefix("the "): part for name, part in found.sets().items()}
+        parts = {_PARTS[name]: part for name, part in found.sets().items()}
     first = next(iter(parts.values()))
     height, width = first.images.shape[1:3]
     print(f"{arguments.source}: {len(first.classes)} classes")
@@ -134,7 +132,7 @@ def info(arguments: argparse.Namespace) -> None:
     counts = {
         name: np.bincount(part.targets, minlength=len(part.classes)) for name, part in parts.items()
     }
-    of_part = {_PARTS[part].removeprefix("the "): folder for part, folder in folders.items()}
+    of_part = {_PARTS[part]: folder for part, folder in folders.items()}
     for name, of_class in counts.items():
         low, high = of_class.min(), of_class.max()
         each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
@@ -170,9 +168,10 @@ def pack(arguments: argparse.Namespace) -> None:
     import_ffcv()
     jpeg = arguments.photos and not arguments.raw
     beton = betons.pack(_part(arguments), out, overwrite=arguments.overwrite, jpeg=jpeg, **options)
+    part = "all parts" if arguments.part == "all" else f"the {_PARTS[arguments.part]}"
     print(
         f"{out}: {len(beton):,} images of {len(beton.classes)} classes, "
-        f"{_PARTS[arguments.part]}, {out.stat().st_size / 1e6:,.1f} MB"
+        f"{part}, {out.stat().st_size / 1e6:,.1f} MB"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import (
     DATA_HELP,
@@ -20,9 +20,11 @@ from classroomkd.cli.arguments import (
 from classroomkd.cli.checks import require_checkpoint, require_images
 from classroomkd.errors import UserError
 
+if TYPE_CHECKING:
+    from classroomkd.training.evaluation import Evaluation
+
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     parser = add_command(
         commands, evaluate, "measure the accuracy of a trained network on held-out images"
     )
@@ -65,20 +67,19 @@ def add_to(commands: Any) -> None:
 def evaluate(arguments: argparse.Namespace) -> None:
     """Print accuracy, loss and calibration error."""
     from classroomkd.models.network_names import PRETRAINED, label
+    from classroomkd.runs.paths import recorded_data
 
     student = str(arguments.student)
     name, weights = _named(student)
     place = Path(student if weights in (None, PRETRAINED) else weights)
-    source = _source(arguments, place)
-    if (arguments.mean is None) != (arguments.std is None):
-        arguments.parser.error("--mean and --std go together")
-    if arguments.std is not None and min(arguments.std) <= 0:
-        arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
+    recorded_source, recorded_split = recorded_data(place)
+    source = _source(arguments, place, recorded_source)
+    _check_normalisation(arguments)
 
     from classroomkd.data import is_split_by_seed, join
     from classroomkd.data.loader import per_channel
     from classroomkd.models import is_external, load_network
-    from classroomkd.models.first_weights import load_given
+    from classroomkd.models.initial_weights import load_given
     from classroomkd.models.layout import to_channels_last
     from classroomkd.runs.images import network_info, open_loaders, read_images
     from classroomkd.runs.machine import find_device
@@ -98,7 +99,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"{student} lies in a run folder but was not written by the run: give --data"
         )
-    split = _split(arguments, place, ours=info is not None)
+    split = _split(arguments, {} if info is None else recorded_split)
     photos, loader = split.pop("crop") == "resize", split.pop("loader")
     given = arguments.mean is not None
     if photos and info is None and not given:
@@ -138,11 +139,22 @@ def evaluate(arguments: argparse.Namespace) -> None:
     if not arguments.all and is_split_by_seed(source):
         total = len(train_set) + len(test_set)
         chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
+    _print_result(result, len(info.classes), chosen)
+
+
+def _print_result(result: Evaluation, n_classes: int, chosen: str) -> None:
     print(f"images  {result.images}{chosen}")
     print(f"top-1   {result.top1:.2%}")
-    print(f"top-5   {f'{result.top5:.2%}' if len(info.classes) > 5 else '–'}")
+    print(f"top-5   {f'{result.top5:.2%}' if n_classes > 5 else '–'}")
     print(f"loss    {result.loss:.4f}")
     print(f"calibration error {result.calibration_error:.4f}")
+
+
+def _check_normalisation(arguments: argparse.Namespace) -> None:
+    if (arguments.mean is None) != (arguments.std is None):
+        arguments.parser.error("--mean and --std go together")
+    if arguments.std is not None and min(arguments.std) <= 0:
+        arguments.parser.error(f"--std must be above 0, not {min(arguments.std)}")
 
 
 def _named(student: str) -> tuple[str, str | None]:
@@ -167,34 +179,30 @@ def _named(student: str) -> tuple[str, str | None]:
     return name, weights
 
 
-def _source(arguments: argparse.Namespace, network: Path) -> str:
-    """The given images, or those of the run that the network comes from."""
+def _source(arguments: argparse.Namespace, network: Path, recorded: str) -> str:
+    """The given images, or those ``recorded`` by the run that the network comes from."""
     from classroomkd.data import NAMED_SOURCES
-    from classroomkd.runs.paths import recorded_data
 
     if arguments.data is not None:
         require_images(str(arguments.data))
         return str(arguments.data)
-    source, _ = recorded_data(network)
-    if not source:
+    if not recorded:
         arguments.parser.error(
             f"--data is required: {network} lies in no run folder that names its images"
         )
-    if source not in NAMED_SOURCES and not Path(source).exists():
-        raise UserError(f"the images of the run are no longer at {source}: give --data")
-    return source
+    if recorded not in NAMED_SOURCES and not Path(recorded).exists():
+        raise UserError(f"the images of the run are no longer at {recorded}: give --data")
+    return recorded
 
 
-def _split(arguments: argparse.Namespace, network: Path, ours: bool) -> dict[str, Any]:
-    """Seed, share and crop of the split and the loader; by default the run's, if it is ``ours``.
+def _split(arguments: argparse.Namespace, recorded: dict[str, Any]) -> dict[str, Any]:
+    """Seed, share and crop of the split and the loader; by default those ``recorded`` by the run.
 
     With another split, a network would be measured on its training images. Loaders resize
     photographs differently, so the run's loader is used.
     """
-    from classroomkd.runs.paths import recorded_data
-
     split = {"seed": DEFAULT_SEED, "test_share": DEFAULT_TEST_SHARE, "crop": "pad"}
-    recorded = recorded_data(network)[1] if ours else {}
+    recorded = dict(recorded)
     loader = recorded.pop("loader", "auto")
     split |= recorded
     given = {name: getattr(arguments, name) for name in split}

@@ -12,7 +12,6 @@ from classroomkd.cli.arguments import DEFAULT_IMAGE_SIZE, PIXELS, add_command
 
 
 def add_to(commands: Any) -> None:
-    """Add the commands and their options."""
     add_command(commands, recipes, "list the packaged recipes")
     what = "list the networks of the zoo, or the layers of any network"
     parser = add_command(commands, models, what)

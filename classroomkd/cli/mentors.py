@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import COUNT, add_command, add_run_options
-from classroomkd.cli.checks import default_device
 from classroomkd.cli.recipe_options import add_recipe_options, given_options, lacks, recipe_of
 from classroomkd.cli.train import train_recipe
 from classroomkd.errors import UserError
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "train the mentors of a recipe that are not in the store yet"
     parser = add_command(commands, mentors, what)
     add_recipe_options(parser)
@@ -54,7 +52,9 @@ def mentors(arguments: argparse.Namespace) -> int:
     recipe, console = _mentors_recipe(arguments), Console()
     if getattr(arguments, "download", None):
         raise UserError("--download and --at-once cannot be combined: download the images first")
-    device = recipe.device or default_device()
+    from classroomkd.runs.machine import find_device  # which imports torch
+
+    device = recipe.device or str(find_device(None))
     check_devices([device])
     out = arguments.out or choose_folder(None, "mentors")
     out.mkdir(parents=True, exist_ok=arguments.out is not None)

@@ -10,7 +10,6 @@ from classroomkd.cli.train import train_recipe
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "train three mentors and a student on scikit-learn's handwritten digits, on the CPU"
     parser = add_command(commands, quickstart, what)
     parser.add_argument(

@@ -9,7 +9,6 @@ from classroomkd.cli.arguments import add_command, path_option
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "write the page of a run, or one that compares several"
     parser = add_command(commands, report, what)
     parser.add_argument(

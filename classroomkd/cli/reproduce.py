@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli import names
 from classroomkd.cli.arguments import COUNT, DATA_HELP, NATURAL, add_command, path_option
-from classroomkd.cli.checks import default_device, is_override, require_networks
+from classroomkd.cli.checks import is_override, require_networks
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "run everything that a table needs, and write it beside the published numbers"
     parser = add_command(commands, reproduce, what)
     parser.take_keys(names.keys_of_tables, names.variants)
@@ -102,9 +101,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
-    from classroomkd.data import NAMED_SOURCES, cifar, list_source
     from classroomkd.reproduce.collect import write_results
-    from classroomkd.reproduce.plan import make_plan, require_same_recipe
+    from classroomkd.reproduce.plan import make_plan
     from classroomkd.reproduce.runner import Runner, check_devices
     from classroomkd.runs.progress import print_line
 
@@ -131,26 +129,16 @@ def reproduce(arguments: argparse.Namespace) -> int:
     )
     plan = whole.shard(*shard) if arguments.shard else whole
     out = arguments.out or Path("reproduce") / arguments.table
-    for task in plan.runs:
-        require_networks(task.recipe)
-        if (out / task.id / "config.yaml").exists():
-            require_same_recipe(task, out / task.id)
-    for run in plan.runs:
-        source = run.recipe.data.source
-        if not source and not arguments.plan:
-            arguments.parser.error(f"--data is required: {run.arguments[2]} does not name any")
-    for source in {run.recipe.data.source for run in plan.runs} - {""}:
-        _require_folder(source)
-        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
-            list_source(source)  # it reports errors in the source
+    _check_runs(plan, out, arguments)
     _print_plan(plan, out, len(given["devices"]) or 1, console)
     _print_saved(plan, console)
     if arguments.plan:
         return 0
     from classroomkd.report.table_page import write_tables
     from classroomkd.reproduce.tables import TABLES
+    from classroomkd.runs.machine import find_device
 
-    devices = given["devices"] or [default_device()]
+    devices = given["devices"] or [str(find_device(None))]
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
     order, title = [run.id for run in whole.runs], TABLES[arguments.table].title
@@ -168,6 +156,23 @@ def reproduce(arguments: argparse.Namespace) -> int:
     if runner.failed:
         print_line(console, f"failed: {', '.join(task.id for task in runner.failed)}")
     return int(bool(runner.failed))
+
+
+def _check_runs(plan: Plan, out: Path, arguments: argparse.Namespace) -> None:
+    """Raise UserError for missing networks or images, or runs that were started otherwise."""
+    from classroomkd.data import NAMED_SOURCES, cifar, list_source
+    from classroomkd.reproduce.plan import require_same_recipe
+
+    for task in plan.runs:
+        require_networks(task.recipe)
+        if (out / task.id / "config.yaml").exists():
+            require_same_recipe(task, out / task.id)
+        if not task.recipe.data.source and not arguments.plan:
+            arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
+    for source in {task.recipe.data.source for task in plan.runs} - {""}:
+        _require_folder(source)
+        if source not in NAMED_SOURCES and not cifar.find(Path(source)):
+            list_source(source)  # it reports errors in the source
 
 
 def _require_folder(source: str) -> None:

@@ -12,13 +12,11 @@ from classroomkd.cli.recipe_options import add_recipe_options, given_options, la
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
-    from classroomkd.runs.images import Sets
     from classroomkd.runs.recipe import Recipe
     from classroomkd.runs.training_run import TrainingRun
 
 
 def add_to(commands: Any) -> None:
-    """Add the command and its options."""
     what = "train mentors and a student on your own images"
     parser = add_command(commands, train, what)
     add_recipe_options(parser)
@@ -61,7 +59,7 @@ def train_recipe(
     if out is None and run.processes.together:
         raise UserError("several processes need a common run folder: give --out")
     run.processes.wait()  # until each has checked the folder
-    _carry_out(run, _read_data(recipe, download), folder)
+    _carry_out(run, folder, download=download)
 
 
 def _resume(out: Path) -> None:
@@ -81,8 +79,7 @@ def _resume(out: Path) -> None:
             "resume=True) resumes it"
         )
     require_images(recipe.data.source)
-    run = _run_of(recipe)
-    _carry_out(run, _read_data(recipe), out, resume=True)
+    _carry_out(_run_of(recipe), out, resume=True)
 
 
 def _run_of(recipe: Recipe) -> TrainingRun:
@@ -93,17 +90,15 @@ def _run_of(recipe: Recipe) -> TrainingRun:
     return TrainingRun(recipe, Console())
 
 
-def _read_data(recipe: Recipe, download: str | None = None) -> Sets:
+def _carry_out(
+    run: TrainingRun, out: Path, *, download: str | None = None, resume: bool = False
+) -> None:
+    from classroomkd.report.run_table import results_table
     from classroomkd.runs.images import read_images
+    from classroomkd.runs.progress import print_line
     from classroomkd.runs.recipe import split_seed
 
-    return read_images(recipe.data, split_seed(recipe), download)
-
-
-def _carry_out(run: TrainingRun, sets: Sets, out: Path, resume: bool = False) -> None:
-    from classroomkd.report.run_table import results_table
-    from classroomkd.runs.progress import print_line
-
+    sets = read_images(run.recipe.data, split_seed(run.recipe), download)
     summary = run.run(
         sets.train, sets.test, out, resume, validation_set=sets.validation, folders=sets.folders
     )

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from classroomkd.errors import UserError
+from classroomkd.limits import LARGEST_SIDE
 
 ORDER, AUGMENT, SPLIT, CUTOUT = 0, 1, 2, 3  # the streams
 
@@ -83,8 +84,9 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("padding", "cutout"):
-            if not 0 <= getattr(self, name) <= 1024:
-                raise UserError(f"{name} must be within 0..1024 pixels, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= LARGEST_SIDE:
+                value = getattr(self, name)
+                raise UserError(f"{name} must be within 0..{LARGEST_SIDE} pixels, got {value}")
 
     def draw(
         self, seed: int, epoch: int, indices: np.ndarray

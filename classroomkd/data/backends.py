@@ -12,7 +12,7 @@ import torch
 
 from classroomkd.data.batches import Batches
 from classroomkd.data.cache import cache_folder
-from classroomkd.data.ffcv.beton import MAX_SIDE, QUALITY
+from classroomkd.data.ffcv import beton
 from classroomkd.data.image_sets import ImageFiles, ImageSet
 from classroomkd.data.loader import Loader
 from classroomkd.data.resident import ResidentLoader
@@ -46,7 +46,7 @@ class Loaders:
         backend: str,
         image_sets: Sequence[ImageSet | ImageFiles],
         device: torch.device | str,
-        max_side: int = MAX_SIDE,
+        max_side: int = beton.MAX_SIDE,
     ) -> None:
         self.device = torch.device(device)
         self._image_sets, self._files = list(image_sets), []
@@ -67,17 +67,16 @@ class Loaders:
             except (UserError, OSError) as error:
                 if backend == "ffcv":
                     raise
-                self.backend, self.reason = self._without_ffcv(image_sets, error)
+                self.backend, self.reason = self._without_ffcv(error)
 
-    def _without_ffcv(
-        self, image_sets: Sequence[ImageSet | ImageFiles], error: UserError | OSError
-    ) -> tuple[str, str]:
+    def _without_ffcv(self, error: UserError | OSError) -> tuple[str, str]:
+        """The loader that "auto" selects if FFCV raises ``error``, and the reason."""
         reason = one_line(error)
         if self._are_photos:
             return "torch", reason
         if self.device.type == "cpu":  # the sets are in memory already
             return "resident", reason
-        needed = sum(part.images.nbytes for part in image_sets if isinstance(part, ImageSet))
+        needed = sum(part.images.nbytes for part in self._image_sets if isinstance(part, ImageSet))
         free, _ = torch.cuda.mem_get_info(self.device)
         if needed <= _SHARE * free:
             return "resident", reason
@@ -105,7 +104,7 @@ class Loaders:
         return TorchLoader(image_set, batch_size, **options)
 
 
-def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
+def packed(image_set: ImageSet | ImageFiles, max_side: int = beton.MAX_SIDE) -> Path:
     """The ``.beton`` file of ``image_set`` in the cache, packed first if missing or incomplete.
 
     Photographs become JPEGs of at most ``max_side`` pixels per side.
@@ -113,12 +112,10 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
     Raises UserError if FFCV is not installed, there is not enough space or a photograph cannot be
     read, and OSError if the cache is not writable.
     """
-    from classroomkd.data.ffcv.beton import pack
-
     content = image_set.digest()
     options: dict[str, Any] = {}
     if isinstance(image_set, ImageFiles):
-        options = {"jpeg": True, "quality": QUALITY, "max_side": max_side}
+        options = {"jpeg": True, "quality": beton.QUALITY, "max_side": max_side}
     others = hashlib.sha256(json.dumps([image_set.classes, options]).encode()).hexdigest()
     path = cache_folder() / f"{content[:16]}-{others[:8]}.beton"
     digest = None if options else content  # a JPEG's bytes depend on the encoder
@@ -128,7 +125,7 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
         try:
             if not _is_whole(path, digest):  # another process may have packed it meanwhile
                 remove_leftovers(path.parent)
-                pack(image_set, path, overwrite=True, **options)
+                beton.pack(image_set, path, overwrite=True, **options)
         finally:
             held.release()
     return path
@@ -136,10 +133,8 @@ def packed(image_set: ImageSet | ImageFiles, max_side: int = MAX_SIDE) -> Path:
 
 def _is_whole(path: Path, digest: str | None) -> bool:
     """Whether the file and its side file are complete, and match ``digest`` if one is given."""
-    from classroomkd.data.ffcv.beton import open_beton
-
     try:
-        found = open_beton(path).sha256 if path.exists() else None
+        found = beton.open_beton(path).sha256 if path.exists() else None
     except (UserError, FileNotFoundError):  # truncated, overwritten, or just removed
         return False
     return found is not None and digest in (None, found)

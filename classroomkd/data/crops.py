@@ -27,6 +27,7 @@ import numpy as np
 
 from classroomkd.data.augmentation import Augmentation, words
 from classroomkd.errors import UserError
+from classroomkd.limits import LARGEST_SIDE
 
 _FIRST_STREAM, _ATTEMPTS = 4, 10
 
@@ -111,8 +112,8 @@ class CentreCrop:
 
 
 def _check_size(size: int) -> None:
-    if not 1 <= size <= 1024:
-        raise UserError(f"size must be within 1..1024 pixels, got {size}")
+    if not 1 <= size <= LARGEST_SIDE:
+        raise UserError(f"size must be within 1..{LARGEST_SIDE} pixels, got {size}")
 
 
 def _between(bounds: tuple[float, float] | np.ndarray, sixteen_bits: np.ndarray) -> np.ndarray:

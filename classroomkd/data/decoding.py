@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,37 +24,47 @@ _CHUNK = 64  # images per task of a thread
 
 def read_files(files: list[Path], size: int) -> np.ndarray:
     """Decode all files into uint8 [N, size, size, 3]; the UserError names the first failure."""
-    from rich.console import Console
-    from rich.progress import track
-
     images = np.empty((len(files), size, size, 3), np.uint8)
 
     def read(start: int) -> list[str]:
-        failures = []
+        failed = []
         for i in range(start, min(start + _CHUNK, len(files))):
             try:
                 images[i] = read_image(files[i], size)
             except UserError as error:
-                failures.append(str(error))
-        return failures
+                failed.append(str(error))
+        return failed
 
-    starts = range(0, len(files), _CHUNK)
-    console = Console(stderr=True)
-    with bombs_refused(), ThreadPoolExecutor() as pool:
-        chunks = track(
-            pool.map(read, starts),
-            description=f"Reading {len(files):,} images",
-            total=len(starts),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal or len(files) < 1000,
-        )
-        failures = [failure for chunk in chunks for failure in chunk]
+    failures = []
+    starts, takes_long = range(0, len(files), _CHUNK), len(files) >= 1000
+    with (
+        progress_bar(f"Reading {len(files):,} images", len(starts), takes_long) as advance,
+        bombs_refused(),
+        ThreadPoolExecutor() as pool,
+    ):
+        for failed in pool.map(read, starts):
+            failures += failed
+            advance(1)
     if failures:
         others = len(failures) - 1
         more = f"; {others} more cannot be read either" if others else ""
         raise UserError(f"{failures[0]}{more}: replace or remove {'them' if others else 'it'}")
     return images
+
+
+@contextmanager
+def progress_bar(
+    description: str, total: int, shown: bool = True
+) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr, if that is a terminal; yields the function that advances it."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    hidden = not (shown and console.is_terminal)
+    with Progress(console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from classroomkd.data.class_folders import files_in, folders_below, subfolders
 from classroomkd.data.decoding import read_files, resize
 from classroomkd.data.image_sets import AnySet, ImageFiles, ImageSet, select
 from classroomkd.errors import UserError
+from classroomkd.limits import LARGEST_SIDE
 
-LARGEST = 1024  # pixels per side; larger images would hardly fit in memory
 _PARTS = {
     "train": ("train", "training"),
     "validation": ("val", "valid", "validation"),
@@ -99,8 +99,8 @@ def _load(
     download: str | None,
     validation: bool,
 ) -> Parts[ImageSet]:
-    if not 1 <= image_size <= LARGEST:
-        raise UserError(f"the image size must be within 1..{LARGEST} pixels, got {image_size}")
+    if not 1 <= image_size <= LARGEST_SIDE:
+        raise UserError(f"the image size must be within 1..{LARGEST_SIDE} pixels, got {image_size}")
     path = _folder(path, test_share, download)
     found = cifar.find(path, download)
     if found:
@@ -235,9 +235,9 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
                 f"name the folder of the training images {path / 'train'} (or rename "
                 f"{folder.name}/ if it is a class)"
             )
-        both, passed_over = _list_classes(path)
+        both, ignored = _list_classes(path)
         mask = _held_out(both.targets, both.classes, seed, test_share, path)
-        passed_over.tell()
+        ignored.report()
         return Parts(select(both, ~mask), select(both, mask))
     if len(folders) == 1:
         raise UserError(
@@ -246,37 +246,37 @@ def _list_folders(path: Path, seed: int, test_share: float) -> Parts[ImageFiles]
         )
     if "test" not in folders:
         folders["test"] = folders.pop("validation")
-    passed_over = _PassedOver([path / name for name in subfolders(path)], [], [])
+    ignored = _Ignored([path / name for name in subfolders(path)], [], [])
     listed = {}
     for part, folder in folders.items():
-        passed_over.folders.remove(folder)
+        ignored.folders.remove(folder)
         remedy = ""
         if part == "test":
             remedy = f", or, if its images have no labels, move {folder.name}/ away"
             if "validation" in folders:
                 remedy += f" (then {folders['validation'].name}/ is used)"
         listed[part], others = _list_classes(folder, remedy)
-        passed_over.others.extend(others.others)
-        passed_over.loose.extend(others.loose)
+        ignored.others.extend(others.others)
+        ignored.loose.extend(others.loose)
     classes = set(listed["train"].classes)
     for part, folder in folders.items():
         for name in sorted(set(listed[part].classes) - classes):
             raise UserError(f"the class {name!r} is in {folder} but not in {train}")
         for name in sorted(classes - set(listed[part].classes)):
             raise UserError(f"the class {name!r} is in {train} but not in {folder}")
-    passed_over.tell()
+    ignored.report()
     names = {part: f"{folder.name}/" for part, folder in folders.items()}
     return Parts(**listed, folders=names)
 
 
-class _PassedOver(NamedTuple):
-    """What is in a data set's folder but unused."""
+class _Ignored(NamedTuple):
+    """The contents of a data set's folder that are not used."""
 
     folders: list[Path]
     loose: list[Path]
     others: list[Path]
 
-    def tell(self) -> None:
+    def report(self) -> None:
         for what, paths in (
             ("folders ignored (not training, validation or test)", self.folders),
             ("images ignored (in no class folder)", self.loose),
@@ -300,7 +300,7 @@ def _check_is_class(path: Path) -> None:
         )
 
 
-def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver]:
+def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _Ignored]:
     """The image files below ``path`` with their classes, and the other files.
 
     ``remedy`` is further advice for the message if there are fewer than two classes.
@@ -328,7 +328,7 @@ def _list_classes(path: Path, remedy: str = "") -> tuple[ImageFiles, _PassedOver
         raise UserError(
             f"only one class, {classes[0]!r}, in {path}: at least two are needed{remedy}"
         )
-    return ImageFiles(files, np.array(targets, np.int64), classes), _PassedOver([], loose, others)
+    return ImageFiles(files, np.array(targets, np.int64), classes), _Ignored([], loose, others)
 
 
 def split_off(image_set: AnySet, share: float, seed: int) -> tuple[AnySet, AnySet]:

@@ -3,7 +3,7 @@
 Each family of the zoo has a file. ``zoo`` builds networks by name, ``network_names`` lists them
 without importing torch, ``external`` wraps torchvision and timm, ``factories`` runs users' own
 code, ``stages`` extracts features, and ``layout`` moves a network to its device. ``checkpoint``
-writes and loads weights, from which ``first_weights`` starts a training: ``weight_files`` reads
+writes and loads weights, from which ``initial_weights`` starts a training: ``weight_files`` reads
 files safely, ``states`` finds the state dicts in a file, and ``recognition`` identifies the
 network. This package knows nothing about training.
 """

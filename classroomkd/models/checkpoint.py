@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write
+from classroomkd.files import atomic_write, sha256
 from classroomkd.models import external, factories, recognition, weight_files
 from classroomkd.models.info import NetworkInfo
 from classroomkd.models.network_names import (
@@ -68,7 +68,7 @@ def save_network(path: Path, model: nn.Module, info: NetworkInfo) -> None:
 
 
 def _kept(path: Path, called: str, digest: str) -> Path:
-    """Where the file of a network of one's own is kept beside the weights at ``path``."""
+    """The copy of a user-defined network's file that is kept beside the weights at ``path``."""
     return path.parent / "code" / digest[:12] / split_code(called)[0]
 
 
@@ -146,8 +146,8 @@ def load_network(
     counters = {name: torch.tensor(0) for name in model.state_dict() if name.endswith(COUNTER)}
     tensors = {name: state.tensors[theirs] for name, theirs in match.names.items()}
     model.load_state_dict({**counters, **tensors})
-    if info is None and (told := "; ".join(_told(path, state, match, found, counters))):
-        notify(f"{path}: {told}")
+    if info is None and (notes := "; ".join(_notes(path, state, match, found, counters))):
+        notify(f"{path}: {notes}")
     return model.eval(), info, match.architecture
 
 
@@ -157,20 +157,18 @@ def _require_weights(state: State, match: Match, path: Path) -> None:
         raise UserError(f"{path} is a {match.architecture} for 0 classes")
     for name, theirs in match.names.items():
         tensor = state.tensors[theirs]
-        wrong = (
-            "on the meta device, without values"
-            if tensor.is_meta
-            else "not dense"
-            if tensor.layout != torch.strided
-            else f"{tensor.dtype}"
-            if not tensor.is_floating_point() and not name.endswith(COUNTER)
-            else ""
+        if tensor.is_meta:
+            wrong = "on the meta device, without values"
+        elif tensor.layout != torch.strided:
+            wrong = "not dense"
+        elif tensor.is_floating_point() or name.endswith(COUNTER):
+            continue
+        else:
+            wrong = f"{tensor.dtype}"
+        raise UserError(
+            f"{path} is a {match.architecture} whose {theirs} is {wrong}: save its weights as "
+            "dense floating-point tensors"
         )
-        if wrong:
-            raise UserError(
-                f"{path} is a {match.architecture} whose {theirs} is {wrong}: save its weights as "
-                "dense floating-point tensors"
-            )
 
 
 def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> str:
@@ -200,7 +198,7 @@ def _located(info: NetworkInfo, path: Path, notify: Callable[[str], None]) -> st
         file = code_file(architecture)
     except UserError as error:
         raise UserError(f"{path} is of an unknown network, {architecture!r}: {error}") from None
-    if info.code not in (None, hashlib.sha256(file.read_bytes()).hexdigest()):
+    if info.code not in (None, sha256(file)):
         notify(f"{file} has changed since {path} was written: its network may compute otherwise")
     return architecture
 
@@ -275,7 +273,7 @@ def _ways(texts: set[str]) -> Iterator[Callable[[Shapes], Match | None]]:
         yield functools.partial(recognition.find_elsewhere, library=library)
 
 
-def _told(
+def _notes(
     path: Path, state: State, match: Match, found: list[State], counters: Mapping[str, Tensor]
 ) -> Iterator[str]:
     """What the user should know about how the file was read."""

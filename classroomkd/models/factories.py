@@ -1,4 +1,4 @@
-"""Networks of one's own by name: a callable in a Python file or in an importable module.
+"""User-defined networks by name: a callable in a Python file or in an importable module.
 
 Naming one runs its file, as importing it does.
 """
@@ -25,12 +25,12 @@ from classroomkd.errors import UserError
 from classroomkd.models.network_names import code_file, label, split_code
 from classroomkd.torchvision import retried
 
-_CONTENT = "__content__"  # the attribute that keeps what a module was executed from
-_PARAMETER = "classes"  # what the name of the parameter for their number contains
+_CONTENT = "__content__"  # the attribute that keeps the source a module was executed from
+_PARAMETER = "classes"  # part of the name of the parameter for their number
 
 
 def build(source: str, num_classes: int, digest: str | None = None) -> nn.Module:
-    """What the callable ``FILE.py:NAME`` or ``package.module:NAME`` returns, a copy of its own.
+    """A copy of what the callable ``FILE.py:NAME`` or ``package.module:NAME`` returns.
 
     It is given the number of classes: as ``num_classes``, or as another parameter with "classes" in
     its name, or as its first required one. A callable without any of these is given nothing. With
@@ -46,11 +46,11 @@ def build(source: str, num_classes: int, digest: str | None = None) -> nn.Module
         if device.type == "meta":  # values are read while it is made, and meta tensors have none
             with torch.device("cpu"), torch.random.fork_rng(devices=[]):
                 return build(source, num_classes, digest).to(device)
-        raise UserError(f"{label(source)} raised {_said(error, source)}") from None
+        raise UserError(f"{label(source)} raised {_error_text(error, source)}") from None
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise UserError(f"{label(source)} must return a torch.nn.Module, not {kind}")
-    return copy.deepcopy(network)  # it may return one and the same
+    return copy.deepcopy(network)  # the callable may return the same module again
 
 
 def find(source: str, digest: str | None = None) -> Callable[..., Any]:
@@ -65,7 +65,7 @@ def find(source: str, digest: str | None = None) -> Callable[..., Any]:
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        raise UserError(f"{place} cannot be imported: {_said(error, source)}") from None
+        raise UserError(f"{place} cannot be imported: {_error_text(error, source)}") from None
     found = getattr(module, name, None)
     if found is None:
         own = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
@@ -86,7 +86,7 @@ def content(source: str, digest: str | None) -> bytes:
 
 
 def _name(source: str, digest: str) -> str:
-    """What the module of one's own file of this ``digest`` is called; it may have neighbours."""
+    """The name in ``sys.modules`` of a user's file with this ``digest``."""
     place = Path(split_code(source)[0]).expanduser().absolute()
     return f"_{place.stem}_{hashlib.sha256(f'{place} {digest}'.encode()).hexdigest()[:16]}"
 
@@ -137,7 +137,7 @@ def _call(function: Callable[..., Any], num_classes: int) -> Any:
     return function()
 
 
-def _said(error: BaseException, source: str) -> str:
+def _error_text(error: BaseException, source: str) -> str:
     """An error in one line, with the line of the named file that it came from."""
     file = code_file(source).resolve()
     lines = [

@@ -38,5 +38,5 @@ class Renormalised(nn.Module):
 
 
 def bare(network: nn.Module) -> nn.Module:
-    """The network itself, out of what normalises its images."""
+    """The network without the wrapper that normalises its images."""
     return network.network if isinstance(network, Renormalised) else network

@@ -14,18 +14,9 @@ from typing import NamedTuple
 
 from classroomkd.errors import UserError
 
-PRETRAINED = "pretrained"  # the word for the weights that a network's library has
-SUFFIXES = (
-    ".bin",
-    ".ckpt",
-    ".npy",
-    ".pkl",
-    ".pt",
-    ".pth",
-    ".safetensors",
-    ".tar",
-    ".th",
-)  # of checkpoints
+PRETRAINED = "pretrained"  # stands for the weights from a network's library
+# The suffixes of checkpoints.
+SUFFIXES = (".bin", ".ckpt", ".npy", ".pkl", ".pt", ".pth", ".safetensors", ".tar", ".th")
 
 
 class Size(NamedTuple):
@@ -129,7 +120,7 @@ def code_file(source: str) -> Path:
 
     try:
         found = retried(lambda: importlib.util.find_spec(place))
-    except Exception as error:  # whatever the packages above it raise
+    except Exception as error:  # the packages above it may raise anything
         raise UserError(f"cannot import {place} for {source}: {error}") from None
     if found is None or not found.has_location or found.origin is None:
         raise UserError(f"there is no module {place}, which {source} names")
@@ -142,13 +133,13 @@ def code_digest(source: str) -> str:
 
 
 def label(source: str) -> str:
-    """What a network is called: its name, without the folders of a file of one's own."""
+    """A network's name in messages and records, without the folders of a user's file."""
     place, name = split_code(source) if is_code(source) else ("", "")
     return f"{Path(place).name}:{name}" if place.endswith(".py") else source
 
 
 def split_weights(text: str) -> tuple[str, str | None]:
-    """The name and the weights of ``NAME=WEIGHTS``, of a network of whatever origin."""
+    """The name and the weights of ``NAME=WEIGHTS``; the weights are None if there are none."""
     found = re.fullmatch(r"(.+?:[\w.-]+|[^=:]+)=(.*)", text)
     if not found or Path(text).exists():
         return text, None
@@ -196,7 +187,7 @@ def is_logits(source: str) -> bool:
 
 
 def absolute(source: str) -> str:
-    """The same network, by a path that holds in any working folder where it is a file's."""
+    """The same network; if it is a file's, by a path that is valid in any working folder."""
     is_file = is_checkpoint(source) or (is_code(source) and split_code(source)[0].endswith(".py"))
     return str(Path(source).expanduser().absolute()) if is_file else source
 

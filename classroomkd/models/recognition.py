@@ -76,18 +76,17 @@ def expected(architecture: str, classes: int = _CLASSES) -> Shapes:
 
     Raises UserError if there is no such network.
     """
-    # A file of one's own may change meanwhile.
-    return (
-        _built.__wrapped__(architecture, classes)
-        if is_code(architecture)
-        else _built(architecture, classes)
-    )
+    # A user's file may change meanwhile.
+    shapes = _built_shapes if is_code(architecture) else _cached_shapes
+    return shapes(architecture, classes)
 
 
-@functools.cache
-def _built(architecture: str, classes: int) -> Shapes:
+def _built_shapes(architecture: str, classes: int) -> Shapes:
     with torch.device("meta"):  # no memory, computation or random numbers
         return shapes_of(build(architecture, classes).state_dict())
+
+
+_cached_shapes = functools.cache(_built_shapes)
 
 
 def find_in_zoo(shapes: Shapes) -> Match | None:
@@ -119,13 +118,13 @@ def fit(shapes: Shapes, architecture: str) -> Match | None:
 
 
 def misfit(shapes: Shapes, architecture: str) -> str:
-    """What keeps tensors of these shapes from being those of a network, in one line."""
+    """Why tensors of these shapes cannot be those of a network, in one line."""
     classes = _classes(shapes, architecture)
     return differences(shapes, expected(architecture, classes or _CLASSES))
 
 
 def _classes(shapes: Shapes, architecture: str) -> int | None:
-    """The number of classes that a network has with these shapes, if they hang on it."""
+    """The number of classes of a network with these shapes; None if no shape depends on it."""
     for name, shape in expected(architecture).items():
         given = shapes.get(name, ())
         if _CLASSES in shape and len(given) == len(shape):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import TypeVar, cast
 
 import torch
@@ -117,8 +117,8 @@ def _as_map(output: Tensor | None, name: str) -> Tensor:
 def layer_shapes(name: str, image_size: int) -> dict[str, tuple[int, int, int]]:
     """The modules of a network that can be features, by path, with their shapes (C, H, W).
 
-    They are those whose output for square images `StageOutputs` can keep; nothing is computed,
-    unless one's own code does not allow that.
+    They are those whose output for square images `StageOutputs` can keep. Nothing is computed,
+    unless a user-defined network does not allow that.
     """
     shapes: dict[str, tuple[int, int, int]] = {}
 
@@ -144,7 +144,7 @@ def feature_shapes(
 ) -> list[tuple[int, int, int]]:
     """The shapes (C, H, W) of the features of a network for square images, as of `StageOutputs`.
 
-    Nothing is computed, unless one's own code does not allow that. Raises UserError as
+    Nothing is computed, unless a user-defined network does not allow that. Raises UserError as
     `StageOutputs` does.
     """
     return shapes_of(
@@ -152,20 +152,24 @@ def feature_shapes(
     )
 
 
-def _called(name: str, image_size: int, prepare: Callable[[nn.Module], T]) -> T:
+def _called(
+    name: str, image_size: int, prepare: Callable[[nn.Module], T], device: str = "meta"
+) -> T:
     """Build a network, ``prepare`` it and call it, on the meta device if that works."""
-    for device in ("meta", "cpu") if is_code(name) else ("meta",):
-        with suppress(Exception) if device != "cpu" and is_code(name) else nullcontext():
-            with torch.device(device), torch.random.fork_rng(devices=[]):
-                network = build(name, 2).eval()
-                prepared = prepare(network)
-                network(torch.zeros(2, 3, image_size, image_size))
-            return prepared
-    raise AssertionError
+    try:
+        with torch.device(device), torch.random.fork_rng(devices=[]):
+            network = build(name, 2).eval()
+            prepared = prepare(network)
+            network(torch.zeros(2, 3, image_size, image_size))
+        return prepared
+    except Exception:  # a user's network may need values
+        if device == "cpu" or not is_code(name):
+            raise
+    return _called(name, image_size, prepare, "cpu")
 
 
 def stage_names(name: str) -> list[str]:
-    """The paths of the stages of a network; none where they are not known."""
+    """The paths of the stages of a network; empty if they are not known."""
     with torch.device("meta"), suppress(UserError):
         return stages(build(name, 2))
     return []

@@ -52,10 +52,8 @@ class State:
         return not self.entry or f"{other.entry}.".startswith(f"{self.entry}.")
 
 
-def states(
-    content: Mapping[str, Any], entry: str | None = None, everything: bool = False
-) -> list[State]:
-    """All possible state dicts of networks, by rank; only those of ``entry`` if it is given.
+def states(content: Mapping[str, Any], entry: str | None, everything: bool) -> list[State]:
+    """All possible state dicts of networks, by rank; only those of ``entry`` if it is not None.
 
     Unless ``everything`` is wanted, losses, metrics and the like are left out by their names.
     """

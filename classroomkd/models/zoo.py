@@ -66,7 +66,7 @@ def has_depthwise_convolutions(network: nn.Module) -> bool:
 
 
 def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn.Module:
-    """A network of the zoo, ``tv:NAME`` of torchvision, ``timm:NAME`` of timm, or one's own.
+    """A network of the zoo, ``tv:NAME`` of torchvision, ``timm:NAME`` of timm, or a user's own.
 
     Users' own are ``FILE.py:NAME`` or ``package.module:NAME`` (see `factories.build`).
     It maps [B, 3, H, W] to logits [B, num_classes]; the zoo's networks accept any H and W ≥ 8.
@@ -78,7 +78,15 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
     Raises UserError if there is no network of this name, or no such weights for num_classes.
     """
     if pretrained:
-        return _create_pretrained(name, num_classes)
+        if not is_external(name):
+            raise UserError(f"{name} has no pretrained weights: train it, or give a checkpoint")
+        model, info = external.load_pretrained(name)
+        if len(info.classes) != num_classes:
+            raise UserError(
+                f"the pretrained {name} has {len(info.classes)} classes, but {num_classes} are "
+                "needed: train it on them, or give a checkpoint for them"
+            )
+        return model
     model = build(name, num_classes)
     if is_external(name) or is_code(name):
         return model
@@ -87,16 +95,4 @@ def create(name: str, num_classes: int = 100, *, pretrained: bool = False) -> nn
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    return model
-
-
-def _create_pretrained(name: str, num_classes: int) -> nn.Module:
-    if not is_external(name):
-        raise UserError(f"{name} has no pretrained weights: train it, or give a checkpoint")
-    model, info = external.load_pretrained(name)
-    if len(info.classes) != num_classes:
-        raise UserError(
-            f"the pretrained {name} has {len(info.classes)} classes, but {num_classes} are needed: "
-            "train it on them, or give a checkpoint for them"
-        )
     return model

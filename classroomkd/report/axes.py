@@ -56,7 +56,7 @@ class Curve:
 class Axis:
     """A vertical axis.
 
-    ``ticks`` maps values to labels, and ``place`` a value to where it stands on the axis; both have
+    ``ticks`` maps values to labels, and ``place`` a value to its position on the axis; both have
     defaults. ``limits`` are the lower and the upper end, each of which may follow from the data.
     ``tip`` formats a value in words.
     """

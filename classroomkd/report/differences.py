@@ -23,7 +23,7 @@ def recipe(run: RunRecords) -> dict[str, str]:
     }
     if device := run.settings.get("device"):
         values["device"] = str(device).split(":")[0]  # cuda:0 and cuda:1 do the same
-    values |= run.code  # the files of networks of one's own, which may change under their names
+    values |= run.code  # users' files, which may change under their names
     recorded = {"student": run.student, "method": run.method, "mentors": ", ".join(run.mentors)}
     return {key: str(value) for key, value in recorded.items() if value} | values
 

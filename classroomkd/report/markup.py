@@ -92,24 +92,6 @@ _STYLE += f":root {{ {_LIGHT}}}\n"
 _STYLE += f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {_DARK}}} }}\n"
 
 
-def _document(title: str, body: str) -> str:
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-{GENERATOR}
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title>
-<style>{_STYLE}</style>
-</head>
-<body>
-<h1>{escape(title)}</h1>
-{body}
-</body>
-</html>
-"""
-
-
 def warning(text: str) -> str:
     """A highlighted warning."""
     return f'<p class="warning">{escape(text)}</p>'
@@ -145,7 +127,22 @@ class Page:
 
     def html(self) -> str:
         """The whole file."""
-        return _document(self.title, "\n".join(map(_html, self.blocks)))
+        title, body = escape(self.title), "\n".join(map(_html, self.blocks))
+        return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+{GENERATOR}
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
+"""
 
 
 def _html(block: Block) -> str:

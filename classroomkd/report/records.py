@@ -45,6 +45,11 @@ class RunRecords:
         return values if isinstance(values, dict) else {}
 
     @property
+    def results(self) -> list[dict[str, Any]]:
+        """The summary's results; empty until the run has finished."""
+        return self.summary["results"] if self.summary else []
+
+    @property
     def data(self) -> str | None:
         """The name of the data set."""
         if self.summary:
@@ -67,7 +72,7 @@ class RunRecords:
 
     @property
     def code(self) -> dict[str, str]:
-        """The first digits of the SHA-256 of each file that defines a network of one's own."""
+        """The first digits of the SHA-256 of each file that defines a network."""
         student = self.settings.get("student")
         return {
             "student_code" if name == student else f"mentors.{network_names.label(name)}": digest[
@@ -96,8 +101,7 @@ class RunRecords:
 
     def result(self, phase: str) -> dict[str, Any]:
         """The student's result in ``phase``; empty until the run has finished."""
-        results = self.summary["results"] if self.summary else []
-        return next((result for result in results if result["phase"] == phase), {})
+        return next((result for result in self.results if result["phase"] == phase), {})
 
     def student_curve(self, phase: str) -> list[dict]:
         """The epochs of the student in ``phase``, "alone" or "student"."""
@@ -105,8 +109,7 @@ class RunRecords:
 
     def seconds(self, mentors: bool) -> float:
         """The total time of the epochs of the student, or of the mentors trained here."""
-        results = self.summary["results"] if self.summary else []
-        reused = {result["name"] for result in results if result.get("reused")}
+        reused = {result["name"] for result in self.results if result.get("reused")}
         return sum(
             record.get("seconds") or 0.0
             for (phase, name), records in self.curves.items()
@@ -122,8 +125,7 @@ class RunRecords:
     @property
     def mentors(self) -> list[str]:
         """The names of the mentors, trained here or given, in a fixed order."""
-        results = self.summary["results"] if self.summary else []
-        listed = [result["name"] for result in results if result["phase"] == "mentor"]
+        listed = [result["name"] for result in self.results if result["phase"] == "mentor"]
         trained = [name for phase, name in self.curves if phase == "mentor"]
         teaching = [name for record in self.classroom for name in record.get("mentors") or {}]
         return list(dict.fromkeys([*listed, *teaching, *trained]))
@@ -166,12 +168,10 @@ def read_run(folder: Path) -> RunRecords:
     """Read ``folder``; raises UserError if its records or summary cannot be read."""
     folder = Path(folder)
     require_records(folder)
-    metrics, summary, config = (
-        folder / n for n in ("metrics.jsonl", "summary.json", "config.yaml")
-    )
+    summary, config = folder / "summary.json", folder / "config.yaml"
     try:
         finished = _summary(summary) if summary.is_file() else None
-        curves, unreadable = _read_metrics(metrics)
+        curves, unreadable = _read_metrics(folder / "metrics.jsonl")
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else ""
         starts = _starts(folder / "starts.jsonl")
         digests = {k: v for k, v in _inputs(folder).items() if k.endswith(" images")}

@@ -12,8 +12,9 @@ from typing import Any
 from classroomkd.errors import UserError
 from classroomkd.files import atomic_write
 from classroomkd.report.seeds import aggregate
-from classroomkd.reproduce.plan import difference, run_values
+from classroomkd.reproduce.plan import run_values
 from classroomkd.reproduce.status import own_records
+from classroomkd.runs.identity import difference
 
 
 def collect(table: str, out: Path, order: Sequence[str] = ()) -> list[dict[str, Any]]:

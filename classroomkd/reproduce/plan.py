@@ -12,13 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 from classroomkd import recipes
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
 from classroomkd.models.network_names import SIZES, code_digest, is_checkpoint, is_code, label
-from classroomkd.reproduce.tables import TABLES, Variant, mentors_override
-from classroomkd.runs.identity import mentor_values, values_without
+from classroomkd.reproduce.tables import TABLES, Table, Variant, mentors_override
+from classroomkd.runs.identity import difference, mentor_values, values_without
 from classroomkd.runs.recipe import (
     MentorConfig,
     Recipe,
@@ -26,6 +27,7 @@ from classroomkd.runs.recipe import (
     is_given,
     load_recipe,
     mentor_seed,
+    result_values,
     teaching,
     with_absolute_paths,
 )
@@ -120,28 +122,16 @@ def make_plan(
         shared.append(f"data.source={json.dumps(str(data))}")
     if mentor_cache is not None:
         shared += [f"mentor_cache.dtype={mentor_cache}", "data_seed=0"]
-    spec = TABLES[table]
-    rows: dict[str, tuple[str, list[str], dict[str, Variant]]] = {}
-    known: dict[str, Variant] = {}
-    for classroom in classrooms or spec.rows:
-        file = recipes.find(classroom)
-        row = classroom if classroom in recipes.names() else file.stem
-        if row in rows:
-            raise UserError(f"two classrooms are called {row}: rename one of the files")
-        common = [*shared, *_epochs(load_recipe(file), epochs), *overrides]
-        recipe = load_recipe(file, common)
-        if not recipe.student or not recipe.mentors:
-            raise UserError(f"{file} is not a classroom: it needs a student and mentors")
-        variants = {variant.name: variant for variant in spec.variants(row)(recipe)}
-        rows[row] = (classroom, common, variants)
-        known |= variants
+    rows = _rows(TABLES[table], classrooms, shared, epochs, overrides)
+    known = {name: variant for row in rows for name, variant in row.variants.items()}
     chosen = _chosen(method_names, known)
     first = []  # the runs of the first seed
-    for row, (classroom, common, variants) in rows.items():
-        for variant in chosen or variants.values():
-            if variant.name in variants or variant.name not in known:  # else of another row
-                variant = variants.get(variant.name, variant)
-                first.append((f"runs/{row}/{variant.name}", *_settled(classroom, common, variant)))
+    for row in rows:
+        for variant in chosen or row.variants.values():
+            if variant.name in row.variants or variant.name not in known:  # else of another row
+                variant = row.variants.get(variant.name, variant)
+                settled = _settled(row.classroom, row.overrides, variant)
+                first.append((f"runs/{row.name}/{variant.name}", *settled))
     mentors: dict[str, list[tuple[Task, list[MentorConfig]]]] = {}
     runs = []
     for seed in seeds:
@@ -171,6 +161,38 @@ def mentors_plan(recipe: Recipe, file: Path) -> Plan:
     run = Task("", ("mentors", "--recipe", str(file)), recipe, 0, 0.0)
     tasks = [_mentor_task(group, [(run, wanted)]) for group, wanted in _groups(recipe).items()]
     return Plan([], sorted(tasks, key=lambda task: (-task.work, task.id)))
+
+
+class _Row(NamedTuple):
+    """A row of a table: its name, recipe, overrides common to its runs, and variants by name."""
+
+    name: str
+    classroom: str
+    overrides: list[str]
+    variants: dict[str, Variant]
+
+
+def _rows(
+    table: Table,
+    classrooms: Sequence[str],
+    shared: Sequence[str],
+    epochs: int | None,
+    overrides: Sequence[str],
+) -> list[_Row]:
+    """The rows of a table, or of the ``classrooms``; UserError for what is no classroom."""
+    rows: list[_Row] = []
+    for classroom in classrooms or table.rows:
+        file = recipes.find(classroom)
+        name = classroom if classroom in recipes.names() else file.stem
+        if any(name == row.name for row in rows):
+            raise UserError(f"two classrooms are called {name}: rename one of the files")
+        common = [*shared, *_epochs(load_recipe(file), epochs), *overrides]
+        recipe = load_recipe(file, common)
+        if not recipe.student or not recipe.mentors:
+            raise UserError(f"{file} is not a classroom: it needs a student and mentors")
+        variants = {variant.name: variant for variant in table.variants(name, recipe)}
+        rows.append(_Row(name, classroom, common, variants))
+    return rows
 
 
 def _chosen(wanted: Sequence[str], known: dict[str, Variant]) -> list[Variant]:
@@ -295,7 +317,7 @@ def forward_flops(network: str, image_size: int) -> float:
 def require_same_recipe(task: Task, folder: Path) -> None:
     """Raise UserError if the run in ``folder`` was started with other values than ``task`` has."""
     differing = difference(
-        _values(load_recipe(folder / "config.yaml", of_run=True)), _values(task.recipe)
+        result_values(load_recipe(folder / "config.yaml", of_run=True)), result_values(task.recipe)
     )
     if differing:
         raise UserError(
@@ -317,26 +339,8 @@ def _require_same_code(recipe: Recipe, folder: Path) -> None:
             )
 
 
-def difference(begun: dict, now: dict) -> str:
-    """The first difference between two recipes' `_values`, as text; empty if there is none."""
-    for key, value in begun.items():
-        if isinstance(value, dict):
-            if inner := difference(value, now[key]):
-                return f"{key}.{inner}"
-        elif value != now[key]:
-            return f"{key} {json.dumps(value)}, which is {json.dumps(now[key])}"
-    return ""
-
-
 def run_values(folder: Path) -> dict:
     """The values that determine the results of the run in ``folder``, except its seed."""
-    values = _values(load_recipe(folder / "config.yaml", of_run=True))
+    values = result_values(load_recipe(folder / "config.yaml", of_run=True))
     del values["seed"]
-    return values
-
-
-def _values(recipe: Recipe) -> dict:
-    values = values_without(with_absolute_paths(recipe), "machine", "place")
-    if not recipe.student or recipe.method != "classroom":
-        del values["loss"]  # unused
     return values

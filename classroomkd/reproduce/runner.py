@@ -61,8 +61,6 @@ class Runner:
     def __init__(self, plan: Plan, out: Path, devices: Sequence[str], console: Console) -> None:
         self.out, self.devices, self.console = out, devices, console
         self.failed: list[Task] = []
-        self.elsewhere: list[Task] = []
-        """Tasks that other processes are running."""
         self._plan = plan
         self._waiting = tasks_left(plan, out)
         self._running: list[_Running] = []
@@ -123,7 +121,6 @@ class Runner:
                 elif not unmet.intersection(task.needs):
                     self._waiting.remove(task)
                     if _is_locked(self.out / task.id):
-                        self.elsewhere.append(task)
                         self._print(f"another process is running {task.id}")
                         continue
                     self._start(task, slot)
@@ -135,7 +132,7 @@ class Runner:
         if (folder / "config.yaml").exists():
             arguments = ["train", "--resume", str(folder)]
         else:
-            if folder.exists():  # started, but not as far as its first file
+            if folder.exists():  # killed before it had written its first file
                 shutil.rmtree(folder)
             forget_seconds_waited(task, self.out)
             arguments = [*task.arguments, f"device={kind}", "--out", str(folder)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from classroomkd import recipes
+from classroomkd.loss.methods import names
 from classroomkd.runs.recipe import MentorConfig, Recipe, load_recipe
 
 
@@ -19,7 +20,7 @@ class Variant:
     overrides: tuple[str, ...] = ()
 
 
-Variants = Callable[[Recipe], Sequence[Variant]]
+Variants = tuple[Variant, ...] | Callable[[Recipe], Sequence[Variant]]
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class Table:
     title: str
     rows: dict[str, Variants]
 
-    def variants(self, classroom: str) -> Variants:
-        """The variants of a row or of another classroom."""
-        return self.rows.get(classroom) or next(iter(self.rows.values()))
+    def variants(self, classroom: str, recipe: Recipe) -> Sequence[Variant]:
+        """The variants of a row or of another classroom, which has this ``recipe``."""
+        found = self.rows.get(classroom) or next(iter(self.rows.values()))
+        return found(recipe) if callable(found) else found
 
 
 # Epochs out of 240, before and after the drops of the learning rate from 150 on.
@@ -55,77 +57,59 @@ def mentors_override(mentors: Sequence[MentorConfig]) -> str:
     return f"mentors={json.dumps(values)}"
 
 
-def _methods(recipe: Recipe) -> list[Variant]:
-    return [Variant(name, name) for name in ("alone", "kd", "classroom")]
+def _changed(changes: dict[str, str]) -> tuple[Variant, ...]:
+    """Variants by name, each with options of the loss separated by spaces."""
+    return tuple(
+        Variant(name, overrides=tuple(f"loss.{change}" for change in text.split()))
+        for name, text in changes.items()
+    )
 
 
-def _all_methods(recipe: Recipe) -> list[Variant]:
-    from classroomkd.loss.methods import names
-
-    return [
-        *(Variant(name, name) for name in names()),
-        Variant("classroom-batch", "classroom", ("loss.ranking=batch",)),
-        Variant("classroom-standardised", "classroom", ("loss.standardise=true",)),
-        Variant("kd-standardised", "kd", ("method_options.standardise=true",)),
-    ]
-
-
-def _ablation(recipe: Recipe) -> list[Variant]:
-    changes = {
-        "full": "",
-        "filter-off": "knowledge_filter=none",
-        "filter-correct": "knowledge_filter=correct",
-        "mentoring-none": "mentoring=none",
-        "mentoring-fixed": "mentoring=fixed temperature=4",
-        "mentoring-dtkd": "mentoring=dtkd temperature=4",
-        "weights-uniform": "weighting=uniform",
-        "task-weight-1": "task_weight=1.0",
-        "ranking-batch": "ranking=batch",
-        "released": "ranking=batch rank_decimals=2",
-        "released-neither": "ranking=batch knowledge_filter=none weighting=uniform mentoring=none "
-        "task_weight=1.0",
-    }
-    return [
-        Variant("alone", "alone"),
-        *(
-            Variant(name, overrides=tuple(f"loss.{change}" for change in text.split()))
-            for name, text in changes.items()
-        ),
-    ]
-
-
-def _towards_ca_mkd(recipe: Recipe) -> list[Variant]:
-    """What tells the classroom from CA-MKD, one change at a time, from either side."""
-    ca_mkd = {
-        "weighting": "confidence",
-        "knowledge_filter": "none",
-        "mentoring": "fixed",
-        "temperature": "4.0",
-        "task_weight": "1.0",
-    }
-    # The names of the variants say which of the options are CA-MKD's.
-    temperatures = {"mentoring", "temperature"}
-    taken = {
-        "classroom+weights": {"weighting"},
-        "classroom+task-weight": {"task_weight"},
-        "classroom+temperature": temperatures,
-        "classroom+no-filter": {"knowledge_filter"},
-        "ca_mkd+filter": ca_mkd.keys() - {"knowledge_filter"},
-        "ca_mkd+mentoring": ca_mkd.keys() - temperatures,
-        "ca_mkd+task-weight": ca_mkd.keys() - {"task_weight"},
-        "ca_mkd+ranks": ca_mkd.keys() - {"weighting"},
-    }
-    return [
-        *(Variant(name, name) for name in ("alone", "classroom", "ca_mkd")),
-        *(
-            Variant(name, overrides=tuple(f"loss.{key}={ca_mkd[key]}" for key in sorted(keys)))
-            for name, keys in taken.items()
-        ),
-    ]
-
-
-def _temperatures(recipe: Recipe) -> list[Variant]:
-    return [Variant(f"T{t}", overrides=(f"loss.temperature={t}",)) for t in (4, 8, 12, 20)]
+_METHODS = tuple(Variant(name, name) for name in ("alone", "kd", "classroom"))
+_ALL_METHODS = (
+    *(Variant(name, name) for name in names()),
+    Variant("classroom-batch", "classroom", ("loss.ranking=batch",)),
+    Variant("classroom-standardised", "classroom", ("loss.standardise=true",)),
+    Variant("kd-standardised", "kd", ("method_options.standardise=true",)),
+)
+_ABLATION = (
+    Variant("alone", "alone"),
+    *_changed(
+        {
+            "full": "",
+            "filter-off": "knowledge_filter=none",
+            "filter-correct": "knowledge_filter=correct",
+            "mentoring-none": "mentoring=none",
+            "mentoring-fixed": "mentoring=fixed temperature=4",
+            "mentoring-dtkd": "mentoring=dtkd temperature=4",
+            "weights-uniform": "weighting=uniform",
+            "task-weight-1": "task_weight=1.0",
+            "ranking-batch": "ranking=batch",
+            "released": "ranking=batch rank_decimals=2",
+            "released-neither": "ranking=batch knowledge_filter=none weighting=uniform "
+            "mentoring=none task_weight=1.0",
+        }
+    ),
+)
+# The differences between the classroom and CA-MKD, one at a time, from either side; the names of
+# the variants say which of the options are CA-MKD's.
+_TOWARDS_CA_MKD = (
+    *(Variant(name, name) for name in ("alone", "classroom", "ca_mkd")),
+    *_changed(
+        {
+            "classroom+weights": "weighting=confidence",
+            "classroom+task-weight": "task_weight=1.0",
+            "classroom+temperature": "mentoring=fixed temperature=4.0",
+            "classroom+no-filter": "knowledge_filter=none",
+            "ca_mkd+filter": "mentoring=fixed task_weight=1.0 temperature=4.0 weighting=confidence",
+            "ca_mkd+mentoring": "knowledge_filter=none task_weight=1.0 weighting=confidence",
+            "ca_mkd+task-weight": "knowledge_filter=none mentoring=fixed temperature=4.0 "
+            "weighting=confidence",
+            "ca_mkd+ranks": "knowledge_filter=none mentoring=fixed task_weight=1.0 temperature=4.0",
+        }
+    ),
+)
+_TEMPERATURES = _changed({f"T{t}": f"temperature={t}" for t in (4, 8, 12, 20)})
 
 
 def _peers_of_one(recipe: Recipe) -> list[Variant]:
@@ -164,19 +148,19 @@ _OTHER_PEERS = (
 )
 
 
-def _rows(names: str, variants: Variants) -> dict[str, Variants]:
-    return {f"cifar100/{name}": variants for name in names.split()}
+def _rows(classrooms: str, variants: Variants) -> dict[str, Variants]:
+    return {f"cifar100/{name}": variants for name in classrooms.split()}
 
 
 TABLES = {
-    "main": Table("Every classroom", _rows(_MAIN, _methods)),
-    "ablation": Table("The parts of the loss", _rows("resnet50-mobilenetv2", _ablation)),
-    "methods": Table("Methods", _rows("resnet56-resnet20", _all_methods)),
-    "ca_mkd": Table("From the classroom to CA-MKD", _rows("resnet56-resnet20", _towards_ca_mkd)),
-    "temperature": Table("Temperatures", _rows("resnet56-resnet20", _temperatures)),
+    "main": Table("Every classroom", _rows(_MAIN, _METHODS)),
+    "ablation": Table("The parts of the loss", _rows("resnet50-mobilenetv2", _ABLATION)),
+    "methods": Table("Methods", _rows("resnet56-resnet20", _ALL_METHODS)),
+    "ca_mkd": Table("From the classroom to CA-MKD", _rows("resnet56-resnet20", _TOWARDS_CA_MKD)),
+    "temperature": Table("Temperatures", _rows("resnet56-resnet20", _TEMPERATURES)),
     "peers": Table(
         "Weak, strong and equal peers",
-        _rows("resnet56-resnet20", _peers_of_one) | _rows(_OTHER_PEERS, _methods),
+        _rows("resnet56-resnet20", _peers_of_one) | _rows(_OTHER_PEERS, _METHODS),
     ),
     "multi-teacher": Table("Teachers and peers", _rows("resnet50-mobilenetv2", _grid)),
 }
@@ -185,9 +169,9 @@ TABLES = {
 def variant_names(table: str) -> list[str]:
     """The names of all variants of a table."""
     rows = {variants: row for row, variants in TABLES[table].rows.items()}
-    names = [
+    found = [
         variant.name
-        for variants, row in rows.items()
-        for variant in variants(load_recipe(recipes.find(row)))
+        for row in rows.values()
+        for variant in TABLES[table].variants(row, load_recipe(recipes.find(row)))
     ]
-    return list(dict.fromkeys(names))
+    return list(dict.fromkeys(found))

@@ -15,8 +15,8 @@ from classroomkd.runs.recipe import Recipe
 # takes about 100 steps of 64 images. Nothing is reported before that.
 _PATIENCE = 200  # steps
 _WINDOW = 50  # steps whose top-1 is judged, in whole epochs
-_DEVIATIONS = 3.0  # standard errors above chance that are no chance
-# If one class has most of the images, healthy trainings start by always predicting it.
+_DEVIATIONS = 3.0  # standard errors above chance up to which an accuracy counts as chance
+# If one class has a larger share, healthy trainings start by always predicting it.
 _MOST = 2 / 3
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.errors import UserError, one_line
 from classroomkd.models import factories
-from classroomkd.models.first_weights import start_from
+from classroomkd.models.initial_weights import start_from
 from classroomkd.models.network_names import code_digest, is_code, label
 
 
@@ -165,5 +165,5 @@ def _classes(logits: object, rows: int, what: str) -> int:
 def _source(kind: type) -> str:
     try:
         return inspect.getsource(kind)
-    except (OSError, TypeError):  # made where there is no file
+    except (OSError, TypeError):  # defined without a file, as in a notebook
         return f"{kind.__module__}.{kind.__qualname__}"

@@ -39,7 +39,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
 
-    def save(self, state: Mapping[str, Any], step: int) -> Path:
+    def save(self, state: Mapping[str, Any], step: int) -> None:
         """Write ``state`` as of ``step`` atomically, then remove all but the last ``keep``."""
         buffer = io.BytesIO()
         torch.save(dict(state), buffer)
@@ -49,7 +49,6 @@ class Checkpoints:
         atomic_write(path, content)
         for old in self._files()[self.keep :]:
             old.unlink(missing_ok=True)
-        return path
 
     def keep_best(self, network: nn.Module, info: NetworkInfo, epoch: int) -> None:
         """Write the weights of an epoch that is the best so far."""
@@ -151,17 +150,15 @@ class Saver:
     def between_steps(self) -> None:
         """Save if a save is due; if asked to stop, save and raise Interrupted."""
         stop = self.interrupts.received is not None
-        if not self.trainer.loader.seekable and self.trainer.batch:
-            if stop:  # the state that resumes is that of the last epoch
-                raise Interrupted(self.interrupts.received or signal.SIGTERM)
-            return
         due = time.monotonic() - self._saved >= self.seconds
+        # Other loaders resume from the end of an epoch, whose state is saved already.
+        resumable = self.trainer.loader.seekable or not self.trainer.batch
         processes = self.trainer.processes
-        if processes.together:  # they must agree; checking every few steps is enough
+        if resumable and processes.together:  # they must agree; every few steps is enough
             if self.trainer.batch % READ_EVERY:
                 return
             stop, due = processes.any(stop), processes.any(due)
-        if stop or due:
+        if resumable and (stop or due):
             self.save()
         if stop:
             raise Interrupted(self.interrupts.received or signal.SIGTERM)

@@ -13,7 +13,7 @@ from classroomkd.data.image_sets import select
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.runs.images import AnyPart, open_loaders
-from classroomkd.runs.mentor_setup import AS_THEY_COME, Mentor
+from classroomkd.runs.mentor_setup import NOT_NORMALISED, Mentor
 from classroomkd.training.evaluation import evaluation_loader
 from classroomkd.training.mentor_check import CheckedMentor, MentorCheck, check_mentors
 
@@ -42,19 +42,19 @@ def check_given(
         return []
     few = device.type == "cpu" and info.image_size > _SMALL
     images, targets = _images(part, info, device, _ON_A_CPU if few else N_IMAGES)
-    as_they_come = (info.mean, info.std) == AS_THEY_COME
-    if not as_they_come:  # then they are normalised images [N, 3, H, W]
+    not_normalised = (info.mean, info.std) == NOT_NORMALISED
+    if not not_normalised:  # then they are normalised images [N, 3, H, W]
         mean, std = (images.new_tensor(of)[:, None, None] for of in (info.mean, info.std))
         images = images * std + mean
-    looked_at = {}
+    checked = {}
     for mentor in given:
         assert mentor.network is not None
         own = mentor.info or info
-        looked_at[mentor.called] = CheckedMentor(
+        checked[mentor.called] = CheckedMentor(
             to_channels_last(bare(mentor.network), device),
-            *((None, None) if as_they_come else (own.mean, own.std)),
+            *((None, None) if not_normalised else (own.mean, own.std)),
         )
-    return check_mentors(looked_at, images, targets, info.classes)
+    return check_mentors(checked, images, targets, info.classes)
 
 
 def _images(

@@ -7,6 +7,8 @@ stored mentors all use these marks.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, get_type_hints
@@ -54,6 +56,18 @@ def values_without(section: Any, *left_out: Mark) -> dict[str, Any]:
         elif is_dataclass(inner):
             values[own.name] = values_without(inner, *left_out)
     return values
+
+
+def difference(begun: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first difference between nested plain values, as text; empty if there is none."""
+    for key in {**begun, **now}:
+        old, new = begun.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            if inner := difference(old, new):
+                return f"{key}.{inner}"
+        elif old != new:
+            return f"{key} {json.dumps(old)}, which is {json.dumps(new)}"
+    return ""
 
 
 def mentor_values(section: Any) -> dict[str, Any]:

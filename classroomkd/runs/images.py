@@ -22,6 +22,7 @@ from classroomkd.data import (
     split_off,
 )
 from classroomkd.data.batches import Batches, BatchLoaders
+from classroomkd.data.ffcv.beton import MAX_SIDE
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo
@@ -32,7 +33,7 @@ Sets = Parts[ImageSet] | Parts[ImageFiles]
 AnyPart = ImageSet | ImageFiles | Batches
 ImageSets = dict[str, AnyPart]  # "train", "test", and "validation" if there is one
 
-_MAX_SIDE, _UP_TO = 500, 256  # the side of the photographs to use for an image size
+_UP_TO = 256  # the image size up to which photographs of `MAX_SIDE` pixels are large enough
 
 
 def read_images(data: DataConfig, seed: int, download: str | None = None) -> Sets:
@@ -97,7 +98,7 @@ def open_loaders(
     images = [part for part in sets if not isinstance(part, Batches)]
     if len(images) < len(sets):
         return BatchLoaders(device)
-    return Loaders(backend, images, device, max_side=max(_MAX_SIDE, size * _MAX_SIDE // _UP_TO))
+    return Loaders(backend, images, device, max_side=max(MAX_SIDE, size * MAX_SIDE // _UP_TO))
 
 
 def example_of(part: AnyPart, size: int) -> Tensor:
@@ -135,15 +136,10 @@ def training_mixing(training: TrainingConfig, num_classes: int) -> Mixing | None
 
 def counts(sets: ImageSets, folders: Mapping[str, str]) -> str:
     """A description of the number of images in each part and their source."""
+    origins = {name: f" ({folder})" for name, folder in folders.items()}
+    split_off = f" (split off {folders['train']})" if folders else ""
     return ", ".join(
-        f"{len(sets[name]):,} {name}{_origin(name, folders)}"
+        f"{len(sets[name]):,} {name}{origins.get(name, split_off)}"
         for name in ("train", "validation", "test")
         if name in sets
     )
-
-
-def _origin(part: str, folders: Mapping[str, str]) -> str:
-    """The source of a part of the images, to be printed after its name."""
-    if part in folders:
-        return f" ({folders[part]})"
-    return f" (split off {folders['train']})" if folders else ""

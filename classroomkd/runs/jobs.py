@@ -51,8 +51,11 @@ class TrainingJob:
 
     def seed(self, recipe: Recipe) -> int:
         """The seed of its initial weights, and usually of its batches, in a run of ``recipe``."""
+        # Mentors are counted from 1, so that a mentor has the same seed in every run that uses it.
         seed = mentor_seed(recipe) if self.phase == "mentor" else recipe.seed
-        return network_seed(seed, self.number, network_names.label(self.architecture))
+        name = network_names.label(self.architecture)
+        entropy = np.random.SeedSequence((seed, self.number, *name.encode()))
+        return int(entropy.generate_state(1)[0])
 
     def batch_seed(self, recipe: Recipe) -> int:
         """The seed of its batches and their augmentation in a run of ``recipe``."""
@@ -83,16 +86,14 @@ class TrainingJob:
 
 def student_jobs(recipe: Recipe) -> list[TrainingJob]:
     """The trainings of the student, in order: alone, and by the recipe's method."""
-    wanted = {
-        "alone": recipe.alone or recipe.method == "alone",
-        "student": recipe.method != "alone",
-    }
-    name = network_names.label(recipe.student)
-    epochs, weights = recipe.training.epochs, recipe.init
+    if not recipe.student:
+        return []
+    phases = ["alone"] if recipe.alone or recipe.method == "alone" else []
+    if recipe.method != "alone":
+        phases.append("student")
+    name, epochs = network_names.label(recipe.student), recipe.training.epochs
     return [
-        TrainingJob(phase, name, recipe.student, epochs, weights=weights)
-        for phase in wanted
-        if recipe.student and wanted[phase]
+        TrainingJob(phase, name, recipe.student, epochs, weights=recipe.init) for phase in phases
     ]
 
 
@@ -108,12 +109,3 @@ def best(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         chosen = max(records, key=lambda record: record["validation_top1"])
         kept |= {"chosen_epoch": chosen["epoch"], "chosen_top1": chosen["test_top1"]}
     return kept
-
-
-def network_seed(seed: int, number: int, architecture: str) -> int:
-    """A seed for the ``number``-th network of its kind, unrelated to all other seeds.
-
-    Mentors are counted from 1, so that a mentor has the same seed in every run that uses it.
-    """
-    entropy = (seed, number, *architecture.encode())
-    return int(np.random.SeedSequence(entropy).generate_state(1)[0])

@@ -6,29 +6,26 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from classroomkd.data.batches import Batches
 from classroomkd.data.sources import split_mask
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method, method_names
-from classroomkd.models import NetworkInfo
 from classroomkd.models.network_names import is_logits, label
-from classroomkd.runs.builder import Builder, module_digest
-from classroomkd.runs.images import AnyPart, training_augmentation, training_mixing
+from classroomkd.runs.builder import module_digest
+from classroomkd.runs.context import RunContext
+from classroomkd.runs.images import AnyPart, training_mixing
 from classroomkd.runs.jobs import TrainingJob
-from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import Mentor
 from classroomkd.runs.recipe import Recipe, kept_epochs, split_seed, teaching
-from classroomkd.training.distributed import Processes
 from classroomkd.training.logits_files import (
     KeptLogits,
     OwnLogits,
@@ -43,25 +40,14 @@ from classroomkd.training.mentor_cache import CachedMentors
 
 
 @dataclass(kw_only=True)
-class MentorAnswers:
+class MentorAnswers(RunContext):
     """The logits files of a run's mentors.
 
-    ``mentors`` are those with a network; ``own`` are files written by another program. ``info``
-    describes any network of the run, ``digest`` identifies its training images, ``backend`` names
-    the loader, and ``notify`` prints lines for the user.
+    ``mentors`` are those with a network; ``own`` are files written by another program.
     """
 
-    recipe: Recipe
-    info: NetworkInfo
-    builder: Builder
     mentors: Sequence[Mentor]
     own: Mapping[str, OwnLogits]
-    train_set: AnyPart
-    digest: str
-    backend: str
-    dtype: torch.dtype
-    processes: Processes
-    notify: Callable[[str], None]
 
     def cached(
         self,
@@ -124,7 +110,7 @@ class MentorAnswers:
         return kept
 
     def _begin(self, wanted: Mapping[Path, Mapping[str, Any]]) -> str | None:
-        """Print what will be written; raise UserError if there is not enough space."""
+        """Print what will be written, or return the error if there is not enough space."""
         new = [folder for folder in wanted if read_key(folder) is None]
         assert self.recipe.mentor_cache is not None
         each, home = size(self._shape, self.recipe.mentor_cache.dtype), logits_folder()
@@ -153,11 +139,11 @@ class MentorAnswers:
 
     @property
     def _shape(self) -> tuple[int, int, int]:
-        return kept_epochs(self.recipe), len(self.train_set), len(self.info.classes)
+        return kept_epochs(self.recipe), len(self.sets["train"]), len(self.info.classes)
 
     def _key(self, job: TrainingJob, mentor: Mentor, network: nn.Module) -> dict[str, Any]:
         """Everything that the mentor's logits depend on."""
-        recipe, device = self.recipe, self.processes.device
+        recipe = self.recipe
         assert recipe.mentor_cache is not None
         training = job.training(recipe)
         return {
@@ -166,22 +152,14 @@ class MentorAnswers:
             "code": self.builder.source_digest(mentor.architecture, network),
             "shape": list(self._shape),
             "dtype": recipe.mentor_cache.dtype,
-            "images": self.digest,
-            "image_size": recipe.data.image_size,
+            "images": self.digests["train"],
             "mean": list(self.info.mean),
             "std": list(self.info.std),
-            "augmentation": repr(training_augmentation(recipe.data)),
             "mixing": repr(training_mixing(training, len(self.info.classes))),
-            # Each loader resizes photographs in its own way.
-            "loader": self.backend if recipe.data.crop == "resize" else None,
             "seed": job.batch_seed(recipe),
             "batch_size": training.batch_size,  # the bits depend on it
-            "processes": self.processes.world_size,
-            "precision": str(self.dtype),
             "compile": recipe.compile,
-            "device": device.type,
-            "threads": recipe.threads if device.type == "cpu" else None,
-            "versions": versions(),
+            **self.computation(),
         }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 from classroomkd import models
 from classroomkd.data.loader import per_channel
 from classroomkd.errors import UserError
+from classroomkd.files import sha256
 from classroomkd.models import NetworkInfo
-from classroomkd.models.first_weights import load_given
+from classroomkd.models.initial_weights import load_given
 from classroomkd.models.layout import Renormalised
 from classroomkd.models.network_names import PRETRAINED, is_checkpoint, label, split_entry
 from classroomkd.runs.builder import outputs_of
@@ -24,8 +24,8 @@ from classroomkd.runs.jobs import TrainingJob
 from classroomkd.runs.recipe import MentorConfig, is_given
 
 Channels = tuple[float, float, float]
-AS_THEY_COME: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
-"""The mean and standard deviation that leave images unchanged."""
+NOT_NORMALISED: tuple[Channels, Channels] = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+"""The mean and standard deviation of images that are used unchanged."""
 
 _FINE_TUNE = ", or train it on them with a new classifier, as {source: …, weights: …, epochs: 5}"
 
@@ -134,7 +134,7 @@ def fit_mentor(
         info = replace(info or data, mean=mentor.job.mean, std=mentor.job.std)
     mentor.info = info
     mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
-    if info is None and (data.mean, data.std) != AS_THEY_COME:
+    if info is None and (data.mean, data.std) != NOT_NORMALISED:
         notify(f"{what} does not say how to normalise; it gets what this data has")
     elif info and (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
@@ -143,8 +143,7 @@ def fit_mentor(
 def sha256_of(source: str) -> str:
     """The SHA-256 of a checkpoint: a file, or the student's file in a run folder."""
     path, _ = split_entry(source)
-    with (models.student_file(path) if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(models.student_file(path) if path.is_dir() else path)
 
 
 def weights_digest(weights: str) -> str:
@@ -175,7 +174,7 @@ def fit_to_data(
     outputs = outputs_of(network, example, what)
     if outputs != len(data.classes):
         raise UserError(
-            f"{what} tells {outputs} classes apart, the data has {len(data.classes)}: "
+            f"{what} has {outputs} classes, the data has {len(data.classes)}: "
             f"give a network that was trained on these classes{otherwise}"
         )
     if own is None:

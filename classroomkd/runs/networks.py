@@ -12,25 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from classroomkd.data import Loader, Loaders
-from classroomkd.data.batches import Batches, BatchLoaders
+from classroomkd.data import Loader
+from classroomkd.data.batches import Batches
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
 from classroomkd.report.records import label
 from classroomkd.runs.at_chance import is_at_chance, most_frequent, remedies
-from classroomkd.runs.builder import Builder
 from classroomkd.runs.checkpoints import Saver
-from classroomkd.runs.images import AnyPart, example_of, training_augmentation, training_mixing
-from classroomkd.runs.interrupts import Interrupts
+from classroomkd.runs.context import RunContext
+from classroomkd.runs.images import example_of, training_augmentation, training_mixing
 from classroomkd.runs.jobs import TrainingJob, best
 from classroomkd.runs.mentor_setup import renormalised
 from classroomkd.runs.progress import TrainingProgress
-from classroomkd.runs.recipe import Recipe
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.stored_mentors import StoredMentors
-from classroomkd.training.distributed import Processes
 from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
@@ -43,27 +40,17 @@ _SILENT = 0.001  # of an epoch's rows
 
 
 @dataclass(kw_only=True)
-class NetworkTrainer:
+class NetworkTrainer(RunContext):
     """Trains the networks of a run, and measures, records and saves them.
 
-    ``info`` describes any network of the run, ``held_out`` has a loader for each part of the images
-    on which networks are measured, "test" last, ``stored`` gives access to the mentor store, and
-    ``notify`` prints lines for the user.
+    ``held_out`` has a loader for each part of the images on which networks are measured, "test"
+    last.
     """
 
-    recipe: Recipe
-    info: NetworkInfo
-    builder: Builder
-    train_set: AnyPart
     held_out: Mapping[str, Loader]
-    loaders: Loaders | BatchLoaders
-    dtype: torch.dtype
     run: RunFolder
     stored: StoredMentors
-    processes: Processes
-    interrupts: Interrupts
     progress: TrainingProgress
-    notify: Callable[[str], None]
 
     def train(
         self,
@@ -86,7 +73,7 @@ class NetworkTrainer:
                 if stored := self._from_store(job):
                     done[job.name] = stored
                     missing.remove(job)
-            self.progress.skip(self.steps(jobs) - self.steps(missing))
+            self.progress.advance(self.steps(jobs) - self.steps(missing))
             if missing:
                 done |= self._train(missing, method, mentors, lessons)
         return [done[job.name] for job in jobs]
@@ -95,7 +82,7 @@ class NetworkTrainer:
         """The number of training steps for ``jobs``; 0 if there are none."""
         if not jobs:
             return 0
-        per_epoch = max(len(self.train_set) // jobs[0].training(self.recipe).batch_size, 1)
+        per_epoch = max(len(self.sets["train"]) // jobs[0].training(self.recipe).batch_size, 1)
         return max(job.last for job in jobs) * per_epoch
 
     def evaluate(
@@ -142,7 +129,7 @@ class NetworkTrainer:
     ) -> Trainer:
         training = job.training(self.recipe)
         called = label(job.phase, job.name, self.recipe.method)
-        if training.batch_size > (count := len(self.train_set)):
+        if training.batch_size > (count := len(self.sets["train"])):
             self.notify(f"{called}: a batch of {training.batch_size} contains all {count} images")
         return Trainer(
             network,
@@ -152,7 +139,7 @@ class NetworkTrainer:
             peak=peak_learning_rate(training, network),
             method=method,
             mentors=mentors,
-            example=example_of(self.train_set, self.info.image_size),
+            example=example_of(self.sets["train"], self.info.image_size),
             dtype=self.dtype,
             cuda_graph=self.recipe.cuda_graph and loader.one_shape,
             compile=self.recipe.compile,
@@ -178,7 +165,7 @@ class NetworkTrainer:
     def _placed(self, job: TrainingJob, network: nn.Module) -> nn.Module:
         """A network on the run's device, for images as the run's loaders normalise them."""
         fitted = renormalised(network, self.info, job.mean, job.std)
-        return to_channels_last(fitted, self.device)
+        return to_channels_last(fitted, self.processes.device)
 
     def _resume(self, job: TrainingJob, saver: Saver) -> bool:
         """Restore the last training state of an earlier process, and its records, if any."""
@@ -188,7 +175,7 @@ class NetworkTrainer:
             within = f", batch {trainer.batch + 1} of {steps}" if trainer.batch else ""
             self.notify(f"{trainer.name}: resuming from epoch {trainer.epoch}{within}")
         self.run.adopt_records(saver.records)
-        self.progress.skip((trainer.epoch - 1) * steps + trainer.batch)
+        self.progress.advance((trainer.epoch - 1) * steps + trainer.batch)
         return found
 
     def _train_epochs(
@@ -203,7 +190,7 @@ class NetworkTrainer:
             self.progress.begin(trainer.name, trainer.epoch, job.last)
             record, measured = self._train_epoch(trainer, saver, lessons)
             record |= self._chance(job, trainer, [*saver.records, record])
-            self._tell_silent(record, saver.records)
+            self._warn_silent(record, saver.records)
             saver.records.append(
                 {"phase": job.phase, "name": job.name} | record | {"epochs": job.last}
             )
@@ -224,10 +211,11 @@ class NetworkTrainer:
 
         They are ``chance_top1``, the share of the most frequent class.
         """
-        if isinstance(self.train_set, Batches):  # the shares of its classes are unknown
+        train_set = self.sets["train"]
+        if isinstance(train_set, Batches):  # the shares of its classes are unknown
             return {}
-        chance, steps = most_frequent(self.train_set.targets), len(trainer.loader)
-        images = min(steps * trainer.training.batch_size, len(self.train_set))
+        chance, steps = most_frequent(train_set.targets), len(trainer.loader)
+        images = min(steps * trainer.training.batch_size, len(train_set))
         if not is_at_chance(records, chance=chance, steps=steps, images=images):
             return {}
         if not any("chance_top1" in record for record in records):
@@ -240,7 +228,7 @@ class NetworkTrainer:
             )
         return {"chance_top1": chance}
 
-    def _tell_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
+    def _warn_silent(self, record: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> None:
         """Warn about mentors that taught almost nothing in this epoch, once each."""
         for name, of in record.get("mentors", {}).items():
             if of["active_share"] < _SILENT and not any(
@@ -297,7 +285,7 @@ class NetworkTrainer:
         started = time.perf_counter()
 
         def between_steps() -> None:
-            self.progress.step()
+            self.progress.advance()
             saver.between_steps()
 
         try:
@@ -321,24 +309,18 @@ class NetworkTrainer:
         return record, measured
 
     def _training_loader(self, job: TrainingJob) -> Loader:
-        training = job.training(self.recipe)
-        batch_size = training.batch_size
+        training, train_set = job.training(self.recipe), self.sets["train"]
         return self.loaders.open(
-            self.train_set,  # type: ignore[arg-type]  # the loaders are of its kind
-            self.processes.share(batch_size),
+            train_set,  # type: ignore[arg-type]  # the loaders are of its kind
+            self.processes.share(training.batch_size),
             **self.processes.place,
             mean=self.info.mean,
             std=self.info.std,
             augmentation=training_augmentation(self.recipe.data),
             mixing=training_mixing(training, len(self.info.classes)),
             shuffle=True,
-            drop_last=len(self.train_set) >= batch_size,
+            drop_last=len(train_set) >= training.batch_size,
             seed=job.batch_seed(self.recipe),
             repeat=job.repeat(self.recipe),
             dtype=self.dtype,
         )
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the networks."""
-        return self.processes.device

@@ -54,12 +54,8 @@ class TrainingProgress:
             self._progress.update(self._task, latest="")
             self._progress.lessons = None
 
-    def step(self) -> None:
-        """Count one step."""
-        self._progress.advance(self._task)
-
-    def skip(self, steps: int) -> None:
-        """Count steps that an earlier process has taken."""
+    def advance(self, steps: int = 1) -> None:
+        """Count steps, taken now or by an earlier process."""
         self._progress.advance(self._task, steps)
 
     def show(self, record: Mapping[str, Any]) -> None:

@@ -40,11 +40,10 @@ from classroomkd.models.network_names import (
     is_external,
 )
 from classroomkd.runs import recipe_layers as layers
-from classroomkd.runs.identity import marked
+from classroomkd.runs.identity import marked, values_without
 from classroomkd.runs.recipe_checks import check
 from classroomkd.training.config import TrainingConfig
 
-_MENTOR_EPOCHS = "mentor_training.epochs"
 # Earlier defaults, for keys that an old run's config.yaml lacks.
 _OF_OLD_RUNS = {"loss": {"mentor_weight": None, "task_weight": "confidence"}}
 
@@ -225,56 +224,7 @@ def load_recipe(
     Raises UserError, in one line that names the value, for an unknown key or an invalid value.
     """
     where = f"{file}: " if file else ""
-    method, item = "", ""
-    try:
-        files = () if file is None else layers.read_with_bases(file)
-        begun, says_mentor_epochs = _begun(files, of_run)
-        merged = deepcopy(begun)
-        if values is not None:
-            given = layers.layer(values)
-            merged = _merged(merged, given)
-            says_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
-        method = chosen[-1] if chosen else merged.method
-        for item in overrides:
-            key, equals, _ = item.partition("=")
-            if not equals or not key:
-                raise UserError(f"an override is like training.epochs=60, not {item!r}")
-            try:
-                layers.override(merged, key, layers.value_of(item.removeprefix(f"{key}=")))
-            except OmegaConfBaseException:  # which may be a ValueError too, and names the key
-                raise
-            except (TypeError, ValueError, yaml.YAMLError) as error:
-                raise UserError(
-                    f"{where}cannot take the override {item!r}: {one_line(error)}"
-                ) from None
-        says_mentor_epochs |= any(
-            item.startswith((f"{_MENTOR_EPOCHS}=", "mentor_training=")) for item in overrides
-        )
-        if not says_mentor_epochs:
-            merged.mentor_training.epochs = merged.training.epochs
-        recipe = cast(Recipe, OmegaConf.to_object(merged))
-        # A file may set loss with its method overridden; an override of loss would do nothing.
-        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
-        if idle and recipe.method != "classroom":
-            from classroomkd.runs.recipe_keys import unused_loss
-
-            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
-        known = method_names.entry(recipe.method).options
-        texts = {key for key, default in known.items() if isinstance(default, str)}
-        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
-        recipe.method_options = {
-            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
-            for key, value in recipe.method_options.items()
-        }
-    except UserError:
-        raise
-    except (ConfigKeyError, ConfigAttributeError) as error:
-        from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
-
-        raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
-    except (OmegaConfBaseException, TypeError) as error:
-        raise UserError(f"{where}{layers.reason(error)}") from None
+    recipe = _read(file, overrides, values, of_run, where)
     check(recipe, where)
     data = recipe.data
     if data.padding is None:
@@ -343,24 +293,88 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return replace(recipe, student=absolute(recipe.student), init=init, mentors=mentors)
 
 
+def result_values(recipe: Recipe) -> dict[str, Any]:
+    """The values that determine the results of a run on given images, seed included."""
+    values = values_without(with_absolute_paths(recipe), "machine", "place")
+    if not recipe.student or recipe.method != "classroom":
+        del values["loss"]  # unused
+    return values
+
+
 def _absolute_weights(weights: str | None) -> str | None:
     if weights in (None, PRETRAINED):
         return weights
     return str(Path(weights).expanduser().absolute())
 
 
+def _read(
+    file: Path | None,
+    overrides: Sequence[str],
+    values: Mapping[str, Any] | None,
+    of_run: bool,
+    where: str,
+) -> Recipe:
+    """The recipe as given, before its values are checked; errors begin with ``where``."""
+    method, item = "", ""
+    try:
+        files = () if file is None else layers.read_with_bases(file)
+        merged = deepcopy(_begun(files, of_run))
+        if values is not None:
+            merged = _merged(merged, layers.layer(values))
+        chosen = [item.partition("=")[2] for item in overrides if item.startswith("method=")]
+        method = chosen[-1] if chosen else merged.method
+        for item in overrides:
+            _override(merged, item, where)
+        if OmegaConf.is_missing(merged.mentor_training, "epochs"):
+            merged.mentor_training.epochs = merged.training.epochs
+        recipe = cast(Recipe, OmegaConf.to_object(merged))
+        # A file may set loss with its method overridden; an override of loss would do nothing.
+        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+        if idle and recipe.method != "classroom":
+            from classroomkd.runs.recipe_keys import unused_loss
+
+            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+        known = method_names.entry(recipe.method).options
+        texts = {key for key, default in known.items() if isinstance(default, str)}
+        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
+        recipe.method_options = {
+            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
+            for key, value in recipe.method_options.items()
+        }
+        return recipe
+    except UserError:
+        raise
+    except (ConfigKeyError, ConfigAttributeError) as error:
+        from classroomkd.runs.recipe_keys import unknown_key  # which reads this module
+
+        raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UserError(f"{where}{layers.reason(error)}") from None
+
+
+def _override(merged: DictConfig, item: str, where: str) -> None:
+    """Apply an override like ``training.epochs=60``; UserError if it cannot be read."""
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise UserError(f"an override is like training.epochs=60, not {item!r}")
+    try:
+        layers.override(merged, key, layers.value_of(text))
+    except OmegaConfBaseException:  # which may be a ValueError too, and names the key
+        raise
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{where}cannot take the override {item!r}: {one_line(error)}") from None
+
+
 @cache  # merging is slow, and a plan of many runs has few files
-def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> tuple[DictConfig, bool]:
-    """The defaults with the files' values, and whether a file sets the mentors' epochs."""
+def _begun(files: tuple[tuple[Path, bytes], ...], of_run: bool) -> DictConfig:
+    """The defaults with the files' values; mentors' epochs are missing unless a file has them."""
     if not files:
         defaults = OmegaConf.structured(Recipe)
-        return (_merged(defaults, _OF_OLD_RUNS) if of_run else defaults), False
-    merged, sets_mentor_epochs = _begun(files[:-1], of_run)
+        defaults.mentor_training.epochs = MISSING
+        return _merged(defaults, _OF_OLD_RUNS) if of_run else defaults
     values = layers.yaml_mapping(*files[-1])
     values.pop("base", None)
-    given = layers.layer(values)
-    sets_mentor_epochs |= OmegaConf.select(given, _MENTOR_EPOCHS) is not None
-    return _merged(merged, given), sets_mentor_epochs
+    return _merged(_begun(files[:-1], of_run), layers.layer(values))
 
 
 def _merged(base: DictConfig, values: Any) -> DictConfig:

@@ -12,7 +12,7 @@ from torch import Tensor
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import Method
 from classroomkd.models import NetworkInfo
-from classroomkd.models.first_weights import load_given
+from classroomkd.models.initial_weights import load_given
 from classroomkd.models.network_names import is_code
 from classroomkd.models.stages import feature_shapes
 from classroomkd.runs.builder import Builder, check_trainable, outputs_of

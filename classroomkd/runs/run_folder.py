@@ -56,9 +56,7 @@ class RunFolder:
         try:
             for folder in (path, path / "checkpoints", path / "mentors"):
                 folder.mkdir(parents=True, exist_ok=True)
-            (path / "metrics.jsonl").touch(
-                exist_ok=False
-            )  # fails if another run has just started here
+            (path / "metrics.jsonl").touch(exist_ok=False)  # another run may have started here
             atomic_write(path / "config.yaml", yaml.safe_dump(dict(config), sort_keys=False))
         except OSError as error:
             raise UserError(

@@ -15,7 +15,7 @@ from torch import nn
 
 from classroomkd.data import cache_folder
 from classroomkd.errors import UserError
-from classroomkd.files import atomic_write, lock
+from classroomkd.files import atomic_write, lock, sha256
 from classroomkd.models import NetworkInfo, load_network, save_network
 from classroomkd.runs.interrupts import Interrupted, Interrupts
 from classroomkd.runs.machine import versions
@@ -47,7 +47,7 @@ class MentorStore:
             return None
         try:
             kept = json.loads(beside.read_bytes())
-            if _sha256(weights) != kept["sha256"]:
+            if sha256(weights) != kept["sha256"]:
                 raise UserError("its weights are not those that were stored")
             network, info, _ = load_network(weights)
             assert info is not None  # `add` has written it
@@ -62,8 +62,9 @@ class MentorStore:
     ) -> Iterator[None]:
         """A context that excludes other processes from the same training, of any epoch.
 
-        It waits for a process inside. Raises Interrupted if a signal asks to stop meanwhile. If the
-        folder is not writable nothing is locked, since nothing can be stored there either.
+        It waits for another process to leave such a context, and raises Interrupted if a signal
+        asks to stop during that. If the folder is not writable, nothing is locked, since nothing
+        can be stored there either.
         """
         weights, _ = self._paths({**deciding, "epoch": None})
         path = weights.with_suffix(".lock")
@@ -92,7 +93,7 @@ class MentorStore:
         save_network(weights, network, info)
         kept = {
             "deciding": dict(deciding),
-            "sha256": _sha256(weights),
+            "sha256": sha256(weights),
             "versions": versions(),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "done": dict(done),
@@ -102,17 +103,13 @@ class MentorStore:
 
     def holds_all(self, files: Iterable[Path]) -> bool:
         """Whether exactly the weights of all these files are stored."""
-        kept, wanted = (set(map(_sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
+        kept, wanted = (set(map(sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
         return wanted <= kept
 
     def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()
         weights = self.folder / f"{deciding['architecture']}-{digest[:24]}.safetensors"
         return weights, weights.with_suffix(".json")
-
-
-def _sha256(weights: Path) -> str:
-    return hashlib.sha256(weights.read_bytes()).hexdigest()
 
 
 def _lock(

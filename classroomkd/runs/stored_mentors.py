@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from classroomkd.models import NetworkInfo, network_names
 from classroomkd.report.records import label
-from classroomkd.runs.builder import Builder
+from classroomkd.runs.context import RunContext
 from classroomkd.runs.identity import mentor_values
-from classroomkd.runs.images import training_augmentation
-from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob
-from classroomkd.runs.machine import versions
 from classroomkd.runs.mentor_setup import weights_digest
-from classroomkd.runs.recipe import Recipe
 from classroomkd.runs.store import MentorStore
-from classroomkd.training.distributed import Processes
 
 
 @dataclass(kw_only=True)
-class StoredMentors:
-    """The mentors of a run in the ``store``; students are never stored.
-
-    ``info`` describes any network of the run, ``digests`` identify its parts of the images,
-    ``backend`` names the loader, and ``notify`` prints lines for the user.
-    """
+class StoredMentors(RunContext):
+    """The mentors of a run in the ``store``; students are never stored."""
 
     store: MentorStore
-    recipe: Recipe
-    info: NetworkInfo
-    builder: Builder
-    digests: Mapping[str, str]
-    backend: str
-    dtype: torch.dtype
-    processes: Processes
-    interrupts: Interrupts
-    notify: Callable[[str], None]
 
     def claim(self, job: TrainingJob) -> AbstractContextManager[None]:
         """A context that excludes other processes from training the same mentor for the store."""
@@ -74,33 +55,20 @@ class StoredMentors:
         given = job.architecture in self.builder.modules
         if job.phase != "mentor" or given or not self.recipe.store:
             return None
-        data, device = self.recipe.data, self.processes.device
-        return {
+        key = {
             **mentor_values(self.recipe),
+            **self.computation(),
             "architecture": network_names.label(job.architecture),
-            **_beginning(job, self.builder.code(job.architecture)),
             "training": job.training(self.recipe).deciding(),
             "epoch": job.last,
             "images": dict(self.digests),
             "classes": self.info.classes,
-            "image_size": data.image_size,
-            "augmentation": repr(training_augmentation(data)),
-            # Each loader resizes photographs in its own way.
-            "loader": self.backend if data.crop == "resize" else None,
             "mean": job.mean or self.info.mean,
             "std": job.std or self.info.std,
             "seed": job.seed(self.recipe),
-            "precision": str(self.dtype),
-            "processes": self.processes.world_size,
-            "device": device.type,
-            "threads": self.recipe.threads if device.type == "cpu" else None,
-            "versions": versions(),
         }
-
-
-def _beginning(job: TrainingJob, code: str | None) -> dict[str, str]:
-    """What the training starts from, unless that is random weights of a network of the library."""
-    beginning = {} if code is None else {"code": code}
-    if job.weights is not None:
-        beginning["first_weights"] = weights_digest(job.weights)
-    return beginning
+        if (code := self.builder.code(job.architecture)) is not None:
+            key["code"] = code
+        if job.weights is not None:
+            key["first_weights"] = weights_digest(job.weights)
+        return key

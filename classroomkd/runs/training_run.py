@@ -20,9 +20,10 @@ from classroomkd.loss.methods import Method, create
 from classroomkd.loss.methods.classroom import Classroom
 from classroomkd.models import NetworkInfo
 from classroomkd.models.layout import bare, to_channels_last
-from classroomkd.models.network_names import is_logits
+from classroomkd.models.network_names import PRETRAINED, is_checkpoint, is_logits
 from classroomkd.report.page import write_report
 from classroomkd.runs.builder import Builder
+from classroomkd.runs.context import RunContext
 from classroomkd.runs.given_mentors import check_given, part_to_check
 from classroomkd.runs.images import (
     AnyPart,
@@ -33,15 +34,27 @@ from classroomkd.runs.images import (
     open_loaders,
     sets_of_run,
 )
-from classroomkd.runs.inputs import input_digests
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, student_jobs
 from classroomkd.runs.machine import device_name, find_device, find_precision, start, versions
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
-from classroomkd.runs.mentor_setup import Mentor, find_mentors, fit_mentor, mentor_trainings
+from classroomkd.runs.mentor_setup import (
+    Mentor,
+    find_mentors,
+    fit_mentor,
+    mentor_trainings,
+    weights_digest,
+)
 from classroomkd.runs.networks import NetworkTrainer
 from classroomkd.runs.progress import TrainingProgress, print_line
-from classroomkd.runs.recipe import Recipe, split_seed, teaching, to_dict, with_absolute_paths
+from classroomkd.runs.recipe import (
+    Recipe,
+    code_sources,
+    split_seed,
+    teaching,
+    to_dict,
+    with_absolute_paths,
+)
 from classroomkd.runs.run_checks import RunChecks
 from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
@@ -111,7 +124,7 @@ class TrainingRun:
         to resume had other inputs; OSError naming the file or ``out`` if writing fails; and
         KeyboardInterrupt, after SIGINT or SIGTERM too, with a message that says what was saved.
         """
-        self._tell_unused_mentors()
+        self._print_unused_mentors()
         info = network_info(self.recipe.student, self.recipe.data, train_set)
         example = example_of(train_set, info.image_size)
         self._checks.with_data(info, example)
@@ -138,15 +151,15 @@ class TrainingRun:
             fit_own(self.own_logits, train_set, classes, self.recipe, validation_set is None)
             self._check_mentors(sets, info)
             with ExitStack() as opened:
-                trainer = self._open(opened, out, resume, info, sets, folders)
-                results = self._train_all(trainer)
+                trainer, answers = self._open(opened, out, resume, info, sets, folders)
+                results = self._train_all(trainer, answers)
             summary = self._summary(sets, results)
             trainer.run.finish(summary)
             if self.processes.is_main:
                 write_report(out)
         return summary
 
-    def _tell_unused_mentors(self) -> None:
+    def _print_unused_mentors(self) -> None:
         """Print which of the recipe's mentors the method does not use."""
         names = names_in_order(self.recipe, self.mentors, self.own_logits)
         if len(names) < len(self.recipe.mentors):
@@ -170,7 +183,7 @@ class TrainingRun:
         info: NetworkInfo,
         sets: ImageSets,
         folders: Mapping[str, str],
-    ) -> NetworkTrainer:
+    ) -> tuple[NetworkTrainer, MentorAnswers]:
         """Open the run folder and the loaders, to be closed with ``opened``."""
         recipe = self.recipe
         loaders = open_loaders(
@@ -190,34 +203,27 @@ class TrainingRun:
             f"{device_name(self.device)}; run in {out}"
         )
         self._print(f"loader: {loaders.backend} ({loaders.reason})")
-        interrupts = opened.enter_context(Interrupts())
-        stored = StoredMentors(
-            store=MentorStore(),
+        context = RunContext(
             recipe=recipe,
             info=info,
             builder=self.builder,
+            sets=sets,
             digests=digests,
-            backend=loaders.backend,
-            dtype=self.dtype,
-            processes=self.processes,
-            interrupts=interrupts,
-            notify=self._print,
-        )
-        return NetworkTrainer(
-            recipe=recipe,
-            info=info,
-            builder=self.builder,
-            train_set=sets["train"],
-            held_out=held_out,
             loaders=loaders,
             dtype=self.dtype,
-            run=run,
-            stored=stored,
             processes=self.processes,
-            interrupts=interrupts,
-            progress=opened.enter_context(TrainingProgress(self.console)),
+            interrupts=opened.enter_context(Interrupts()),
             notify=self._print,
         )
+        trainer = NetworkTrainer(
+            **vars(context),
+            held_out=held_out,
+            run=run,
+            stored=StoredMentors(**vars(context), store=MentorStore()),
+            progress=opened.enter_context(TrainingProgress(self.console)),
+        )
+        answers = MentorAnswers(**vars(context), mentors=self.mentors, own=self.own_logits)
+        return trainer, answers
 
     def _open_folder(
         self, opened: ExitStack, out: Path, resume: bool, digests: Mapping[str, str]
@@ -231,11 +237,22 @@ class TrainingRun:
             tensorboard=self.recipe.tensorboard,
         )
         opened.callback(run.close)
-        inputs = input_digests(self.recipe, self.mentors, self.own_logits, self.builder)
-        run.require_same({f"the {name} images": digests[name] for name in digests} | inputs)
+        images = {f"the {name} images": digest for name, digest in digests.items()}
+        run.require_same(images | self._inputs())
         run.begin(start(self.device, self.processes.world_size))
         self.processes.wait()
         return run
+
+    def _inputs(self) -> dict[str, str]:
+        """The digests of weights, checkpoints, files of logits and code that the run reads."""
+        recipe = self.recipe
+        given = [recipe.init, *(mentor.weights for mentor in teaching(recipe))]
+        given += [mentor.source for mentor in self.mentors if is_checkpoint(mentor.source)]
+        given += [str(logits.path) for logits in self.own_logits.values()]
+        files = {name: weights_digest(name) for name in given if name not in (None, PRETRAINED)}
+        codes = {name: self.builder.code(name) for name in code_sources(recipe)}
+        known = {name: code for name, code in codes.items() if code is not None}
+        return files | known | self.builder.digests()
 
     def _summary(self, sets: ImageSets, results: list[dict[str, Any]]) -> dict[str, Any]:
         """The content of summary.json."""
@@ -255,7 +272,7 @@ class TrainingRun:
             "results": results,
         }
 
-    def _train_all(self, trainer: NetworkTrainer) -> list[dict[str, Any]]:
+    def _train_all(self, trainer: NetworkTrainer, answers: MentorAnswers) -> list[dict[str, Any]]:
         """Train and measure every network; the results in the summary's order."""
         # Given mentors come first, so that a nonfinite one is found before anything is trained.
         networks = {m.name: m.network for m in self.mentors if m.network is not None}
@@ -273,11 +290,15 @@ class TrainingRun:
                 networks[job.name], results[job.name] = network, result
         mentors = {mentor.name: networks[mentor.name] for mentor in self.mentors}
         for job in students:
-            results[job.phase] = self._train_student(job, trainer, mentors)
+            results[job.phase] = self._train_student(job, trainer, answers, mentors)
         return [results[key] for key in (*mentors, *(job.phase for job in students))]
 
     def _train_student(
-        self, job: TrainingJob, trainer: NetworkTrainer, mentors: Mapping[str, nn.Module]
+        self,
+        job: TrainingJob,
+        trainer: NetworkTrainer,
+        answers: MentorAnswers,
+        mentors: Mapping[str, nn.Module],
     ) -> dict[str, Any]:
         """Train the student, alone or by the recipe's method; its result."""
         method, lessons = create("alone"), None
@@ -295,28 +316,13 @@ class TrainingRun:
                     layers=method.teacher_layers,
                 )
                 if not self.processes.from_main(trainer.run.finished(job.phase, job.name)):
-                    teachers = self._answers(trainer).cached(opened, job, method, teachers, mentors)
+                    teachers = answers.cached(opened, job, method, teachers, mentors)
                 if isinstance(method, Classroom) and mentors:
                     lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
             # Both have number 0: the same initial weights, the same batches.
             ((network, result),) = trainer.train([job], method, teachers, lessons)
         self.students[job.phase] = bare(network)
         return result
-
-    def _answers(self, trainer: NetworkTrainer) -> MentorAnswers:
-        return MentorAnswers(
-            recipe=self.recipe,
-            info=trainer.info,
-            builder=self.builder,
-            mentors=self.mentors,
-            own=self.own_logits,
-            train_set=trainer.train_set,
-            digest=trainer.stored.digests["train"],
-            backend=trainer.loaders.backend,
-            dtype=self.dtype,
-            processes=self.processes,
-            notify=self._print,
-        )
 
     def _method(self) -> Method:
         recipe = self.recipe

@@ -45,6 +45,8 @@ def test_a_file_and_what_it_leaves_out(file, monkeypatch):
     assert (recipe.training.epochs, recipe.training.learning_rate) == (60, 0.1)
     assert (recipe.loss.task_weight, recipe.loss.temperature) == (0.5, 12.0)
     assert recipe.mentor_training == replace(Recipe().mentor_training, epochs=60)
+    changed = load_recipe(file, ["mentor_training={batch_size: 8}"]).mentor_training
+    assert (changed.epochs, changed.batch_size) == (60, 8)
 
 
 def test_overrides_win_over_options_and_those_over_the_file(file):

@@ -178,7 +178,7 @@ def test_a_run_resumes_at_an_epoch_with_the_same_bits(tmp_path, monkeypatch):
         distill(*arguments, epochs=4, out=out, **SETTINGS)
     assert f"distill(…, out={str(out)!r}, resume=True) continues" in str(caught.value)
     monkeypatch.setattr(Trainer, "_step", original)
-    assert "was started with seed: 3, which is seed: 4 now" in refusal(
+    assert "was started with seed 3, which is 4 now" in refusal(
         *arguments, **{**SETTINGS, "epochs": 4, "out": out, "resume": True, "seed": 4}
     )
     other = {"wide": perceptron(32, 5)}

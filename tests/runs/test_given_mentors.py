@@ -110,10 +110,10 @@ def test_a_mentor_that_teaches_nothing_is_named_once():
 
     records = [record(1, a=0.5, b=0.0005), record(2, a=0.0, b=0.0), record(3, a=0.0, b=0.2)]
     for index, of in enumerate(records):
-        trainer._tell_silent(of, records[:index])
+        trainer._warn_silent(of, records[:index])
     assert [line.split(":")[0] + line.split("mentor ")[1][0] for line in told] == [
         "epoch 1b",
         "epoch 2a",
     ]
-    trainer._tell_silent({"epoch": 4}, records)  # alone
+    trainer._warn_silent({"epoch": 4}, records)  # alone
     assert len(told) == 2

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from classroomkd.reproduce.plan import mentors_plan
-from classroomkd.runs.identity import marks, values_without
+from classroomkd.runs.identity import difference, marks, values_without
 from classroomkd.runs.recipe import Recipe, load_recipe
 
 VALUES = {"student": "resnet8", "mentors": ["resnet20"], "data": {"source": "digits"}}
@@ -65,3 +65,17 @@ def test_mentors_of_earlier_plans_are_found_again(override, digest):
     """The folders' names are those that version 0.1.0 gave."""
     (task,) = mentors_plan(recipe(override), Path("recipe.yaml")).mentors
     assert task.id == f"mentors/resnet20-{digest}"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text"),
+    [
+        ({"a": 1, "b": {"c": [2]}}, {"a": 1, "b": {"c": [2]}}, ""),
+        ({"a": 1, "b": {"c": [2]}}, {"a": 1, "b": {"c": [3]}}, "b.c [2], which is [3]"),
+        ({"b": {"c": 2}}, {"b": None}, 'b {"c": 2}, which is null'),
+        ({"b": {"c": 2}}, {"b": {}}, "b.c 2, which is null"),
+        ({"b": {}}, {"b": {"c": 2}}, "b.c null, which is 2"),
+    ],
+)
+def test_the_first_difference(old, new, text):
+    assert difference(old, new) == text

@@ -261,9 +261,9 @@ def test_an_edit_during_a_run_does_not_reach_it(nets, tmp_path, monkeypatch):
     """What was imported at the start is what is trained and saved."""
     original = TrainingRun._train_all
 
-    def edited(self, trainer):
+    def edited(self, *opened):
         nets.write_text("raise RuntimeError\n")
-        return original(self, trainer)
+        return original(self, *opened)
 
     monkeypatch.setattr(TrainingRun, "_train_all", edited)
     digest = code_digest(f"{nets}:small")
@@ -299,7 +299,7 @@ def test_first_weights_under_a_new_classifier(nets, tmp_path, capsys, monkeypatc
                 if not key.startswith("fc."):
                     torch.testing.assert_close(network[key], value.detach(), atol=1e-5, rtol=1e-5)
         message = refusal(run_of, [f"mentors=[{source}={weights}]"], tmp_path / "refused")
-        assert "tells 7 classes apart, the data has 3" in message
+        assert "has 7 classes, the data has 3" in message
         assert "or train it on them with a new classifier, as {source: …" in message
 
 

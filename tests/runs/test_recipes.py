@@ -8,7 +8,7 @@ from classroomkd import cli, models, recipes
 from classroomkd.data import Augmentation, ImageSet, ResidentLoader
 from classroomkd.errors import UserError
 from classroomkd.loss import methods
-from classroomkd.reproduce.tables import _towards_ca_mkd
+from classroomkd.reproduce.tables import TABLES
 from classroomkd.runs.mentor_setup import find_mentors
 from classroomkd.runs.recipe import Recipe, load_recipe
 from classroomkd.training.mentor_bank import MentorBank
@@ -74,7 +74,7 @@ def test_the_large_batch_takes_an_eighth_of_the_steps():
 
 
 def test_the_recipe_chosen_on_validation_images_is_the_variant_of_the_table():
-    (variant,) = (v for v in _towards_ca_mkd(Recipe()) if v.name == "ca_mkd+ranks")
+    (variant,) = (v for v in TABLES["ca_mkd"].variants("", Recipe()) if v.name == "ca_mkd+ranks")
     start = load_recipe(recipes.find("small-100"), variant.overrides)
     assert load_recipe(recipes.find("small-100-combination")) == start
 

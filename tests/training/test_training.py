@@ -515,7 +515,7 @@ def test_renormalised_network_gives_the_logits_of_its_own_statistics():
 
 def test_network_of_other_classes_is_refused():
     data = info_of(colours(12))
-    with pytest.raises(UserError, match=r"mentor x tells 3 classes apart, the data has 2"):
+    with pytest.raises(UserError, match=r"mentor x has 3 classes, the data has 2"):
         fit_to_data(network(0), None, replace(data, classes=["a", "b"]), "mentor x")
     other = replace(data, classes=["red", "blue", "green"])
     with pytest.raises(UserError, match=r"class 1 is 'blue' there and 'green' in the data"):

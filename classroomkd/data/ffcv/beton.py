@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from classroomkd.data.decoding import bombs_refused
+from classroomkd.data.decoding import bombs_refused, progress_bar
 from classroomkd.data.ffcv.beton_file import (
     JPEG,
     RAW,
@@ -26,7 +26,6 @@ from classroomkd.data.ffcv.beton_file import (
     decode_jpeg,
     open_alone,
     open_beton,
-    progress_bar,
     read_record,
     side_file,
 )

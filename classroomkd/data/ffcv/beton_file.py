@@ -16,13 +16,13 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
+from classroomkd.data.decoding import progress_bar
 from classroomkd.data.ffcv.bindings import import_ffcv
 from classroomkd.data.image_sets import samples_digest
 from classroomkd.errors import UserError, one_line
@@ -232,29 +232,45 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
         raise UserError(
             f"{path} {what}: it has {size:,} bytes instead of {expected:,}; pack it again"
         )
-    corrupt = f"{path} is corrupt: {{}}; pack it again"
     tables = HeaderType.itemsize + described.nbytes
     begin = tables + 24 * count  # an entry of the sample table has 24 bytes
     if count == 0 or begin > end or page_size == 0 or end % page_size:
-        raise UserError(corrupt.format("its header is inconsistent"))
+        raise _corrupt(path, "its header is inconsistent")
     samples = table(get_metadata_type(get_handlers(described)), tables, count)
-    image, targets = (samples[name] for name in samples.dtype.names or ())
     places = table(ALLOC_TABLE_TYPE, end, count)
     places = places[np.argsort(places["sample_id"], kind="stable")]
     if not np.array_equal(places["sample_id"], np.arange(count)):
-        raise UserError(corrupt.format("its allocation table does not list each image once"))
+        raise _corrupt(path, "its allocation table does not list each image once")
+    return _checked(path, samples, places, (begin, end), classes, sha256, data)
+
+
+def _checked(
+    path: Path,
+    samples: np.ndarray,
+    places: np.ndarray,
+    bounds: tuple[int, int],
+    classes: list[str] | None,
+    sha256: str | None,
+    data: np.ndarray,
+) -> Beton:
+    """The file, after checking its table of ``samples`` and its allocation table ``places``.
+
+    Images must lie within ``bounds``, the first byte and the end of the pages.
+    """
 
     def check(wrong: np.ndarray, what: str) -> None:
         if wrong.any():
-            raise UserError(corrupt.format(f"image {np.flatnonzero(wrong)[0]} {what}"))
+            raise _corrupt(path, f"image {np.flatnonzero(wrong)[0]} {what}")
 
+    begin, end = bounds
+    image, targets = (samples[name] for name in samples.dtype.names or ())
     starts, sizes = places["ptr"], places["size"]
     check(starts != image["data_ptr"], "has two positions")
     check((starts < begin) | (starts > end) | (sizes > end), "lies outside the file")
     starts, sizes = starts.astype(np.int64), sizes.astype(np.int64)
     check(starts + sizes > end, "lies outside the file")
     order = np.argsort(starts, kind="stable")
-    overlap = np.zeros(count, bool)
+    overlap = np.zeros(len(samples), bool)
     overlap[order[1:]] = (starts + sizes)[order[:-1]] > starts[order[1:]]
     check(overlap, "overlaps another")
     heights, widths = (image[name].astype(np.int64) for name in ("height", "width"))
@@ -270,6 +286,10 @@ def _open(path: Path, file: BinaryIO, classes: list[str] | None, sha256: str | N
     return Beton(path, classes, targets, heights, widths, modes, starts, sizes, sha256, data)
 
 
+def _corrupt(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is corrupt: {what}; pack it again")
+
+
 def decode_jpeg(data: np.ndarray) -> np.ndarray:
     from PIL import Image
 
@@ -283,15 +303,3 @@ def jpeg_shape(data: np.ndarray) -> tuple[int, int, int]:
 
     with Image.open(io.BytesIO(data.data), formats=("JPEG",)) as image:
         return image.height, image.width, 3
-
-
-@contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr, if that is a terminal; yields the function that advances it."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -1,4 +1,4 @@
-"""First weights that are not random: a checkpoint's, or a library's, under a head for the data."""
+"""Initial weights from a checkpoint or a library, with a new classifier for other classes."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def load_given(
 def start_from(
     network: nn.Module, architecture: str, weights: str, notify: Callable[[str], None]
 ) -> str:
-    """Load ``weights`` into ``network``, all but a head for another number of classes.
+    """Load ``weights`` into ``network``, except a classifier for another number of classes.
 
-    What was loaded is returned in words. Raises UserError as `load_given` does.
+    Returns a description of what was loaded. Raises UserError as `load_given` does.
     """
     given = load_given(architecture, weights, notify)[0].state_dict()
     own = network.state_dict()
