@@ -27,8 +27,8 @@ class ClassroomTrainer(hf.Trainer):  # with few classes mentors weigh "auto", 1/
     def compute_loss(self, model, inputs, return_outputs=False, **options):
         if not (model.training and self.mentors):
             return super().compute_loss(model, inputs, return_outputs, **options)
-        lessons = [mentor(**inputs).logits for mentor in self.mentors]
-        return self.classroom_loss(model(**inputs).logits, lessons, inputs["labels"])
+        mentor_logits = [mentor(**inputs).logits for mentor in self.mentors]
+        return self.classroom_loss(model(**inputs).logits, mentor_logits, inputs["labels"])
 
 
 def sentences(count):

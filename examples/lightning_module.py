@@ -32,8 +32,8 @@ class Classroom(lightning.LightningModule):
         if not self.mentors:
             return nn.functional.cross_entropy(self.student(images), targets)
         with torch.no_grad():
-            lessons = [mentor.to(self.device)(images) for mentor in self.mentors]
-        return self.classroom_loss(self.student(images), lessons, targets)
+            mentor_logits = [mentor.to(self.device)(images) for mentor in self.mentors]
+        return self.classroom_loss(self.student(images), mentor_logits, targets)
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=3e-3)

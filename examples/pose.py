@@ -56,11 +56,11 @@ def train(student, mentors, images, joints, seen, steps):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=steps)
     for chosen in torch.randint(len(images), (steps, 32)):
         logits, targets = student(images[chosen]).flatten(0, 1), heatmaps[chosen].flatten(0, 1)
-        lessons = [mentor(images[chosen]).flatten(0, 1) for mentor in mentors]  # [B·J, H·W]
+        of_mentors = [mentor(images[chosen]).flatten(0, 1) for mentor in mentors]  # [B·J, H·W]
         weight = seen[chosen].flatten().float()  # nothing to learn from a joint that is hidden
         loss = cross_entropy(logits, targets, reduction="none") @ weight / weight.sum()
         if mentors:
-            loss = fused_classroom_loss(logits, lessons, targets, row_weight=weight, **options)
+            loss = fused_classroom_loss(logits, of_mentors, targets, row_weight=weight, **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -57,10 +57,10 @@ def train(network, mentors, images, classes, steps):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.02, total_steps=steps)
     for chosen in torch.randint(len(images), (steps, 16)):
         logits, targets = network(images[chosen]), classes[chosen]  # [B, C, H, W], [B, H, W]
-        lessons = [mentor(images[chosen]) for mentor in mentors]
+        of_mentors = [mentor(images[chosen]) for mentor in mentors]
         loss = nn.functional.cross_entropy(logits, targets, weight)
         if mentors:
-            loss = fused_classroom_loss(logits, lessons, targets, **options)
+            loss = fused_classroom_loss(logits, of_mentors, targets, **options)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -30,8 +30,8 @@ class ClassroomTask(LogitDistillationTask):
     def forward(self, images, targets):
         logits, own = self.trainable_module(images), (self.student_mean, self.student_std)
         with torch.no_grad():
-            lessons = [mentor(mentor.normalize_input(images, *own)) for mentor in self.mentors]
-        return {"loss": self.classroom_loss(logits, lessons, targets), "output": logits}
+            of_mentors = [mentor(mentor.normalize_input(images, *own)) for mentor in self.mentors]
+        return {"loss": self.classroom_loss(logits, of_mentors, targets), "output": logits}
 
 
 def fit(task, images, targets):

@@ -28,7 +28,7 @@ from classroomkd.runs.mentor_setup import renormalised
 from classroomkd.runs.progress import TrainingProgress
 from classroomkd.runs.run_folder import RunFolder
 from classroomkd.runs.stored_mentors import StoredMentors
-from classroomkd.training.evaluation import Evaluation, Lessons, evaluate
+from classroomkd.training.evaluation import Evaluation, TeachingShares, evaluate
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
 from classroomkd.training.schedule import peak_learning_rate
@@ -57,13 +57,13 @@ class NetworkTrainer(RunContext):
         jobs: Sequence[TrainingJob],
         method: Method,
         mentors: MentorBank | CachedMentors | None = None,
-        lessons: Lessons | None = None,
+        teaching: TeachingShares | None = None,
     ) -> list[Trained]:
         """The networks of one training, in the order of ``jobs``, with their results.
 
         ``jobs`` differ only in the epoch whose weights are used. Networks that an earlier process
         of the run has trained are not trained again, nor are mentors that are in the store or that
-        another process is training for it. With ``lessons`` the records of epochs also say which
+        another process is training for it. With ``teaching`` the records of epochs also say which
         classes each mentor taught.
         """
         done = {job.name: found for job in jobs if (found := self._finished(job))}
@@ -75,7 +75,7 @@ class NetworkTrainer(RunContext):
                     missing.remove(job)
             self.progress.advance(self.steps(jobs) - self.steps(missing))
             if missing:
-                done |= self._train(missing, method, mentors, lessons)
+                done |= self._train(missing, method, mentors, teaching)
         return [done[job.name] for job in jobs]
 
     def steps(self, jobs: Sequence[TrainingJob]) -> int:
@@ -97,7 +97,7 @@ class NetworkTrainer(RunContext):
         jobs: Sequence[TrainingJob],
         method: Method,
         mentors: MentorBank | CachedMentors | None,
-        lessons: Lessons | None,
+        teaching: TeachingShares | None,
     ) -> dict[str, Trained]:
         """Train up to the last epoch of ``jobs``, and save the earlier ones."""
         job, seed = jobs[-1], jobs[-1].seed(self.recipe)
@@ -111,7 +111,7 @@ class NetworkTrainer(RunContext):
             saver = self._saver(job, trainer)
             if not self._resume(job, saver):
                 self.notify(f"{trainer.name} {beginning}")
-            measured = self._train_epochs(jobs, saver, lessons)
+            measured = self._train_epochs(jobs, saver, teaching)
         if saver.keeps_best and (epoch := saver.best_epoch()):
             self.run.keep_best(job.phase, job.name, saver.checkpoints.best(epoch))
         result = self._finish(job, saver, measured)
@@ -179,7 +179,7 @@ class NetworkTrainer(RunContext):
         return found
 
     def _train_epochs(
-        self, jobs: Sequence[TrainingJob], saver: Saver, lessons: Lessons | None
+        self, jobs: Sequence[TrainingJob], saver: Saver, teaching: TeachingShares | None
     ) -> Evaluation:
         """Train to the last epoch of ``jobs``, and finish the other jobs at their epochs.
 
@@ -188,7 +188,7 @@ class NetworkTrainer(RunContext):
         job, trainer, measured = jobs[-1], saver.trainer, None
         while trainer.epoch <= job.last:
             self.progress.begin(trainer.name, trainer.epoch, job.last)
-            record, measured = self._train_epoch(trainer, saver, lessons)
+            record, measured = self._train_epoch(trainer, saver, teaching)
             record |= self._chance(job, trainer, [*saver.records, record])
             self._warn_silent(record, saver.records)
             saver.records.append(
@@ -279,7 +279,7 @@ class NetworkTrainer(RunContext):
         return network, kept["result"]
 
     def _train_epoch(
-        self, trainer: Trainer, saver: Saver, lessons: Lessons | None
+        self, trainer: Trainer, saver: Saver, teaching: TeachingShares | None
     ) -> tuple[dict[str, Any], Evaluation]:
         """Train and measure the rest of an epoch; return its record and the test measurement."""
         started = time.perf_counter()
@@ -293,7 +293,7 @@ class NetworkTrainer(RunContext):
         except UserError as error:
             raise UserError(f"{error}{saver.last_good()}") from None
         for name in self.held_out:  # the test part is the last of them
-            watch = lessons.watch if lessons and name == "test" else None
+            watch = teaching.watch if teaching and name == "test" else None
             measured = self.evaluate(trainer.network, name, watch)
             if not math.isfinite(measured.loss):
                 raise UserError(
@@ -302,8 +302,8 @@ class NetworkTrainer(RunContext):
                     f"{saver.last_good()}"
                 )
             record |= {f"{name}_loss": measured.loss, f"{name}_top1": measured.top1}
-        if lessons:
-            for name, shares in lessons.shares().items():
+        if teaching:
+            for name, shares in teaching.shares().items():
                 record["mentors"][name]["taught"] = shares
         record["seconds"] = time.perf_counter() - started
         return record, measured

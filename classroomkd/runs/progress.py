@@ -52,7 +52,7 @@ class TrainingProgress:
         self._progress.update(self._task, description=f"{called} {epoch}/{epochs}")
         if epoch == 1:
             self._progress.update(self._task, latest="")
-            self._progress.lessons = None
+            self._progress.mentor_table = None
 
     def advance(self, steps: int = 1) -> None:
         """Count steps, taken now or by an earlier process."""
@@ -61,7 +61,7 @@ class TrainingProgress:
     def show(self, record: Mapping[str, Any]) -> None:
         """Show the numbers of a finished epoch."""
         self._progress.update(self._task, latest=_numbers(record))
-        self._progress.lessons = _lessons(record) if record.get("mentors") else None
+        self._progress.mentor_table = _mentor_table(record) if record.get("mentors") else None
         if not self._progress.console.is_terminal and time.monotonic() - self._told >= _QUIET:
             self._tell(f"epoch {record['epoch']}/{record['epochs']}: {_numbers(record)}")
 
@@ -78,15 +78,15 @@ class TrainingProgress:
 class _Display(Progress):
     """A progress bar, with a table of the mentors below it if there are mentor statistics."""
 
-    lessons: Table | None = None
+    mentor_table: Table | None = None
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield from super().get_renderables()
-        if self.lessons is not None:
-            yield self.lessons
+        if self.mentor_table is not None:
+            yield self.mentor_table
 
 
-def _lessons(record: Mapping[str, Any]) -> Table:
+def _mentor_table(record: Mapping[str, Any]) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("in the last epoch", "taught", "rank weight", "temperature", "KL"):
         table.add_column(column, justify="left" if column.startswith("in") else "right")

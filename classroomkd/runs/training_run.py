@@ -60,7 +60,7 @@ from classroomkd.runs.run_folder import RunFolder, errors_name_run
 from classroomkd.runs.store import MentorStore
 from classroomkd.runs.stored_mentors import StoredMentors
 from classroomkd.training.distributed import Processes, local_device
-from classroomkd.training.evaluation import Lessons, evaluation_loader, require_finite
+from classroomkd.training.evaluation import TeachingShares, evaluation_loader, require_finite
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
 
@@ -301,7 +301,7 @@ class TrainingRun:
         mentors: Mapping[str, nn.Module],
     ) -> dict[str, Any]:
         """Train the student, alone or by the recipe's method; its result."""
-        method, lessons = create("alone"), None
+        method, teaching = create("alone"), None
         teachers: MentorBank | CachedMentors | None = None
         with ExitStack() as opened:
             if job.phase == "student":
@@ -318,9 +318,11 @@ class TrainingRun:
                 if not self.processes.from_main(trainer.run.finished(job.phase, job.name)):
                     teachers = answers.cached(opened, job, method, teachers, mentors)
                 if isinstance(method, Classroom) and mentors:
-                    lessons = Lessons(method, mentors, trainer.held_out["test"], self.processes)
+                    teaching = TeachingShares(
+                        method, mentors, trainer.held_out["test"], self.processes
+                    )
             # Both have number 0: the same initial weights, the same batches.
-            ((network, result),) = trainer.train([job], method, teachers, lessons)
+            ((network, result),) = trainer.train([job], method, teachers, teaching)
         self.students[job.phase] = bare(network)
         return result
 

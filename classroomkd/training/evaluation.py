@@ -106,7 +106,7 @@ def _sums_by(which: Tensor, count: int, *values: Tensor) -> Tensor:
     return torch.stack([zeros.index_add(0, which, value) for value in values])
 
 
-class Lessons:
+class TeachingShares:
     """Per class, the share of held-out images on which each mentor would teach the student.
 
     ``method`` applies its knowledge filter as in training. The mentors run once over the images,

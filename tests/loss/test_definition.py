@@ -180,7 +180,7 @@ def test_the_correct_filter_counts_ties():
 @pytest.mark.parametrize("temperature", [1e-45, 1e-3, 1.0, MAX_TEMPERATURE])
 @pytest.mark.parametrize("n_classes", [2, 10, 1000, 30_000])
 def test_float32_bears_every_temperature(n_classes, temperature, mentoring):
-    """The lessons alone, which have nothing to hide behind, are right to 1e-3, and never below 0.
+    """The KD terms alone, which have nothing to hide behind, are right to 1e-3, and never below 0.
 
     So are their gradients. Mentors include one that is the student but for a last bit, where
     rounding is all there is; from the others, the whole gradient is right to a thousandth of it.
@@ -237,7 +237,7 @@ def test_confidence_weighting(n_mentors):
 
 
 def in_both_precisions(student, mentors, targets, **options):
-    """Each row's lessons with their gradient in float32, then in float64, all as float64."""
+    """Each row's KD terms with their gradient in float32, then in float64, all as float64."""
     results = []
     for dtype in (torch.float32, torch.float64):
         leaf = student.detach().to(dtype, copy=True).requires_grad_()

@@ -50,14 +50,14 @@ def z_score(z: np.ndarray) -> np.ndarray:
 
 def kd(s, mentors, y, temperature=4.0, ce_weight=0.1, kd_weight=0.9, standardise=False):
     u, v = (z_score(s), z_score(mentors[0])) if standardise else (s, mentors[0])
-    lesson = kl(softmax(v, temperature), softmax(u, temperature))
-    return ce_weight * ce(s, y) + kd_weight * temperature**2 * lesson
+    kd_term = kl(softmax(v, temperature), softmax(u, temperature))
+    return ce_weight * ce(s, y) + kd_weight * temperature**2 * kd_term
 
 
 def aver(s, mentors, y, temperature=4.0, ce_weight=0.1, kd_weight=0.9):
     teacher = sum(softmax(m, temperature) for m in mentors) / len(mentors)
-    lesson = kl(teacher, softmax(s, temperature))
-    return ce_weight * ce(s, y) + kd_weight * temperature**2 * lesson
+    kd_term = kl(teacher, softmax(s, temperature))
+    return ce_weight * ce(s, y) + kd_weight * temperature**2 * kd_term
 
 
 def ca_mkd(s, mentors, y, temperature=4.0, alpha=1.0):
@@ -503,7 +503,7 @@ def test_a_head_of_zeros_begins_with_the_task() -> None:
 
 @pytest.mark.parametrize("name", ["kd", "aver", "ca_mkd", "dtkd", "dkd"])
 def test_float32_bears_every_temperature(name: str) -> None:
-    """The lessons alone are right to 1e-3, also where they are nearly nothing, and not below 0."""
+    """The KD terms alone are right to 1e-3, also where they are nearly nothing, and not below 0."""
     off = {} if name == "ca_mkd" else {"gamma" if name == "dtkd" else "ce_weight": 0.0}
     method = create(name, temperature=MAX_TEMPERATURE, **off)
     for classes in (2, 10, 1000, 30_000):
@@ -582,7 +582,7 @@ def test_the_standardised_classrooms_gradient_and_report() -> None:
             continue
         s = numpy_logits(student)[b]
         u = z_score(s)
-        lessons = np.zeros(C)
+        kd_terms = np.zeros(C)
         vs = [z_score(numpy_logits(mentor)[b]) for mentor in mentors]
         p = [math.exp(-ce(z, y)) for z in (u, *vs)]
         r_s, *r = [M * value / sum(p) for value in p]
@@ -591,14 +591,14 @@ def test_the_standardised_classrooms_gradient_and_report() -> None:
             ranks[m, b], temperatures[m, b] = r[m], tau
             if r[m] >= r_s:
                 shares[m, b], kls[m, b] = 1, kl(softmax(v, tau), softmax(u, tau))
-                lessons += r[m] * tau * (softmax(u, tau) - softmax(v, tau))
+                kd_terms += r[m] * tau * (softmax(u, tau) - softmax(v, tau))
                 mentor_loss += r[m] * tau**2 * kls[m, b]
         deviation = math.sqrt(sum((s - s.mean()) ** 2) / C)
         jacobian = (np.eye(C) - 1 / C - np.outer(u, u) / C) / deviation
         confidence.append(math.exp(-ce(s, y)))
         task.append(ce(s, y))
         raw = confidence[-1] * (softmax(s) - np.eye(C)[y])
-        expected = (jacobian @ lessons + raw) / n
+        expected = (jacobian @ kd_terms + raw) / n
         np.testing.assert_allclose(student.logits.grad[b].numpy(), expected, rtol=1e-9, atol=1e-14)
     assert 0 < shares.sum() < n * M
     expected = (
@@ -631,8 +631,8 @@ def test_the_standardised_classroom_with_batch_ranking() -> None:
         torch.tensor(np.array([z_score(numpy_logits(network)[b]) for b in valid]))
         for network in (student, *mentors)
     ]
-    lessons = ClassroomLoss(task_weight=0.0, **options)(scores[0], scores[1:], targets[valid])
-    assert loss.item() == pytest.approx(task + lessons.item(), rel=1e-10)
+    kd_terms = ClassroomLoss(task_weight=0.0, **options)(scores[0], scores[1:], targets[valid])
+    assert loss.item() == pytest.approx(task + kd_terms.item(), rel=1e-10)
     assert report.student_confidence.item() == pytest.approx(math.exp(sum(ells) / len(ells)))
 
 

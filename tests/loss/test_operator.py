@@ -37,7 +37,7 @@ def net(device):
     return torch.nn.Linear(5, N_CLASSES).to(device)
 
 
-def lesson(n_rows, device, n_classes=N_CLASSES):
+def batch_of(n_rows, device, n_classes=N_CLASSES):
     """Features [B, 5], mentors' logits [3, B, C] and targets, the second row's ignored."""
     _, mentors, targets = classroom(3, n_rows, n_classes, seed=n_rows).to(device)
     targets[1:2] = -100
@@ -83,7 +83,7 @@ def test_compile(device, net, compiled, ranking, with_report, backend):
 
     fast, graphs = compiled(step, backend)
     for n_rows in (6, 4, 9):
-        features, mentors, targets = lesson(n_rows, device)
+        features, mentors, targets = batch_of(n_rows, device)
         torch._dynamo.mark_dynamic(features, 0)
         torch._dynamo.mark_dynamic(mentors, 1)
         torch._dynamo.mark_dynamic(targets, 0)
@@ -211,7 +211,7 @@ def test_compile_loss_and_grad(device, net, compiled):
 
     fast, _ = compiled(step, "aot_eager" if device.type == "cpu" else "inductor")
     for n_rows in (6, 1, 0):
-        batch = lesson(n_rows, device)
+        batch = batch_of(n_rows, device)
         torch.testing.assert_close(fast(*batch), step(*batch))
 
 
@@ -225,14 +225,14 @@ def test_compile_module_under_autocast(device, net, compiled):
             return loss_fn(net(features), mentors, targets)
 
     fast, _ = compiled(step, "aot_eager")
-    batch = lesson(7, device)
+    batch = batch_of(7, device)
     torch.testing.assert_close(fast(*batch), step(*batch))
 
 
 @pytest.mark.parametrize("ranking", OPTIONS)
 def test_autocast(device, net, ranking):
     """Autocast makes the logits half precision and leaves the loss alone."""
-    features, mentors, targets = lesson(7, device)
+    features, mentors, targets = batch_of(7, device)
     with torch.autocast(device.type, torch.bfloat16 if device.type == "cpu" else torch.float16):
         logits = net(features)
         half = mentors.to(logits.dtype)
@@ -252,7 +252,7 @@ def test_autocast(device, net, ranking):
 
 @pytest.mark.parametrize("ranking", OPTIONS)
 def test_mentors_from_inference_mode(device, net, ranking):
-    features, mentors, targets = lesson(7, device)
+    features, mentors, targets = batch_of(7, device)
     expected = fused_classroom_loss(net(features), mentors, targets, **OPTIONS[ranking])
     (expected_grad,) = torch.autograd.grad(expected, net.bias)
     with torch.inference_mode():
@@ -414,7 +414,7 @@ def test_compile_to_cuda_graphs(device, net):
     torch._dynamo.reset()
     fast = torch.compile(step, fullgraph=True, mode="reduce-overhead")
     for seed in range(6):
-        features, mentors, targets = lesson(64, device)
+        features, mentors, targets = batch_of(64, device)
         features = features + seed
         torch.compiler.cudagraph_mark_step_begin()
         with torch.no_grad():

@@ -740,13 +740,13 @@ def test_classes_taught_and_gained(browser, tmp_path, classes, width):
     order = sorted(shown, key=lambda c: -expected[c])
 
     records = [json.loads(line) for line in (run / "metrics.jsonl").open()]
-    lessons = [record["mentors"] for record in records if record["phase"] == "student"]
+    by_epoch = [record["mentors"] for record in records if record["phase"] == "student"]
     assert plots["taught"]["titles"] == list(MENTORS)
     header, *rows = plots["taught"]["table"]
     assert header[2:] == [classes[c] for c in order], "the classes stand as beside it"
     assert [row[:2] for row in rows] == [[name, e] for name in MENTORS for e in range(1, 31)]
     for name, epoch, *cells in rows:
-        taught = lessons[int(epoch) - 1][name]["taught"]
+        taught = by_epoch[int(epoch) - 1][name]["taught"]
         assert cells == pytest.approx([taught[c] for c in order], rel=1e-3)
     assert len(plots["taught"]["images"]) == len(MENTORS)
     assert all(width > 0 for width in plots["taught"]["images"])

@@ -45,5 +45,5 @@ class AVER(RowMethod):
         """The weighted sum [B]."""
         T = self.temperature
         teacher = F.softmax(torch.stack(list(mentors)) / T, -1).mean(0)
-        lesson = T**2 * kl(teacher, F.log_softmax(student / T, -1))
-        return self.ce_weight * cross_entropy(student, targets) + self.kd_weight * lesson
+        kd_term = T**2 * kl(teacher, F.log_softmax(student / T, -1))
+        return self.ce_weight * cross_entropy(student, targets) + self.kd_weight * kd_term

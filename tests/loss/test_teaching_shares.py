@@ -10,7 +10,7 @@ from torch import nn
 
 from classroomkd.loss.methods import Outputs, create
 from classroomkd.training.distributed import Processes
-from classroomkd.training.evaluation import Lessons, evaluate
+from classroomkd.training.evaluation import TeachingShares, evaluate
 from small_runs import records, stored_run
 
 CLASSES, IMAGES = 4, 60
@@ -54,11 +54,11 @@ LOADER = [
 def test_a_class_is_taught_where_the_loss_teaches_it(options):
     method = create("classroom", **options)
     mentors = {"near": Table(1, 1.0), "far": Table(2, 5.0)}
-    lessons = Lessons(method, mentors, LOADER, PROCESSES)
+    teaching = TeachingShares(method, mentors, LOADER, PROCESSES)
     found = []
     for student in (Table(3, 0.5), Table(4, 3.0)):
-        evaluate(student, LOADER, watch=lessons.watch)
-        found.append(lessons.shares())
+        evaluate(student, LOADER, watch=teaching.watch)
+        found.append(teaching.shares())
 
         def report(rows: torch.Tensor, student: Table = student) -> list[float]:
             logits = student.rows[rows].clone().requires_grad_()
