@@ -265,9 +265,9 @@ def test_the_reader_sees_spills_and_narrow_loads(compile_all):
     with ProcessPoolExecutor(2, mp_context=context()) as pool:  # they are not as they were, after
         squeezed = [
             pool.submit(
-                _compile_squeezed, "cuda:90", {**one_warp, "BLOCK_C": 1024, "max_registers": 32}
+                _compile_squeezed, "cuda:90", {**one_warp, "BLOCK_C": 512, "max_registers": 32}
             ),
-            pool.submit(_compile_squeezed, "hip:gfx942", {**one_warp, "BLOCK_C": 16_384}),
+            pool.submit(_compile_squeezed, "hip:gfx942", {**one_warp, "BLOCK_C": 8192}),
         ]
         assert all(kernel.result().spilled_bytes > 0 for kernel in squeezed)
 

@@ -260,9 +260,13 @@ def in_both_precisions(student, mentors, targets, **options):
 def test_dtkd_of_extreme_maxima(x_s, x_m):
     student, mentor = torch.tensor([[x_s, -1.0, -2.0]]), torch.tensor([[x_m, -3.0, -1.0]])
     options = {"mentoring": "dtkd", "knowledge_filter": "none"}
-    exact = classroom_loss(student.double(), [mentor.double()], torch.tensor([0]), **options)
-    loss = classroom_loss(student, [mentor], torch.tensor([0]), **options)
+    truth = student.double().requires_grad_()
+    exact = classroom_loss(truth, [mentor.double()], torch.tensor([0]), **options)
+    loss = classroom_loss(student.requires_grad_(), [mentor], torch.tensor([0]), **options)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    exact.backward()
+    loss.backward()  # NaN, were a temperature 0
+    torch.testing.assert_close(student.grad.double(), truth.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_ignored_rows_count_nowhere():

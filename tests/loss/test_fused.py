@@ -394,10 +394,14 @@ def test_the_kernels_bear_every_temperature(device, n_rows, n_classes, mentoring
 def test_dtkd_of_extreme_maxima(device, x_s, x_m):
     student, mentor = torch.tensor([[x_s, -1.0, -2.0]]), torch.tensor([[x_m, -3.0, -1.0]])
     options = {"mentoring": "dtkd", "knowledge_filter": "none"}
-    exact = classroom_loss(student.double(), [mentor.double()], torch.tensor([0]), **options)
+    truth = student.double().requires_grad_()
+    exact = classroom_loss(truth, [mentor.double()], torch.tensor([0]), **options)
     student, mentor, targets = (t.to(device) for t in (student, mentor, torch.tensor([0])))
-    loss = fused_classroom_loss(student, [mentor], targets, **options)
+    loss = fused_classroom_loss(student.requires_grad_(), [mentor], targets, **options)
     assert loss.item() == pytest.approx(exact.item(), rel=1e-5)
+    exact.backward()
+    loss.backward()  # NaN, were a temperature 0
+    torch.testing.assert_close(student.grad.cpu().double(), truth.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("kernels_ran")
