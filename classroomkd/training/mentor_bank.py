@@ -57,8 +57,11 @@ class MentorBank:
         self._dtype = dtype
         networks = [_prepare(mentor, self._device, dtype) for mentor in mentors.values()]
         self._stages = [StageOutputs(network, layers) for network in networks] if features else None
+        # Weights that never change become constants of the code; on a CPU the code is then faster,
+        # and compiled in less time.
+        options = {"freezing": True} if self._device.type == "cpu" else None
         self._networks: Sequence[Callable[[Tensor], Tensor]] = (
-            [torch.compile(n) for n in networks] if compile else networks
+            [torch.compile(n, options=options) for n in networks] if compile else networks
         )
         self._streams = (
             [torch.cuda.Stream(self._device) for _ in networks]
