@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class MentorBank:
         self._stages = [StageOutputs(network, layers) for network in networks] if features else None
         # Weights that never change become constants of the code; on a CPU the code is then faster,
         # and compiled in less time.
-        options = {"freezing": True} if self._device.type == "cpu" else None
+        options: dict[str, Any] | None = {"freezing": True} if self._device.type == "cpu" else None
         self._networks: Sequence[Callable[[Tensor], Tensor]] = (
             [torch.compile(n, options=options) for n in networks] if compile else networks
         )
