@@ -1,5 +1,6 @@
 """A repeated launch against Triton's own: what its launcher is given, of kernels compiled here."""
 
+import os
 from importlib.metadata import version
 from importlib.util import find_spec
 
@@ -131,7 +132,8 @@ def compare(_rank):
 
     # The benchmark of the host's time needs such a process too.
     loss_cpu.SIZES = ((N_ROWS, N_CLASSES, N_MENTORS),)
-    once = "--benchmark-disable", "-p", "no:cacheprovider", "-p", "no:xdist"
+    os.environ.pop("PYTEST_ADDOPTS", None)  # such as more processes
+    once = "--benchmark-disable", "-p", "no:cacheprovider"
     assert pytest.main([*once, "-k", "test_host", bench_calls.__file__]) == 0
 
 

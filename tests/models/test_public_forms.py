@@ -279,7 +279,7 @@ def test_a_network_that_is_nearly_timms_is_looked_for_once(
     built: Counter[str] = Counter()
     build = external.build
     monkeypatch.setattr(external, "build", lambda name, n: built.update([name]) or build(name, n))
-    recognition._built.cache_clear()
+    recognition._cached_shapes.cache_clear()
     recognition._near.cache_clear()
     with pytest.raises(ValueError, match=r"nearest, (tv|timm):resnet18, differs in model: with an"):
         load_network(tmp_path / "depth.pth")
