@@ -28,6 +28,15 @@ from patience import LAST_RESORT
 from slow_augmentation import slow_augment, slow_cutout
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _small_heap():
+    """Leave what earlier tests imported out of the collections in `running`, seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def running():
     """The threads and child processes that there are."""
     gc.collect()
