@@ -102,10 +102,12 @@ def confidences(first, last, table, targets, n_classes, label_smoothing, ignore_
         at = probabilities[0] + b * probabilities[1]
         target = _target(at, probabilities[2], index, label_smoothing, n_classes, t)
         for k in range(len(logits)):
-            z = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
-            top = vectors.largest(z)
-            e_sum = vectors.exponentials(z, top, _LOG2E, e)
-            ells[b, k] = _floored(_confidence(z, top, e_sum, one_class, target, t)[0])
+            # Copied where it lies elsewhere: the compiler may add up rows in place in another order,
+            # and equal rows of different dtypes must be equal in rank.
+            row[:] = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
+            top = vectors.largest(row)
+            e_sum = vectors.exponentials(row, top, _LOG2E, e)
+            ells[b, k] = _floored(_confidence(row, top, e_sum, one_class, target, t)[0])
 
 
 @vectors.exact

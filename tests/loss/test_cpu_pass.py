@@ -16,7 +16,7 @@ import numpy as np
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.compiled import compiled
 from classroomkd.loss import cpu_pass, cpu_vectors, fused
-from classrooms import classroom
+from classrooms import classroom, probabilities
 from interpreter import INTERPRETED
 
 ALL_BITS = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
@@ -191,3 +191,16 @@ def test_what_is_compiled_anew(tmp_path):
 
         names.append(compiled(str(other))(function).py_func.__qualname__)
     assert names[0] == names[2] != names[1]
+
+
+@pytest.mark.parametrize("n_classes", [16, 31, 100])
+def test_equal_rows_of_different_dtypes_have_the_same_confidence(n_classes):
+    """So that a mentor that answers as the student does teaches, in ranking "batch" too."""
+    student, _, _ = classroom(1, 50, n_classes)
+    student = student.bfloat16()
+    targets = probabilities(50, n_classes)
+    for row, target in zip(student.split(1), targets.split(1), strict=True):
+        _, report = fused_classroom_loss(
+            row, [row.float(), row], target, ranking="batch", return_report=True
+        )
+        assert report.active_share.tolist() == [1.0, 1.0]
