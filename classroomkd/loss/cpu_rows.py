@@ -102,8 +102,8 @@ def confidences(first, last, table, targets, n_classes, label_smoothing, ignore_
         at = probabilities[0] + b * probabilities[1]
         target = _target(at, probabilities[2], index, label_smoothing, n_classes, t)
         for k in range(len(logits)):
-            # Copied where it lies elsewhere: the compiler may add up rows in place in another order,
-            # and equal rows of different dtypes must be equal in rank.
+            # Copied if it lies elsewhere: the compiler may sum rows in place in another order, and
+            # equal rows of different dtypes must be equal in rank.
             row[:] = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
             top = vectors.largest(row)
             e_sum = vectors.exponentials(row, top, _LOG2E, e)
