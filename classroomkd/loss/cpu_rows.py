@@ -104,7 +104,9 @@ def confidences(first, last, table, targets, n_classes, label_smoothing, ignore_
         for k in range(len(logits)):
             # Copied if it lies elsewhere: the compiler may sum rows in place in another order, and
             # equal rows of different dtypes must be equal in rank.
-            row[:] = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
+            z = vectors.row(logits[k, 0] + b * logits[k, 1], logits[k, 2], n_classes, row)
+            for i in range(n_classes):
+                row[i] = z[i]
             top = vectors.largest(row)
             e_sum = vectors.exponentials(row, top, _LOG2E, e)
             ells[b, k] = _floored(_confidence(row, top, e_sum, one_class, target, t)[0])
