@@ -18,7 +18,7 @@ from classroomkd import models
 from classroomkd.data import Augmentation, ImageSet, Loader, Loaders
 from classroomkd.loss.methods import create
 from classroomkd.models import NetworkInfo
-from classroomkd.runs.machine import find_precision
+from classroomkd.runs.machine import find_precision, keep_freed_memory
 from classroomkd.runs.recipe import DataConfig, LossConfig, MentorCacheConfig, Recipe
 from classroomkd.training.config import TrainingConfig
 from classroomkd.training.evaluation import evaluate, evaluation_loader
@@ -111,6 +111,8 @@ class OurLoop:
         self._info = NetworkInfo(
             case.student, images.classes, setting.mean, setting.std, setting.shape[0]
         )
+        if setting.device.type == "cpu":
+            keep_freed_memory()
         dtype = find_precision(recipe.precision, setting.device)
         student, mentors = make_networks(case, setting, len(images.classes))
         self._loaders = Loaders(recipe.data.loader, [images, self._test], setting.device)

@@ -36,7 +36,14 @@ from classroomkd.runs.images import (
 )
 from classroomkd.runs.interrupts import Interrupts
 from classroomkd.runs.jobs import TrainingJob, student_jobs
-from classroomkd.runs.machine import device_name, find_device, find_precision, start, versions
+from classroomkd.runs.machine import (
+    device_name,
+    find_device,
+    find_precision,
+    keep_freed_memory,
+    start,
+    versions,
+)
 from classroomkd.runs.mentor_answers import MentorAnswers, find_own, fit_own, names_in_order
 from classroomkd.runs.mentor_setup import (
     Mentor,
@@ -90,6 +97,8 @@ class TrainingRun:
         )
         torch.set_num_threads(threads)
         torch.backends.cudnn.benchmark = True  # batches have one shape, so the search pays off
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.recipe = recipe
         self.console = console if self.processes.is_main else Console(quiet=True)
         self.dtype = find_precision(recipe.precision, self.device)

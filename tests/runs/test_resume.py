@@ -98,7 +98,7 @@ def assert_same(out, undisturbed):
 
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path, undisturbed):
-    """SIGKILL six times, soon after a process has written something, whatever it is doing."""
+    """SIGKILL six times, each soon after two writes, whatever the process is doing."""
     out = tmp_path / "run"
     printed = run(
         """
@@ -108,11 +108,15 @@ def test_killed_at_random_moments(tmp_path, undisturbed):
         draw = random.Random(0)
         kills, code = 0, None
         while kills < 6 and code != 0:
-            before, pid = files(), child()
+            seen, times, pid = files(), [], child()
             alive = os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT
-            while files() == before and os.waitid(*alive) is None:
-                time.sleep(0.005)
-            time.sleep(draw.uniform(0, 0.3))
+            while len(times) < 2 and os.waitid(*alive) is None:
+                time.sleep(0.001)
+                if files() != seen:
+                    seen = files()
+                    times.append(time.monotonic())
+            if len(times) == 2:  # then about as long again, however fast the machine is
+                time.sleep(draw.uniform(0, 2) * (times[1] - times[0]))
             os.kill(pid, signal.SIGKILL)
             code = ended(pid)
             assert code in (0, -signal.SIGKILL), code
