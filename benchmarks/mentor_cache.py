@@ -73,11 +73,12 @@ class Stored(NamedTuple):
         return min(self.repeat or self.epochs, self.epochs) * (row + 4)
 
 
-SHORT, LONG = 5, 12  # epochs: the recipe's, and what the time allows
+SHORT, LONG, LONGEST = 5, 12, 60  # epochs: the recipe's, and what the time allows
 PLAN: tuple[tuple[tuple[Stored, ...], range], ...] = (
     ((Stored(SHORT), Stored(SHORT, "float16")), range(5)),
     (tuple(Stored(SHORT, top=k) for k in (5, 10, 25)), range(3)),
     ((Stored(LONG), Stored(LONG, repeat=1), Stored(LONG, repeat=4)), range(3)),
+    ((Stored(LONGEST), *(Stored(LONGEST, repeat=k) for k in (1, 10, 30))), range(3)),
 )
 KEYS = (*Stored._fields, "seed")
 

@@ -217,7 +217,7 @@ def run(arguments: argparse.Namespace, setting: Setting, report: Callable[[dict]
             record["whole"].append(row.record)
             whole(row, arguments.whole, ends)
             report(record)
-    for case in cases if GPU else ():  # last, because it compiles for minutes
+    for case in () if arguments.small else cases:  # last, because it compiles for minutes
         rows(case, [COMPILED])
     return record
 
