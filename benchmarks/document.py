@@ -158,22 +158,25 @@ def reproduction(text: str, devices: Records) -> str:
 def _one_change(record: Record) -> str:
     """What each change of the classroom, or of CA-MKD, makes of the accuracy."""
     parts = {"test images": "last", "validation images": "validation_last"}
-    top1: dict[tuple[str, str], dict[int, float]] = {}
+    top1: dict[tuple[str, str, str], dict[int, float]] = {}
     for run in record["runs"]:
         for key in parts.values():
-            top1.setdefault((run["variant"], key), {})[run["seed"]] = run[key]
+            these = top1.setdefault((run["classroom"], run["variant"], key), {})
+            these[run["seed"]] = run[key]
     rows = []
-    for variant in dict.fromkeys(run["variant"] for run in record["runs"]):
+    variants = dict.fromkeys((run["classroom"], run["variant"]) for run in record["runs"])
+    for classroom, variant in variants:
         origin, _, change = variant.partition("+")
         origin = "classroom" if variant == "ca_mkd" else origin
         if origin == variant:  # alone and classroom, which others are compared with
             continue
-        row = [f"{origin} → {variant}" if not change else f"{origin} + {change}"]
+        row = [classroom, f"{origin} + {change}" if change else f"{origin} → {variant}"]
         for key in parts.values():
-            values = differences(top1[variant, key], top1[origin, key])
+            values = differences(top1[classroom, variant, key], top1[classroom, origin, key])
             row.append(percent(teaching_tables.interval(values), signed=True))
         rows.append([*row, str(len(values))])
-    table = markdown_table(["one change", *(f"on the {part}" for part in parts), "seeds"], rows)
+    columns = ["classroom", "one change", *(f"on the {part}" for part in parts), "seeds"]
+    table = markdown_table(columns, rows)
     return (
         "### One change at a time\n\nDifferences of *last*, paired by seed, in percentage points, "
         "with their 95 % confidence intervals by Student's t over the seeds:\n\n"
