@@ -15,6 +15,7 @@ from classroomkd.cli.arguments import (
     QUALITY,
     Parser,
     add_command,
+    add_download,
     add_loading,
     not_empty,
     path_option,
@@ -45,6 +46,7 @@ def add_to(commands: Any) -> None:
         "source", type=not_empty, metavar="SOURCE", help=f"{DATA_HELP}, or a .beton file"
     )
     add_loading(parser)
+    add_download(parser, "the folder SOURCE")
     parser.add_argument(
         "--contact-sheet",
         type=path_option,
@@ -102,7 +104,7 @@ def info(arguments: argparse.Namespace) -> None:
     """Print classes, counts, sizes and statistics; draw a contact sheet if asked for."""
     import numpy as np
 
-    from classroomkd.data import NAMED_SOURCES
+    from classroomkd.data import NAMED_SOURCES, cifar
     from classroomkd.data.ffcv.beton import check_free
     from classroomkd.data.overview import LISTED, contact_sheet, load_beton
     from classroomkd.files import atomic_write
@@ -111,6 +113,8 @@ def info(arguments: argparse.Namespace) -> None:
     if sheet is not None:
         check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
+    if arguments.download:
+        cifar.download(path, arguments.download)
     if arguments.source not in NAMED_SOURCES and path.is_file():
         folders: Mapping[str, str] = {}
         image_set, sizes = load_beton(path, arguments.image_size, DEFAULT_IMAGE_SIZE)

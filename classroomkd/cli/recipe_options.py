@@ -11,6 +11,7 @@ from classroomkd.cli.arguments import (
     DATA_HELP,
     Parser,
     add_device,
+    add_download,
     add_image_size,
     nested,
     not_empty,
@@ -80,9 +81,7 @@ def add_recipe_options(parser: Parser) -> None:
         "--batch-size", type=COUNT, metavar="N", help="images per step (default: 64)"
     )
     add_image_size(parser)
-    parser.add_argument(
-        "--download", choices=("cifar10", "cifar100"), help="download this data set into PATH first"
-    )
+    add_download(parser, "PATH")
     add_device(parser)
 
 
@@ -108,7 +107,8 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     if not recipe.mentors and recipe.method != "alone":
         lacks(arguments, "--mentors")
     if "download" not in given:
-        require_images(recipe.data.source)
+        is_cifar = "cifar" in f"{given.get('recipe', '')} {recipe.data.source}".lower()
+        require_images(recipe.data.source, "--download cifar100 puts one there" if is_cifar else "")
     require_networks(recipe)
     return recipe
 

@@ -180,8 +180,10 @@ def _require_folder(source: str) -> None:
     from classroomkd.data import NAMED_SOURCES
 
     if source not in NAMED_SOURCES and not Path(source).expanduser().is_dir():
+        folder = Path(source).expanduser().absolute()
         raise UserError(
-            f"no folder at {Path(source).expanduser().absolute()}: give --data one with the images"
+            f"no folder at {folder}: give --data one with the images (classroomkd data info "
+            f"{folder} --download cifar100 makes it)"
         )
 
 
@@ -215,8 +217,8 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
     time = duration(seconds_left(plan, out, at_once))
     print_line(
         console,
-        f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
-        f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
+        f"left: {mentors} of {len(plan.mentors)} trainings of mentors, {len(left) - mentors} of "
+        f"{len(plan.runs)} runs; time left, {at_once} at a time: {time}",
     )
 
 
