@@ -70,7 +70,8 @@ def cache(arguments: argparse.Namespace) -> int:
             damage = True
             continue
         damage |= bool(damaged)
-        print(f"{name}: {known / (epochs * images):.1%} known")
+        state = f"{sum(damaged.values()):,} damaged" if damaged else "none damaged"
+        print(f"{name}: {known:,} of {epochs * images:,} rows stored, {state}")
         for epoch, count in damaged.items():
             print(f"  epoch {epoch}: {count} of {images:,} images are damaged")
     return int(damage)

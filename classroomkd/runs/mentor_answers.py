@@ -133,7 +133,7 @@ class MentorAnswers(RunContext):
         self.notify(
             f"mentor cache: {home}, {sizes}"
             if new
-            else f"mentor cache: {home}, started by an earlier run for all mentors"
+            else f"mentor cache: {home}, with rows of an earlier run for every mentor"
         )
         return None
 

@@ -135,7 +135,7 @@ def fit_mentor(
     mentor.info = info
     mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
     if info is None and (data.mean, data.std) != NOT_NORMALISED:
-        notify(f"{what} does not say how to normalise; it gets what this data has")
+        notify(f"{what} has no mean and std of its own: its images are normalised as the student's")
     elif info and (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
 

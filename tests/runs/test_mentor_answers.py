@@ -75,7 +75,7 @@ def test_mentors_answer_once_for_all_methods_and_seeds(tmp_path, asked):
     asked.clear()
     again, text = train(tmp_path / "again", "data_seed=4", CACHED)
     assert same(without, again)
-    assert "started by an earlier run for all mentors" in text
+    assert "with rows of an earlier run for every mentor" in text
     train(tmp_path / "kd", "data_seed=4", CACHED, "method=kd")
     train(tmp_path / "seed", "data_seed=4", CACHED, "seed=7", "mentor_seed=0", "data.split_seed=0")
     train(tmp_path / "student", "data_seed=4", CACHED, "student=resnet14")
