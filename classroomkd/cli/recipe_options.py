@@ -1,4 +1,4 @@
-"""The options of `train` and `mentors`, and the recipe that they build."""
+"""The options of `train`, `mentors` and `check`, and the recipe that they build."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         lacks(arguments, "--mentors")
     if "download" not in given:
         is_cifar = "cifar" in f"{given.get('recipe', '')} {recipe.data.source}".lower()
-        require_images(recipe.data.source, "--download cifar100 puts one there" if is_cifar else "")
+        require_images(recipe.data.source, "--download cifar100 makes it" if is_cifar else "")
     require_networks(recipe)
     return recipe
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli import names
 from classroomkd.cli.arguments import COUNT, DATA_HELP, NATURAL, add_command, path_option
-from classroomkd.cli.checks import is_override, require_networks
+from classroomkd.cli.checks import is_override, require_images, require_networks
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     check_devices(given["devices"])
     shard = _shard(arguments.shard) if arguments.shard else (1, 1)
     if arguments.data is not None:
-        _require_folder(str(arguments.data))
+        _require_images(str(arguments.data))
     whole = make_plan(
         arguments.table,
         data=arguments.data,
@@ -170,21 +170,15 @@ def _check_runs(plan: Plan, out: Path, arguments: argparse.Namespace) -> None:
         if not task.recipe.data.source and not arguments.plan:
             arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
     for source in {task.recipe.data.source for task in plan.runs} - {""}:
-        _require_folder(source)
+        _require_images(source)
         if source not in NAMED_SOURCES and not cifar.find(Path(source)):
             list_source(source)  # it reports errors in the source
 
 
-def _require_folder(source: str) -> None:
-    """Raise UserError if there is no folder of images at ``source``."""
-    from classroomkd.data import NAMED_SOURCES
-
-    if source not in NAMED_SOURCES and not Path(source).expanduser().is_dir():
-        folder = Path(source).expanduser().absolute()
-        raise UserError(
-            f"no folder at {folder}: give --data one with the images (classroomkd data info "
-            f"{folder} --download cifar100 makes it)"
-        )
+def _require_images(source: str) -> None:
+    folder = Path(source).expanduser().absolute()
+    how = f"classroomkd data info {folder} --download cifar100 makes it"
+    require_images(source, f"give --data one with the images ({how})")
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -356,7 +356,7 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path):
 BAD_PATHS = [
     ("report nope", "no run folder at nope"),
     ("train --data absent {networks}", "no such folder: {cwd}/absent"),
-    ("train --data cifar {networks}", "no such folder: {cwd}/cifar: --download cifar100 puts"),
+    ("train --data cifar {networks}", "no such folder: {cwd}/cifar: --download cifar100 makes"),
     ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),
     ("train --data {data} --student resnet9 --mentors resnet8", "called 'resnet9'; the nearest"),
     ("train --data {data} {networks} --out used", "used is not empty"),
