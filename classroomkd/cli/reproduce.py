@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,10 +101,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
-    from classroomkd.reproduce.collect import write_results
     from classroomkd.reproduce.plan import make_plan
-    from classroomkd.reproduce.runner import Runner, check_devices
-    from classroomkd.runs.progress import print_line
+    from classroomkd.reproduce.runner import check_devices
 
     console = Console()
     lists = ("methods", "classrooms", "devices")  # options with several values
@@ -134,21 +132,40 @@ def reproduce(arguments: argparse.Namespace) -> int:
     _print_saved(plan, console)
     if arguments.plan:
         return 0
-    from classroomkd.report.table_page import write_tables
-    from classroomkd.reproduce.tables import TABLES
     from classroomkd.runs.machine import find_device
 
     devices = given["devices"] or [str(find_device(None))]
+    return _carry_out(arguments.table, plan, [run.id for run in whole.runs], devices, out, console)
+
+
+def _carry_out(
+    table: str,
+    plan: Plan,
+    order: Sequence[str],
+    devices: Sequence[str],
+    out: Path,
+    console: Console,
+) -> int:
+    """Run ``plan`` and write the table, with runs in ``order``. Returns 1 if a run failed, else 0.
+
+    An interruption writes the table of the runs so far.
+    """
+    from classroomkd.report.table_page import write_tables
+    from classroomkd.reproduce.collect import write_results
+    from classroomkd.reproduce.runner import Runner
+    from classroomkd.reproduce.tables import TABLES
+    from classroomkd.runs.progress import print_line
+
+    title = TABLES[table].title
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
-    order, title = [run.id for run in whole.runs], TABLES[arguments.table].title
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        write_tables(write_results(arguments.table, out, order), title, out)
+        write_tables(write_results(table, out, order), title, out)
         interrupt.args = (f"all runs are kept in {out}: the same command resumes",)
         raise
-    results = write_results(arguments.table, out, order)
+    results = write_results(table, out, order)
     pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
@@ -230,8 +247,8 @@ def _print_saved(plan: Plan, console: Console) -> None:
         share = saved / (saved + sum(run.work for run in plan.runs))
         print_line(
             console,
-            f"mentor cache: mentors answer once for all runs with the same batches, which saves "
-            f"{share:.0%} of the runs' operations{takes}",
+            "mentor cache: runs with the same batches share the mentors' logits, "
+            f"which saves {share:.0%} of the runs' operations{takes}",
         )
     if any(run.recipe.data_seed is not None for run in plan.runs):
         print_line(
