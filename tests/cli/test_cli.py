@@ -355,6 +355,8 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path):
 
 BAD_PATHS = [
     ("report nope", "no run folder at nope"),
+    ("train", "--data and --student and --mentors are required, here or in a --recipe"),
+    ("train --data {data} method=alone", "--student is required, here or in a --recipe"),
     ("train --data absent {networks}", "no such folder: {cwd}/absent"),
     ("train --data cifar {networks}", "no such folder: {cwd}/cifar: --download cifar100 makes"),
     ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),

@@ -667,7 +667,7 @@ def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_p
     options = ["--classrooms", str(tiny), "--out", str(out)]
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "nosuch")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no folder at" in line
+    assert f"no such folder: {tmp_path / 'nosuch'}: give --data one with the images" in line
     (tmp_path / "empty").mkdir()
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "empty")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
