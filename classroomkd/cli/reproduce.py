@@ -237,13 +237,13 @@ def _print_saved(plan: Plan, console: Console) -> None:
     """Print the work that the mentor cache saves, and what still differs between seeds."""
     from classroomkd.reproduce.sharing import cache_bytes
     from classroomkd.runs.progress import print_line
-    from classroomkd.training.logits_files import words
+    from classroomkd.training.logits_files import size_text
 
     saved = sum(run.saved for run in plan.runs)
     if saved:
         takes = ""
         if all(run.recipe.data.source for run in plan.runs):
-            takes = f" and takes {words(cache_bytes(plan.runs))}"
+            takes = f" and takes {size_text(cache_bytes(plan.runs))}"
         share = saved / (saved + sum(run.work for run in plan.runs))
         print_line(
             console,

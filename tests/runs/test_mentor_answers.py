@@ -115,7 +115,7 @@ def test_features_are_not_cached(tmp_path, asked):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs 0.0 MB for 2 of 2 mentors, 0.0 MB free: set ment"):
+    with pytest.raises(UserError, match=r"needs 1.8 kB for 2 of 2 mentors, 1.0 kB free: set ment"):
         train(tmp_path / "run", CACHED)
     assert not list(logits_folder().iterdir())
 
