@@ -63,12 +63,13 @@ def cache(arguments: argparse.Namespace) -> int:
 
 
 def _contents(path: Path, key: Mapping[str, Any]) -> str:
+    from classroomkd.report.numbers import counted
     from classroomkd.training.logits_files import size_text
 
     epochs, images, classes = key["shape"]
     size = sum(file.stat().st_size for file in path.iterdir())
     return (
-        f"{key['mentor']}, seed {key['seed']}: {epochs} epochs of {images:,} images of "
+        f"{key['mentor']}, seed {key['seed']}: {counted(epochs, 'epoch')} of {images:,} images of "
         f"{classes} classes, {key['dtype']}, {size_text(size)}"
     )
 
