@@ -71,7 +71,7 @@ def test_mentors_answer_once_for_all_methods_and_seeds(tmp_path, asked):
     first, text = train(tmp_path / "first", "data_seed=4", CACHED)
     assert same(without, first)
     assert len(asked) == 2 * STEPS
-    assert "MB for 2 of 2 mentors" in text
+    assert "kB for 2 of 2 mentors" in text
     asked.clear()
     again, text = train(tmp_path / "again", "data_seed=4", CACHED)
     assert same(without, again)
