@@ -125,6 +125,7 @@ def distill(
     console = Console(quiet=quiet)
     with ExitStack() as opened:
         begun = resume and out is not None and (Path(out) / "config.yaml").exists()
+        temporary = out is None
         if out is None:
             out = Path(opened.enter_context(tempfile.TemporaryDirectory())) / "run"
         folder = Path(out) if begun else choose_folder(Path(out), "")
@@ -134,7 +135,12 @@ def distill(
             if (folder / "summary.json").exists():
                 return _finished(run, folder)
         summary = run.run(
-            parts["train"], parts["test"], folder, begun, validation_set=parts.get("validation")
+            parts["train"],
+            parts["test"],
+            folder,
+            begun,
+            validation_set=parts.get("validation"),
+            temporary=temporary,
         )
     console.print(results_table(summary))
     trained = run.students["alone" if method == "alone" else "student"]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from classroomkd.errors import missing_of_train
+
 
 def exports(
     package: str, modules: Mapping[str, str]
@@ -23,7 +25,13 @@ def exports(
     def get(name: str) -> Any:
         if name not in homes:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        value = getattr(import_module(f"{package}.{homes[name]}"), name)
+        try:
+            module = import_module(f"{package}.{homes[name]}")
+        except ModuleNotFoundError as error:
+            if missing := missing_of_train(error):
+                error.add_note(f"{package}.{name} needs {missing}")
+            raise
+        value = getattr(module, name)
         setattr(sys.modules[package], name, value)  # later accesses do not call this
         return value
 

@@ -9,13 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from classroomkd.cli.parser import make_parser
-from classroomkd.errors import UserError
-
-# What the extra "train" of setup.py installs, by the names of the modules.
-_OF_TRAIN = {
-    *("PIL", "filelock", "matplotlib", "omegaconf", "rich"),
-    *("safetensors", "scipy", "sklearn", "torchvision", "yaml"),
-}
+from classroomkd.errors import UserError, missing_of_train
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,14 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in _OF_TRAIN:
+        missing = missing_of_train(error)
+        if missing is None:
             raise
-        print(
-            f"classroomkd: error: this command needs {package}, which is not installed: "
-            'pip install "classroomkd[train]"',
-            file=sys.stderr,
-        )
+        print(f"classroomkd: error: this command needs {missing}", file=sys.stderr)
         return 2
     except (UserError, OSError) as error:
         message = _system_message(error) if isinstance(error, OSError) else str(error)

@@ -181,6 +181,14 @@ def add_loading(parser: Parser, run: str = "") -> None:
     )
 
 
+def add_download(parser: Parser, place: str) -> None:
+    parser.add_argument(
+        "--download",
+        choices=("cifar10", "cifar100"),
+        help=f"download this data set into {place} first",
+    )
+
+
 def add_device(parser: Parser) -> None:
     parser.add_argument(
         "--device", metavar="NAME", help="cpu, cuda or cuda:N (default: cuda if available)"

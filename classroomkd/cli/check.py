@@ -48,5 +48,6 @@ def check(arguments: argparse.Namespace) -> int:
         else:
             fit_mentor(mentor, info, example_of(sets.train, info.image_size), print)
     checks = check_given(mentors, part_to_check(sets.validation, sets.test), info, device)
-    print(*checks, sep="\n")
+    for of in checks:
+        print(of)
     return int(arguments.strict and any(of.findings for of in checks))

@@ -43,12 +43,12 @@ def require_network(name: str) -> None:
         require_known(name)
 
 
-def require_images(source: str) -> None:
-    """Raise UserError if ``source`` is neither a named data set nor an existing path."""
+def require_images(source: str, remedy: str = "") -> None:
+    """Raise UserError, with the ``remedy``, if ``source`` is no named data set or existing path."""
     from classroomkd.data import NAMED_SOURCES
 
     if source not in NAMED_SOURCES and not Path(source).expanduser().exists():
-        raise UserError(f"no such folder: {source}")
+        raise UserError(f"no such folder: {source}{remedy and f': {remedy}'}")
 
 
 def require_checkpoint(source: str) -> None:

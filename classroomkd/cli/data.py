@@ -15,6 +15,7 @@ from classroomkd.cli.arguments import (
     QUALITY,
     Parser,
     add_command,
+    add_download,
     add_loading,
     not_empty,
     path_option,
@@ -45,6 +46,7 @@ def add_to(commands: Any) -> None:
         "source", type=not_empty, metavar="SOURCE", help=f"{DATA_HELP}, or a .beton file"
     )
     add_loading(parser)
+    add_download(parser, "the folder SOURCE")
     parser.add_argument(
         "--contact-sheet",
         type=path_option,
@@ -100,9 +102,7 @@ def _add_packing(parser: Parser) -> None:
 
 def info(arguments: argparse.Namespace) -> None:
     """Print classes, counts, sizes and statistics; draw a contact sheet if asked for."""
-    import numpy as np
-
-    from classroomkd.data import NAMED_SOURCES
+    from classroomkd.data import NAMED_SOURCES, cifar
     from classroomkd.data.ffcv.beton import check_free
     from classroomkd.data.overview import LISTED, contact_sheet, load_beton
     from classroomkd.files import atomic_write
@@ -111,6 +111,8 @@ def info(arguments: argparse.Namespace) -> None:
     if sheet is not None:
         check_free(sheet, overwrite=False, remedy="give another name")
     path = Path(arguments.source).expanduser()
+    if arguments.download:
+        cifar.download(path, arguments.download)
     if arguments.source not in NAMED_SOURCES and path.is_file():
         folders: Mapping[str, str] = {}
         image_set, sizes = load_beton(path, arguments.image_size, DEFAULT_IMAGE_SIZE)
@@ -120,24 +122,9 @@ def info(arguments: argparse.Namespace) -> None:
         folders = found.folders
         parts = {_PARTS[name]: part for name, part in found.sets().items()}
     first = next(iter(parts.values()))
-    height, width = first.images.shape[1:3]
     print(f"{arguments.source}: {len(first.classes)} classes")
-    used = f"{height}×{width} pixels"
-    (low, high), (left, right) = ((side.min(), side.max()) for side in sizes.T)
-    if (low, left) == (high, right):
-        stored = f"{low}×{left} pixels"
-    else:
-        stored = f"{low} to {high} pixels high, {left} to {right} wide"
-    print(f"{'images':<15}{stored}{'' if stored == used else f'; brought to {used} here'}")
-    counts = {
-        name: np.bincount(part.targets, minlength=len(part.classes)) for name, part in parts.items()
-    }
-    of_part = {_PARTS[part]: folder for part, folder in folders.items()}
-    for name, of_class in counts.items():
-        low, high = of_class.min(), of_class.max()
-        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
-        origin = f", from {of_part[name]}" if name in of_part else ""
-        print(f"{name:<15} {of_class.sum():>8,} images, {each} of each class{origin}")
+    _print_sizes(sizes, first)
+    counts = _print_counts(parts, {_PARTS[part]: folder for part, folder in folders.items()})
 
     from classroomkd.data import channel_statistics  # which takes torch
 
@@ -146,7 +133,7 @@ def info(arguments: argparse.Namespace) -> None:
     print(f"{'mean':<15}{_three(mean)}  (red, green, blue of {of}, scaled to 0..1)")
     print(f"{'deviation':<15}{_three(std)}")
     for k, name in list(enumerate(first.classes))[:LISTED]:
-        print(f"{' + '.join(f'{of_class[k]:,}' for of_class in counts.values()):>15}  {name}")
+        print(f"{' + '.join(f'{of_class[k]:,}' for of_class in counts):>15}  {name}")
     if len(first.classes) > LISTED:
         print(f"{'':>15}  … and {len(first.classes) - LISTED} classes more")
     if sheet is not None:
@@ -154,6 +141,33 @@ def info(arguments: argparse.Namespace) -> None:
         contact_sheet(first).save(data, "PNG")
         atomic_write(sheet, data.getvalue())
         print(f"contact sheet: {sheet}")
+
+
+def _print_sizes(sizes: np.ndarray, image_set: ImageSet) -> None:
+    """Print the ``sizes`` [N, 2] of the stored images, and what they become in ``image_set``."""
+    height, width = image_set.images.shape[1:3]
+    used = f"{height}×{width} pixels"
+    (low, high), (left, right) = ((side.min(), side.max()) for side in sizes.T)
+    if (low, left) == (high, right):
+        stored = f"{low}×{left} pixels"
+    else:
+        stored = f"{low} to {high} pixels high, {left} to {right} wide"
+    print(f"{'images':<15}{stored}{'' if stored == used else f'; brought to {used} here'}")
+
+
+def _print_counts(parts: Mapping[str, ImageSet], folders: Mapping[str, str]) -> list[np.ndarray]:
+    """Print the images of each part, and return them by class; ``folders`` are those of parts."""
+    import numpy as np
+
+    counts = []
+    for name, part in parts.items():
+        of_class = np.bincount(part.targets, minlength=len(part.classes))
+        low, high = of_class.min(), of_class.max()
+        each = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+        origin = f", from {folders[name]}" if name in folders else ""
+        print(f"{name:<15} {of_class.sum():>8,} images, {each} of each class{origin}")
+        counts.append(of_class)
+    return counts
 
 
 def pack(arguments: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ from classroomkd.cli.checks import require_checkpoint, require_images
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
+    from classroomkd.models import NetworkInfo
+    from classroomkd.runs.images import Sets
+    from classroomkd.runs.recipe import DataConfig
     from classroomkd.training.evaluation import Evaluation
 
 
@@ -78,10 +81,10 @@ def evaluate(arguments: argparse.Namespace) -> None:
 
     from classroomkd.data import is_split_by_seed, join
     from classroomkd.data.loader import per_channel
-    from classroomkd.models import is_external, load_network
+    from classroomkd.models import load_network
     from classroomkd.models.initial_weights import load_given
     from classroomkd.models.layout import to_channels_last
-    from classroomkd.runs.images import network_info, open_loaders, read_images
+    from classroomkd.runs.images import open_loaders, read_images
     from classroomkd.runs.machine import find_device
     from classroomkd.runs.mentor_setup import fit_to_data
     from classroomkd.runs.recipe import DataConfig
@@ -93,42 +96,32 @@ def evaluate(arguments: argparse.Namespace) -> None:
         network, info, architecture = load_network(student, notify=print)
     else:
         (network, info), architecture = load_given(name, weights, print), name
-    known_size = info.image_size if info else DEFAULT_IMAGE_SIZE
-    image_size = arguments.image_size or known_size
     if info is None and arguments.data is None:
         raise UserError(
             f"{student} lies in a run folder but was not written by the run: give --data"
         )
-    split = _split(arguments, {} if info is None else recorded_split)
-    photos, loader = split.pop("crop") == "resize", split.pop("loader")
-    given = arguments.mean is not None
-    if photos and info is None and not given:
+    split = _split(arguments, recorded_split if info else {})
+    if info is None and split["crop"] == "resize" and arguments.mean is None:
         raise UserError(
             f"{student} does not say how its images were prepared: only for images that are "
             "decoded at one size can tell, without --crop resize; or give --mean and --std"
         )
-    data = DataConfig(source, image_size, test_share=split["test_share"])
-    data.crop = "resize" if photos else "pad"
-    data.mean, data.std = arguments.mean, arguments.std
+    data = DataConfig(
+        source,
+        arguments.image_size or (info.image_size if info else DEFAULT_IMAGE_SIZE),
+        test_share=split["test_share"],
+        crop=split["crop"],
+        mean=arguments.mean,
+        std=arguments.std,
+    )
     sets = read_images(data, split["seed"])
-    train_set, test_set = sets.train, sets.test
-    if info is None:
-        info = network_info(architecture, data, train_set)
-        if not given:
-            print(
-                f"{student} does not say how its images were prepared: using the mean and "
-                f"deviation of {source}'s training part, {image_size}×{image_size} pixels"
-            )
-    if is_external(name) and len(info.classes) == len(test_set.classes):
-        print(f"{student}: assuming that its classes are the data's, in the same order")
-        info = replace(info, classes=test_set.classes)
-    info = replace(info, image_size=image_size)
-    fit_to_data(network, info, replace(info, classes=test_set.classes), student)
-    if given:
+    info = _fitting(info, data, sets, student, name, architecture)
+    fit_to_data(network, info, replace(info, classes=sets.test.classes), student)
+    if arguments.mean is not None:
         info = replace(info, mean=per_channel(arguments.mean), std=per_channel(arguments.std))
     to_channels_last(network, device)
-    images = join(*sets.sets().values()) if arguments.all else test_set
-    loaders = open_loaders(loader, [images], image_size, device)
+    images = join(*sets.sets().values()) if arguments.all else sets.test
+    loaders = open_loaders(split["loader"], [images], data.image_size, device)
     with evaluation_loader(loaders, images, info) as batches:
         result = measure(network, batches)
     require_finite(result, student)
@@ -137,9 +130,35 @@ def evaluate(arguments: argparse.Namespace) -> None:
     print(f"{label(architecture)} of {student} on {part} of {source}{own}:")
     chosen = ""
     if not arguments.all and is_split_by_seed(source):
-        total = len(train_set) + len(test_set)
+        total = len(sets.train) + len(sets.test)
         chosen = f" of {total} (held out by seed {split['seed']}; --all measures every image)"
     _print_result(result, len(info.classes), chosen)
+
+
+def _fitting(
+    info: NetworkInfo | None,
+    data: DataConfig,
+    sets: Sets,
+    student: str,
+    name: str,
+    architecture: str,
+) -> NetworkInfo:
+    """What is known of a network, completed from the data; what is assumed is printed."""
+    from classroomkd.models import is_external
+    from classroomkd.runs.images import network_info
+
+    if info is None:
+        info = network_info(architecture, data, sets.train)
+        if data.mean is None:
+            print(
+                f"{student} does not say how its images were prepared: using the mean and "
+                f"deviation of {data.source}'s training part, {data.image_size}×{data.image_size} "
+                "pixels"
+            )
+    if is_external(name) and len(info.classes) == len(sets.test.classes):
+        print(f"{student}: assuming that its classes are the data's, in the same order")
+        info = replace(info, classes=sets.test.classes)
+    return replace(info, image_size=data.image_size)
 
 
 def _print_result(result: Evaluation, n_classes: int, chosen: str) -> None:

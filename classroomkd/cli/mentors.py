@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import COUNT, add_command, add_run_options
@@ -34,10 +35,17 @@ def add_to(commands: Any) -> None:
 
 def mentors(arguments: argparse.Namespace) -> int:
     """Train the mentors, in parallel if asked. Returns 1 if a training failed, else 0."""
+    recipe, download = _mentors_recipe(arguments), given_options(arguments).get("download")
     if arguments.at_once == 1:
-        download = given_options(arguments).get("download")
-        train_recipe(_mentors_recipe(arguments), arguments.out, "mentors", download=download)
+        train_recipe(recipe, arguments.out, "mentors", download=download)
         return 0
+    if download:
+        raise UserError("--download and --at-once cannot be combined: download the images first")
+    return _train_at_once(recipe, arguments.at_once, arguments.out)
+
+
+def _train_at_once(recipe: Recipe, at_once: int, given_out: Path | None) -> int:
+    """Train the mentors in processes, in a folder that is removed if it was not ``given_out``."""
     import shutil
 
     import yaml
@@ -46,25 +54,23 @@ def mentors(arguments: argparse.Namespace) -> int:
     from classroomkd.files import atomic_write
     from classroomkd.reproduce.plan import mentors_plan
     from classroomkd.reproduce.runner import Runner, check_devices
+    from classroomkd.runs.machine import find_device
     from classroomkd.runs.paths import choose_folder
+    from classroomkd.runs.progress import print_line
     from classroomkd.runs.recipe import load_recipe, to_dict
-
-    recipe, console = _mentors_recipe(arguments), Console()
-    if getattr(arguments, "download", None):
-        raise UserError("--download and --at-once cannot be combined: download the images first")
-    from classroomkd.runs.machine import find_device  # which imports torch
+    from classroomkd.runs.store import MentorStore
 
     device = recipe.device or str(find_device(None))
     check_devices([device])
-    out = arguments.out or choose_folder(None, "mentors")
-    out.mkdir(parents=True, exist_ok=arguments.out is not None)
+    out = given_out or choose_folder(None, "mentors")
+    out.mkdir(parents=True, exist_ok=given_out is not None)
     file = out / "recipe.yaml"
     # Mentors are trained without the loss; earlier versions wrote fewer of its values.
     if file.exists() and replace(load_recipe(file), loss=recipe.loss) != recipe:
         raise UserError(f"{out} was started with another recipe: give --out a new folder")
     atomic_write(file, yaml.safe_dump(to_dict(recipe), sort_keys=False))
-    plan = mentors_plan(recipe, file)
-    runner = Runner(plan, out, [device] * arguments.at_once, console)
+    console = Console()
+    runner = Runner(mentors_plan(recipe, file), out, [device] * at_once, console)
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
@@ -72,15 +78,12 @@ def mentors(arguments: argparse.Namespace) -> int:
         raise
     if runner.failed:
         return 1
-    from classroomkd.runs.progress import print_line
-    from classroomkd.runs.store import MentorStore
-
     store = MentorStore()
     if not store.holds_all(out.rglob("mentors/*.safetensors")):
         print_line(console, f"not all mentors are in the store: see {out}")
         return 0
     print_line(console, f"the mentors are in {store.folder}")
-    if arguments.out is None:
+    if given_out is None:
         shutil.rmtree(out)
         with suppress(OSError):  # unless there are other runs
             out.parent.rmdir()

@@ -1,4 +1,4 @@
-"""The options of `train` and `mentors`, and the recipe that they build."""
+"""The options of `train`, `mentors` and `check`, and the recipe that they build."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from classroomkd.cli.arguments import (
     DATA_HELP,
     Parser,
     add_device,
+    add_download,
     add_image_size,
     nested,
     not_empty,
@@ -80,14 +81,15 @@ def add_recipe_options(parser: Parser) -> None:
         "--batch-size", type=COUNT, metavar="N", help="images per step (default: 64)"
     )
     add_image_size(parser)
-    parser.add_argument(
-        "--download", choices=("cifar10", "cifar100"), help="download this data set into PATH first"
-    )
+    add_download(parser, "PATH")
     add_device(parser)
 
 
-def recipe_of(arguments: argparse.Namespace) -> Recipe:
-    """Build the recipe from file, options and overrides; run all checks that need no torch."""
+def recipe_of(arguments: argparse.Namespace, *, with_student: bool = False) -> Recipe:
+    """Build the recipe from file, options and overrides; run all checks that need no torch.
+
+    ``with_student`` says that a student is required.
+    """
     from classroomkd.recipes import find as find_recipe
     from classroomkd.runs.recipe import load_recipe
 
@@ -103,12 +105,16 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
         short = {key: value for key, value in short.items() if "mentor_training" not in key}
     file = find_recipe(given["recipe"]) if "recipe" in given else None
     recipe = load_recipe(file, overrides, nested(short))
-    if not recipe.data.source:
-        lacks(arguments, "--data")
-    if not recipe.mentors and recipe.method != "alone":
-        lacks(arguments, "--mentors")
+    required = {
+        "--data": recipe.data.source,
+        "--student": recipe.student or not with_student,
+        "--mentors": recipe.mentors or recipe.method == "alone",
+    }
+    if missing := [option for option, value in required.items() if not value]:
+        lacks(arguments, *missing)
     if "download" not in given:
-        require_images(recipe.data.source)
+        is_cifar = "cifar" in f"{given.get('recipe', '')} {recipe.data.source}".lower()
+        require_images(recipe.data.source, "--download cifar100 makes it" if is_cifar else "")
     require_networks(recipe)
     return recipe
 
@@ -123,7 +129,8 @@ def given_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def lacks(arguments: argparse.Namespace, option: str) -> NoReturn:
-    """Report that neither the command line nor the recipe gives a required value."""
+def lacks(arguments: argparse.Namespace, *options: str) -> NoReturn:
+    """Report that neither the command line nor the recipe gives required values."""
     parser: argparse.ArgumentParser = arguments.parser
-    parser.error(f"{option} is required, here or in a --recipe")
+    verb = "is" if len(options) == 1 else "are"
+    parser.error(f"{' and '.join(options)} {verb} required, here or in a --recipe")

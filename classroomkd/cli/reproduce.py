@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli import names
 from classroomkd.cli.arguments import COUNT, DATA_HELP, NATURAL, add_command, path_option
-from classroomkd.cli.checks import is_override, require_networks
+from classroomkd.cli.checks import is_override, require_images, require_networks
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -101,10 +101,8 @@ def reproduce(arguments: argparse.Namespace) -> int:
     """Run the remaining runs of a table and write it. Returns 1 if a run failed, else 0."""
     from rich.console import Console
 
-    from classroomkd.reproduce.collect import write_results
     from classroomkd.reproduce.plan import make_plan
-    from classroomkd.reproduce.runner import Runner, check_devices
-    from classroomkd.runs.progress import print_line
+    from classroomkd.reproduce.runner import check_devices
 
     console = Console()
     lists = ("methods", "classrooms", "devices")  # options with several values
@@ -116,7 +114,7 @@ def reproduce(arguments: argparse.Namespace) -> int:
     check_devices(given["devices"])
     shard = _shard(arguments.shard) if arguments.shard else (1, 1)
     if arguments.data is not None:
-        _require_folder(str(arguments.data))
+        _require_images(str(arguments.data))
     whole = make_plan(
         arguments.table,
         data=arguments.data,
@@ -134,21 +132,40 @@ def reproduce(arguments: argparse.Namespace) -> int:
     _print_saved(plan, console)
     if arguments.plan:
         return 0
-    from classroomkd.report.table_page import write_tables
-    from classroomkd.reproduce.tables import TABLES
     from classroomkd.runs.machine import find_device
 
     devices = given["devices"] or [str(find_device(None))]
+    return _carry_out(arguments.table, plan, [run.id for run in whole.runs], devices, out, console)
+
+
+def _carry_out(
+    table: str,
+    plan: Plan,
+    order: Sequence[str],
+    devices: Sequence[str],
+    out: Path,
+    console: Console,
+) -> int:
+    """Run ``plan`` and write the table, with runs in ``order``. Returns 1 if a run failed, else 0.
+
+    An interruption writes the table of the runs so far.
+    """
+    from classroomkd.report.table_page import write_tables
+    from classroomkd.reproduce.collect import write_results
+    from classroomkd.reproduce.runner import Runner
+    from classroomkd.reproduce.tables import TABLES
+    from classroomkd.runs.progress import print_line
+
+    title = TABLES[table].title
     out.mkdir(parents=True, exist_ok=True)
     runner = Runner(plan, out, devices, console)
-    order, title = [run.id for run in whole.runs], TABLES[arguments.table].title
     try:
         runner.run()
     except KeyboardInterrupt as interrupt:
-        write_tables(write_results(arguments.table, out, order), title, out)
+        write_tables(write_results(table, out, order), title, out)
         interrupt.args = (f"all runs are kept in {out}: the same command resumes",)
         raise
-    results = write_results(arguments.table, out, order)
+    results = write_results(table, out, order)
     pages = write_tables(results, title, out)
     _print_results(results, console)
     for path in (out / "results.json", out / "results.csv", *pages):
@@ -170,19 +187,15 @@ def _check_runs(plan: Plan, out: Path, arguments: argparse.Namespace) -> None:
         if not task.recipe.data.source and not arguments.plan:
             arguments.parser.error(f"--data is required: {task.arguments[2]} does not name any")
     for source in {task.recipe.data.source for task in plan.runs} - {""}:
-        _require_folder(source)
+        _require_images(source)
         if source not in NAMED_SOURCES and not cifar.find(Path(source)):
             list_source(source)  # it reports errors in the source
 
 
-def _require_folder(source: str) -> None:
-    """Raise UserError if there is no folder of images at ``source``."""
-    from classroomkd.data import NAMED_SOURCES
-
-    if source not in NAMED_SOURCES and not Path(source).expanduser().is_dir():
-        raise UserError(
-            f"no folder at {Path(source).expanduser().absolute()}: give --data one with the images"
-        )
+def _require_images(source: str) -> None:
+    folder = Path(source).expanduser().absolute()
+    how = f"classroomkd data info {folder} --download cifar100 makes it"
+    require_images(source, f"give --data one with the images ({how})")
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -215,8 +228,8 @@ def _print_plan(plan: Plan, out: Path, at_once: int, console: Console) -> None:
     time = duration(seconds_left(plan, out, at_once))
     print_line(
         console,
-        f"{len(left) - mentors} of {len(plan.runs)} runs left, before them {mentors} of "
-        f"{len(plan.mentors)} trainings of mentors; time left with {at_once} at once: {time}",
+        f"left: {mentors} of {len(plan.mentors)} trainings of mentors, {len(left) - mentors} of "
+        f"{len(plan.runs)} runs; time left, {at_once} at a time: {time}",
     )
 
 
@@ -224,18 +237,18 @@ def _print_saved(plan: Plan, console: Console) -> None:
     """Print the work that the mentor cache saves, and what still differs between seeds."""
     from classroomkd.reproduce.sharing import cache_bytes
     from classroomkd.runs.progress import print_line
-    from classroomkd.training.logits_files import words
+    from classroomkd.training.logits_files import size_text
 
     saved = sum(run.saved for run in plan.runs)
     if saved:
         takes = ""
         if all(run.recipe.data.source for run in plan.runs):
-            takes = f" and takes {words(cache_bytes(plan.runs))}"
+            takes = f" and takes {size_text(cache_bytes(plan.runs))}"
         share = saved / (saved + sum(run.work for run in plan.runs))
         print_line(
             console,
-            f"mentor cache: mentors answer once for all runs with the same batches, which saves "
-            f"{share:.0%} of the runs' operations{takes}",
+            "mentor cache: runs with the same batches share the mentors' logits, "
+            f"which saves {share:.0%} of the runs' operations{takes}",
         )
     if any(run.recipe.data_seed is not None for run in plan.runs):
         print_line(

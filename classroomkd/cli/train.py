@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from classroomkd.cli.arguments import add_command, add_run_options, path_option
 from classroomkd.cli.checks import require_images
-from classroomkd.cli.recipe_options import add_recipe_options, given_options, lacks, recipe_of
+from classroomkd.cli.recipe_options import add_recipe_options, given_options, recipe_of
 from classroomkd.errors import UserError
 
 if TYPE_CHECKING:
@@ -42,9 +42,7 @@ def train(arguments: argparse.Namespace) -> None:
             )
         _resume(arguments.resume)
         return
-    recipe = recipe_of(arguments)
-    if not recipe.student:
-        lacks(arguments, "--student")
+    recipe = recipe_of(arguments, with_student=True)
     train_recipe(recipe, arguments.out, "train", download=given_options(arguments).get("download"))
 
 

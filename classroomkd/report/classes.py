@@ -44,7 +44,8 @@ def taught_plot(run: RunRecords, order: Sequence[int]) -> Plot | None:
         "Share of a class's held-out images on which the mentor would teach the student, as of the "
         f"end of the epoch, under the run's knowledge filter{f' ({rule})' if rule else ''}. Epochs "
         "run downwards"
-        + ("." if len(epochs) == len(taught) else f"; {len(epochs)} of {len(taught)} are shown."),
+        + ("" if len(epochs) == len(taught) else f"; {len(epochs)} of {len(taught)} are shown")
+        + (", classes in the order of their gain." if order else "."),
         drawing,
     )
 

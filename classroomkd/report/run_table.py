@@ -68,7 +68,8 @@ def evidence(summary: dict) -> str:
     if chosen.get("chosen_epoch") is not None:
         text += (
             f" On the {data['validation_images']:,} validation images, the student of epoch "
-            f"{chosen['chosen_epoch']} is best; its top-1 is {chosen['chosen_top1']:.2%}."
+            f"{chosen['chosen_epoch']} is best; its top-1 on the held-out images is "
+            f"{chosen['chosen_top1']:.2%}."
         )
     return text
 

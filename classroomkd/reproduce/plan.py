@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -123,19 +123,11 @@ def make_plan(
     if mentor_cache is not None:
         shared += [f"mentor_cache.dtype={mentor_cache}", "data_seed=0"]
     rows = _rows(TABLES[table], classrooms, shared, epochs, overrides)
-    known = {name: variant for row in rows for name, variant in row.variants.items()}
-    chosen = _chosen(method_names, known)
-    first = []  # the runs of the first seed
-    for row in rows:
-        for variant in chosen or row.variants.values():
-            if variant.name in row.variants or variant.name not in known:  # else of another row
-                variant = row.variants.get(variant.name, variant)
-                settled = _settled(row.classroom, row.overrides, variant)
-                first.append((f"runs/{row.name}/{variant.name}", *settled))
-    mentors: dict[str, list[tuple[Task, list[MentorConfig]]]] = {}
-    runs = []
+    runs: list[Task] = []
+    wanted: dict[str, list[tuple[Task, list[MentorConfig]]]] = {}  # by the mentors' trainings
+    of_a_seed = _runs_of_a_seed(rows, method_names)
     for seed in seeds:
-        for name, arguments, recipe in first:
+        for name, arguments, recipe in of_a_seed:
             recipe = replace(recipe, seed=seed)
             groups = _groups(recipe)
             run = Task(
@@ -147,20 +139,33 @@ def make_plan(
                 tuple(groups),
             )
             runs.append(run)
-            for group, wanted in groups.items():
-                mentors.setdefault(group, []).append((run, wanted))
+            for group, mentors in groups.items():
+                wanted.setdefault(group, []).append((run, mentors))
     from classroomkd.reproduce.sharing import with_cached_mentors  # which reads this module
 
-    tasks = [_mentor_task(group, wanted) for group, wanted in mentors.items()]
-    runs = with_cached_mentors(runs)
-    return Plan(runs, sorted(tasks, key=lambda task: (-task.work, task.id)))
+    return Plan(with_cached_mentors(runs), _mentor_tasks(wanted))
+
+
+def _runs_of_a_seed(
+    rows: Sequence[_Row], wanted: Sequence[str]
+) -> list[tuple[str, tuple[str, ...], Recipe]]:
+    """Name, arguments and recipe of the runs with one seed: of ``wanted`` variants, or of all."""
+    known = {name: variant for row in rows for name, variant in row.variants.items()}
+    chosen = _chosen(wanted, known)
+    runs = []
+    for row in rows:
+        for variant in chosen or row.variants.values():
+            if variant.name in row.variants or variant.name not in known:  # else of another row
+                variant = row.variants.get(variant.name, variant)
+                settled = _settled(row.classroom, row.overrides, variant)
+                runs.append((f"runs/{row.name}/{variant.name}", *settled))
+    return runs
 
 
 def mentors_plan(recipe: Recipe, file: Path) -> Plan:
     """A task for each network among the mentors of ``recipe``, which is stored in ``file``."""
     run = Task("", ("mentors", "--recipe", str(file)), recipe, 0, 0.0)
-    tasks = [_mentor_task(group, [(run, wanted)]) for group, wanted in _groups(recipe).items()]
-    return Plan([], sorted(tasks, key=lambda task: (-task.work, task.id)))
+    return Plan([], _mentor_tasks({group: [(run, of)] for group, of in _groups(recipe).items()}))
 
 
 class _Row(NamedTuple):
@@ -265,6 +270,12 @@ def _groups(recipe: Recipe) -> dict[str, list[MentorConfig]]:
         name = re.sub(r"[^\w.@+]+", "-", label(mentor.source)).strip("-")
         groups.setdefault(f"mentors/{name}-{digest[:8]}", []).append(mentor)
     return groups
+
+
+def _mentor_tasks(wanted: Mapping[str, list[tuple[Task, list[MentorConfig]]]]) -> list[Task]:
+    """A task per training of mentors, the longest first, for the runs that need them."""
+    tasks = [_mentor_task(group, runs) for group, runs in wanted.items()]
+    return sorted(tasks, key=lambda task: (-task.work, task.id))
 
 
 def _mentor_task(group: str, wanted: list[tuple[Task, list[MentorConfig]]]) -> Task:

@@ -33,7 +33,7 @@ from classroomkd.training.logits_files import (
     logits_folder,
     read_key,
     size,
-    words,
+    size_text,
 )
 from classroomkd.training.mentor_bank import MentorBank
 from classroomkd.training.mentor_cache import CachedMentors
@@ -117,7 +117,9 @@ class MentorAnswers(RunContext):
         needed = len(new) * each
         home.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(home).free
-        sizes = f"{words(needed)} for {len(new)} of {len(wanted)} mentors, {words(free)} free"
+        sizes = (
+            f"{size_text(needed)} for {len(new)} of {len(wanted)} mentors, {size_text(free)} free"
+        )
         if needed > free:
             return (
                 f"the mentor cache in {home} needs {sizes}: set mentor_cache.dtype=float16, let "
@@ -133,7 +135,7 @@ class MentorAnswers(RunContext):
         self.notify(
             f"mentor cache: {home}, {sizes}"
             if new
-            else f"mentor cache: {home}, started by an earlier run for all mentors"
+            else f"mentor cache: {home}, with rows of an earlier run for every mentor"
         )
         return None
 

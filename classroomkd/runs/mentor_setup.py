@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,36 +77,57 @@ def find_mentors(
     Raises UserError for a file that cannot be loaded.
     """
     mentors: list[Mentor] = []
-    taken: Counter[str] = Counter()
+    names: Counter[str] = Counter()
     trained: Counter[tuple[str, int | None]] = Counter()
     for config in configs:
-        source, weights = config.source, config.weights
-        network, info, architecture, file = None, None, source, None
-        length: int | None = config.epochs or epochs
-        number = 0
-        given = config.epochs is None if source in modules else is_given(config)
-        if source in modules:
-            network = copy.deepcopy(modules[source]).cpu().eval()
-        elif is_checkpoint(source):
-            network, info, architecture = models.load_network(source, notify=notify)
-            weights = source
-        elif given:
-            weights = weights or PRETRAINED
-            network, info = load_given(source, weights, notify)
-        if given:
-            length, file, weights = None, weights, None
-        else:
-            network = info = None
-            trained[architecture, config.at] += 1
-            number = trained[architecture, config.at]
-        called = label(architecture) + ("" if config.at is None else f"@{config.at}")
-        taken[called] += 1
-        name = called if taken[called] == 1 else f"{called}-{taken[called]}"
-        mean, std = (per_channel(of) if of else None for of in (config.mean, config.std))
-        schedule = length, config.at, number
-        job = TrainingJob("mentor", name, architecture, *schedule, weights, mean, std)
-        mentors.append(Mentor(job, source, network, info, file))
+        source = config.source
+        found = _found(config, modules, notify)
+        called = label(found.architecture) + ("" if config.at is None else f"@{config.at}")
+        names[called] += 1
+        job = TrainingJob(
+            "mentor",
+            called if names[called] == 1 else f"{called}-{names[called]}",
+            found.architecture,
+            at=config.at,
+            mean=per_channel(config.mean) if config.mean else None,
+            std=per_channel(config.std) if config.std else None,
+        )
+        if config.epochs is None if source in modules else is_given(config):
+            mentors.append(Mentor(job, source, found.network, found.info, found.weights))
+            continue
+        trained[found.architecture, config.at] += 1
+        job = replace(
+            job,
+            epochs=config.epochs or epochs,
+            number=trained[found.architecture, config.at],
+            weights=found.weights,
+        )
+        mentors.append(Mentor(job, source, None, None))
     return mentors
+
+
+class _Found(NamedTuple):
+    """What a mentor in a recipe names: the ``weights`` are a file or "pretrained"."""
+
+    architecture: str
+    network: nn.Module | None
+    info: NetworkInfo | None
+    weights: str | None
+
+
+def _found(
+    config: MentorConfig, modules: Mapping[str, nn.Module], notify: Callable[[str], None]
+) -> _Found:
+    source, weights = config.source, config.weights
+    if source in modules:
+        return _Found(source, copy.deepcopy(modules[source]).cpu().eval(), None, weights)
+    if is_checkpoint(source):
+        network, info, architecture = models.load_network(source, notify=notify)
+        return _Found(architecture, network, info, source)
+    if is_given(config):
+        weights = weights or PRETRAINED
+        return _Found(source, *load_given(source, weights, notify), weights)
+    return _Found(source, None, None, weights)
 
 
 def mentor_trainings(mentors: Sequence[Mentor]) -> list[list[TrainingJob]]:
@@ -135,7 +157,7 @@ def fit_mentor(
     mentor.info = info
     mentor.network = fit_to_data(mentor.network, info, data, what, example, _FINE_TUNE)
     if info is None and (data.mean, data.std) != NOT_NORMALISED:
-        notify(f"{what} does not say how to normalise; it gets what this data has")
+        notify(f"{what} has no mean and std of its own: its images are normalised as the student's")
     elif info and (own := info.image_size) != data.image_size:
         notify(f"{what} was trained on images of {own}×{own} pixels")
 

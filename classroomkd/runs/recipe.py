@@ -328,19 +328,8 @@ def _read(
         if OmegaConf.is_missing(merged.mentor_training, "epochs"):
             merged.mentor_training.epochs = merged.training.epochs
         recipe = cast(Recipe, OmegaConf.to_object(merged))
-        # A file may set loss with its method overridden; an override of loss would do nothing.
-        idle = [item for item in overrides if re.match(r"loss[.=]", item)]
-        if idle and recipe.method != "classroom":
-            from classroomkd.runs.recipe_keys import unused_loss
-
-            raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
-        known = method_names.entry(recipe.method).options
-        texts = {key for key, default in known.items() if isinstance(default, str)}
-        # PyYAML reads 1e-1 as text; OmegaConf, where the type is known, does not.
-        recipe.method_options = {
-            key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
-            for key, value in recipe.method_options.items()
-        }
+        _require_used_loss(recipe, overrides, where)
+        recipe.method_options = _typed_options(recipe)
         return recipe
     except UserError:
         raise
@@ -350,6 +339,31 @@ def _read(
         raise UserError(f"{where}{unknown_key(error.full_key or '', method, item)}") from None
     except (OmegaConfBaseException, TypeError) as error:
         raise UserError(f"{where}{layers.reason(error)}") from None
+
+
+def _require_used_loss(recipe: Recipe, overrides: Sequence[str], where: str) -> None:
+    """Raise UserError for an override of loss with a method that does not use it.
+
+    A file may set loss and have its method overridden.
+    """
+    idle = [item for item in overrides if re.match(r"loss[.=]", item)]
+    if idle and recipe.method != "classroom":
+        from classroomkd.runs.recipe_keys import unused_loss  # which reads this module
+
+        raise UserError(f"{where}{unused_loss(idle[0], recipe.method)}")
+
+
+def _typed_options(recipe: Recipe) -> dict[str, Any]:
+    """The options of the method, with texts such as 1e-1 read as numbers where they should be.
+
+    OmegaConf does so itself where it knows the type; PyYAML reads 1e-1 as text.
+    """
+    known = method_names.entry(recipe.method).options
+    texts = {key for key, default in known.items() if isinstance(default, str)}
+    return {
+        key: layers.value_of(value) if isinstance(value, str) and key not in texts else value
+        for key, value in recipe.method_options.items()
+    }
 
 
 def _override(merged: DictConfig, item: str, where: str) -> None:

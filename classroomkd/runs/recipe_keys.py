@@ -154,6 +154,9 @@ def unknown_key(name: str, method: str, override: str = "") -> str:
         else like
         for like in suggestions(key, method)
     ]
+    if "." not in key and not equals:  # of a mapping, whose name may be that of a section
+        sections = [field.name for field in fields(Recipe)]
+        near = difflib.get_close_matches(key, sections, n=1, cutoff=0.8) or near
     last = _last(key)
     others = [other for other in method_names.names() if other not in (method, "classroom")]
     takers = [other for other in others if last in method_names.entry(other).options]

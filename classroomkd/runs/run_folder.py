@@ -162,7 +162,7 @@ def errors_name_run(out: Path, resuming: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         if (out / "inputs.json").exists():
-            interrupt.args = (f"records and checkpoints so far are in {out}: {resuming} continues",)
+            interrupt.args = (f"{resuming} continues from the last checkpoint in {out}",)
         raise
     except OSError as error:  # a write to a full disk does not say where
         error.filename = error.filename or str(out)

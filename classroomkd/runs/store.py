@@ -102,9 +102,9 @@ class MentorStore:
         return weights
 
     def holds_all(self, files: Iterable[Path]) -> bool:
-        """Whether exactly the weights of all these files are stored."""
-        kept, wanted = (set(map(sha256, of)) for of in (self.folder.glob("*.safetensors"), files))
-        return wanted <= kept
+        """Whether the store has the weights of all these files, byte for byte."""
+        stored = {sha256(file) for file in self.folder.glob("*.safetensors")}
+        return all(sha256(file) in stored for file in files)
 
     def _paths(self, deciding: Mapping[str, Any]) -> tuple[Path, Path]:
         digest = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()

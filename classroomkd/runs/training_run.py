@@ -119,12 +119,14 @@ class TrainingRun:
         *,
         validation_set: AnyPart | None = None,
         folders: Mapping[str, str] = MappingProxyType({}),
+        temporary: bool = False,
     ) -> dict[str, Any]:
         """Train everything, write the run folder ``out`` with its report, return the summary.
 
         The student's best epoch is selected on ``validation_set``, or if that is None on a share
         of ``train_set``; it is not selected if the recipe's ``data.validation`` is 0. ``folders``
-        maps parts to their folders, to be shown to the user.
+        maps parts to their folders, to be shown to the user; ``out`` is not, if it is
+        ``temporary``.
 
         With ``resume`` the run in ``out`` continues from its last checkpoint and ends with the
         same results, on a CPU bit for bit.
@@ -159,8 +161,12 @@ class TrainingRun:
             classes = len(info.classes)
             fit_own(self.own_logits, train_set, classes, self.recipe, validation_set is None)
             self._check_mentors(sets, info)
+            self._print(
+                f"images: {counts(sets, folders)}, of {classes} classes; "
+                f"{device_name(self.device)}{'' if temporary else f'; run in {out}'}"
+            )
             with ExitStack() as opened:
-                trainer, answers = self._open(opened, out, resume, info, sets, folders)
+                trainer, answers = self._open(opened, out, resume, info, sets)
                 results = self._train_all(trainer, answers)
             summary = self._summary(sets, results)
             trainer.run.finish(summary)
@@ -191,7 +197,6 @@ class TrainingRun:
         resume: bool,
         info: NetworkInfo,
         sets: ImageSets,
-        folders: Mapping[str, str],
     ) -> tuple[NetworkTrainer, MentorAnswers]:
         """Open the run folder and the loaders, to be closed with ``opened``."""
         recipe = self.recipe
@@ -207,10 +212,6 @@ class TrainingRun:
         }
         digests = {name: images.digest() for name, images in sets.items()}
         run = self._open_folder(opened, out, resume, digests)
-        self._print(
-            f"images: {counts(sets, folders)}, of {len(info.classes)} classes; "
-            f"{device_name(self.device)}; run in {out}"
-        )
         self._print(f"loader: {loaders.backend} ({loaders.reason})")
         context = RunContext(
             recipe=recipe,

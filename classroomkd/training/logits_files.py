@@ -278,6 +278,9 @@ def size(shape: tuple[int, int, int], dtype: str) -> int:
     return epochs * n_images * (n_classes * np.dtype(dtype).itemsize + 4)
 
 
-def words(count: int) -> str:
+def size_text(count: int) -> str:
     """A number of bytes, as text."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    for unit, power in (("GB", 1e9), ("MB", 1e6)):
+        if count >= power / 10:
+            return f"{count / power:.1f} {unit}"
+    return f"{count / 1e3:.1f} kB"

@@ -53,13 +53,13 @@ class CachedMentors:
         self._sources = [sources.get(name) for name in names]
         self._bank, self._device, self._dtype = bank, device, dtype
         self._captures = cuda_graph and device.type == "cuda"
-        self._asked: dict[tuple[str, ...], Callable[[Tensor], list[Tensor]]] = {}
+        self._passes: dict[tuple[str, ...], Callable[[Tensor], list[Tensor]]] = {}
         self._notify = notify
         self._worker = ThreadPoolExecutor(1, "mentor-cache")
         self._batches: deque[np.ndarray] = deque()  # not yet being read
         self._reads: deque[tuple[np.ndarray, Future[list[Rows | None]]]] = deque()
         self._writes: deque[Future[None]] = deque()
-        self._told: set[tuple[int, int]] = set()
+        self._reported: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -91,10 +91,10 @@ class CachedMentors:
             for name, rows in zip(self.names, found, strict=True)
             if rows is None or not rows.known.all()
         ]
-        asked = dict(zip(missing, self._ask(tuple(missing), images), strict=True))
-        self._tell_damage()
+        computed = dict(zip(missing, self._compute(tuple(missing), images), strict=True))
+        self._report_damage()
         return [
-            self._joined(source, rows, asked.get(name), samples)
+            self._joined(source, rows, computed.get(name), samples)
             for name, source, rows in zip(self.names, self._sources, found, strict=True)
         ]
 
@@ -118,37 +118,37 @@ class CachedMentors:
     def _read(self, epoch: int, samples: np.ndarray) -> list[Rows | None]:
         return [None if source is None else source.read(epoch, samples) for source in self._sources]
 
-    def _ask(self, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
+    def _compute(self, names: tuple[str, ...], images: Tensor) -> list[Tensor]:
         """Run the mentors ``names``, as one separate graph if graphs are used."""
         if not names:
             return []
         assert self._bank is not None
-        if names not in self._asked:
-            ask = partial(_logits, self._bank, names)
-            self._asked[names] = CapturedStep(ask) if self._captures else ask
-        return self._asked[names](images)
+        if names not in self._passes:
+            run = partial(_logits, self._bank, names)
+            self._passes[names] = CapturedStep(run) if self._captures else run
+        return self._passes[names](images)
 
     def _joined(
-        self, source: Source | None, rows: Rows | None, asked: Tensor | None, samples: np.ndarray
+        self, source: Source | None, rows: Rows | None, computed: Tensor | None, samples: np.ndarray
     ) -> Tensor:
-        """The logits of a mentor: those in the file, or if it lacks them, those just computed."""
+        """The logits of a mentor: those in its file, and the ``computed`` ones that this lacks."""
         if rows is None:
-            assert asked is not None
-            return asked
+            assert computed is not None
+            return computed
         kept = None
         if rows.known.any():
             kept = self._to_device(rows.logits)
-        if asked is None:
+        if computed is None:
             assert kept is not None
             return kept.to(self._dtype)
         assert isinstance(source, KeptLogits)
         # Rounded to the file's dtype, so that computed and cached logits give the same run.
-        asked = asked.to(torch.from_numpy(rows.logits[:0]).dtype)
+        computed = computed.to(torch.from_numpy(rows.logits[:0]).dtype)
         if kept is not None:  # known rows are kept: a row's bits may depend on its batch
-            asked = torch.where(self._to_device(rows.known)[:, None], kept, asked)
+            computed = torch.where(self._to_device(rows.known)[:, None], kept, computed)
         if source.writes:
-            self._write(source, samples, asked)
-        return asked.to(self._dtype)
+            self._write(source, samples, computed)
+        return computed.to(self._dtype)
 
     def _to_device(self, values: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -175,11 +175,11 @@ class CachedMentors:
         while self._writes and (self._writes[0].done() or len(self._writes) > _BEHIND * len(self)):
             self._writes.popleft().result()
 
-    def _tell_damage(self) -> None:
+    def _report_damage(self) -> None:
         for number, source in enumerate(self._sources):
             for epoch in list(source.damaged) if isinstance(source, KeptLogits) else ():
-                if (number, epoch) not in self._told:
-                    self._told.add((number, epoch))
+                if (number, epoch) not in self._reported:
+                    self._reported.add((number, epoch))
                     assert isinstance(source, KeptLogits)
                     self._notify(
                         f"{source.folder} is damaged in epoch {epoch}: mentor "

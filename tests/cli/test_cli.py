@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from classroomkd import cli
+from classroomkd.errors import OF_TRAIN
 from classroomkd.loss import methods
 from classroomkd.models import NetworkInfo, create, names, save_network
 from classroomkd.reproduce.tables import TABLES
@@ -354,7 +355,10 @@ def test_what_needs_no_torch_does_not_import_it(tmp_path):
 
 BAD_PATHS = [
     ("report nope", "no run folder at nope"),
+    ("train", "--data and --student and --mentors are required, here or in a --recipe"),
+    ("train --data {data} method=alone", "--student is required, here or in a --recipe"),
     ("train --data absent {networks}", "no such folder: {cwd}/absent"),
+    ("train --data cifar {networks}", "no such folder: {cwd}/cifar: --download cifar100 makes"),
     ("train --data {data} --student resnet8 --mentors a/b.pt", "there is no checkpoint a/b.pt"),
     ("train --data {data} --student resnet9 --mentors resnet8", "called 'resnet9'; the nearest"),
     ("train --data {data} {networks} --out used", "used is not empty"),
@@ -366,7 +370,7 @@ BAD_PATHS = [
     ("evaluate absent --data {data}", "there is no checkpoint absent"),
     ("evaluate used --data absent", "no such folder: absent"),
     ("evaluate used", "--data is required: used lies in no run folder"),
-    ("reproduce main --data absent", "no folder at {cwd}/absent"),
+    ("reproduce main --data absent", "data info {cwd}/absent --download cifar100 makes it"),
     ("data info absent", "no such folder: absent"),
 ]
 
@@ -725,6 +729,17 @@ def test_a_command_without_its_packages_says_what_to_install(command):
     assert line.endswith('which is not installed: pip install "classroomkd[train]"')
 
 
+def test_distill_without_its_packages_says_what_to_install():
+    code = "import sys; sys.modules['rich'] = None; from classroomkd import distill"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=LAST_RESORT
+    )
+    said = (
+        'classroomkd.distill needs rich, which is not installed: pip install "classroomkd[train]"'
+    )
+    assert done.stderr.splitlines()[-1] == said
+
+
 def test_the_modules_of_train_are_what_setup_installs():
     required = {
         re.match(r"[\w-]+", requirement)[0].lower()
@@ -732,4 +747,4 @@ def test_the_modules_of_train_are_what_setup_installs():
         if re.search(r"extra == .train\b", requirement)
     }
     distributions = metadata.packages_distributions()
-    assert {name.lower() for of in cli._OF_TRAIN for name in distributions[of]} == required
+    assert {name.lower() for of in OF_TRAIN for name in distributions[of]} == required

@@ -16,6 +16,7 @@ from classroomkd import cli
 from classroomkd.data import digits, join, list_source, load_source
 from classroomkd.data.ffcv.beton import JPEG, RAW, open_beton, side_file, verify
 from ffcv_required import requires_ffcv
+from image_folders import make_cifar
 from patience import LAST_RESORT
 
 CLASSES = ("cat", "dog", "Ελ")
@@ -324,15 +325,21 @@ def test_folder_without_permission(source, tmp_path, capsys):
         assert "Permission denied" in error(capsys, *command)
 
 
+def test_info_downloads_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("classroomkd.data.cifar.download", make_cifar)
+    text = printed(capsys, "info", tmp_path / "new", "--download", "cifar100")
+    assert text.startswith(f"{tmp_path / 'new'}: 100 classes")
+
+
 def test_missing_ffcv_is_said_before_anything_is_read(source, tmp_path, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "ffcv"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "ffcv", None)
     monkeypatch.setattr("classroomkd.data.load_parts", None)
     out = tmp_path / "out.beton"
-    assert error(capsys, "pack", source, out).startswith("FFCV cannot be imported")
+    assert error(capsys, "pack", source, out).startswith("FFCV is not installed")
     out.write_bytes(bytes(100))
-    assert error(capsys, "verify", out, source).startswith("FFCV cannot be imported")
+    assert error(capsys, "verify", out, source).startswith("FFCV is not installed")
 
 
 def test_help_and_start_up_stay_light():

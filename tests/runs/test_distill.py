@@ -68,15 +68,16 @@ def refusal(*arguments, **options) -> str:
     return str(caught.value)
 
 
-def test_image_sets_give_the_very_weights_of_the_command_line(tmp_path):
+def test_image_sets_give_the_very_weights_of_the_command_line(tmp_path, capsys):
     """A named student, the same mentor as a module and as a file, one recipe."""
     sets = colours(40), colours(13, 1)
     torch.manual_seed(0)
     mentor = create("resnet8", 3)
     before = values_of(mentor)
     data = {"validation": 0.0, "loader": "resident"}
-    options = {**SETTINGS, "data": data, "epochs": 2}
+    options = {**SETTINGS, "data": data, "epochs": 2, "quiet": False}
     student, summary = distill("resnet8", {"teacher": mentor}, *sets, **options)
+    assert "run in" not in capsys.readouterr().out  # that folder is gone
     assert same(values_of(mentor), before)
     assert not student.training
     torch.save(mentor.state_dict(), tmp_path / "w.pth")
@@ -290,6 +291,8 @@ class Stream(torch.utils.data.IterableDataset):
         ({"training": {"mixup": 0.2}}, "training.mixup mixes known samples"),
         ({"data": {"flip": True}}, "data: flip has no meaning for the batches of a DataLoader"),
         ({"training": {"epoch": 3}}, "there is no key training.epoch: did you mean"),
+        ({"trainin": {"epochs": 3}}, "there is no key trainin: did you mean training?"),
+        ({"mentor_trainin": {}}, "there is no key mentor_trainin: did you mean mentor_training?"),
         ({"method": "kdd"}, "no method is called 'kdd'"),
         ({"loss": {"temperature": 0}}, "loss: temperature must be greater than 0"),
     ],

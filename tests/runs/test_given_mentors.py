@@ -95,9 +95,13 @@ def test_the_command(tmp_path, knowing, capsys):
     assert not main(command)
     printed = capsys.readouterr().out
     assert "resnet14: has no weights yet" in printed
+    assert all(printed.splitlines())
     assert f"resnet8 ({tmp_path / 'untrained.safetensors'}): top-1" in printed
     assert "near chance" in printed
     assert main([*command, "--strict"]) == 1
+    capsys.readouterr()
+    assert not main(["check", "--data", "digits", "--image-size", "8", "--mentors", "resnet14"])
+    assert len(capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_mentor_that_teaches_nothing_is_named_once():

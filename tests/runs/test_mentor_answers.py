@@ -71,11 +71,11 @@ def test_mentors_answer_once_for_all_methods_and_seeds(tmp_path, asked):
     first, text = train(tmp_path / "first", "data_seed=4", CACHED)
     assert same(without, first)
     assert len(asked) == 2 * STEPS
-    assert "MB for 2 of 2 mentors" in text
+    assert "kB for 2 of 2 mentors" in text
     asked.clear()
     again, text = train(tmp_path / "again", "data_seed=4", CACHED)
     assert same(without, again)
-    assert "started by an earlier run for all mentors" in text
+    assert "with rows of an earlier run for every mentor" in text
     train(tmp_path / "kd", "data_seed=4", CACHED, "method=kd")
     train(tmp_path / "seed", "data_seed=4", CACHED, "seed=7", "mentor_seed=0", "data.split_seed=0")
     train(tmp_path / "student", "data_seed=4", CACHED, "student=resnet14")
@@ -115,7 +115,7 @@ def test_features_are_not_cached(tmp_path, asked):
 def test_too_little_space_is_said_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(UserError, match=r"needs 0.0 MB for 2 of 2 mentors, 0.0 MB free: set ment"):
+    with pytest.raises(UserError, match=r"needs 1.8 kB for 2 of 2 mentors, 1.0 kB free: set ment"):
         train(tmp_path / "run", CACHED)
     assert not list(logits_folder().iterdir())
 

@@ -463,7 +463,7 @@ def test_two_shards_and_their_table(tiny, data, tmp_path, capsys):
     before = {path: path.stat().st_mtime_ns for path in outs[0].rglob("summary.json")}
     capsys.readouterr()
     assert cli.main(arguments(tiny, data, outs[0], *two)) == 0
-    assert "0 of 4 runs left" in capsys.readouterr().out
+    assert "0 of 4 runs; time left" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in outs[0].rglob("summary.json")} == before
     results = json.loads((outs[0] / "results.json").read_bytes())
     assert [(run["variant"], run["seed"]) for run in results["runs"]] == [
@@ -621,7 +621,7 @@ def test_a_plan_runs_nothing(tiny, tmp_path, capsys):
     given = ["reproduce", "ablation", "--classrooms", str(tiny), "--out", str(tmp_path / "out")]
     assert cli.main([*given, "--plan"]) == 0
     text = capsys.readouterr().out
-    assert "36 of 36 runs left, before them 2 of 2 trainings of mentors" in text
+    assert "left: 2 of 2 trainings of mentors, 36 of 36 runs; time left, 1 at a time:" in text
     assert "tiny/mentoring-dtkd" in text
     assert not (tmp_path / "out").exists()
 
@@ -667,7 +667,7 @@ def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_p
     options = ["--classrooms", str(tiny), "--out", str(out)]
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "nosuch")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "no folder at" in line
+    assert f"no such folder: {tmp_path / 'nosuch'}: give --data one with the images" in line
     (tmp_path / "empty").mkdir()
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "empty")]) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -165,13 +165,15 @@ def test_the_command_lists_verifies_and_removes(tmp_path, monkeypatch, capsys):
         "resnet8-1: resnet8, seed 3: 2 epochs of 9 images of 5 classes" in capsys.readouterr().out
     )
     assert cli.main(["cache", "verify"]) == 0
-    assert "16.7% known" in capsys.readouterr().out
+    assert "resnet8-1: 3 of 18 rows stored, none damaged" in capsys.readouterr().out
     assert cli.main(["cache", "remove", "--all"]) == 2
     assert "in use by a run" in capsys.readouterr().err
     kept.close()
     np.load(kept.folder / "logits.npy", mmap_mode="r+")[0, 4] += 1
     assert cli.main(["cache", "verify", "resnet8-1"]) == 1
-    assert "epoch 1: 1 of 9 images are damaged" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "resnet8-1: 2 of 18 rows stored, 1 damaged" in printed
+    assert "epoch 1: 1 of 9 images are damaged" in printed
     (kept.folder / "tags.npy").unlink()
     assert cli.main(["cache", "verify"]) == 1
     for wrong in (["remove"], ["remove", "resnet9"], ["verify", "--all"]):

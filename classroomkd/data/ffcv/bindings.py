@@ -33,9 +33,10 @@ def import_ffcv() -> ModuleType:
             import ffcv
             from ffcv.memory_managers import OSCacheManager
     except (ImportError, OSError) as error:  # OSError: a shared library is missing
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "ffcv"
+        what = "is not installed" if absent else f"cannot be imported ({one_line(error)})"
         raise UserError(
-            f"FFCV cannot be imported ({one_line(error)}): scripts/install_ffcv.sh in the "
-            "repository installs it"
+            f"FFCV {what}: scripts/install_ffcv.sh in the repository installs it"
         ) from error
     OSCacheManager.compile_reader = _compile_reader
     return ffcv

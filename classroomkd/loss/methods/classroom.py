@@ -43,7 +43,10 @@ class Classroom(Method):
 
     Args:
         standardise: whether the mentors' terms compare z-scores of the rows of logits.
-        mentor_weight, process_group, **options: those of ClassroomLoss; reduction is not "none".
+        mentor_weight: weight g_m of the mentors' terms: a number, or "auto", which is
+            min(1, max(1/2, C / 200) / M) for C classes and M mentors; None is 1. In Python also one
+            number for each mentor.
+        process_group, **options: those of ClassroomLoss; reduction is not "none".
 
     """
 
