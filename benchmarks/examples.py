@@ -2,9 +2,8 @@
 
     python benchmarks/examples.py --out OUT
 
-Runs the EXAMPLES as their docstrings say, each in a process of its own, and keeps the accuracies or
-perplexities that it prints. Other seeds chose the examples' settings. The same command resumes an
-interrupted one.
+Runs the EXAMPLES as their docstrings say, each in a process of its own, and keeps the results that it
+prints. Other seeds chose the settings of all but the dense ones. The same command resumes an interrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from rich.progress import track
 
 from measure import KeptRows
 
-EXAMPLES = ("plain", "lightning_module", "hugging_face", "language_model")
+EXAMPLES = ("plain", "lightning_module", "hugging_face", "language_model", "segmentation", "pose")
 SEEDS = range(5)
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
 
@@ -34,7 +33,7 @@ def run(name: str, *arguments: str) -> dict[str, object]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = re.search(r"^held-out (accuracy|perplexity): (.*)$", done.stdout, re.MULTILINE)
+    found = re.search(r"^held-out (accuracy|perplexity|mean IoU|PCK): (.*)$", done.stdout, re.MULTILINE)
     if done.returncode or not found:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     *mentors, alone, classroom = map(float, re.findall(r"\d+\.\d+", found[2]))

@@ -142,12 +142,13 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
 
 def _examples(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        "Held-out accuracy, in percent, or perplexity, the less the better, with its standard "
-        "deviation over the seeds, and the difference with its standard error, paired by seed."
+        "Held-out accuracy, mean IoU or PCK within 2 pixels, in percent, or perplexity, the less the "
+        "better, with its standard deviation over the seeds, and the difference with its standard "
+        "error, paired by seed."
     )
     lines = []
     for (name, measure), own in _grouped(rows, ("example", "measure")).items():
-        scale, digits = (100, 2) if measure == "accuracy" else (1, 3)
+        scale, digits = (1, 3) if measure == "perplexity" else (100, 2)
 
         def told(values: Sequence[float], difference: bool = False, digits: int = digits) -> str:
             text = f"{mean(values):{'+' if difference else ''}.{digits}f}".replace("-", "−")
