@@ -147,8 +147,9 @@ def test_more_classes_are_copied_to_rows(device):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("target", "dtype"), zip(TARGETS, (FLOAT32, BFLOAT16, FLOAT32), strict=True)
+)
 def test_bytes(target, dtype):
     """Three reads of every logit and one write of the gradient, in full sectors, are all."""
     n_mentors, n_rows, n_classes = 3, 256, 10
