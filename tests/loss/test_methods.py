@@ -213,19 +213,12 @@ def grads(student: Outputs) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("mentors", [1, 2, 3])
 def test_the_loss_is_the_formulas(name: str, options: dict, mentors: int) -> None:
-    for seed in range(3):
-        case = batch(mentors=mentors, seed=seed)
-        loss = create(name, **options)(*case)
+    cases = [batch(mentors=mentors, seed=seed) for seed in range(3)]
+    for case in (*cases, batch(rows=1, mentors=mentors, ignored=())):
+        loss, _ = create(name, **options).backward(*case)
         assert loss.shape == ()
         assert loss.item() == pytest.approx(expected_loss(name, *case, **options), rel=1e-10)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_of_a_single_row(name: str, options: dict) -> None:
-    case = batch(rows=1, ignored=())
-    loss, _ = create(name, **options).backward(*case)
-    assert loss.item() == pytest.approx(expected_loss(name, *case, **options), rel=1e-10)
-    assert case[0].logits.grad.isfinite().all()
+        assert case[0].logits.grad[case[2] >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -634,14 +627,6 @@ def test_the_standardised_classroom_with_batch_ranking() -> None:
     kd_terms = ClassroomLoss(task_weight=0.0, **options)(scores[0], scores[1:], targets[valid])
     assert loss.item() == pytest.approx(task + kd_terms.item(), rel=1e-10)
     assert report.student_confidence.item() == pytest.approx(math.exp(sum(ells) / len(ells)))
-
-
-def test_the_standardised_classroom_of_class_probabilities() -> None:
-    student, mentors, targets = batch(ignored=())
-    method = create("classroom", standardise=True)
-    soft = torch.eye(C, dtype=torch.float64)[targets]
-    expected = method(student, mentors, targets).item()
-    assert method(student, mentors, soft).item() == pytest.approx(expected, rel=1e-12)
 
 
 # Features.
