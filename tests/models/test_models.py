@@ -15,7 +15,7 @@ from classroomkd.errors import UserError
 from classroomkd.models import create, names
 from classroomkd.models.network_names import SIZES, Size
 from classroomkd.models.zoo import ZOO
-from zoo_weights import fill, probe
+from zoo_weights import fill, probe, relative_error
 
 DATA = Path(__file__).parents[1] / "golden"
 SHAPES = json.loads((DATA / "zoo_shapes.json").read_text())
@@ -23,10 +23,6 @@ LOGITS = np.load(DATA / "zoo_logits.npz")
 # The smallest of each family, and the only one where there is one.
 FAMILIES = ["resnet8", "resnet34", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1"]
 FAMILIES += ["shufflenetv2"]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    return float((actual - expected).double().norm() / expected.double().norm())
 
 
 # Held against networks in the form of public repositories in test_public_forms.py.
