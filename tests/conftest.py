@@ -188,6 +188,15 @@ def _no_plans_of_earlier_tests():
 
 
 @pytest.fixture
+def one_thread():
+    """Networks as small as those of runs in tests only wait for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned_memory():
     """Fill every freshly allocated tensor with NaN, so that an element left unwritten is seen."""
     torch.use_deterministic_algorithms(True, warn_only=True)

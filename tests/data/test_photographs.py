@@ -31,27 +31,17 @@ from classroomkd.data.decoding import read_files
 from classroomkd.data.ffcv import beton
 from classroomkd.errors import UserError
 from classroomkd.models import create, load_network
-from classroomkd.runs.images import (
-    open_loaders,
-    read_images,
-    training_augmentation,
-)
+from classroomkd.runs.images import open_loaders, read_images, training_augmentation
 from classroomkd.runs.paths import recorded_data
 from classroomkd.runs.recipe import DataConfig, load_recipe
 from classroomkd.training.evaluation import evaluation_crop
 from ffcv_required import requires_ffcv
 from slow_augmentation import slow_mix
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CLASSES = ["blue", "green", "red"]
 BACKENDS = [pytest.param("ffcv", marks=requires_ffcv), "torch"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def photograph(file: Path, channel: int, rng: np.random.Generator) -> None:

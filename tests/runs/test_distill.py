@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import classroomkd
+import refusals
 from classroomkd import cli, distill
 from classroomkd.data import ImageSet
-from classroomkd.errors import UserError
 from classroomkd.models import create
 from classroomkd.runs.recipe import load_recipe
 from classroomkd.runs.training_run import TrainingRun
@@ -62,10 +62,7 @@ test_.__test__ = False
 
 
 def refusal(*arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        distill(*arguments, **{"epochs": 1, **options})
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    return refusals.refusal(distill, *arguments, **{"epochs": 1, **options})
 
 
 def test_image_sets_give_the_very_weights_of_the_command_line(tmp_path):
