@@ -252,34 +252,6 @@ def test_targets_that_are_refused_before_anything_is_read(tmp_path, capsys, monk
     assert existing.read_bytes() == b"precious"
 
 
-@requires_ffcv
-def test_sources_that_are_wrong(source, tmp_path, capsys):
-    out = tmp_path / "out.beton"
-    for command in (["info"], ["pack", "--image-size", "8"], ["pack", "--photos"]):
-        target = [out] if command[0] == "pack" else []
-        nowhere = tmp_path / "nowhere"
-        message = error(capsys, command[0], nowhere, *target, *command[1:])
-        assert message == f"no such folder: {nowhere}"
-    (tmp_path / "text.beton").write_text("no beton")
-    message = error(capsys, "pack", tmp_path / "text.beton", out)
-    assert message.startswith(f"{tmp_path / 'text.beton'} is a file: give the folder")
-    assert not out.exists()
-
-
-@requires_ffcv
-def test_files_that_are_wrong(source, tmp_path, capsys):
-    out = tmp_path / "out.beton"
-    out.write_text("no beton, but long enough to be looked at")
-    for command in ("info", "verify"):
-        assert error(capsys, command, out).startswith(f"{out} is not a .beton file")
-    assert error(capsys, "verify", tmp_path) == f"{tmp_path} is a folder: give a .beton file"
-    run("pack", source, out, "--overwrite")
-    capsys.readouterr()
-    out.write_bytes(out.read_bytes()[:-100])
-    for command in ("info", "verify"):
-        assert "truncated" in error(capsys, command, out)
-
-
 # ---------------------------------------------------------------- refusals and interruptions
 
 

@@ -665,9 +665,6 @@ def test_mentors_side_by_side(tiny, data, store, tmp_path, capsys, monkeypatch):
 def test_images_that_are_not_there_are_missed_before_anything_is_run(tiny, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--classrooms", str(tiny), "--out", str(out)]
-    assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "nosuch")]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no folder at" in line
     (tmp_path / "empty").mkdir()
     assert cli.main(["reproduce", "methods", *options, "--data", str(tmp_path / "empty")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
