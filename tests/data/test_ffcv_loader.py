@@ -36,10 +36,15 @@ def packed(tmp_path):
 
 @pytest.fixture
 def loader(packed):
+    with open_loader(packed, 4) as loader:
+        yield loader
+
+
+def open_loader(*arguments, **options):
+    """A loader, which takes FFCV to be imported."""
     from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
-    with FFCVLoader(packed, 4, **OPTIONS) as loader:
-        yield loader
+    return FFCVLoader(*arguments, **OPTIONS, **options)
 
 
 def with_preamble(code, packed):
@@ -168,8 +173,6 @@ def test_a_loader_for_the_cpu_leaves_cuda_alone(packed):
 
 def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
     """What is asked of CUDA, of which every part is a stand-in here."""
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     made = {"streams": [], "events": [], "pinned": [], "recorded": [], "reused": []}
 
     class Stream:
@@ -219,8 +222,8 @@ def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current.stream)
     for name, stand_in in (("to", to), ("pin_memory", pin), ("record_stream", record)):
         monkeypatch.setattr(torch.Tensor, name, stand_in)
-    reference = FFCVLoader(packed, 4, **OPTIONS)
-    with reference, FFCVLoader(packed, 4, device="cuda:2", **OPTIONS) as loader:
+    reference = open_loader(packed, 4)
+    with reference, open_loader(packed, 4, device="cuda:2") as loader:
         for epoch in range(3):
             for one in (reference, loader):
                 one.set_epoch(epoch)
@@ -235,10 +238,8 @@ def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
 
 
 def test_a_path_in_the_home_folder(packed, monkeypatch):
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     monkeypatch.setenv("HOME", str(packed.parent))
-    with FFCVLoader(f"~/{packed.name}", 4, **OPTIONS) as loader:
+    with open_loader(f"~/{packed.name}", 4) as loader:
         assert len(list(loader)) == 10
 
 
@@ -261,12 +262,10 @@ def test_thread_counts_stay_as_they_were(packed):
 
 def test_more_workers_than_cores(packed):
     """FFCV's own loader raises."""
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    with FFCVLoader(packed, 4, workers=4 * (os.cpu_count() or 1), **OPTIONS) as loader:
+    with open_loader(packed, 4, workers=4 * (os.cpu_count() or 1)) as loader:
         assert len(list(loader)) == 10
     with pytest.raises(UserError, match="workers must be at least 1, got 0"):
-        FFCVLoader(packed, 4, workers=0, **OPTIONS)
+        open_loader(packed, 4, workers=0)
 
 
 def test_the_process_may_end_in_an_epoch(packed):
@@ -332,23 +331,20 @@ def test_a_stock_loader_beside_ours(packed):
 
 
 def test_the_file_must_be_one(tmp_path):
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     (tmp_path / "notes.beton").write_text("bread, milk")
     with pytest.raises(UserError, match=r"notes\.beton is not a \.beton file"):
-        FFCVLoader(tmp_path / "notes.beton", 4, **OPTIONS)
+        open_loader(tmp_path / "notes.beton", 4)
 
 
 @pytest.mark.parametrize("kind", ["resident", "torch", "ffcv"])
 def test_epochs_without_growth(tmp_path, kind):
     """In threads, processes, open files and memory."""
     from classroomkd.data.ffcv.beton import pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
     images = random_set(40, 32, 32)
     if kind == "ffcv":
         pack(images, tmp_path / "set.beton")
-        loader = FFCVLoader(tmp_path / "set.beton", 8, workers=2, **OPTIONS)
+        loader = open_loader(tmp_path / "set.beton", 8, workers=2)
     elif kind == "torch":
         loader = TorchLoader(images, 8, workers=1, **OPTIONS)
     else:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.loss import fused, plans
-from classrooms import OPTIONS, classroom, probabilities
+from classrooms import OPTIONS, at, classroom, probabilities
 
 
 @pytest.fixture
@@ -183,13 +183,6 @@ def test_what_a_gradient_needs(device, found):
     (first,) = torch.autograd.grad(loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(first.sum(), z)
-
-
-def at(offset, tensor):
-    """The same numbers, so many elements after an aligned address."""
-    place = torch.empty(tensor.numel() + offset + 64, dtype=tensor.dtype, device=tensor.device)
-    start = -(place.data_ptr() // tensor.element_size()) % 64 + offset
-    return place[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def test_alignment(device, found):
