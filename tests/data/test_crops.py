@@ -163,7 +163,10 @@ def packed(photographs, path, **how):
     return pack(photographs, path, **how)
 
 
-def opened(path, augmentation=RandomResizedCrop(24), **options):
+CROP = RandomResizedCrop(24)
+
+
+def opened(path, augmentation=CROP, **options):
     """FFCV's loader of batches of 5."""
     from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
 
