@@ -62,7 +62,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Options that are one more constant of a launch are tried on the pass that takes no time.
+CONSTANTS = {"temperature", "correct", "correct_and_better", "unfiltered", "fixed", "unmentored"}
+CONSTANTS |= {"uniform", "by_confidence", "no_task", "rounded", "released_ablation"}
+ON_DEVICES = [("cpu", name) for name in CASES]
+for name in [name for name in CASES if name not in CONSTANTS]:
+    ON_DEVICES += [("interpreter", name), pytest.param("ptx", name, marks=pytest.mark.ptx)]
+    ON_DEVICES += [pytest.param("gpu", name, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("device", "name"), ON_DEVICES, indirect=["device"])
 def test_the_same_as_without_a_plan(device, found, name):
     """Twice, as the second call of a plan is the first that repeats a launch."""
     function, options = CASES[name]
