@@ -1,5 +1,6 @@
 """Sources: files, arrays and data sets, decoded at once or on use."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -64,6 +65,119 @@ def error_of(path, **options):
 
 
 # ---------------------------------------------------------------- class folders
+
+
+@pytest.mark.parametrize("parts", [("train", "val"), ("train", "test"), ("train", "val", "test")])
+def test_tree_with_held_out_part(tmp_path, parts):
+    made = make_tree(tmp_path, parts, classes=("dog", "Ant", "cat"))
+    train, test = load(tmp_path)
+    for image_set, part in ((train, "train"), (test, parts[-1])):
+        assert image_set.classes == ["Ant", "cat", "dog"]
+        assert image_set.targets.dtype == np.int64
+        assert image_set.targets.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+        expected = [made[f"{part}/{name}/{i}.png"] for name in train.classes for i in range(3)]
+        assert image_set.images.dtype == np.uint8
+        np.testing.assert_array_equal(image_set.images, expected)
+        assert len(image_set) == 9
+
+
+def test_files_are_in_natural_order_and_others_are_ignored(tmp_path, monkeypatch):
+    names = ["b2.png", "b10.PNG", "b1.png", "a.webp", "b02.png", "².png"]
+    for part in ("train", "val"):
+        for i, name in enumerate(names):
+            write(tmp_path / part / "x" / name, pixels(i), lossless=True)
+            write(tmp_path / part / "y" / name, pixels(i), lossless=True)
+        (tmp_path / part / "x" / "notes.txt").write_text("not an image")
+        (tmp_path / part / "x" / "._b1.png").write_bytes(b"a Mac's metadata")
+        (tmp_path / part / "x" / "folder.png").mkdir()
+        (tmp_path / part / ".cache").mkdir()
+    order = ["a.webp", "b1.png", "b02.png", "b2.png", "b10.PNG", "².png"]
+    expected = [pixels(names.index(name)) for name in order] * 2
+    scandir = os.scandir
+    for backwards in (False, True):  # whatever order the file system lists them in
+
+        def listing(path, backwards=backwards):
+            with scandir(path) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+            return contextlib.nullcontext(entries)
+
+        monkeypatch.setattr("classroomkd.data.class_folders.os.scandir", listing)
+        train, _ = load(tmp_path)
+        assert train.classes == ["x", "y"]
+        np.testing.assert_array_equal(train.images, expected)
+
+
+def test_more_files_than_one_chunk_of_a_thread(tmp_path):
+    made = make_tree(tmp_path, count=150)
+    train, test = load(tmp_path)
+    expected = [made[f"train/{name}/{i}.png"] for name in ("cat", "dog") for i in range(150)]
+    np.testing.assert_array_equal(train.images, expected)
+    assert len(test) == 300
+
+
+def test_one_folder_is_split_by_class_and_seed(tmp_path):
+    counts = {"a": 10, "b": 5, "c": 2}
+    for name, count in counts.items():
+        for i in range(count):
+            write(
+                tmp_path / name / f"{i}.png", np.full((8, 8, 3), 20 * ord(name) % 200 + i, np.uint8)
+            )
+
+    def contents(image_set):
+        return list(
+            zip(image_set.targets.tolist(), image_set.images[:, 0, 0, 0].tolist(), strict=True)
+        )
+
+    train, test = load(tmp_path, seed=1, test_share=0.3)
+    assert np.bincount(test.targets).tolist() == [3, 2, 1]  # 3, 1.5, and 0.6 but at least 1
+    assert np.bincount(train.targets).tolist() == [7, 3, 1]
+    everything = [(t, 20 * ord(n) % 200 + i) for t, n in enumerate("abc") for i in range(counts[n])]
+    assert sorted(contents(train) + contents(test)) == sorted(everything)
+    assert contents(load(tmp_path, seed=1, test_share=0.3)[1]) == contents(test)
+    splits = {str(contents(load(tmp_path, seed=seed, test_share=0.3)[1])) for seed in range(8)}
+    assert len(splits) > 4
+    assert np.bincount(load(tmp_path, test_share=0.99)[0].targets).tolist() == [1, 1, 1]
+    assert np.bincount(load(tmp_path, test_share=0.01)[1].targets).tolist() == [1, 1, 1]
+
+
+def test_missing_folder_and_file(tmp_path):
+    assert error_of(tmp_path / "nowhere") == f"no such folder: {tmp_path / 'nowhere'}"
+    (tmp_path / "file.zip").write_bytes(b"PK")
+    assert f"{tmp_path / 'file.zip'} is a file" in error_of(tmp_path / "file.zip")
+
+
+def test_folders_without_classes_or_images(tmp_path):
+    message = (
+        f"no class folders in {tmp_path}: put the images of each class in a separate "
+        f"folder, such as {tmp_path.name}/cat/ and {tmp_path.name}/dog/"
+    )
+    assert error_of(tmp_path) == message
+    write(tmp_path / "0.jpeg", pixels(0))
+    assert error_of(tmp_path) == message
+    make_tree(tmp_path, parts=["all"])
+    (tmp_path / "all" / "empty").mkdir()
+    assert f"images in the class folder {tmp_path / 'all' / 'empty'}" in error_of(tmp_path / "all")
+
+
+@pytest.mark.parametrize("names", [("train", "test"), ("Training", "valid")])
+def test_classes_that_are_split_into_parts_are_not_pooled(tmp_path, names):
+    """Or images of the test part would be trained on."""
+    train, held_out = names
+    for part in names:
+        make_tree(tmp_path / "sets", (f"A/{part}", f"B/{part}"))
+        make_tree(tmp_path / "classes", (f"cat/{part}", f"dog/{part}"), classes=("",))
+    for root, first in (("sets", "A"), ("classes", "cat")):
+        root = tmp_path / root
+        assert error_of(root) == (
+            f"the class folder {root / first} holds {train}/ and {held_out}/, named like parts of "
+            f"a data set: give {root / first} if it is one, or put the parts above the classes, as "
+            f"{root / train / first} and {root / held_out / first}"
+        )
+        assert str(root / first) in refusal(list_source, root)
+    assert len(load(tmp_path / "sets" / "A")[0]) == 6
+    # One name alone may be any sub-folder's.
+    make_tree(tmp_path / "one", ("cat/test", "dog/train"), classes=("",))
+    assert load(tmp_path / "one")[0].classes == ["cat", "dog"]
 
 
 @pytest.mark.parametrize(

@@ -732,17 +732,6 @@ def test_full_disk_says_where_the_run_is_and_leaves_the_last_state(tmp_path: Pat
     assert summary["results"] == hold(tmp_path / "whole")["results"]
 
 
-def test_one_constant_channel_is_no_hindrance(tmp_path: Path):
-    train_set, test_set = colours(28), colours(13, seed=1)
-    for image_set in (train_set, test_set):
-        image_set.images[..., 2] = 7
-    short = recipe("mentors=[resnet8]", "training.epochs=1", "mentor_training.epochs=1")
-    summary = TrainingRun(short, Console(file=io.StringIO())).run(
-        train_set, test_set, tmp_path / "run"
-    )
-    assert all(math.isfinite(result["loss"]) for result in summary["results"])
-
-
 @pytest.mark.parametrize(
     ("text", "split"),
     [
