@@ -70,11 +70,11 @@ def _ptx_to_leave_out(items, every):
 
     def sampled_with(item):
         above = _ABOVE_THE_KERNELS & {item.path.name, item.originalname}
-        return item.path.name if above else item.originalname
+        return item.path.name, item.path.name if above else item.originalname
 
     on_ptx = [item for item in items if _parameter(item) == "ptx"]
     on_ptx.sort(key=sampled_with)
-    for test, cases in itertools.groupby(on_ptx, sampled_with):
+    for (_, test), cases in itertools.groupby(on_ptx, sampled_with):
         drawn_at = zlib.crc32(test.encode())
         cases = [*cases]
         for first in range(0, len(cases), _CASES):

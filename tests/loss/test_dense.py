@@ -148,7 +148,7 @@ def test_more_classes_are_copied_to_rows(device):
 
 @pytest.mark.ptx
 @pytest.mark.parametrize(
-    ("target", "dtype"), zip(TARGETS, (FLOAT32, BFLOAT16, FLOAT32), strict=True)
+    ("target", "dtype"), [*zip(TARGETS, (FLOAT32, BFLOAT16, FLOAT32), strict=True)]
 )
 def test_bytes(target, dtype):
     """Three reads of every logit and one write of the gradient, in full sectors, are all."""

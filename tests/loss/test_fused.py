@@ -117,7 +117,8 @@ def test_every_option(device, name, soft):
 # twice the last single pass, and few rows, which the interpreter takes one after another.
 @pytest.mark.usefixtures("kernels_ran")
 @pytest.mark.parametrize(
-    ("n_classes", "n_mentors"), itertools.product([1, 10, 16, 100, 127, 129, 1000, 9000], [1, 6])
+    ("n_classes", "n_mentors"),
+    [*itertools.product([1, 10, 16, 100, 127, 129, 1000, 9000], [1, 6])],
 )
 def test_sizes(device, n_classes, n_mentors):
     # Of fewer rows the errors, PyTorch's as well, are luck.
