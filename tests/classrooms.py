@@ -43,6 +43,10 @@ OPTIONS = {
 }
 
 
+# Those that kernels treat otherwise where targets are probabilities, and their defaults.
+SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", "released_ablation")
+
+
 class Classroom(NamedTuple):
     """Logits and targets of one batch."""
 

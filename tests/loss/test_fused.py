@@ -23,11 +23,14 @@ from classroomkd import (
 )
 from classroomkd.loss import fused
 from classroomkd.loss.options import LossOptions
-from classrooms import EXTREME_MAXIMA, OPTIONS, Classroom, classroom, probabilities
+from classrooms import EXTREME_MAXIMA, OPTIONS, SOFT, Classroom, classroom, probabilities
 from fused_cases import sweep
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 FUNCTIONS = (classroom_loss, fused_classroom_loss)
+every_option = pytest.mark.parametrize(
+    ("name", "soft"), [*((name, False) for name in OPTIONS), *((name, True) for name in SOFT)]
+)
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 # Temperature multiplies the roundings of ℓ, so every batch has its own luck: over 40 batches the
@@ -127,16 +130,9 @@ def test_sizes(device, n_classes, n_mentors):
     assert_as_good_as_pytorch(batch, device, ranking="batch", rank_decimals=2)
 
 
-# The options that the sweeps treat otherwise where targets are probabilities, and their defaults.
-SWEPT_SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", "released_ablation")
-every_option_swept = pytest.mark.parametrize(
-    ("name", "soft"), [*((name, False) for name in OPTIONS), *((name, True) for name in SWEPT_SOFT)]
-)
-
-
 # The sweeps over tiles at sizes where the single pass would serve too: less than a tile, one, some.
 @pytest.mark.usefixtures("kernels_ran")
-@every_option_swept
+@every_option
 def test_every_option_tiled(device, monkeypatch, name, soft):
     sweep(monkeypatch, 16)
     batch = classroom(3, 5, 37, seed=WITH_ALL_KINDS[37])
@@ -173,7 +169,7 @@ def test_many_mentors(device, n_mentors, n_classes):
 
 
 @pytest.mark.usefixtures("kernels_ran")
-@every_option_swept
+@every_option
 def test_every_option_with_many_mentors(device, name, soft):
     """Swept rows of all networks in one tile, in two steps, the last incomplete."""
     batch = classroom(13, 5, 530)
