@@ -1,6 +1,7 @@
 """Fixtures of all tests, and what pytest skips where a package is missing."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -185,6 +186,15 @@ def device(request, monkeypatch):
 def _no_plans_of_earlier_tests():
     """Else what a test replaces may be passed by, as an earlier call has found it."""
     plans._kind.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def small_heap():
+    """Leaves what earlier tests imported out of a module's collections, which take seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

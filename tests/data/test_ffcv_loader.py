@@ -22,7 +22,7 @@ from loader_cases import OPTIONS, random_set
 from patience import LAST_RESORT
 from processes import Running
 
-pytestmark = requires_ffcv
+pytestmark = [requires_ffcv, pytest.mark.usefixtures("small_heap")]
 TESTS = Path(__file__).parents[1]
 
 

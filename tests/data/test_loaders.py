@@ -21,14 +21,7 @@ from loader_cases import ALL, FFCV, MEAN, STD, needs_interpreter, random_set
 from patience import LAST_RESORT
 from slow_augmentation import slow_augment, slow_cutout
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_heap():
-    """Leave what earlier tests imported out of the collections in `running`, seconds each."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 
 def running():
