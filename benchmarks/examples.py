@@ -2,8 +2,9 @@
 
     python benchmarks/examples.py --out OUT
 
-Runs the EXAMPLES as their docstrings say, each in a process of its own, and keeps the results that it
-prints. Other seeds chose the settings of all but the dense ones. The same command resumes an interrupted one.
+Runs the EXAMPLES as their docstrings say, each in a process of its own, and keeps the results that
+it prints. Other seeds chose the settings of all but the dense ones. The same command resumes an
+interrupted one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def run(name: str, *arguments: str) -> dict[str, object]:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    found = re.search(r"^held-out (accuracy|perplexity|mean IoU|PCK): (.*)$", done.stdout, re.MULTILINE)
+    found = re.search(
+        r"^held-out (accuracy|perplexity|mean IoU|PCK): (.*)$", done.stdout, re.MULTILINE
+    )
     if done.returncode or not found:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     *mentors, alone, classroom = map(float, re.findall(r"\d+\.\d+", found[2]))

@@ -142,9 +142,9 @@ def _small_data(rows: Sequence[Row]) -> Iterator[str]:
 
 def _examples(rows: Sequence[Row]) -> Iterator[str]:
     yield (
-        "Held-out accuracy, mean IoU or PCK within 2 pixels, in percent, or perplexity, the less the "
-        "better, with its standard deviation over the seeds, and the difference with its standard "
-        "error, paired by seed."
+        "Held-out accuracy, mean IoU or PCK within 2 pixels, in percent, or perplexity, the less "
+        "the better, with its standard deviation over the seeds, and the difference with its "
+        "standard error, paired by seed."
     )
     lines = []
     for (name, measure), own in _grouped(rows, ("example", "measure")).items():

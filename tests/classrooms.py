@@ -43,6 +43,10 @@ OPTIONS = {
 }
 
 
+# Those that kernels treat otherwise where targets are probabilities, and their defaults.
+SOFT = ("defaults", "batch", "correct_and_better", "no_task", "smoothed", "released_ablation")
+
+
 class Classroom(NamedTuple):
     """Logits and targets of one batch."""
 
@@ -76,6 +80,13 @@ def probabilities(n_rows: int, n_classes: int, seed: int = 0) -> Tensor:
     values = torch.where(values < 0.3, 0.0, values)
     values[:, 0] += 1e-3
     return values / values.sum(1, keepdim=True)
+
+
+def at(offset: int, tensor: Tensor) -> Tensor:
+    """The same numbers, so many elements after an address that 128 elements' bytes divide."""
+    place = torch.empty(tensor.numel() + offset + 128, dtype=tensor.dtype, device=tensor.device)
+    start = -(place.data_ptr() // tensor.element_size()) % 128 + offset
+    return place[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 # Largest logits of student and mentor half of whose sum, or whose sum, float32 cannot hold.

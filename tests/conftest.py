@@ -1,6 +1,7 @@
 """Fixtures of all tests, and what pytest skips where a package is missing."""
 
 import contextlib
+import gc
 import itertools
 import math
 import os
@@ -33,7 +34,15 @@ _NOT_ON_PTX = {"test_images_beyond_two_gigabytes", "test_tiles_and_extremes"}
 _NOT_ON_PTX |= {"test_every_option_tiled", "test_many_mentors_tiled"}
 _CASES = 16  # of so many cases of a test, the sample on PTX has one
 # Of these, so many cases of a file: they are about what is done with the kernels' results.
-_ABOVE_THE_KERNELS = {"test_linear.py", "test_operator.py", "test_rows.py"}
+_ABOVE_THE_KERNELS = {"test_linear.py", "test_operator.py", "test_plans.py", "test_rows.py"}
+_ABOVE_THE_KERNELS |= {"test_a_mentor_weight_for_all", "test_a_mentor_weight_of_one_changes_no_bit"}
+_ABOVE_THE_KERNELS |= {"test_mentor_weight_of_any_stride_and_dtype", "test_target_dtypes"}
+_ABOVE_THE_KERNELS |= {"test_no_valid_row", "test_inputs_are_not_written_to"}
+_ABOVE_THE_KERNELS |= {"test_upstream_gradients", "test_a_second_derivative_raises"}
+_ABOVE_THE_KERNELS |= {"test_gradients_reach_the_student_only", "test_without_gradient"}
+_ABOVE_THE_KERNELS |= {"test_operator_contract", "test_module", "test_limits_are_named"}
+_ABOVE_THE_KERNELS |= {"test_nothing_is_copied", "test_who_lies_otherwise_is_copied"}
+_ABOVE_THE_KERNELS |= {"test_more_classes_are_copied_to_rows", "test_compiled", "test_odd_shapes"}
 
 
 def pytest_addoption(parser):
@@ -61,11 +70,12 @@ def _ptx_to_leave_out(items, every):
     """Of the tests that have PTX as their ``device``, those that are not to run on it."""
 
     def sampled_with(item):
-        above = item.path.name in _ABOVE_THE_KERNELS
-        return item.path.name if above else item.originalname
+        above = _ABOVE_THE_KERNELS & {item.path.name, item.originalname}
+        return item.path.name, item.path.name if above else item.originalname
 
     on_ptx = [item for item in items if _parameter(item) == "ptx"]
-    for test, cases in itertools.groupby(on_ptx, sampled_with):
+    on_ptx.sort(key=sampled_with)
+    for (_, test), cases in itertools.groupby(on_ptx, sampled_with):
         drawn_at = zlib.crc32(test.encode())
         cases = [*cases]
         for first in range(0, len(cases), _CASES):
@@ -176,6 +186,24 @@ def device(request, monkeypatch):
 def _no_plans_of_earlier_tests():
     """Else what a test replaces may be passed by, as an earlier call has found it."""
     plans._kind.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def small_heap():
+    """Leaves what earlier tests imported out of a module's collections, which take seconds each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def one_thread():
+    """Networks as small as those of runs in tests only wait for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -7,11 +7,7 @@ import torch
 from hypothesis import strategies as st
 from scipy.stats import beta
 
-from classroomkd.data.augmentation import (
-    AUGMENT,
-    CUTOUT,
-    words,
-)
+from classroomkd.data.augmentation import AUGMENT, CUTOUT, words
 
 SEEDS = st.integers(0, 2**64 - 1)
 

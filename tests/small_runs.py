@@ -11,9 +11,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from classroomkd.data import (
-    ImageSet,
-)
+from classroomkd.data import ImageSet
 from classroomkd.runs.recipe import Recipe, load_recipe
 from classroomkd.runs.training_run import TrainingRun
 
@@ -39,11 +37,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 VALUES = {
     "student": "resnet8",
-    "mentors": [
-        "resnet8",
-        {"source": "resnet14", "epochs": 1},
-        {"source": "resnet8", "epochs": 1},
-    ],
+    "mentors": ["resnet8", {"source": "resnet14", "epochs": 1}, {"source": "resnet8", "epochs": 1}],
     "data": {"source": "colours", "image_size": 8, "validation": 0.0, "loader": "resident"},
     "training": {"epochs": 2, "batch_size": 8},
     "mentor_training": {"epochs": 2, "batch_size": 8},

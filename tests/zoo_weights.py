@@ -31,6 +31,10 @@ def fill(model: nn.Module) -> nn.Module:
     return model
 
 
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().norm() / expected.double().norm())
+
+
 def without_weights(name: str) -> nn.Module:
     """A network of 100 classes on the meta device."""
     with torch.device("meta"):

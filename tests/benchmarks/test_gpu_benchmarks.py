@@ -5,6 +5,7 @@ import re
 import sys
 from argparse import Namespace
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,6 +189,7 @@ def test_the_loaders(cuda, setting, monkeypatch):
     monkeypatch.setattr(loaders, "KERNEL_SIZES", (8,))
     monkeypatch.setattr(loaders, "pack_beton", lambda setting: None)
     monkeypatch.setattr(loader_rows, "SHORTEST", 0.0)
+    monkeypatch.setattr(loader_rows, "gc", SimpleNamespace(collect=lambda: None))  # seconds here
     monkeypatch.setattr("classroomkd.kernels.augment.gather_augment", gather)
     rows = loaders.row_names(setting)
     assert rows[:3] == [("device copy", 0), ("pinned copy", 0), ("resident", 0)]

@@ -21,6 +21,7 @@ from classroomkd.runs.recipe import load_recipe
 from image_folders import make_cifar
 
 ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 LESS = {
     "train": ["--epochs", "1", "--image-size", "32", "mentor_training.epochs=1", "alone=false"],
@@ -31,7 +32,7 @@ LESS = {
 def blocks(language: str) -> list:
     """The code blocks of a language, each with the page and line that it begins at."""
     found = []
-    for page in PAGES:
+    for page in (README, *PAGES):
         text = page.read_text(encoding="utf-8")
         for block in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text[: block.start(1)].count("\n")
@@ -69,7 +70,7 @@ def test_the_table_of_methods_has_every_option():
         assert re.findall(r"`(\w+=[^`]*)`", row) == expected
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
@@ -95,10 +96,11 @@ def folder(tmp_path) -> Path:
     return folder
 
 
-README = pytest.param(ROOT / "README.md", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(README, marks=pytest.mark.slow), *PAGES],
+    ids=lambda page: page.name,
+)
 def test_commands_run(page, folder, monkeypatch, capsys):
     def no_network(url: str, *_: object) -> None:
         raise OSError("no network")

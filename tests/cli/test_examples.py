@@ -33,10 +33,10 @@ LENGTH = {"hugging_face": "--max_steps", "segmentation": "--steps", "pose": "--s
 LESS = {
     "plain": (3, 0.4),
     "lightning_module": (8, 0.6),
-    "hugging_face": (200, 0.5),
+    "hugging_face": (100, 0.5),
     "timm_task": (1, 0.25),
-    "segmentation": (150, 0.25),
-    "pose": (150, 0.3),
+    "segmentation": (80, 0.25),
+    "pose": (80, 0.3),
 }
 
 

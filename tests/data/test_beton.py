@@ -26,9 +26,9 @@ from classroomkd.data import ImageFiles, ImageSet
 from classroomkd.data.ffcv import beton_file
 from classroomkd.data.ffcv.beton import JPEG, RAW, open_beton, pack, side_file, verify
 from classroomkd.data.ffcv.bindings import import_ffcv
-from classroomkd.errors import UserError
 from ffcv_required import requires_ffcv
 from patience import LAST_RESORT
+from refusals import refusal as error_of
 
 pytestmark = requires_ffcv
 
@@ -71,14 +71,6 @@ def read_by_hand(path):
     table = [struct.unpack_from("<QQQ", data, end + i * ALLOCATION) for i in range(count)]
     assert len(data) == end + count * ALLOCATION
     return data, (version, page, count), described, samples, table
-
-
-def error_of(call, *arguments, **options):
-    """The message of the UserError of a call; always a single line."""
-    with pytest.raises(UserError) as caught:
-        call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

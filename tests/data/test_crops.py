@@ -156,17 +156,30 @@ def expected_crop(crop, image, epoch, index):
     return np.ascontiguousarray(cut), bool(flip)
 
 
+def packed(photographs, path, **how):
+    """The photographs as a .beton file."""
+    from classroomkd.data.ffcv.beton import pack
+
+    return pack(photographs, path, **how)
+
+
+CROP = RandomResizedCrop(24)
+
+
+def opened(path, augmentation=CROP, **options):
+    """FFCV's loader of batches of 5."""
+    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
+
+    return FFCVLoader(path, 5, augmentation=augmentation, **OPTIONS, **options)
+
+
 @requires_ffcv
 @pytest.mark.parametrize("crop", [RandomResizedCrop(20), CentreCrop(20)])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ffcv_crops_photographs(tmp_path, photographs, crop, workers):
     """Raw pixels: the mean over areas to a rounding, for all crops shrink here."""
-    from classroomkd.data.ffcv.beton import pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    pack(photographs, tmp_path / "raw.beton")
-    options = OPTIONS | {"augmentation": crop, "workers": workers}
-    with FFCVLoader(tmp_path / "raw.beton", 5, **options) as loader:
+    packed(photographs, tmp_path / "raw.beton")
+    with opened(tmp_path / "raw.beton", crop, workers=workers) as loader:
         for epoch in (0, 3):
             loader.set_epoch(epoch)
             levels, targets = pictures(loader)
@@ -183,15 +196,10 @@ def test_ffcv_crops_photographs(tmp_path, photographs, crop, workers):
 
 @requires_ffcv
 def test_ffcv_decodes_jpeg(tmp_path, photographs):
-    from classroomkd.data.ffcv.beton import pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    for name, jpeg in (("raw", False), ("jpeg", True)):
-        pack(photographs, tmp_path / f"{name}.beton", jpeg=jpeg)
-    options = OPTIONS | {"augmentation": RandomResizedCrop(24)}
     epochs = []
-    for name in ("raw", "jpeg"):
-        with FFCVLoader(tmp_path / f"{name}.beton", 5, **options) as loader:
+    for jpeg in (False, True):
+        packed(photographs, tmp_path / f"{jpeg}.beton", jpeg=jpeg)
+        with opened(tmp_path / f"{jpeg}.beton") as loader:
             epochs.append(pictures(loader)[0])
     difference = np.abs(epochs[0] - epochs[1])
     assert difference.max() > 0  # it is lossy
@@ -200,51 +208,36 @@ def test_ffcv_decodes_jpeg(tmp_path, photographs):
 
 @requires_ffcv
 def test_photographs_need_a_crop(tmp_path, photographs):
-    from classroomkd.data.ffcv.beton import pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    pack(photographs, tmp_path / "raw.beton")
+    packed(photographs, tmp_path / "raw.beton")
     with pytest.raises(UserError, match=r"raw\.beton holds photographs of 12 sizes"):
-        FFCVLoader(tmp_path / "raw.beton", 5, augmentation=None, **OPTIONS)
+        opened(tmp_path / "raw.beton", None)
 
 
 @requires_ffcv
 def test_a_damaged_jpeg_is_named(tmp_path, photographs):
-    from classroomkd.data.ffcv.beton import open_beton, pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     path = tmp_path / "jpeg.beton"
-    pack(photographs, path, jpeg=True)
-    beton = open_beton(path)
+    beton = packed(photographs, path, jpeg=True)
     with path.open("rb+") as file:
         file.seek(beton.starts[7])
         file.write(b"\0" * 64)
-    options = OPTIONS | {"augmentation": RandomResizedCrop(24)}
-    with (
-        FFCVLoader(path, 5, **options) as loader,
-        pytest.raises(UserError, match=r"jpeg\.beton: image 7 cannot be read"),
-    ):
+    message = r"jpeg\.beton: image 7 cannot be read"
+    with opened(path) as loader, pytest.raises(UserError, match=message):
         list(loader)
 
 
 @requires_ffcv
 def test_a_jpeg_of_another_size_than_its_entry(tmp_path, photographs):
     """FFCV would give memory that nothing was written to."""
-    from classroomkd.data.ffcv.beton import open_beton, pack
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     path = tmp_path / "jpeg.beton"
-    pack(photographs, path, jpeg=True)
-    beton = open_beton(path)
+    beton = packed(photographs, path, jpeg=True)
     smaller = tmp_path / "smaller.jpg"
     Image.fromarray(beton[7][0][:-9, :-5]).save(smaller, quality=20)
     assert smaller.stat().st_size < beton.sizes[7]
     with path.open("rb+") as file:
         file.seek(beton.starts[7])
         file.write(smaller.read_bytes())
-    options = OPTIONS | {"augmentation": RandomResizedCrop(24)}
     message = r"jpeg\.beton: image 7 is \[\d+, \d+, 3\], its entry says \[\d+, \d+, 3\]"
-    with FFCVLoader(path, 5, **options) as loader, pytest.raises(UserError, match=message):
+    with opened(path) as loader, pytest.raises(UserError, match=message):
         list(loader)
 
 

@@ -20,8 +20,9 @@ from classroomkd.errors import UserError
 from ffcv_required import requires_ffcv
 from loader_cases import OPTIONS, random_set
 from patience import LAST_RESORT
+from processes import Running
 
-pytestmark = requires_ffcv
+pytestmark = [requires_ffcv, pytest.mark.usefixtures("small_heap")]
 TESTS = Path(__file__).parents[1]
 
 
@@ -35,31 +36,33 @@ def packed(tmp_path):
 
 @pytest.fixture
 def loader(packed):
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    with FFCVLoader(packed, 4, **OPTIONS) as loader:
+    with open_loader(packed, 4) as loader:
         yield loader
 
 
-def run(code, packed, **environment):
-    """Run ``code`` in a process of its own; it must succeed and print nothing to stderr."""
+def open_loader(*arguments, **options):
+    """A loader, which takes FFCV to be imported."""
+    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
+
+    return FFCVLoader(*arguments, **OPTIONS, **options)
+
+
+def with_preamble(code, packed):
     preamble = f"""
-        import sys, threading
+        import sys
         sys.path.insert(0, {str(TESTS)!r})
         import torch
         from loader_cases import OPTIONS
 
         PATH = {str(packed)!r}
     """
-    code = textwrap.dedent(preamble) + textwrap.dedent(code)
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=LAST_RESORT,
-    )
-    assert (result.returncode, result.stderr) == (0, ""), result
+    return textwrap.dedent(preamble) + textwrap.dedent(code)
+
+
+def run(code, packed):
+    """Run ``code`` in a process without FFCV; it must succeed and print nothing to stderr."""
+    result = Running(with_preamble(code, packed)).wait()
+    assert (result.returncode, result.stderr) == (0, "")
     return result.stdout
 
 
@@ -170,8 +173,6 @@ def test_a_loader_for_the_cpu_leaves_cuda_alone(packed):
 
 def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
     """What is asked of CUDA, of which every part is a stand-in here."""
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     made = {"streams": [], "events": [], "pinned": [], "recorded": [], "reused": []}
 
     class Stream:
@@ -221,8 +222,8 @@ def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current.stream)
     for name, stand_in in (("to", to), ("pin_memory", pin), ("record_stream", record)):
         monkeypatch.setattr(torch.Tensor, name, stand_in)
-    reference = FFCVLoader(packed, 4, **OPTIONS)
-    with reference, FFCVLoader(packed, 4, device="cuda:2", **OPTIONS) as loader:
+    reference = open_loader(packed, 4)
+    with reference, open_loader(packed, 4, device="cuda:2") as loader:
         for epoch in range(3):
             for one in (reference, loader):
                 one.set_epoch(epoch)
@@ -237,10 +238,8 @@ def test_one_stream_and_one_event_a_batch(packed, monkeypatch):
 
 
 def test_a_path_in_the_home_folder(packed, monkeypatch):
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     monkeypatch.setenv("HOME", str(packed.parent))
-    with FFCVLoader(f"~/{packed.name}", 4, **OPTIONS) as loader:
+    with open_loader(f"~/{packed.name}", 4) as loader:
         assert len(list(loader)) == 10
 
 
@@ -263,12 +262,10 @@ def test_thread_counts_stay_as_they_were(packed):
 
 def test_more_workers_than_cores(packed):
     """FFCV's own loader raises."""
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
-    with FFCVLoader(packed, 4, workers=4 * (os.cpu_count() or 1), **OPTIONS) as loader:
+    with open_loader(packed, 4, workers=4 * (os.cpu_count() or 1)) as loader:
         assert len(list(loader)) == 10
     with pytest.raises(UserError, match="workers must be at least 1, got 0"):
-        FFCVLoader(packed, 4, workers=0, **OPTIONS)
+        open_loader(packed, 4, workers=0)
 
 
 def test_the_process_may_end_in_an_epoch(packed):
@@ -287,7 +284,9 @@ def test_the_process_may_end_in_an_epoch(packed):
             assert os.waitpid(child, 0)[1] == 0, attempt
         print("here")
     """
-    assert run(code, packed) == "here\n"
+    command = [sys.executable, "-c", with_preamble(code, packed)]  # Python itself comes to its end
+    result = subprocess.run(command, capture_output=True, text=True, timeout=LAST_RESORT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "here\n", "")
 
 
 def test_collecting_loaders_prints_nothing(packed):
@@ -332,24 +331,24 @@ def test_a_stock_loader_beside_ours(packed):
 
 
 def test_the_file_must_be_one(tmp_path):
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
-
     (tmp_path / "notes.beton").write_text("bread, milk")
     with pytest.raises(UserError, match=r"notes\.beton is not a \.beton file"):
-        FFCVLoader(tmp_path / "notes.beton", 4, **OPTIONS)
+        open_loader(tmp_path / "notes.beton", 4)
 
 
 @pytest.mark.parametrize("kind", ["resident", "torch", "ffcv"])
-def test_two_hundred_epochs_without_growth(packed, kind):
+def test_epochs_without_growth(tmp_path, kind):
     """In threads, processes, open files and memory."""
-    from classroomkd.data.ffcv.ffcv_loader import FFCVLoader
+    from classroomkd.data.ffcv.beton import pack
 
+    images = random_set(40, 32, 32)
     if kind == "ffcv":
-        loader = FFCVLoader(packed, 8, workers=2, **OPTIONS)
+        pack(images, tmp_path / "set.beton")
+        loader = open_loader(tmp_path / "set.beton", 8, workers=2)
     elif kind == "torch":
-        loader = TorchLoader(random_set(40, 8, 8), 8, workers=1, **OPTIONS)
+        loader = TorchLoader(images, 8, workers=1, **OPTIONS)
     else:
-        loader = ResidentLoader(random_set(40, 8, 8), 8, **OPTIONS)
+        loader = ResidentLoader(images, 8, **OPTIONS)
     process = psutil.Process()
 
     def state(first, last):
@@ -362,7 +361,7 @@ def test_two_hundred_epochs_without_growth(packed, kind):
         return counts, process.memory_info().rss
 
     with loader:
-        counts, memory = state(0, 40)
-        later_counts, later_memory = state(40, 240)
+        counts, memory = state(0, 10)
+        later_counts, later_memory = state(10, 30)
     assert later_counts == counts
-    assert later_memory - memory < 4e6  # an epoch's batches are 31 kB: 200 of them, 6 MB
+    assert later_memory - memory < 4e6  # an epoch's batches are 492 kB: 20 of them, 10 MB

@@ -12,13 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from classroomkd.data import (
-    Augmentation,
-    ImageSet,
-    TorchLoader,
-    channel_statistics,
-    pixels,
-)
+from classroomkd.data import Augmentation, ImageSet, TorchLoader, channel_statistics, pixels
 from classroomkd.data.augmentation import normalisation_table, sample_order
 from classroomkd.data.loader import Loader
 from classroomkd.errors import UserError
@@ -27,14 +21,7 @@ from loader_cases import ALL, FFCV, MEAN, STD, needs_interpreter, random_set
 from patience import LAST_RESORT
 from slow_augmentation import slow_augment, slow_cutout
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _small_heap():
-    """Leave what earlier tests imported out of the collections in `running`, seconds each."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+pytestmark = pytest.mark.usefixtures("small_heap")
 
 
 def running():
@@ -113,9 +100,7 @@ def test_loader_matches_the_slow_one(make, kind, dtype, augmentation, drop_last)
 
 
 @settings(
-    deadline=None,
-    max_examples=50,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
+    deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
     height=st.integers(1, 20),
@@ -281,17 +266,6 @@ def test_two_epochs_at_once(make, kind):
 
 
 @pytest.mark.parametrize("kind", ALL)
-def test_one_image(make, kind):
-    image_set = random_set(1)
-    loader = make(kind, image_set, 4)
-    ((images, targets, indices),) = loader
-    assert torch.equal(
-        images, slow_batch(image_set, [0], Augmentation(2, True), 0, 0, torch.float32)
-    )
-    assert (targets.tolist(), indices.tolist()) == (image_set.targets.tolist(), [0])
-
-
-@pytest.mark.parametrize("kind", ALL)
 def test_loader_arguments(make, kind):
     image_set = random_set(10)
     with pytest.raises(UserError, match="batch size must be at least 1, got 0"):
@@ -408,16 +382,6 @@ def test_strided_arrays_are_taken_right(make, kind):
     for one, other in zip(make(kind, strided), make(kind, compact), strict=True):
         assert torch.equal(one[0], other[0])
         assert torch.equal(one[1], other[1])
-
-
-def test_border_is_black_before_normalisation(make):
-    white = ImageSet(np.full((64, 4, 4, 3), 255, np.uint8), np.zeros(64, np.int64), ["a", "b"])
-    images, *_ = next(iter(make("resident", white, 64, augmentation=Augmentation(2, False))))
-    black = [(0 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
-    bright = [(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)]
-    for channel in range(3):
-        values = images[:, channel].unique().tolist()
-        assert values == pytest.approx([black[channel], bright[channel]])
 
 
 def test_channel_statistics_of_nothing():

@@ -44,10 +44,7 @@ def test_every_number_of_half_precision_is_read(dtype):
 
 @pytest.mark.parametrize(
     ("dtype", "convert"),
-    [
-        (torch.float16, cpu_vectors._to_float16),
-        (torch.bfloat16, cpu_vectors._to_bfloat16),
-    ],
+    [(torch.float16, cpu_vectors._to_float16), (torch.bfloat16, cpu_vectors._to_bfloat16)],
 )
 def test_half_precision_is_written_as_torch_rounds(dtype, convert):
     """All numbers of the dtype, those halfway between two, and their float32 neighbours."""

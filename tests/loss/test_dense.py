@@ -5,7 +5,7 @@ import torch
 
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.loss import cpu_pass, fused
-from classrooms import OPTIONS, classroom, probabilities
+from classrooms import OPTIONS, SOFT, classroom, probabilities
 from fused_cases import EXTREMES, Case, as_images, assert_right, decided
 from tests.ptx import TARGETS, ptx_execution
 
@@ -39,8 +39,9 @@ def dense_case(
     raise AssertionError("no batch is decided")
 
 
-@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "soft"), [*((name, False) for name in OPTIONS), *((name, True) for name in SOFT)]
+)
 def test_every_option(device, name, soft):
     options = {key: value for key, value in OPTIONS[name].items() if key != "ignore_index"}
     assert assert_right(dense_case(3, 18, 10, soft=soft, weighted=soft, **options), device)
@@ -147,8 +148,9 @@ def test_more_classes_are_copied_to_rows(device):
 
 
 @pytest.mark.ptx
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+@pytest.mark.parametrize(
+    ("target", "dtype"), [*zip(TARGETS, (FLOAT32, BFLOAT16, FLOAT32), strict=True)]
+)
 def test_bytes(target, dtype):
     """Three reads of every logit and one write of the gradient, in full sectors, are all."""
     n_mentors, n_rows, n_classes = 3, 256, 10

@@ -62,7 +62,7 @@ class Kernel(NamedTuple):
 KERNELS = {
     "defaults": Kernel(100, 6),
     "one class, one mentor": Kernel(1, 1, dtypes=(BFLOAT16,)),
-    "16 mentors": Kernel(33, 16, {"reduction": "sum"}, weighted=True),
+    "16 mentors": Kernel(33, 16, {"reduction": "sum"}, layout="repeated", weighted=True),
     "13 mentors, swept": Kernel(
         *(530, 13, {"mentoring": "dtkd", "label_smoothing": 0.1}),
         dtypes=(FLOAT16, FLOAT32, BFLOAT16),

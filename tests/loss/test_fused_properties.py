@@ -197,12 +197,7 @@ def test_the_order_of_mentors_does_not_matter(device, case, data):
         options["mentor_weight"] = options["mentor_weight"][order]
     layouts = [case.layouts[0], *(case.layouts[1 + m] for m in order)]
     shuffled = Case(
-        case.student,
-        [case.mentors[m] for m in order],
-        case.targets,
-        options,
-        layouts,
-        case.tiled,
+        case.student, [case.mentors[m] for m in order], case.targets, options, layouts, case.tiled
     )
     loss, grad, *report = through_autograd(case, device)
     other_loss, other_grad, *other_report = through_autograd(shuffled, device)

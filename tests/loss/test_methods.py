@@ -213,19 +213,12 @@ def grads(student: Outputs) -> list[Tensor]:
 @pytest.mark.parametrize(("name", "options"), CASES)
 @pytest.mark.parametrize("mentors", [1, 2, 3])
 def test_the_loss_is_the_formulas(name: str, options: dict, mentors: int) -> None:
-    for seed in range(3):
-        case = batch(mentors=mentors, seed=seed)
-        loss = create(name, **options)(*case)
+    cases = [batch(mentors=mentors, seed=seed) for seed in range(3)]
+    for case in (*cases, batch(rows=1, mentors=mentors, ignored=())):
+        loss, _ = create(name, **options).backward(*case)
         assert loss.shape == ()
         assert loss.item() == pytest.approx(expected_loss(name, *case, **options), rel=1e-10)
-
-
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_of_a_single_row(name: str, options: dict) -> None:
-    case = batch(rows=1, ignored=())
-    loss, _ = create(name, **options).backward(*case)
-    assert loss.item() == pytest.approx(expected_loss(name, *case, **options), rel=1e-10)
-    assert case[0].logits.grad.isfinite().all()
+        assert case[0].logits.grad[case[2] >= 0].isfinite().all()
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
@@ -636,14 +629,6 @@ def test_the_standardised_classroom_with_batch_ranking() -> None:
     assert report.student_confidence.item() == pytest.approx(math.exp(sum(ells) / len(ells)))
 
 
-def test_the_standardised_classroom_of_class_probabilities() -> None:
-    student, mentors, targets = batch(ignored=())
-    method = create("classroom", standardise=True)
-    soft = torch.eye(C, dtype=torch.float64)[targets]
-    expected = method(student, mentors, targets).item()
-    assert method(student, mentors, soft).item() == pytest.approx(expected, rel=1e-12)
-
-
 # Features.
 
 
@@ -838,51 +823,31 @@ def test_class_probabilities_are_refused_where_a_method_needs_the_class(method: 
 def test_names() -> None:
     expected = "alone classroom kd aver ca_mkd dtkd dkd dist fitnet at"
     assert names() == expected.split()
+    with pytest.raises(UserError, match=r"^no method is called 'KDD'; .* names are kd, dkd, dtkd$"):
+        create("KDD")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("KDD", {}, "no method is called 'KDD'; the nearest names are kd, dkd, dtkd"),
+        ("ca_mkd", {"alpa": 1}, " has no option 'alpa'; its options are temperature, alpha"),
+        ("alone", {"temperature": 1}, " has no option 'temperature'; it has none"),
+        ("kd", {"temperature": 0}, ": temperature must be a number above 0, at most 20, got 0"),
+        ("at", {"beta": -1}, ": beta must be a number from 0 to 1e+06, got -1"),
+        ("kd", {"standardise": 1}, ": standardise must be true or false, got 1"),
+        ("fitnet", {"stage": 0}, ": stage must be a whole number of at least 1, got 0"),
+        ("classroom", {"ranking": "x"}, ": ranking must be one of 'sample', 'batch', got 'x'"),
+        ("classroom", {"temperature": "x"}, ": temperature must be a number, got str"),
         (
-            "ca_mkd",
-            {"alpa": 1},
-            "method ca_mkd has no option 'alpa'; its options are temperature, alpha",
-        ),
-        ("alone", {"temperature": 1}, "method alone has no option 'temperature'; it has none"),
-        (
-            "kd",
-            {"temperature": 0},
-            "method kd: temperature must be a number above 0, at most 20, got 0",
-        ),
-        ("at", {"beta": -1}, "method at: beta must be a number from 0 to 1e+06, got -1"),
-        ("kd", {"standardise": 1}, "method kd: standardise must be true or false, got 1"),
-        (
-            "fitnet",
-            {"stage": 0},
-            "method fitnet: stage must be a whole number of at least 1, got 0",
-        ),
-        (
-            "classroom",
-            {"ranking": "x"},
-            "method classroom: ranking must be one of 'sample', 'batch', got 'x'",
-        ),
-        (
-            "classroom",
-            {"temperature": "x"},
-            "method classroom: temperature must be a number, got str",
-        ),
-        (
-            "classroom",
-            {"reduction": "none"},
-            "method classroom: reduction must be 'mean' or 'sum' where a student is trained",
+            *("classroom", {"reduction": "none"}),
+            ": reduction must be 'mean' or 'sum' where a student is trained",
         ),
     ],
 )
 def test_mistakes_are_told_in_a_line(name: str, options: dict, message: str) -> None:
     with pytest.raises(UserError) as raised:
         create(name, **options)
-    assert str(raised.value) == message
+    assert str(raised.value) == f"method {name}{message}"
 
 
 @pytest.mark.parametrize("name", names())

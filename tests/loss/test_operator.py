@@ -20,10 +20,7 @@ from classrooms import classroom
 # No Triton here: spawned processes import this module before they choose how to run kernels.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
 
-OPTIONS = {
-    "sample": {},
-    "batch": {"ranking": "batch", "rank_decimals": 2, "mentor_weight": "auto"},
-}
+OPTIONS = {"sample": {}, "batch": {"ranking": "batch", "rank_decimals": 2, "mentor_weight": "auto"}}
 N_CLASSES = 10
 gpu_only = pytest.mark.parametrize(
     "device", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True

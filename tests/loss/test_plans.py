@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
 from classroomkd.loss import fused, plans
-from classrooms import OPTIONS, classroom, probabilities
+from classrooms import OPTIONS, at, classroom, probabilities
 
 
 @pytest.fixture
@@ -62,7 +62,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Options that are one more constant of a launch are tried on the pass that takes no time.
+CONSTANTS = {"temperature", "correct", "correct_and_better", "unfiltered", "fixed", "unmentored"}
+CONSTANTS |= {"uniform", "by_confidence", "no_task", "rounded", "released_ablation"}
+ON_DEVICES = [("cpu", name) for name in CASES]
+for name in [name for name in CASES if name not in CONSTANTS]:
+    ON_DEVICES += [("interpreter", name), pytest.param("ptx", name, marks=pytest.mark.ptx)]
+    ON_DEVICES += [pytest.param("gpu", name, marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize(("device", "name"), ON_DEVICES, indirect=["device"])
 def test_the_same_as_without_a_plan(device, found, name):
     """Twice, as the second call of a plan is the first that repeats a launch."""
     function, options = CASES[name]
@@ -183,13 +192,6 @@ def test_what_a_gradient_needs(device, found):
     (first,) = torch.autograd.grad(loss, z, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(first.sum(), z)
-
-
-def at(offset, tensor):
-    """The same numbers, so many elements after an aligned address."""
-    place = torch.empty(tensor.numel() + offset + 64, dtype=tensor.dtype, device=tensor.device)
-    start = -(place.data_ptr() // tensor.element_size()) % 64 + offset
-    return place[start : start + tensor.numel()].view(tensor.shape).copy_(tensor)
 
 
 def test_alignment(device, found):

@@ -153,7 +153,7 @@ def test_no_weight_to_share(device):
 )
 def test_what_an_ignored_row_weighs(device, n_rows, functions):
     """Nothing, whatever it is given; and of other rows a weight that is NaN is seen."""
-    student, mentors, targets = classroom(1, n_rows).to(device)
+    student, mentors, targets = classroom(1, n_rows, 2).to(device)
     weight = torch.rand(n_rows, device=device)
     targets[[2, 5]] = -100
     for function in functions:

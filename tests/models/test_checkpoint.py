@@ -113,16 +113,26 @@ def test_wrappers_layout_and_mode_leave_no_trace(tmp_path: Path, network: nn.Mod
         (".tar", "state_dict", "_orig_mod."),
         (".bin", "net", "module._orig_mod."),
         (".pth.tar", None, "_orig_mod.module."),
+        (".ckpt", "state_dict", "model."),
+        (".ckpt", "model_state_dict", "net."),
+        (".ckpt", "network", "student."),
+        (".ckpt", "params", "teacher."),
+        (".ckpt", "weights", "module.student."),
+        (".ckpt", "model_ema", "student.module."),
+        (".ckpt", "state_dict_ema", "_orig_mod.backbone."),
+        (".ckpt", "ema", "backbone._orig_mod.module."),
+        (".ckpt", "module", "anything.at.all."),
     ],
 )
-def test_foreign_torch_files(
+def test_any_prefix_in_any_container(
     tmp_path: Path, network: nn.Module, suffix: str, holder: str | None, prefix: str
 ) -> None:
     state = prefixed(network.state_dict(), prefix)
     path = tmp_path / f"resnet{suffix}"
     torch.save(state if holder is None else {"epoch": 240, holder: state, "info": "best"}, path)
-    model, info, architecture = load_network(path)
-    assert (info, architecture) == (None, "resnet8")
+    told: list[str] = []
+    model, info, architecture = load_network(path, notify=told.append)
+    assert (info, architecture, told) == (None, "resnet8", [])
     assert_same_state(model, network.state_dict())
 
 
@@ -334,31 +344,6 @@ def test_an_array_cannot_point_into_memory(tmp_path: Path, network: nn.Module) -
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=300)
 
 
-@pytest.mark.parametrize(
-    ("prefix", "holder"),
-    [
-        ("model.", "state_dict"),
-        ("net.", "model_state_dict"),
-        ("student.", "network"),
-        ("teacher.", "params"),
-        ("module.student.", "weights"),
-        ("student.module.", "model_ema"),
-        ("_orig_mod.backbone.", "state_dict_ema"),
-        ("backbone._orig_mod.module.", "ema"),
-        ("anything.at.all.", "module"),
-    ],
-)
-def test_any_prefix_in_any_container(
-    tmp_path: Path, network: nn.Module, prefix: str, holder: str
-) -> None:
-    state = prefixed(network.state_dict(), prefix)
-    torch.save({"epoch": 3, holder: state}, tmp_path / "a.ckpt")
-    told: list[str] = []
-    model, info, architecture = load_network(tmp_path / "a.ckpt", notify=told.append)
-    assert (info, architecture, told) == (None, "resnet8", [])
-    assert_same_state(model, network.state_dict())
-
-
 def test_of_several_the_plain_one_is_taken_and_told(tmp_path: Path, network: nn.Module) -> None:
     average = {name: tensor + 1 for name, tensor in network.state_dict().items()}
     plain = network.state_dict()
@@ -439,10 +424,7 @@ def test_other_libraries_are_not_asked_for_a_network_of_the_zoo(
 
 def test_an_entry_is_looked_for_at_the_start_first(tmp_path: Path, network: nn.Module) -> None:
     inner = {name: tensor + 1 for name, tensor in network.state_dict().items()}
-    content = {
-        "best": {"ema": inner},
-        "ema": {"teacher": inner, "student": network.state_dict()},
-    }
+    content = {"best": {"ema": inner}, "ema": {"teacher": inner, "student": network.state_dict()}}
     torch.save(content, tmp_path / "a.pth")
     model, _, _ = load_network(f"{tmp_path / 'a.pth'}:ema", notify=lambda _: None)
     assert_same_state(model, network.state_dict())
@@ -557,7 +539,7 @@ def test_names_with_colons(
     assert split_entry("no.pth:model") == (Path("no.pth"), "model")
 
 
-def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path, network: nn.Module) -> None:
+def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(nn.Linear(2, 2)), tmp_path / "script.pt")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1099231\n"
     (tmp_path / "pointer.pth").write_text(pointer)
@@ -565,16 +547,12 @@ def test_what_a_file_is_that_is_no_checkpoint(tmp_path: Path, network: nn.Module
     (tmp_path / "page.pth").write_text("\n<!DOCTYPE html><html><body>Sign in</body></html>")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("model.pth", b"")
-    torch.save(network.state_dict(), tmp_path / "cut.pth")
-    (tmp_path / "cut.pth").write_bytes((tmp_path / "cut.pth").read_bytes()[:-1000])
     for name, part in {
         "script.pt": "is a TorchScript archive",
         "pointer.pth": "is a Git LFS pointer",
         "pointer.safetensors": "is a Git LFS pointer",
         "page.pth": "is a web page",
         "zip.pth": "is a zip archive, not a checkpoint",
-        "cut.pth": "is truncated or damaged: download it again",
-        "missing.ckpt": "there is no checkpoint",
     }.items():
         assert_refused(tmp_path / name, str(tmp_path / name), part)
 

@@ -13,7 +13,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from classroomkd.errors import UserError
 from classroomkd.models import (
     NetworkInfo,
     create,
@@ -24,6 +23,7 @@ from classroomkd.models import (
     save_network,
 )
 from classroomkd.torchvision import import_torchvision
+from refusals import refusal
 from zoo_weights import fill
 
 with_timm = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
@@ -44,25 +44,16 @@ def checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub" / "checkpoints"
 
 
-def refusal(function, *arguments: object, **keywords: object) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **keywords)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "tv:resnet18",
-        "tv:resnet34",
         "tv:resnet50",
         "tv:googlenet",
         "tv:inception_v3",
         "tv:mobilenet_v2",
         "tv:regnet_x_400mf",
         "tv:regnet_y_1_6gf",
-        "tv:regnet_y_32gf",
         "tv:densenet169",
         "tv:efficientnet_b3",
         "tv:squeezenet1_1",
@@ -276,8 +267,7 @@ def test_weights_that_do_not_exist(checkpoints: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["tv:regnet_x_400mf", pytest.param("timm:levit_128s", marks=with_timm)],
+    "name", ["tv:regnet_x_400mf", pytest.param("timm:levit_128s", marks=with_timm)]
 )
 def test_a_saved_network_comes_back(tmp_path: Path, name: str) -> None:
     # The second keeps indices in buffers that are not in its state dict.

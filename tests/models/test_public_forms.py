@@ -159,8 +159,10 @@ def assert_same_logits(path: Path, source: nn.Module, images: Tensor, name: str)
     return told
 
 
-@pytest.mark.parametrize("head", ["linear", "fc", "classifier"])
-@pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
+@pytest.mark.parametrize(
+    ("depth", "head"),
+    [*((d, "linear") for d in (20, 32, 44, 56, 110)), (20, "fc"), (20, "classifier")],
+)
 def test_shortcuts_without_parameters(tmp_path: Path, depth: int, head: str) -> None:
     source = fill(ThreeStages(OptionA, depth, head)).eval()
     state = {f"module.{name}": tensor for name, tensor in source.state_dict().items()}

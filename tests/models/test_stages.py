@@ -188,7 +188,8 @@ def test_compiled_networks_give_the_same_features_and_gradients() -> None:
         student, layers = network(), ["2", "4"]
         outputs = StageOutputs(student, layers)
         for _ in range(2):  # the second call finds compiled code
-            logits = (torch.compile(student) if compile else student)(images)
+            # Inductor has the mentor's below.
+            logits = (torch.compile(student, backend="aot_eager") if compile else student)(images)
             features = outputs.take()
         (logits.sum() + sum(f.square().sum() for f in features)).backward()
         found.append([*features, *(parameter.grad for parameter in student.parameters())])

@@ -68,37 +68,27 @@ INTEGERS = {
     "mul.lo": lambda a, b, _: a * b,
     "mul.hi": lambda a, b, bits: a * b >> bits,
     "mul.wide": lambda a, b, _: a * b,
+    "neg": lambda a, _: -a,
+    "abs": lambda a, _: abs(a),
+    "mad.lo": lambda a, b, c, _: a * b + c,
+    "mad.wide": lambda a, b, c, _: a * b + c,
 }
+KINDS = {name: ["u16", "s16", "u32", "s32", "u64", "s64"] for name in INTEGERS}
+KINDS |= {"mul.wide": ["u16", "s16", "u32", "s32"], "neg": ["s32", "s64"], "abs": ["s32", "s64"]}
+KINDS |= {"mad.lo": ["s32", "u64"], "mad.wide": ["s32"]}
 
 
-@pytest.mark.parametrize("kind", ["u16", "s16", "u32", "s32", "u64", "s64"])
-@pytest.mark.parametrize("name", INTEGERS)
+@pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in KINDS for kind in KINDS[name]])
 def test_integers(name, kind):
-    if name == "mul.wide" and WIDTH[kind] == 8:
-        pytest.skip("no such instruction")
-    width = WIDTH[kind]
-    a, b = draw(width, 1), draw(width, 2)
-    got = execute(f"{name}.{kind}", a, b)
-    pairs = zip(as_int(a, kind), as_int(b, kind), strict=True)
-    expected = [INTEGERS[name](x, y, 8 * width) % 256**got.dtype.itemsize for x, y in pairs]
-    assert got.tolist() == expected
-
-
-@pytest.mark.parametrize(("part", "kind"), [("lo", "s32"), ("lo", "u64"), ("wide", "s32")])
-def test_mad(part, kind):
-    a, b = (draw(WIDTH[kind], seed) for seed in (1, 2))
-    width = WIDTH[kind] * (2 if part == "wide" else 1)
-    c = draw(width, 3)
-    got = execute(f"mad.{part}.{kind}", a, b, c)
-    triples = zip(as_int(a, kind), as_int(b, kind), c.tolist(), strict=True)
-    assert got.tolist() == [(x * y + z) % 256**width for x, y, z in triples]
-
-
-@pytest.mark.parametrize("kind", ["s32", "s64"])
-def test_sign(kind):
-    a = draw(WIDTH[kind], 1)
-    assert as_int(execute(f"neg.{kind}", a), kind) == [-x for x in as_int(a, kind)]
-    assert as_int(execute(f"abs.{kind}", a), kind) == [abs(x) for x in as_int(a, kind)]
+    function, width = INTEGERS[name], WIDTH[kind]
+    operands = [draw(width, seed) for seed in (1, 2)[: function.__code__.co_argcount - 1]]
+    columns = [as_int(operand, kind) for operand in operands]
+    if name.startswith("mad"):  # what is added is as wide as the result
+        operands.append(draw(2 * width if name == "mad.wide" else width, 3))
+        columns.append(operands[-1].tolist())
+    got = execute(f"{name}.{kind}", *operands)
+    expected = [function(*each, 8 * width) for each in zip(*columns, strict=True)]
+    assert got.tolist() == [value % 256**got.dtype.itemsize for value in expected]
 
 
 @pytest.mark.parametrize("kind", ["u32", "s32", "u64", "s64"])

@@ -9,13 +9,7 @@ import yaml
 from classroomkd import cli
 from classroomkd.errors import UserError
 from classroomkd.loss.methods import method_names
-from classroomkd.runs.recipe import (
-    MentorConfig,
-    Recipe,
-    TrainingConfig,
-    load_recipe,
-    to_dict,
-)
+from classroomkd.runs.recipe import MentorConfig, Recipe, TrainingConfig, load_recipe, to_dict
 from classroomkd.runs.recipe_keys import keys
 
 FILE = """

@@ -46,8 +46,7 @@ def run_with(mentors, out, *overrides):
     text = io.StringIO()
     given = f"mentors=[{', '.join(mentors)}]"
     run = TrainingRun(
-        recipe(given, "training.epochs=1", "alone=false", *overrides),
-        Console(file=text, width=300),
+        recipe(given, "training.epochs=1", "alone=false", *overrides), Console(file=text, width=300)
     )
     run.run(colours(60), colours(200, 1), out)
     return text.getvalue()

@@ -350,10 +350,7 @@ def _takes(capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_a_plan_counts_the_epochs_whose_augmentation_repeats():
     cached = make_plan(
-        "methods",
-        method_names=["classroom"],
-        seeds=(0,),
-        overrides=["mentor_cache.epochs=24"],
+        "methods", method_names=["classroom"], seeds=(0,), overrides=["mentor_cache.epochs=24"]
     )
     plain = make_plan("methods", method_names=["classroom"], seeds=(0,))
     mentors = sum(forward_flops(m.source, 32) for m in plain.runs[0].recipe.mentors)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 from classroomkd.cli import main
-from classroomkd.errors import UserError
 from classroomkd.models import NetworkInfo, create, load_network, save_network
 from classroomkd.models.layout import Renormalised
 from classroomkd.models.network_names import code_digest, is_checkpoint, is_code, split_weights
@@ -20,6 +20,7 @@ from classroomkd.reproduce.plan import mentors_plan, require_same_recipe
 from classroomkd.runs.mentor_setup import find_mentors, fit_mentor
 from classroomkd.runs.recipe import MentorConfig, load_recipe, with_absolute_paths
 from classroomkd.runs.training_run import TrainingRun
+from refusals import refusal
 from small_runs import CLASSES, colours, recipe, same, stored_run, values_of
 
 CODE = '''
@@ -67,13 +68,6 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "nets.py"
     path.write_text(CODE)
     return path
-
-
-def refusal(function, *arguments, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -224,8 +218,6 @@ def run_of(overrides, out, resume=False):
     chosen = recipe(
         "mentors=[resnet8]", "training.epochs=1", "mentor_training.epochs=1", *overrides
     )
-    from rich.console import Console
-
     return TrainingRun(chosen, Console(quiet=True)).run(colours(28), colours(13, 1), out, resume)
 
 
@@ -332,14 +324,8 @@ def test_a_mentors_own_normalisation(nets, tmp_path):
     trained, info, _ = load_network(tmp_path / "run/mentors/nets.py:small.safetensors")
     assert (info.mean, info.std) == ((0.1, 0.2, 0.3), (1.0, 1.0, 1.0))
     assert not isinstance(trained, Renormalised)
-    again = TrainingRun(recipe(f"mentors=[{normalised}]", "training.epochs=1"), _quiet())
+    again = TrainingRun(recipe(f"mentors=[{normalised}]", "training.epochs=1"), Console(quiet=True))
     assert again.mentors[0].job.mean == (0.1, 0.2, 0.3)
-
-
-def _quiet():
-    from rich.console import Console
-
-    return Console(quiet=True)
 
 
 def test_the_forms_of_a_recipe(nets, tmp_path, monkeypatch):

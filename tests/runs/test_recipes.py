@@ -16,16 +16,10 @@ from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
 from zoo_weights import without_weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CIFAR = [name for name in recipes.names() if name.startswith("cifar100/")]
 CLASSROOMS = [name for name in CIFAR if name != "cifar100/large-batch"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", CLASSROOMS)

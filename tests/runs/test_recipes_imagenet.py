@@ -25,17 +25,12 @@ from classroomkd.training.schedule import learning_rate, peak_learning_rate
 from classroomkd.training.trainer import Trainer
 from zoo_weights import without_weights
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="no timm"),
+    pytest.mark.usefixtures("one_thread"),
+]
 
 NAMES = [name for name in recipes.names() if name.startswith("imagenet/")]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", NAMES)

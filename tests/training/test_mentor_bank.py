@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from classroomkd import fused_classroom_loss
 from classroomkd.errors import UserError
 from classroomkd.loss.fused import fused_classroom_loss_and_grad
 from classroomkd.models import NetworkInfo, create
@@ -127,34 +126,6 @@ def test_wrong_class_count_is_named() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match=r"dtype must be .* got torch\.float16"):
         MentorBank({}, CLASSES, device="cpu", dtype=torch.float16)
-
-
-def check_loss_takes_inference_tensors(device: torch.device, dtype: torch.dtype) -> None:
-    bank = MentorBank(classroom(), CLASSES, device=device, dtype=dtype)
-    mentors = logits_of(bank, images().to(device))
-    assert all(rows.is_inference() for rows in mentors)
-    plain = [torch.tensor(rows.tolist(), dtype=dtype, device=device) for rows in mentors]
-    targets = torch.arange(4, device=device)
-    results = []
-    for given in (mentors, plain):
-        student = images()[:, 0, 0, :CLASSES].to(device, copy=True).requires_grad_()
-        loss = fused_classroom_loss(student, given, targets)
-        loss.backward()
-        results.append(
-            [loss, student.grad, *fused_classroom_loss_and_grad(student, given, targets)]
-        )
-    assert results[0][1].any()
-    assert all(map(torch.equal, *results))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_takes_inference_tensors(dtype: torch.dtype) -> None:
-    check_loss_takes_inference_tensors(torch.device("cpu"), dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kernels_take_inference_tensors(device: torch.device, dtype: torch.dtype) -> None:
-    check_loss_takes_inference_tensors(device, dtype)
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="torch.compile needs a C++ compiler")
