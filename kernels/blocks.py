@@ -23,7 +23,8 @@ MAX_MENTORS_APART = tl.constexpr(12)
 class Blocks(NamedTuple):
     """A kernel's tiling: ROWS rows per program of num_warps warps, BLOCK_C columns per step.
 
-    A row is held in PIECES pieces; 0 if it is swept. A load has V columns. ``max_registers`` is the
+    A row is held in PIECES pieces; 0 if it is swept. A thread has LOADS loads of V columns of a row in
+    a step. ``max_registers`` is the
     compiler's limit per thread on NVIDIA GPUs; None for no limit.
     """
 
@@ -31,6 +32,7 @@ class Blocks(NamedTuple):
     ROWS: int
     num_warps: int
     PIECES: int = 0
+    LOADS: int = 1
     V: int = 1
     max_registers: int | None = None
 
@@ -99,7 +101,9 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
             None if unlimited else 168 if n_mentors > 8 and itemsize == 4 and not shared else 128
         )
     limit = limit if warp_size == 32 else None
-    return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
+    v = min(load, block_c)
+    loads = max(1, block_c // (v * warp_size * num_warps))
+    return Blocks(block_c, 1, num_warps, LOADS=loads, V=v, max_registers=limit)
 
 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 
 from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
-from classroomkd.kernels.swept import GROUP, in_lanes, numbers_of
+from classroomkd.kernels.swept import GROUP, in_lanes, numbers_of, of_threads, thread_sums
 
 
 @triton.jit
-def _kd_sums(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
+def _kd_sums(e_m, e_s, cross, LOADS: tl.constexpr, V: tl.constexpr):
     """Σ e_m, Σ e_s and Σ cross of tiles [BLOCK_C], in one reduction across threads."""
-    of_m = tl.sum(tl.reshape(e_m, [L, V]), 1)
-    of_s = tl.sum(tl.reshape(e_s, [L, V]), 1)
-    of_cross = tl.sum(tl.reshape(cross, [L, V]), 1)
+    of_m = thread_sums(of_threads(e_m, LOADS, V))
+    of_s = thread_sums(of_threads(e_s, LOADS, V))
+    of_cross = thread_sums(of_threads(cross, LOADS, V))
     sums = tl.sum(in_lanes((of_m, of_s, of_cross), 4), 1)
     return numbers_of(sums, tl.arange(0, 4)[None, :], 3)
 
@@ -34,6 +34,7 @@ def one_step_kd(
     t_sum,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
@@ -42,7 +43,6 @@ def one_step_kd(
     Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
     """
     maxima, tau_m, tau_s, active, lane = kd_inputs
-    L: tl.constexpr = BLOCK_C // V
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
     taus_m = numbers_of(tau_m, lane, N)
@@ -69,7 +69,7 @@ def one_step_kd(
             e_m = tl.exp2(exponents(d_m, scale_m))
             e_s = tl.exp2(exponents(d_s, scale_s))
             cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
-            sums = _kd_sums(e_m, e_s, cross, L, V)
+            sums = _kd_sums(e_m, e_s, cross, LOADS, V)
             grad += e_s * (weights[m] / sums[1])
             grad -= e_m * (weights[m] / sums[0])
             kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])

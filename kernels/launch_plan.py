@@ -83,6 +83,7 @@ def classroom_plan(
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
         "PIECES": cut.PIECES,
+        "LOADS": cut.LOADS,
         "V": cut.V,
         "ROWS": cut.ROWS,
         "K": triton.next_power_of_2(n_mentors + 1),

@@ -97,6 +97,7 @@ def classroom_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,  # columns of a piece, or of a sweep's step
     PIECES: tl.constexpr,  # that hold a row; 0 to sweep
+    LOADS: tl.constexpr,  # of a row, in a thread and step
     V: tl.constexpr,  # columns a load
     ROWS: tl.constexpr,  # a program's
     K: tl.constexpr,  # lanes, at least M + 1
@@ -169,7 +170,7 @@ def classroom_kernel(
         )
     else:
         row_ell, maxima, e_sum, d_target, valid, out_of_range, target, t_sum = sweep_confidences(
-            begins, labels, lane, C, BLOCK_C, V, SOFT
+            begins, labels, lane, C, BLOCK_C, LOADS, V, SOFT
         )
 
     if SUMS:
@@ -199,7 +200,7 @@ def classroom_kernel(
             )
         elif ONE_STEP:
             kl, row_grad = one_step_kd(
-                begins, kd_inputs, weight, e_sum, task, t_sum, C, BLOCK_C, V, SAME_TAU
+                begins, kd_inputs, weight, e_sum, task, t_sum, C, BLOCK_C, LOADS, V, SAME_TAU
             )
         else:
             sum_m, sum_s, cross = sweep_kd_sums(begins, kd_inputs, C, BLOCK_C, V, SAME_TAU)

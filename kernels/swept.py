@@ -30,6 +30,18 @@ GROUP = tl.constexpr(6)
 
 
 @triton.jit
+def of_threads(tile, LOADS: tl.constexpr, V: tl.constexpr):
+    """A tile [BLOCK_C] as [LOADS, L, V], of which a thread has all [:, i, :]."""
+    return tl.reshape(tile, [LOADS, tile.shape[0] // (LOADS * V), V])
+
+
+@triton.jit
+def thread_sums(tile):
+    """Sums [L] of a tile [LOADS, L, V] in each thread."""
+    return tl.sum(tl.sum(tile, 2), 0)
+
+
+@triton.jit
 def _pairs(tiles):
     joined = ()
     for i in tl.static_range(len(tiles) // 2):
@@ -91,6 +103,7 @@ def _first_sweep(
     target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
@@ -98,7 +111,7 @@ def _first_sweep(
     Σ t (z − max z); for the row Σ t, the largest probability and its class.
     """
     target_ptr, label_smoothing, _ = labels
-    L: tl.constexpr = BLOCK_C // V
+    L: tl.constexpr = BLOCK_C // (LOADS * V)
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
     maxima = ()
     sums = ()
@@ -116,40 +129,40 @@ def _first_sweep(
         if not ONE_CLASS:
             if SOFT:
                 t = tl.load(target_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-                tile = tl.reshape(t, [L, V])
-                largest = tl.max(tile, 1)
-                at = tl.where(tile == largest[:, None], tl.reshape(column, [L, V]), C)
-                best_at = tl.where(largest > best, tl.min(at, 1), best_at)
+                tile = of_threads(t, LOADS, V)
+                largest = tl.max(tl.max(tile, 2), 0)
+                at = tl.where(tile == largest[None, :, None], of_threads(column, LOADS, V), C)
+                best_at = tl.where(largest > best, tl.min(tl.min(at, 2), 0), best_at)
                 best = tl.maximum(best, largest)
                 t = tl.where(inside, t, 0.0)
             else:
                 t = tl.where(column == target, 1.0, 0.0)
-            t = tl.reshape(smoothed(t, label_smoothing, inside, C), [L, V])
+            t = of_threads(smoothed(t, label_smoothing, inside, C), LOADS, V)
         new_maxima = ()
         new_sums = ()
         new_picks = ()
         for k in tl.static_range(len(begins)):
             z = tl.load(begins[k] + column, mask=inside, other=-float("inf"))
-            z = tl.reshape(z.to(tl.float32), [L, V])
-            largest = tl.maximum(maxima[k], tl.max(z, 1))
+            z = of_threads(z.to(tl.float32), LOADS, V)
+            largest = tl.maximum(maxima[k], tl.max(tl.max(z, 2), 0))
             # As long as all classes so far are excluded (−inf), 0 is used as their maximum.
             shift = tl.where(largest == -float("inf"), 0.0, largest)
             lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - shift)
-            d = z - shift[:, None]
+            d = z - shift[None, :, None]
             new_maxima = new_maxima + (largest,)
             new_sums = new_sums + (
-                sums[k] * tl.exp2(lower * LOG2E) + tl.sum(tl.exp2(d * LOG2E), 1),
+                sums[k] * tl.exp2(lower * LOG2E) + thread_sums(tl.exp2(d * LOG2E)),
             )
             if ONE_CLASS:
                 new_picks = new_picks + (picks[k],)
             else:
                 pick = picks[k] + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
-                new_picks = new_picks + (pick + tl.sum(tl.where(t > 0.0, t * d, 0.0), 1),)
+                new_picks = new_picks + (pick + thread_sums(tl.where(t > 0.0, t * d, 0.0)),)
         maxima = new_maxima
         sums = new_sums
         picks = new_picks
         if not ONE_CLASS:
-            t_sums += tl.sum(t, 1)
+            t_sums += thread_sums(t)
     return maxima, sums, picks, t_sums, best, best_at
 
 
@@ -160,6 +173,7 @@ def swept_confidences(
     lane,  # [1, K]
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
@@ -181,7 +195,9 @@ def swept_confidences(
     sums = ()
     picks = ()
     for k in tl.static_range(0, len(begins), GROUP + 1):
-        of_group = _first_sweep(begins[k : k + GROUP + 1], labels, target, C, BLOCK_C, V, SOFT)
+        of_group = _first_sweep(
+            begins[k : k + GROUP + 1], labels, target, C, BLOCK_C, LOADS, V, SOFT
+        )
         maxima = maxima + of_group[0]
         sums = sums + of_group[1]
         picks = picks + of_group[2]

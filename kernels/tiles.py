@@ -70,6 +70,7 @@ def tile_confidences(
     lane,  # [1, K]
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
