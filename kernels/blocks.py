@@ -23,9 +23,9 @@ MAX_MENTORS_APART = tl.constexpr(12)
 class Blocks(NamedTuple):
     """A kernel's tiling: ROWS rows per program of num_warps warps, BLOCK_C columns per step.
 
-    A row is held in PIECES pieces; 0 if it is swept. A thread has LOADS loads of V columns of a row in
-    a step. ``max_registers`` is the
-    compiler's limit per thread on NVIDIA GPUs; None for no limit.
+    A row is held in PIECES pieces; 0 if it is swept. In a step a thread has LOADS loads of V
+    columns of each row. ``max_registers`` is the compiler's limit per thread on NVIDIA GPUs; None
+    for no limit.
     """
 
     BLOCK_C: int
@@ -74,8 +74,8 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
     """Blocks for rows in sweeps, with a 16-byte load of each row per thread and step.
 
     A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
-    registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
-    each, even if some are spilled; but not in float32 with more than 8 mentors. In the one warp of
+    registers. By the model 20 warps a multiprocessor do better there than 16 with more registers
+    each, and with many mentors 16 better than 12, even if some are spilled. In the one warp of
     512 classes the compiler would have to spill much; with many mentors such a row takes two warps.
     One or two mentors in float32 gain by one step up to 4096 classes, with as many registers as the
     compiler likes.
@@ -97,9 +97,7 @@ def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) 
             unlimited = block_c == in_a_warp or block_c > _MAX_CLASSES_OF_ONE_STEP
         else:
             unlimited = block_c < in_a_warp
-        limit = (
-            None if unlimited else 168 if n_mentors > 8 and itemsize == 4 and not shared else 128
-        )
+        limit = None if unlimited else 96 if few and num_warps > 1 else 128
     limit = limit if warp_size == 32 else None
     v = min(load, block_c)
     loads = max(1, block_c // (v * warp_size * num_warps))

@@ -55,6 +55,17 @@ def one_minus_exp(d):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of a positive normal number; NaN is kept. 4 instructions, where a division has 9.
+
+    The square of an approximate 1 / √x, and a step of Newton's method, which leaves rounding.
+    """
+    root = tl.rsqrt(x)
+    guess = root * root
+    return guess * (2.0 - x * guess)
+
+
+@triton.jit
 def log_in_parts(x):
     """n and log(1 + f) of a normal number x = 2^n · (1 + f), −1/3 ≤ f < 1/3; NaN is kept.
 
@@ -111,8 +122,13 @@ def cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU: tl.constexpr):
 
 
 @triton.jit
-def divergence(cross, tau_m, sum_m, sum_s):
-    """KL_m in nats from the sums of `cross_terms`, e_m and e_s."""
-    n, rest = log_in_parts(sum_m / sum_s)
-    kl = cross / (sum_m * tau_m) - (n * LN2_HIGH + (n * LN2_LOW + rest))
+def divergence(cross, sum_m, sum_s, inverse):
+    """KL_m in nats from the sums of `cross_terms`, e_m and e_s, and the reciprocals of the last two
+    and of τ_m.
+    """
+    of_m, of_s, of_tau = inverse
+    ratio = sum_m * of_s
+    ratio += (sum_m - ratio * sum_s) * of_s  # exactly 1 for equal sums
+    n, rest = log_in_parts(ratio)
+    kl = cross * of_m * of_tau - (n * LN2_HIGH + (n * LN2_LOW + rest))
     return tl.where(kl < 0.0, 0.0, kl)  # which rounding would make it

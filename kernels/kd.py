@@ -10,7 +10,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
+from classroomkd.kernels.device import (
+    LOG2E,
+    cross_terms,
+    divergence,
+    exponents,
+    reciprocal,
+    smoothed,
+)
+from classroomkd.kernels.ranks import kd_terms
 from classroomkd.kernels.swept import GROUP, in_lanes, numbers_of, of_threads, thread_sums
 
 
@@ -22,6 +30,19 @@ def _kd_sums(e_m, e_s, cross, LOADS: tl.constexpr, V: tl.constexpr):
     of_cross = thread_sums(of_threads(cross, LOADS, V))
     sums = tl.sum(in_lanes((of_m, of_s, of_cross), 4), 1)
     return numbers_of(sums, tl.arange(0, 4)[None, :], 3)
+
+
+@triton.jit
+def _after(begins, m: tl.constexpr, tile, n_classes, column, inside):
+    """The next mentor's row, after mentor m's, in the same registers."""
+    if m + 1 < len(begins):
+        wanted = inside & (n_classes[m + 1] > column * 0)
+        # Without a load registers keep what they have, which is −inf beyond the last column: with
+        # a constant the compiler would write it to all of them first.
+        before = tile.to(begins[m + 1].dtype.element_ty)
+        return tl.load(begins[m + 1] + column, mask=wanted, other=before)
+    else:
+        return tile
 
 
 @triton.jit
@@ -40,13 +61,14 @@ def one_step_kd(
 ):
     """Both sweeps in one, for a row of one tile: mentors are read again one by one.
 
-    Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
+    Returns KL_m in lanes [1, K], the mentors' terms of the loss [1], and the gradient [BLOCK_C]
+    without the target's − a_s · t.
     """
     maxima, tau_m, tau_s, active, lane = kd_inputs
     N: tl.constexpr = len(begins)
     z_max = numbers_of(maxima, lane, N)
     taus_m = numbers_of(tau_m, lane, N)
-    taus_s = numbers_of(tau_s, lane, N)
+    taus_s = taus_m if SAME_TAU else numbers_of(tau_s, lane, N)
     weights = numbers_of(tl.where(active, weight, 0.0), lane, N)
     n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
     own = tl.sum(tl.sum(task * t_sum, 1), 0) / numbers_of(e_sum, lane, 1)[0]
@@ -55,27 +77,31 @@ def one_step_kd(
     d_s = tl.load(begins[0] + column, mask=inside, other=-float("inf")).to(tl.float32) - z_max[0]
     grad = tl.zeros_like(d_s)
     kl = tl.zeros_like(maxima)
-    wanted = inside & (n_classes[1] > column * 0)
-    following = tl.load(begins[1] + column, mask=wanted, other=-float("inf"))
+    loss = tl.zeros([1], tl.float32)
+    nothing = tl.full([BLOCK_C], -float("inf"), begins[1].dtype.element_ty)
+    following = _after(begins, 0, nothing, n_classes, column, inside)
     for m in tl.static_range(1, N):
-        z_m = following
-        if m + 1 < N:
-            wanted = inside & (n_classes[m + 1] > column * 0)
-            following = tl.load(begins[m + 1] + column, mask=wanted, other=-float("inf"))
         if n_classes[m] > 0:
-            scale_m = 1.0 / taus_m[m] * LOG2E
-            scale_s = 1.0 / taus_s[m] * LOG2E
-            d_m = z_m.to(tl.float32) - z_max[m]
+            d_m = following.to(tl.float32) - z_max[m]
+            following = _after(begins, m, following, n_classes, column, inside)
+            of_tau = reciprocal(taus_m[m])
+            scale_m = of_tau * LOG2E
+            scale_s = scale_m if SAME_TAU else reciprocal(taus_s[m]) * LOG2E
             e_m = tl.exp2(exponents(d_m, scale_m))
             e_s = tl.exp2(exponents(d_s, scale_s))
             cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
             sums = _kd_sums(e_m, e_s, cross, LOADS, V)
-            grad += e_s * (weights[m] / sums[1])
-            grad -= e_m * (weights[m] / sums[0])
-            kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
+            of_m = reciprocal(sums[0])
+            of_s = reciprocal(sums[1])
+            grad += e_s * (weights[m] * of_s)
+            grad -= e_m * (weights[m] * of_m)
+            kl_m = divergence(sums[2], sums[0], sums[1], (of_m, of_s, of_tau))
             kl = tl.where(lane == m, kl_m, kl)
+            loss += kd_terms(True, weights[m], taus_s[m], kl_m)
+        else:
+            following = _after(begins, m, following, n_classes, column, inside)
     # The student's term comes last, so that terms that cancel do not perturb it.
-    return kl, grad + tl.exp2(d_s * LOG2E) * own
+    return kl, loss, grad + tl.exp2(d_s * LOG2E) * own
 
 
 @triton.jit

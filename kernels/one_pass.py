@@ -24,9 +24,8 @@ Between the two halves (all ℓ_k must be known before any r_m) the rows stay in
 exponentials are powers of two, of v = u · log2(e); sums in log2 units are multiplied by ln 2 at the
 end.
 
-Each program stores the sums of its rows' losses and, for a report, of their statistics; the last
-one adds them up (``batch.py``). So one launch computes the batch's loss, with the same bits on
-every run.
+Each program stores the sums of its rows' losses and report statistics; the last one adds them up
+(``batch.py``). So one launch computes the batch's loss, with the same bits on every run.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ from classroomkd.kernels.batch import (
     sum_batch,
 )
 from classroomkd.kernels.blocks import MAX_MENTORS_APART
-from classroomkd.kernels.device import divergence, floored
+from classroomkd.kernels.device import divergence, floored, reciprocal
 from classroomkd.kernels.held import held_confidences, held_kd_sums, store_held_gradient
 from classroomkd.kernels.kd import one_step_kd, store_row_gradient, swept_gradient, swept_kd_sums
 from classroomkd.kernels.pieces import load_pieces, load_student, load_targets
@@ -156,10 +155,10 @@ def classroom_kernel(
         if SOFT:
             target_begin = row_begins((target_ptr,), (target_stride,), tl.sum(row), ALIGN)[0]
         labels = (target_begin, label_smoothing, ignore_index)
+    counting = (state_ptr, target_ptr, ignore_index, n_rows)
+    count = None
     if SCALE_GRAD and REDUCTION == "mean" and not SOFT and weight_sum_ptr is None:
-        count = count_slices(state_ptr, target_ptr, ignore_index, n_rows)
-    else:
-        count = None
+        count = count_slices(*counting)
     if HELD:
         row_ell, maxima, e_sum, d_target, ds = held_confidences(
             pieces, ts, target, t_sum, lane, column, M, ONE_CLASS
@@ -199,14 +198,16 @@ def classroom_kernel(
                 ptrs, strides, place, kd_inputs, mask, C, BLOCK_C, SAME_TAU, MIXED
             )
         elif ONE_STEP:
-            kl, row_grad = one_step_kd(
+            kl, mentor_loss, row_grad = one_step_kd(
                 begins, kd_inputs, weight, e_sum, task, t_sum, C, BLOCK_C, LOADS, V, SAME_TAU
             )
         else:
             sum_m, sum_s, cross = sweep_kd_sums(begins, kd_inputs, C, BLOCK_C, V, SAME_TAU)
         if not ONE_STEP:
-            kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
-        mentor_loss = tl.sum(kd_terms(active, weight, tau_s, kl), 1)
+            of_m, of_s = reciprocal(sum_m), reciprocal(sum_s)
+            kl = divergence(cross, sum_m, sum_s, (of_m, of_s, reciprocal(tau_m)))
+            kl = tl.where(active, kl, 0.0)
+            mentor_loss = tl.sum(kd_terms(active, weight, tau_s, kl), 1)
         own_ell = tl.sum(tl.where(lane == 0, row_ell, 0.0), 1)
         loss = task_loss(tl.sum(task, 1), own_ell) + mentor_loss
         loss = tl.where(nonfinite, float("nan"), loss)
@@ -235,14 +236,14 @@ def classroom_kernel(
             factor = tl.full([ROWS], 1.0, tl.float32)
             if SCALE_GRAD:
                 factor = row_weight * gradient_factor(
-                    scale_ptr, weight_sum_ptr, state_ptr, count, n_rows, REDUCTION == "mean"
+                    scale_ptr, weight_sum_ptr, counting, count, REDUCTION == "mean"
                 )
             of_rows = (task, factor, valid, nonfinite)
             if not ONE_STEP:
                 # Lane 0 has the cross-entropy's own softmax, to be added.
                 coef_m = tl.where(lane == 0, -task * t_sum / e_sum, 0.0)
-                coef_m = tl.where(active, weight / sum_m, coef_m)
-                coef_s = tl.where(active, weight / sum_s, 0.0)
+                coef_m = tl.where(active, weight * of_m, coef_m)
+                coef_s = tl.where(active, weight * of_s, 0.0)
             if HELD:
                 where = (row, target, lane, column, n_rows)
                 store_held_gradient(
