@@ -78,7 +78,7 @@ def one_step_kd(
     grad = tl.zeros_like(d_s)
     kl = tl.zeros_like(maxima)
     loss = tl.zeros([1], tl.float32)
-    nothing = tl.full([BLOCK_C], -float("inf"), begins[1].dtype.element_ty)
+    nothing = tl.full([BLOCK_C], -float("inf"), tl.float32)
     following = _after(begins, 0, nothing, n_classes, column, inside)
     for m in tl.static_range(1, N):
         if n_classes[m] > 0:
