@@ -84,6 +84,7 @@ KERNELS = {
         dtypes=(BFLOAT16, FLOAT32),
         layout="padded",
     ),
+    "one step of bfloat16": Kernel(130, 2, dtypes=(BFLOAT16,)),
     "right and ahead, dtkd": Kernel(
         *(64, 3),
         {"knowledge_filter": "correct_and_better", "mentoring": "dtkd", "temperature": 4.0},
