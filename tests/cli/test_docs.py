@@ -82,7 +82,7 @@ def folder(tmp_path) -> Path:
     """Where the commands are given: with small sets of images under the names that they use."""
     folder = tmp_path / "commands"
     rng = np.random.default_rng(0)
-    for name in ("photos", "tinyimagenet20", "tinyimagenet100", "imagenet"):
+    for name in ("photos", "tinyimagenet20", "tinyimagenet100", "tinyimagenet100x200", "imagenet"):
         for part, count in (("train", 6), ("test", 2)):
             for label in ("cat", "dog"):
                 (folder / name / part / label).mkdir(parents=True)
