@@ -8,11 +8,12 @@ is an epoch, loader included, or its first --seconds seconds. Every row has its 
 rows of one classroom and batch size are prepared together, then timed in rounds, interleaved, and
 then profiled in further steps. --whole trains and evaluates whole epochs of each classroom at its
 smallest batch size. With cached mentors, their logits for one augmentation of every image are kept
-beforehand. Prints the tables and writes step.json after every round. If there is a step.json from
-the same machine and versions, its rows for other classrooms and batch sizes are kept. On a CPU,
---small is the default; this measures the classroom of resnet20:
+beforehand. What compiles comes last, without --small. Prints the tables and writes step.json after
+every round. If there is a step.json from the same machine and versions, its rows for other
+classrooms and batch sizes are kept. On a CPU, --small is the default; this measures the classroom
+of resnet20:
 
-    python benchmarks/step.py --no-small --student resnet20 --batch 64 --images 4096 --out FOLDER
+    python benchmarks/step.py --no-small --student resnet20 --batch 64 --images 1024 --out FOLDER
 """
 
 from __future__ import annotations
