@@ -8,14 +8,15 @@ hold 0. Then
 - a branch with a known predicate is followed; threads that diverge reconverge at the lowest
   address, as on the hardware;
 - a branch with an unknown predicate is not taken: what it would skip is executed, so that all
-  mentors are active and all rows valid;
+  mentors are active and all rows valid; so is an instruction with an unknown guard;
 - a counter shared by all programs (an atomic without a fence, an integer read past L1) exceeds any
   bound: other programs have taken all slices, and the awaited ones have finished. In the very first
   program, the first such atomic returns 0;
 - the first branch on an unknown value after an atomic behind a fence tests whether the program is
   the last to arrive. It is, and what it executes from there on is the tail, which only it executes.
 
-A loop with an unknown end is an error, as is an instruction that is not modelled.
+A loop with an unknown end is an error, as is a load of several numbers a thread from an unknown
+address, and an instruction that is not modelled.
 """
 
 from __future__ import annotations
@@ -203,16 +204,17 @@ class _Walker:
     def _write(
         self, results: Mapping[str, Value], guard: Value, active: np.ndarray, everyone: bool
     ) -> None:
-        """Threads that do not execute it keep their values; unknown ones may be overwritten."""
+        """Threads that do not execute it keep their values; unknown ones may be overwritten. With
+        an unknown guard it is executed, as is what an unknown branch would skip.
+        """
         values = self.registers.values
+        guard = True if guard is None else guard
         for name, value in results.items():
             if name in _IGNORED:
                 continue
             if guard is not True or not everyone:
                 old = values.get(name)
-                if guard is None:
-                    value = None
-                elif old is not None or guard is not True:
+                if old is not None or guard is not True:
                     where = active & guard
                     value = choose(where if where.any() else False, value, old)
             values[name] = value
@@ -335,6 +337,8 @@ class _Walker:
             return len(self.traffic) - 1
         address = self._address(instruction)
         if address is None:  # a gather from what the program has read
+            if instruction.unit == "load" and instruction.width > 4:
+                raise NotModelledError(f"the address at {instruction.address:#x} is data")
             row[:, _L2] = np.minimum(n_bytes, 4 * SECTOR)
             return len(self.traffic) - 1
         sectors = np.broadcast_to(np.asarray(address) // SECTOR, where.shape)

@@ -242,6 +242,26 @@ def test_a_loop_whose_end_is_data_is_an_error():
         walk.walk(loop, {}, [], (1,), 1, walk.Caches(0, 0, False))
 
 
+CHOSEN_ADDRESS = [  # by what was read from memory
+    Instruction(0, "", "LDG.E", ("R0", "desc[UR4][R2.64]"), "load", 1, 0, 7, 0),
+    Instruction(16, "", "ISETP.NE.AND", ("P0", "PT", "R0", "RZ", "PT"), "alu", 1, 7, 7, 1),
+    Instruction(32, "", "MOV", ("R5", "RZ"), "alu", 1, 7, 7, 0),
+    Instruction(48, "P0", "MOV", ("R4", "0x40"), "alu", 1, 7, 7, 0),
+    Instruction(64, "", "LDG.E.128", ("R8", "desc[UR4][R4.64]"), "load", 1, 0, 7, 0),
+    Instruction(80, "", "EXIT", (), "control", 1, 7, 7, 0),
+]
+
+
+def test_what_is_executed_on_a_condition_that_is_data_is_executed():
+    """Else a load from an address that was chosen so would be counted as a gather from L2."""
+    caches = walk.Caches(0, 0, shared_is_cold=True)
+    walked = walk.walk(CHOSEN_ADDRESS, {}, [], (1,), 1, caches)
+    assert walked.traffic[walked.path[4, 2]].tolist() == [[0, 0, 0, walk.SECTOR]]
+    without = [i._replace(opcode="FADD", guard="") if i.guard else i for i in CHOSEN_ADDRESS]
+    with pytest.raises(walk.NotModelledError, match="the address at 0x40 is data"):
+        walk.walk(without, {}, [], (1,), 1, caches)
+
+
 # ---------------------------------------------------------------- the record
 
 
