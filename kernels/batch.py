@@ -9,10 +9,11 @@ Both use ``state``, int64 numbers that are 0 before and after a launch:
 
 **Counting.** The mean's gradient is divided by the number of valid rows, which must therefore be
 known before the first gradient is written. Up to SLICE rows, every program counts them all, with
-one load and no waiting. For more rows, programs take slices of SLICE targets until none is left,
-and add their counts to the tally; before writing its gradient a program waits until all slices are
-counted. This cannot deadlock: when a program waits, all slices have been taken, each by a program
-that is already running. So each target is read once, by the first programs to start.
+one load and no waiting. For more rows, the first programs take slices of SLICE targets until none
+is left, and add their counts to the tally. Before writing its gradient a program reads the tally,
+and unless all slices are counted, takes those that are left and waits for the others. This cannot
+deadlock: when a program waits, all slices have been taken, each by a program that is already
+running. So each target is read once, and few programs have to take a slice.
 
 **Sums.** Each program stores the sums of its rows' statistics. The last program of a group to
 finish sums those of the group and stores the result, and the last program overall sums the groups.
@@ -53,6 +54,17 @@ def _count_slice(target_ptr, ignore_index, n_rows, slice):
 
 
 @triton.jit
+def _take_slices(state_ptr, target_ptr, ignore_index, n_rows):
+    """Count slices as long as there are any that no program has taken."""
+    n_slices = tl.cdiv(n_rows, SLICE)
+    taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+    while taken < n_slices:
+        mine = _count_slice(target_ptr, ignore_index, n_rows, taken)
+        tl.atomic_add(state_ptr + _TALLY, mine.to(tl.int64) + 2**32, sem="relaxed")
+        taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+
+
+@triton.jit
 def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
     """The number of valid rows if the batch is one slice. Otherwise, starts the tally and returns
     0.
@@ -61,22 +73,20 @@ def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
     n_slices = tl.cdiv(n_rows, SLICE)
     if n_slices == 1:
         count = _count_slice(target_ptr, ignore_index, n_rows, 0)
-    else:
-        taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
-        while taken < n_slices:
-            mine = _count_slice(target_ptr, ignore_index, n_rows, taken)
-            tl.atomic_add(state_ptr + _TALLY, mine.to(tl.int64) + 2**32, sem="relaxed")
-            taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
+    elif tl.program_id(0) < n_slices:
+        _take_slices(state_ptr, target_ptr, ignore_index, n_rows)
     return count
 
 
 @triton.jit
-def _counted(state_ptr, n_rows):
-    """Wait for the tally and return the number of valid rows."""
+def _counted(state_ptr, target_ptr, ignore_index, n_rows):
+    """Complete the tally, or wait for it, and return the number of valid rows."""
     n_slices = tl.cdiv(n_rows, SLICE)
     tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
-    while (tally >> 32) < n_slices:
-        tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
+    if (tally >> 32) < n_slices:
+        _take_slices(state_ptr, target_ptr, ignore_index, n_rows)
+        while (tally >> 32) < n_slices:
+            tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
     return (tally & 0xFFFFFFFF).to(tl.int32)
 
 
@@ -88,11 +98,11 @@ def _weight_total(weight_sum_ptr):
 
 
 @triton.jit
-def gradient_factor(scale_ptr, weight_sum_ptr, state_ptr, count, n_rows, MEAN: tl.constexpr):
+def gradient_factor(scale_ptr, weight_sum_ptr, counting, count, MEAN: tl.constexpr):
     """The factor of every row's gradient: the scale, and for the mean 1 / valid rows.
 
-    ``count`` is the result of `count_slices`, or None if all rows are valid. Rows that have weights
-    are divided by the sum of these instead.
+    ``counting`` is what `count_slices` takes, and ``count`` its result, or None if all rows are
+    valid. Rows that have weights are divided by the sum of these instead.
     """
     factor = 1.0
     if scale_ptr is not None:
@@ -101,9 +111,9 @@ def gradient_factor(scale_ptr, weight_sum_ptr, state_ptr, count, n_rows, MEAN: t
         factor /= _weight_total(weight_sum_ptr)
     elif MEAN:
         if count is None:
-            count = n_rows
-        elif n_rows > SLICE:
-            count = _counted(state_ptr, n_rows)
+            count = counting[3]
+        elif counting[3] > SLICE:
+            count = _counted(*counting)
         factor /= tl.maximum(count, 1).to(tl.float32)
     return factor
 
@@ -124,33 +134,37 @@ def store_lanes(stats_ptr, number, values, lane, M: tl.constexpr, N_STATS: tl.co
 
 
 @triton.jit
-def store_report(
+def report_weights(
     stats_ptr,
     lane,
-    valid,  # [R], as are confidence, cross_entropy and mentor_loss
-    of_mentors,  # [R, K] each: active, share, τ, KL
-    confidence,
-    cross_entropy,
-    mentor_loss,
+    valid,  # [R]
+    of_mentors,  # [R, K] each: active, share, τ
+    of_row,  # [R] each: the student's confidence and cross-entropy
     M: tl.constexpr,
     N_STATS: tl.constexpr,
 ):
-    """The rows' numbers for the report; all 0 for invalid rows."""
-    active, share, tau, kl = of_mentors
+    """The rows' numbers for the report that are known before the KD terms, so that they wait in no
+    register; all 0 for invalid rows.
+    """
+    active, share, tau = of_mentors
     rank = tl.where(valid[:, None], share * M, 0.0)
     tau = tl.where(valid[:, None], tau, 0.0)
     first: tl.constexpr = _FIRST
     store_lanes(stats_ptr, first + _ACTIVE * M, active.to(tl.float32), lane, M, N_STATS)
     store_lanes(stats_ptr, first + _RANK * M, rank, lane, M, N_STATS)
     store_lanes(stats_ptr, first + _TAU * M, tau, lane, M, N_STATS)
-    store_lanes(stats_ptr, first + _KL * M, kl, lane, M, N_STATS)
     of_batch: tl.constexpr = _FIRST + _PER_MENTOR * M
-    confidence = tl.where(valid, confidence, 0.0)
-    cross_entropy = tl.where(valid, cross_entropy, 0.0)
+    store_stat(stats_ptr, of_batch + _CONFIDENCE, tl.where(valid, of_row[0], 0.0), N_STATS)
+    store_stat(stats_ptr, of_batch + _TASK_LOSS, tl.where(valid, of_row[1], 0.0), N_STATS)
+
+
+@triton.jit
+def report_kd(stats_ptr, lane, valid, kl, mentor_loss, M: tl.constexpr, N_STATS: tl.constexpr):
+    """The rest of the report's numbers: KL_m [R, K] and the mentors' terms [R] of the rows."""
+    first: tl.constexpr = _FIRST
+    store_lanes(stats_ptr, first + _KL * M, kl, lane, M, N_STATS)
     mentor_loss = tl.where(valid, mentor_loss, 0.0)
-    store_stat(stats_ptr, of_batch + _CONFIDENCE, confidence, N_STATS)
-    store_stat(stats_ptr, of_batch + _TASK_LOSS, cross_entropy, N_STATS)
-    store_stat(stats_ptr, of_batch + _MENTOR_LOSS, mentor_loss, N_STATS)
+    store_stat(stats_ptr, first + _PER_MENTOR * M + _MENTOR_LOSS, mentor_loss, N_STATS)
 
 
 @triton.jit
@@ -187,15 +201,16 @@ def _sum_stats(
 def sum_batch(
     stats_ptr,  # [programs + groups, N_STATS]
     state_ptr,
-    group_programs,
+    group_shift,
     N_STATS: tl.constexpr,
     BLOCK_STATS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Whether this is the last program overall, and if so the sums [BLOCK_STATS] over all rows."""
     n_programs = tl.num_programs(0)
-    group = tl.program_id(0) // group_programs
-    n_groups = tl.cdiv(n_programs, group_programs)
+    group = tl.program_id(0) >> group_shift
+    group_programs = 1 << group_shift
+    n_groups = (n_programs + group_programs - 1) >> group_shift
     first = group * group_programs
     members = tl.minimum(group_programs, n_programs - first)
     last = is_last(state_ptr + _MEMBERS + group, members)

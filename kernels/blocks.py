@@ -14,8 +14,7 @@ from classroomkd.kernels.counters import MAX_GROUPS
 _MAX_VALUES_HELD = 32
 _MAX_WARPS_HELD = 4
 _MAX_CLASSES_HELD = 128
-_MAX_CLASSES_OF_ONE_STEP = 2048
-_MAX_MENTORS_LIMITED = 7
+_MAX_CLASSES_OF_ONE_STEP = 4096
 MAX_MENTORS_APART = tl.constexpr(12)
 """Swept rows of more mentors are one tile (``tiles.py``)."""
 
@@ -23,15 +22,19 @@ MAX_MENTORS_APART = tl.constexpr(12)
 class Blocks(NamedTuple):
     """A kernel's tiling: ROWS rows per program of num_warps warps, BLOCK_C columns per step.
 
-    A row is held in PIECES pieces; 0 if it is swept. A load has V columns. ``max_registers`` is the
-    compiler's limit per thread on NVIDIA GPUs; None for no limit.
+    A row is held in PIECES pieces; 0 if it is swept. In a step a thread has LOADS loads of V
+    columns of each row. In one step the student's logits are kept in registers, or read again
+    beside each mentor's. ``max_registers`` is the compiler's limit per thread on NVIDIA GPUs; None
+    for no limit.
     """
 
     BLOCK_C: int
     ROWS: int
     num_warps: int
     PIECES: int = 0
+    LOADS: int = 1
     V: int = 1
+    KEEP_STUDENT: bool = True
     max_registers: int | None = None
 
     def compiler_options(self) -> dict[str, int]:
@@ -40,10 +43,25 @@ class Blocks(NamedTuple):
         return {"num_warps": self.num_warps} | limit
 
 
-def blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
-    """Blocks for rows of ``n_classes``; ``itemsize`` is that of the widest dtype, in bytes."""
+def blocks(
+    n_classes: int,
+    n_mentors: int,
+    itemsize: int,
+    warp_size: int,
+    align: int = 16,
+    demand: int = 0,
+) -> Blocks:
+    """Blocks for rows of ``n_classes``.
+
+    Args:
+        itemsize: of the widest dtype, in bytes.
+        align: elements, of which all rows begin at a multiple.
+        demand: of registers besides the usual: 0 for none, 1 for a report, smoothed labels, logits
+            of several dtypes or two temperatures, 2 for class probabilities.
+
+    """
     return held_blocks(n_classes, n_mentors, warp_size) or swept_blocks(
-        n_classes, n_mentors, itemsize, warp_size
+        n_classes, n_mentors, itemsize, warp_size, align, demand
     )
 
 
@@ -68,38 +86,51 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
     return None
 
 
-def swept_blocks(n_classes: int, n_mentors: int, itemsize: int, warp_size: int) -> Blocks:
-    """Blocks for rows in sweeps, with a 16-byte load of each row per thread and step.
+def swept_blocks(
+    n_classes: int, n_mentors: int, itemsize: int, warp_size: int, align: int, demand: int
+) -> Blocks:
+    """Blocks for rows in sweeps, with a load of 16 bytes of each row per thread and step.
 
-    A row of up to 2048 classes is one step, 16 columns a thread, and its gradient stays in
-    registers. By the model 16 warps a multiprocessor do better there than 12 with more registers
-    each, even if some are spilled; but not in float32 with more than 8 mentors. In the one warp of
-    512 classes the compiler would have to spill much; with many mentors such a row takes two warps.
-    One or two mentors in float32 gain by one step up to 4096 classes, with as many registers as the
-    compiler likes.
+    A row of up to 4096 classes is one step, 16 columns a thread, and its gradient stays in
+    registers. The limits of registers are those that by the model are fastest of those that spill
+    none: 16 warps a multiprocessor in float32, 20 in bfloat16. Eight warps a row fit only twice;
+    three times if the student is read again, which pays in bfloat16, whose rows stay in L1. With
+    many mentors in float32 fewer rows at a time stay in L2.
     """
     load = 16 // itemsize
-    few = n_mentors <= _MAX_MENTORS_LIMITED
     if n_mentors > MAX_MENTORS_APART.value:
         return Blocks(512, 1, 512 // (4 * warp_size), V=4)
-    one_step = _MAX_CLASSES_OF_ONE_STEP * (2 if n_mentors <= 2 and itemsize == 4 else 1)
-    if n_classes > one_step:
-        block_c, num_warps = 1024, 1024 // (load * warp_size)
-        limit = None if few else 128
-    else:
-        block_c = triton.next_power_of_2(n_classes)
-        in_a_warp = 16 * warp_size  # columns
-        shared = block_c == in_a_warp and not few
-        num_warps = 2 if shared else max(1, block_c // in_a_warp)
-        if few:
-            unlimited = block_c == in_a_warp or block_c > _MAX_CLASSES_OF_ONE_STEP
-        else:
-            unlimited = block_c < in_a_warp
-        limit = (
-            None if unlimited else 168 if n_mentors > 8 and itemsize == 4 and not shared else 128
-        )
-    limit = limit if warp_size == 32 else None
-    return Blocks(block_c, 1, num_warps, V=min(load, block_c), max_registers=limit)
+    narrow = min(align, n_classes & -n_classes) < load  # loads, of rows that begin anywhere
+    plain = demand == 0 and not narrow
+    columns, keep, limit = max(32, triton.next_power_of_2(n_classes)), True, 128
+    num_warps = max(1, columns // (16 * warp_size))
+    if n_classes > _MAX_CLASSES_OF_ONE_STEP:
+        columns, num_warps = 1024, 1024 // ((4 if narrow else load) * warp_size)
+        if demand == 0 and n_mentors <= 6:
+            # In bfloat16 the compiler takes no more of itself, but needs a few on capability 10.0.
+            limit = None if itemsize == 2 and n_mentors > 2 and not narrow else 80
+        elif demand == 1 and n_mentors <= 6 and narrow:
+            columns, num_warps, limit = 512, 512 // (4 * warp_size), 96
+    elif num_warps < 8:
+        if demand > 1:
+            limit = None
+        elif itemsize == 4 and n_mentors > 8:
+            limit = 168
+        elif plain and itemsize == 2:
+            limit = 96
+    elif plain and itemsize == 2:
+        keep = n_mentors == 1 or n_mentors > 6
+        limit = 96 if n_mentors > 6 else 80
+    tiling = steps(columns, num_warps, load, n_classes, align, warp_size)
+    return tiling._replace(KEEP_STUDENT=keep, max_registers=limit if warp_size == 32 else None)
+
+
+def steps(
+    columns: int, num_warps: int, load: int, n_classes: int, align: int, warp_size: int
+) -> Blocks:
+    """A row in steps of so many columns, in loads of at most ``load`` that are wholly inside."""
+    v = min(load, columns, align, n_classes & -n_classes)
+    return Blocks(columns, 1, num_warps, LOADS=max(1, columns // (v * warp_size * num_warps)), V=v)
 
 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:
@@ -124,13 +155,13 @@ class SumBlocks(NamedTuple):
 
     BLOCK_STATS: int
     BLOCK_R: int
-    group_programs: int
-    """Programs whose sums the last of them adds up; the last group's adds up those of all."""
+    group_shift: int
+    """Of 2 ** group_shift programs the last adds up their sums; the last group's those of all."""
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
     """Blocks for sums over programs' statistics, 32 numbers per thread at a time."""
     block_stats = triton.next_power_of_2(n_stats)
     block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)
-    group = max(block_r, triton.cdiv(n_programs, MAX_GROUPS))
-    return SumBlocks(block_stats, block_r, group)
+    group = triton.next_power_of_2(max(block_r, triton.cdiv(n_programs, MAX_GROUPS)))
+    return SumBlocks(block_stats, block_r, group.bit_length() - 1)

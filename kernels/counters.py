@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-MAX_GROUPS = 60
+MAX_GROUPS = 64
 """Groups of programs that a state has counters for."""
 _SIZE = 4 + MAX_GROUPS
 

@@ -55,6 +55,17 @@ def one_minus_exp(d):
 
 
 @triton.jit
+def reciprocal(x):
+    """1 / x of a positive normal number; NaN is kept. 4 instructions, where a division has 9.
+
+    The square of an approximate 1 / √x, and a step of Newton's method, which leaves rounding.
+    """
+    root = tl.rsqrt(x)
+    guess = root * root
+    return guess * (2.0 - x * guess)
+
+
+@triton.jit
 def log_in_parts(x):
     """n and log(1 + f) of a normal number x = 2^n · (1 + f), −1/3 ≤ f < 1/3; NaN is kept.
 

@@ -10,124 +10,159 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.device import LOG2E, cross_terms, divergence, exponents, smoothed
-from classroomkd.kernels.swept import GROUP, in_lanes, numbers_of
+from classroomkd.kernels.columns import below, class_indicator, columns, loads_of, read_row
+from classroomkd.kernels.device import LOG2E, cross_terms, exponents, reciprocal, smoothed
+from classroomkd.kernels.swept import GROUP
+from classroomkd.kernels.threads import number_of, numbers_of, of_threads, sums_across, thread_sums
 
 
 @triton.jit
-def _kd_sums(e_m, e_s, cross, L: tl.constexpr, V: tl.constexpr):
-    """Σ e_m, Σ e_s and Σ cross of tiles [BLOCK_C], in one reduction across threads."""
-    of_m = tl.sum(tl.reshape(e_m, [L, V]), 1)
-    of_s = tl.sum(tl.reshape(e_s, [L, V]), 1)
-    of_cross = tl.sum(tl.reshape(cross, [L, V]), 1)
-    sums = tl.sum(in_lanes((of_m, of_s, of_cross), 4), 1)
-    return numbers_of(sums, tl.arange(0, 4)[None, :], 3)
+def _scales(tau_m, tau_s, SAME_TAU: tl.constexpr):
+    """log2(e) / τ in lanes [1, K], for mentors and student."""
+    scale_m = 1.0 / tau_m * LOG2E
+    if SAME_TAU:
+        return scale_m, scale_m
+    else:
+        return scale_m, 1.0 / tau_s * LOG2E
+
+
+@triton.jit
+def _bits(active, lane):
+    """Lanes [1, K] as the bits of a scalar."""
+    return tl.sum(tl.sum(active.to(tl.int32) << lane, 1), 0)
+
+
+@triton.jit
+def _active_maxima(maxima, active, lane):
+    """The maxima, +inf of inactive mentors: what stands for their logits has a numerator of 0."""
+    return tl.where(active | (lane == 0), maxima, float("inf"))
+
+
+@triton.jit
+def _unknown(first, n_rows, V: tl.constexpr):
+    """The same columns, less a 0 which the compiler cannot know: it would keep in registers what it
+    has read or computed from them before.
+    """
+    return tl.multiple_of(first - (n_rows >> 31), V)
 
 
 @triton.jit
 def one_step_kd(
     begins,
     kd_inputs,
-    weight,  # [1, K], as is e_sum
-    e_sum,
-    task,  # [1, 1]
-    t_sum,
+    weight,  # [1, K]
+    own,
+    n_rows,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
+    KEEP_STUDENT: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Both sweeps in one, for a row of one tile: mentors are read again one by one.
+    """Both sweeps in one, for a row of one step: mentors are read again one by one, and so is the
+    student's row for each of them unless it is kept in registers.
 
-    Returns KL_m in lanes [1, K], and the gradient [BLOCK_C] without the target's − a_s · t.
+    Returns the sums of e_m, e_s and the cross terms in each active mentor's lane [1, K], and the
+    gradient [N, V] without the target's − a_s · t.
     """
     maxima, tau_m, tau_s, active, lane = kd_inputs
-    L: tl.constexpr = BLOCK_C // V
-    N: tl.constexpr = len(begins)
-    z_max = numbers_of(maxima, lane, N)
-    taus_m = numbers_of(tau_m, lane, N)
-    taus_s = numbers_of(tau_s, lane, N)
-    weights = numbers_of(tl.where(active, weight, 0.0), lane, N)
-    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
-    own = tl.sum(tl.sum(task * t_sum, 1), 0) / numbers_of(e_sum, lane, 1)[0]
-    column = tl.arange(0, BLOCK_C)
-    inside = column < C
-    d_s = tl.load(begins[0] + column, mask=inside, other=-float("inf")).to(tl.float32) - z_max[0]
-    grad = tl.zeros_like(d_s)
-    kl = tl.zeros_like(maxima)
-    wanted = inside & (n_classes[1] > column * 0)
-    following = tl.load(begins[1] + column, mask=wanted, other=-float("inf"))
-    for m in tl.static_range(1, N):
-        z_m = following
-        if m + 1 < N:
-            wanted = inside & (n_classes[m + 1] > column * 0)
-            following = tl.load(begins[m + 1] + column, mask=wanted, other=-float("inf"))
-        if n_classes[m] > 0:
-            scale_m = 1.0 / taus_m[m] * LOG2E
-            scale_s = 1.0 / taus_s[m] * LOG2E
-            d_m = z_m.to(tl.float32) - z_max[m]
+    task, t_sum, e_sum = own  # [1, 1], [1, 1], [1, K]
+    own = tl.sum(tl.sum(task * t_sum, 1), 0) / number_of(e_sum, 0)
+    inside, first, _ = loads_of(0, C, BLOCK_C, V)
+    d_s = below(read_row(begins[0], first, V), number_of(maxima, 0), inside)
+    grad = tl.zeros([BLOCK_C // V, V], tl.float32)
+    scales_m, scales_s = _scales(tau_m, tau_s, SAME_TAU)
+    bits = _bits(active, lane)
+    first = _unknown(first, n_rows, V)
+    sum_m = tl.full(lane.shape, 1.0, tl.float32)
+    sum_s = tl.full(lane.shape, 1.0, tl.float32)
+    crosses = tl.zeros(lane.shape, tl.float32)
+    for m in tl.static_range(1, len(begins)):
+        if (bits & (1 << m)) != 0:
+            if not KEEP_STUDENT:
+                first = _unknown(first, n_rows, V)
+                d_s = below(read_row(begins[0], first, V), number_of(maxima, 0), inside)
+            d_m = below(read_row(begins[m], first, V), number_of(maxima, m), inside)
+            scale_m = number_of(scales_m, m)
+            scale_s = scale_m if SAME_TAU else number_of(scales_s, m)
             e_m = tl.exp2(exponents(d_m, scale_m))
             e_s = tl.exp2(exponents(d_s, scale_s))
             cross = cross_terms(e_m, d_m, d_s, scale_m, scale_s, SAME_TAU)
-            sums = _kd_sums(e_m, e_s, cross, L, V)
-            grad += e_s * (weights[m] / sums[1])
-            grad -= e_m * (weights[m] / sums[0])
-            kl_m = divergence(sums[2], taus_m[m], sums[0], sums[1])
-            kl = tl.where(lane == m, kl_m, kl)
+            sums = sums_across(
+                (
+                    thread_sums(of_threads(e_m, LOADS)),
+                    thread_sums(of_threads(e_s, LOADS)),
+                    thread_sums(of_threads(cross, LOADS)),
+                )
+            )
+            of_m, of_s, of_cross = numbers_of(sums, 3)
+            weight_m = number_of(weight, m)
+            grad += e_s * (weight_m * reciprocal(of_s))
+            grad -= e_m * (weight_m * reciprocal(of_m))
+            sum_m = tl.where(lane == m, of_m, sum_m)
+            sum_s = tl.where(lane == m, of_s, sum_s)
+            crosses = tl.where(lane == m, of_cross, crosses)
+    if not KEEP_STUDENT:
+        d_s = below(
+            read_row(begins[0], _unknown(first, n_rows, V), V), number_of(maxima, 0), inside
+        )
     # The student's term comes last, so that terms that cancel do not perturb it.
-    return kl, grad + tl.exp2(d_s * LOG2E) * own
+    return sum_m, sum_s, crosses, grad + tl.exp2(d_s * LOG2E) * own
 
 
 @triton.jit
-def _loads(begins, n_classes, column, inside):
-    """Columns of some mentors' rows; −inf of those whose n_classes is 0."""
+def _read_group(begins, FIRST: tl.constexpr, bits, read, V: tl.constexpr):
+    """Columns of active mentors' rows, the first of which is mentor FIRST."""
     tiles = ()
-    for m in tl.static_range(len(begins)):
-        wanted = inside & (n_classes[m] > column * 0)
-        tiles = tiles + (tl.load(begins[m] + column, mask=wanted, other=-float("inf")),)
+    for i in tl.static_range(len(begins)):
+        tiles = tiles + (read_row(begins[i], read, V, (bits & (1 << (FIRST + i))) != 0),)
     return tiles
 
 
 @triton.jit
 def _sums_of_group(
-    student,  # where the row begins, and its maximum
-    begins,  # of some mentors, as are the next four
-    z_max,
-    scale_m,
-    scale_s,
-    n_classes,
+    begins,
+    kd_lanes,
+    bits,
+    FIRST: tl.constexpr,  # mentor
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
-    """Each thread's Σ e_m, Σ e_s and cross terms, [L] for each of these mentors."""
-    student_begin, student_max = student
-    L: tl.constexpr = BLOCK_C // V
+    """Each thread's Σ e_m, Σ e_s and cross terms, [L] for each of a group's mentors."""
+    maxima, scales_m, scales_s = kd_lanes
+    group = begins[FIRST : FIRST + GROUP]
+    s_max = number_of(maxima, 0)
+    z_max = numbers_of(maxima, len(group), FIRST)
+    scale_m = numbers_of(scales_m, len(group), FIRST)
+    scale_s = scale_m if SAME_TAU else numbers_of(scales_s, len(group), FIRST)
+    L: tl.constexpr = BLOCK_C // (LOADS * V)
     sums_m = ()
     sums_s = ()
     crosses = ()
-    for _ in tl.static_range(len(begins)):
+    for _ in tl.static_range(len(group)):
         sums_m = sums_m + (tl.zeros([L], tl.float32),)
         sums_s = sums_s + (tl.zeros([L], tl.float32),)
         crosses = crosses + (tl.zeros([L], tl.float32),)
     for start in tl.range(0, C, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        inside = column < C
-        z_s = tl.load(student_begin + column, mask=inside, other=-float("inf"))
-        tiles = _loads(begins, n_classes, column, inside)
-        d_s = tl.reshape(z_s.to(tl.float32), [L, V]) - student_max
+        inside, read = loads_of(start, C, BLOCK_C, V)[:2]
+        z_s = read_row(begins[0], read, V)
+        tiles = _read_group(group, FIRST, bits, read, V)
+        d_s = below(z_s, s_max, inside)
         new_m = ()
         new_s = ()
         new_crosses = ()
-        for m in tl.static_range(len(begins)):
-            d_m = tl.reshape(tiles[m].to(tl.float32), [L, V]) - z_max[m]
-            e_m = tl.exp2(exponents(d_m, scale_m[m]))
-            e_s = tl.exp2(exponents(d_s, scale_s[m]))
-            cross = cross_terms(e_m, d_m, d_s, scale_m[m], scale_s[m], SAME_TAU)
-            new_m = new_m + (sums_m[m] + tl.sum(e_m, 1),)
-            new_s = new_s + (sums_s[m] + tl.sum(e_s, 1),)
-            new_crosses = new_crosses + (crosses[m] + tl.sum(cross, 1),)
+        for i in tl.static_range(len(group)):
+            d_m = below(tiles[i], z_max[i], inside)
+            e_m = tl.exp2(exponents(d_m, scale_m[i]))
+            e_s = tl.exp2(exponents(d_s, scale_s[i]))
+            cross = cross_terms(e_m, d_m, d_s, scale_m[i], scale_s[i], SAME_TAU)
+            new_m = new_m + (sums_m[i] + thread_sums(of_threads(e_m, LOADS)),)
+            new_s = new_s + (sums_s[i] + thread_sums(of_threads(e_s, LOADS)),)
+            new_crosses = new_crosses + (crosses[i] + thread_sums(of_threads(cross, LOADS)),)
         sums_m = new_m
         sums_s = new_s
         crosses = new_crosses
@@ -140,67 +175,75 @@ def swept_kd_sums(
     kd_inputs,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
     """Second sweep: the sums of e_m, e_s and the cross terms in each mentor's lane [1, K]."""
     maxima, tau_m, tau_s, active, lane = kd_inputs
-    student = begins[0], numbers_of(maxima, lane, 1)[0]
+    maxima = _active_maxima(maxima, active, lane)
+    kd_lanes = (maxima,) + _scales(tau_m, tau_s, SAME_TAU)
+    bits = _bits(active, lane)
     sums_m = ()
     sums_s = ()
     crosses = ()
     for first in tl.static_range(1, len(begins), GROUP):
-        group = begins[first : first + GROUP]
-        z_max = numbers_of(maxima, lane, len(group), first)
-        scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, len(group), first)
-        scale_s = scale_m
-        if not SAME_TAU:
-            scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, len(group), first)
-        n_classes = numbers_of(tl.where(active, C, 0), lane, len(group), first)  # that are read
-        of_group = _sums_of_group(
-            student, group, z_max, scale_m, scale_s, n_classes, C, BLOCK_C, V, SAME_TAU
-        )
+        of_group = _sums_of_group(begins, kd_lanes, bits, first, C, BLOCK_C, LOADS, V, SAME_TAU)
         sums_m = sums_m + of_group[0]
         sums_s = sums_s + of_group[1]
         crosses = crosses + of_group[2]
-    K: tl.constexpr = lane.shape[1]
-    sum_m = tl.sum(in_lanes((sums_m[0],) + sums_m, K), 1)
-    sum_s = tl.sum(in_lanes((sums_s[0],) + sums_s, K), 1)
-    return sum_m, sum_s, tl.sum(in_lanes((crosses[0],) + crosses, K), 1)
+    sum_m = sums_across((sums_m[0],) + sums_m)
+    return sum_m, sums_across((sums_s[0],) + sums_s), sums_across((crosses[0],) + crosses)
 
 
 @triton.jit
-def store_tile(grad_ptr, grad, of_rows, row, column, inside, C: tl.constexpr):
-    """Store columns of a row's gradient times the factor, in its dtype."""
+def _store_tile(grad_ptr, grad, of_rows, row, loads, C: tl.constexpr, V: tl.constexpr):
+    """Store columns of a row's gradient times the factor, in its dtype, V at a time as they were
+    loaded.
+    """
     _, factor, valid, nonfinite = of_rows
-    is_nan = tl.max(nonfinite.to(tl.int32), 0) > 0
-    grad = tl.where(is_nan, float("nan"), grad * tl.sum(factor, 0))
-    grad = tl.where(tl.max(valid.to(tl.int32), 0) > 0, grad, 0.0)
-    tl.store(grad_ptr + tl.sum(row, 0) * C + column, grad.to(grad_ptr.dtype.element_ty), inside)
+    inside, _, first = loads
+    begin = grad_ptr + tl.sum(row, 0) * C
+    # Plus 0: Triton would exchange numbers among threads, were the gradient better aligned.
+    column = columns(tl.multiple_of(first + (tl.sum(row, 0) >> 62).to(tl.int32), V), V)
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    scale = tl.sum(tl.where(nonfinite, float("nan"), factor), 0)
+    # Not a select, which would cost four instructions for every value of bfloat16.
+    if tl.max(valid.to(tl.int32), 0) > 0:
+        tl.store(begin + column, (grad * scale).to(dtype), inside[:, None])
+    else:
+        tl.store(begin + column, tl.zeros(grad.shape, dtype), inside[:, None])
+
+
+@triton.jit
+def _targets(labels, target, loads, C: tl.constexpr, V: tl.constexpr, SOFT: tl.constexpr):
+    """t of the columns [N, V] of a step."""
+    target_ptr, label_smoothing, _ = labels
+    inside, read, first = loads
+    if SOFT:
+        t = tl.load(target_ptr + columns(read, V)).to(tl.float32)
+    else:
+        t = class_indicator(first, target, V)
+    return smoothed(t, label_smoothing, inside[:, None], C)
 
 
 @triton.jit
 def store_row_gradient(
     grad_ptr,
-    grad,  # [BLOCK_C], of `one_step_kd`
+    grad,  # [N, V], of `one_step_kd`
     labels,
     of_rows,
     row,  # [1]
     target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
     """Add the gradient's last term and store the gradient."""
-    target_ptr, label_smoothing, _ = labels
-    column = tl.arange(0, BLOCK_C)
-    inside = column < C
-    if SOFT:
-        t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    else:
-        t = tl.where(column == target, 1.0, 0.0)
-    grad -= smoothed(t, label_smoothing, inside, C) * tl.sum(of_rows[0])
-    store_tile(grad_ptr, grad, of_rows, row, column, inside, C)
+    loads = loads_of(0, C, BLOCK_C, V)
+    grad -= _targets(labels, target, loads, C, V, SOFT) * tl.sum(of_rows[0])
+    _store_tile(grad_ptr, grad, of_rows, row, loads, C, V)
 
 
 @triton.jit
@@ -215,41 +258,35 @@ def swept_gradient(
     target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
     SOFT: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
     """Third sweep: Σ_k (coef_s · e_s − coef_m · e_m) − a_s · t, the student's term in lane 0."""
-    target_ptr, label_smoothing, _ = labels
     maxima, tau_m, tau_s, active, lane = kd_inputs
-    coef_m, coef_s = coefficients
     N: tl.constexpr = len(begins)
-    z_max = numbers_of(maxima, lane, N)
-    scale_m = numbers_of(1.0 / tau_m * LOG2E, lane, N)
-    if SAME_TAU:
-        scale_s = scale_m
-    else:
-        scale_s = numbers_of(1.0 / tau_s * LOG2E, lane, N)
-    of_m = numbers_of(coef_m, lane, N)
-    of_s = numbers_of(coef_s, lane, N)
-    n_classes = numbers_of(tl.where(active, C, 0), lane, N)  # that are read
+    maxima = _active_maxima(maxima, active, lane)
+    z_max = numbers_of(maxima, N)
+    scales_m, scales_s = _scales(tau_m, tau_s, SAME_TAU)
+    scale_m = numbers_of(scales_m, N)
+    scale_s = scale_m if SAME_TAU else numbers_of(scales_s, N)
+    of_m = numbers_of(coefficients[0], N)
+    of_s = numbers_of(coefficients[1], N)
+    bits = _bits(active, lane)
     a_s = tl.sum(of_rows[0])
     for start in tl.range(0, C, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        inside = column < C
-        z_s = tl.load(begins[0] + column, mask=inside, other=-float("inf"))
-        tiles = _loads(begins[1 : 1 + GROUP], n_classes[1 : 1 + GROUP], column, inside)
-        if SOFT:
-            t = tl.load(target_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        else:
-            t = tl.where(column == target, 1.0, 0.0)
-        t = smoothed(t, label_smoothing, inside, C)
-        d_s = z_s.to(tl.float32) - z_max[0]
+        loads = loads_of(start, C, BLOCK_C, V)
+        inside, read, _ = loads
+        z_s = read_row(begins[0], read, V)
+        tiles = _read_group(begins[1 : 1 + GROUP], 1, bits, read, V)
+        t = _targets(labels, target, loads, C, V, SOFT)
+        d_s = below(z_s, z_max[0], inside)
         grad = -tl.exp2(d_s * LOG2E) * of_m[0] - t * a_s
         for g in tl.static_range(1, N, GROUP):
             if g > 1:
-                tiles = _loads(begins[g : g + GROUP], n_classes[g : g + GROUP], column, inside)
+                tiles = _read_group(begins[g : g + GROUP], g, bits, read, V)
             for i in tl.static_range(len(tiles)):
-                d_m = tiles[i].to(tl.float32) - z_max[g + i]
+                d_m = below(tiles[i], z_max[g + i], inside)
                 grad += tl.exp2(exponents(d_s, scale_s[g + i])) * of_s[g + i]
                 grad -= tl.exp2(exponents(d_m, scale_m[g + i])) * of_m[g + i]
-        store_tile(grad_ptr, grad, of_rows, row, column, inside, C)
+        _store_tile(grad_ptr, grad, of_rows, row, loads, C, V)

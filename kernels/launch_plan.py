@@ -58,22 +58,26 @@ def classroom_plan(
         division = quotient(student.shape[2])
     else:
         align = alignment([student, *mentors, *([targets] if soft else [])])
-        cut = blocks(n_classes, n_mentors, max(dtype.itemsize for dtype in dtypes), warp_size)
+        usual = not options.label_smoothing and options.mentoring != "dtkd" and len(dtypes) == 1
+        demand = 2 if soft else 1 if with_report or not usual else 0
+        itemsize = max(dtype.itemsize for dtype in dtypes)
+        cut = blocks(n_classes, n_mentors, itemsize, warp_size, align, demand)
     n_programs = triton.cdiv(n_rows, cut.ROWS)
     n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
     summing = sum_blocks(n_stats, n_programs, cut, warp_size)
     summed = sums or with_report or options.reduction != "none"
+    same_stride = all(mentor.stride(0) == student.stride(0) for mentor in mentors)
     task_weight, decimals = options.fixed_task_weight, options.rank_decimals
     n_positions, image_factor, image_shift = division
     values = {
         "student_stride": student.stride(0) // align,
-        "mentor_strides": tuple(mentor.stride(0) // align for mentor in mentors),
+        "mentor_strides": None if same_stride else tuple(x.stride(0) // align for x in mentors),
         "target_stride": targets.stride(0) // align if soft else None,
         "n_positions": n_positions,
         "image_factor": image_factor,
         "image_shift": image_shift,
         "n_rows": n_rows,
-        "group_programs": summing.group_programs,
+        "group_shift": summing.group_shift,
         "temperature": float(options.temperature),
         "weight_scale": float(options.mentor_weight_for(n_classes, n_mentors)),
         "task_weight": None if task_weight is None else float(task_weight),
@@ -83,7 +87,9 @@ def classroom_plan(
         "C": n_classes,
         "BLOCK_C": cut.BLOCK_C,
         "PIECES": cut.PIECES,
+        "LOADS": cut.LOADS,
         "V": cut.V,
+        "KEEP_STUDENT": cut.KEEP_STUDENT,
         "ROWS": cut.ROWS,
         "K": triton.next_power_of_2(n_mentors + 1),
         "ALIGN": align,
@@ -98,7 +104,7 @@ def classroom_plan(
         "SCALE_GRAD": scale_grad,
         "SUMS": sums,
     }
-    n_groups = triton.cdiv(n_programs, summing.group_programs)
+    n_groups = triton.cdiv(n_programs, 2**summing.group_shift)
     n_stats = n_stats * (n_programs + n_groups) if summed else 0
     return Plan(classroom_kernel, (n_programs,), values, cut, n_stats)
 

@@ -37,9 +37,10 @@ import triton.language as tl
 from classroomkd.kernels.batch import (
     count_slices,
     gradient_factor,
+    report_kd,
+    report_weights,
     store_batch,
     store_lanes,
-    store_report,
     store_stat,
     sum_batch,
 )
@@ -55,13 +56,13 @@ from classroomkd.kernels.positions import (
     position_kd_sums,
 )
 from classroomkd.kernels.ranks import gate_and_temperature, kd_terms, task_loss
-from classroomkd.kernels.swept import row_begins, swept_confidences
+from classroomkd.kernels.swept import row_begins, strides_of, swept_confidences
 from classroomkd.kernels.tiles import tile_begins, tile_confidences, tile_gradient, tile_kd_sums
 
 
 @triton.jit(
     do_not_specialize=[
-        *("n_rows", "group_programs", "ignore_index"),
+        *("n_rows", "group_shift", "ignore_index"),
         *("n_positions", "image_factor", "image_shift"),
     ]
 )
@@ -81,13 +82,13 @@ def classroom_kernel(
     report_ptr,  # float32 [3 + 4M], or None
     state_ptr,  # int64, 0: see ``batch.py``; None if nothing is summed
     student_stride,  # of rows or of images, in units of ALIGN elements
-    mentor_strides,  # M, likewise
+    mentor_strides,  # M, likewise, or None if all are the student's
     target_stride,  # likewise; None for class indices
     n_positions,  # P; None for rows, as are the next two
     image_factor,  # row · factor >> shift is row / P, for rows below 2³¹
     image_shift,
     n_rows: tl.int32,  # B, or B · P
-    group_programs: tl.int32,  # programs per group of sums
+    group_shift: tl.int32,  # 2 to this power are the programs per group of sums
     temperature,
     weight_scale,  # multiplies every mentor's term
     task_weight,  # a_s, or None for the student's confidence
@@ -97,7 +98,9 @@ def classroom_kernel(
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,  # columns of a piece, or of a sweep's step
     PIECES: tl.constexpr,  # that hold a row; 0 to sweep
+    LOADS: tl.constexpr,  # of a row, in a thread and step
     V: tl.constexpr,  # columns a load
+    KEEP_STUDENT: tl.constexpr,  # in registers, in one step
     ROWS: tl.constexpr,  # a program's
     K: tl.constexpr,  # lanes, at least M + 1
     ALIGN: tl.constexpr,
@@ -133,7 +136,7 @@ def classroom_kernel(
     mask = row < n_rows
     lane = tl.arange(0, K)[None, :]
     ptrs = (student_ptr,) + mentor_ptrs
-    strides = (student_stride,) + mentor_strides
+    strides = strides_of(student_stride, mentor_strides, M)
 
     # First half: all log-confidences.
     labels = (target_ptr, target_stride, label_smoothing, ignore_index)
@@ -155,10 +158,10 @@ def classroom_kernel(
         if SOFT:
             target_begin = row_begins((target_ptr,), (target_stride,), tl.sum(row), ALIGN)[0]
         labels = (target_begin, label_smoothing, ignore_index)
+    counting = (state_ptr, target_ptr, ignore_index, n_rows)
+    count = None
     if SCALE_GRAD and REDUCTION == "mean" and not SOFT and weight_sum_ptr is None:
-        count = count_slices(state_ptr, target_ptr, ignore_index, n_rows)
-    else:
-        count = None
+        count = count_slices(*counting)
     if HELD:
         row_ell, maxima, e_sum, d_target, ds = held_confidences(
             pieces, ts, target, t_sum, lane, column, M, ONE_CLASS
@@ -169,7 +172,7 @@ def classroom_kernel(
         )
     else:
         row_ell, maxima, e_sum, d_target, valid, out_of_range, target, t_sum = sweep_confidences(
-            begins, labels, lane, C, BLOCK_C, V, SOFT
+            begins, labels, lane, C, BLOCK_C, LOADS, V, SOFT, MIXED
         )
 
     if SUMS:
@@ -189,6 +192,11 @@ def classroom_kernel(
             WEIGHTING,
         )
 
+        if report_ptr is not None:
+            own_ell = tl.sum(tl.where(lane == 0, row_ell, 0.0), 1)
+            of_row = (tl.sum(confidence, 1), tl.where(nonfinite, float("nan"), -own_ell))
+            report_weights(stats_ptr, lane, valid, (active, share, tau_m), of_row, M, N_STATS)
+
         # Second half: the terms of the active mentors.
         kd_inputs = (maxima, tau_m, tau_s, active, lane)
         if HELD:
@@ -198,13 +206,13 @@ def classroom_kernel(
                 ptrs, strides, place, kd_inputs, mask, C, BLOCK_C, SAME_TAU, MIXED
             )
         elif ONE_STEP:
-            kl, row_grad = one_step_kd(
-                begins, kd_inputs, weight, e_sum, task, t_sum, C, BLOCK_C, V, SAME_TAU
+            own = (task, t_sum, e_sum)
+            sum_m, sum_s, cross, row_grad = one_step_kd(
+                begins, kd_inputs, weight, own, n_rows, C, BLOCK_C, LOADS, V, KEEP_STUDENT, SAME_TAU
             )
         else:
-            sum_m, sum_s, cross = sweep_kd_sums(begins, kd_inputs, C, BLOCK_C, V, SAME_TAU)
-        if not ONE_STEP:
-            kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
+            sum_m, sum_s, cross = sweep_kd_sums(begins, kd_inputs, C, BLOCK_C, LOADS, V, SAME_TAU)
+        kl = tl.where(active, divergence(cross, tau_m, sum_m, sum_s), 0.0)
         mentor_loss = tl.sum(kd_terms(active, weight, tau_s, kl), 1)
         own_ell = tl.sum(tl.where(lane == 0, row_ell, 0.0), 1)
         loss = task_loss(tl.sum(task, 1), own_ell) + mentor_loss
@@ -219,22 +227,13 @@ def classroom_kernel(
             store_stat(stats_ptr, 0, loss, N_STATS)
             store_stat(stats_ptr, 1, valid.to(tl.float32), N_STATS)
         if report_ptr is not None:
-            store_report(
-                stats_ptr,
-                lane,
-                valid,
-                (active, share, tau_m, kl),
-                tl.sum(confidence, 1),
-                tl.where(nonfinite, float("nan"), -own_ell),
-                tl.where(nonfinite, float("nan"), mentor_loss),
-                M,
-                N_STATS,
-            )
+            of_nonfinite = tl.where(nonfinite, float("nan"), mentor_loss)
+            report_kd(stats_ptr, lane, valid, kl, of_nonfinite, M, N_STATS)
         if grad_ptr is not None:
             factor = tl.full([ROWS], 1.0, tl.float32)
             if SCALE_GRAD:
                 factor = row_weight * gradient_factor(
-                    scale_ptr, weight_sum_ptr, state_ptr, count, n_rows, REDUCTION == "mean"
+                    scale_ptr, weight_sum_ptr, counting, count, REDUCTION == "mean"
                 )
             of_rows = (task, factor, valid, nonfinite)
             if not ONE_STEP:
@@ -266,7 +265,7 @@ def classroom_kernel(
                 )
             elif ONE_STEP:
                 store_row_gradient(
-                    grad_ptr, row_grad, labels, of_rows, row, target, C, BLOCK_C, SOFT
+                    grad_ptr, row_grad, labels, of_rows, row, target, C, BLOCK_C, V, SOFT
                 )
             else:
                 sweep_gradient(
@@ -280,11 +279,12 @@ def classroom_kernel(
                     target,
                     C,
                     BLOCK_C,
+                    V,
                     SOFT,
                     SAME_TAU,
                 )
     if stats_ptr is not None:
-        last, sums = sum_batch(stats_ptr, state_ptr, group_programs, N_STATS, BLOCK_STATS, BLOCK_R)
+        last, sums = sum_batch(stats_ptr, state_ptr, group_shift, N_STATS, BLOCK_STATS, BLOCK_R)
         if last:
             if SUMS:
                 stat = tl.arange(0, BLOCK_STATS)

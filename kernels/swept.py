@@ -11,7 +11,7 @@ swept in groups, with the student again beside each, so that their running value
 for more warps. The first sweep computes the confidences, the second the sums of the KD terms, the
 third the gradient. In later sweeps, rows that fit are read from a cache.
 
-Tiles are [L, V]: V adjacent columns, the width of a load, for each of L running values.
+``columns.py`` reads the rows, in tiles [N, V]; ``threads.py`` sums them up.
 """
 
 from __future__ import annotations
@@ -19,10 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from classroomkd.kernels.device import (
-    LOG2E,
-    log_confidence,
-    smoothed,
+from classroomkd.kernels.columns import class_indicator, columns, floats, loads_of, read_row
+from classroomkd.kernels.device import LOG2E, log_confidence, smoothed
+from classroomkd.kernels.threads import (
+    in_lanes,
+    maxima_across,
+    number_of,
+    of_threads,
+    sums_across,
+    thread_maxima,
+    thread_sums,
 )
 
 GROUP = tl.constexpr(6)
@@ -30,40 +36,15 @@ GROUP = tl.constexpr(6)
 
 
 @triton.jit
-def _pairs(tiles):
-    joined = ()
-    for i in tl.static_range(len(tiles) // 2):
-        joined = joined + (tl.join(tiles[i], tiles[i + len(tiles) // 2]),)
-    return joined
-
-
-@triton.jit
-def in_lanes(tiles, K: tl.constexpr):
-    """Values [L] of at most K networks as lanes [1, L, K]; those beyond are copies."""
-    L: tl.constexpr = tiles[0].shape[0]
-    for _ in tl.static_range(K - len(tiles)):
-        tiles = tiles + (tiles[0],)
-    tiles = _pairs(tiles)
-    if K >= 4:
-        tiles = _pairs(tiles)
-    if K >= 8:
-        tiles = _pairs(tiles)
-    if K >= 16:
-        tiles = _pairs(tiles)
-    if K >= 32:
-        tiles = _pairs(tiles)
-    return tl.reshape(tiles[0], [1, L, K])
-
-
-@triton.jit
-def numbers_of(lanes, lane, N: tl.constexpr, FIRST: tl.constexpr = 0):
-    """N of lanes [1, K] from the first of them on, as scalars."""
-    bits = lanes.to(tl.int32, bitcast=True)  # of which 0 + x is x to the compiler too
-    numbers = ()
-    for k in tl.static_range(N):
-        number = tl.sum(tl.sum(tl.where(lane == FIRST + k, bits, 0), 1), 0)
-        numbers = numbers + (number.to(lanes.dtype, bitcast=True),)
-    return numbers
+def strides_of(student_stride, mentor_strides, M: tl.constexpr):
+    """The row stride of each network, the student's first."""
+    if mentor_strides is None:
+        strides = ()
+        for _ in tl.static_range(M + 1):
+            strides = strides + (student_stride,)
+        return strides
+    else:
+        return (student_stride,) + mentor_strides
 
 
 @triton.jit
@@ -76,12 +57,15 @@ def row_begins(ptrs, strides, row, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _at(begins, target, lane):
+def _at(begins, target, lane, MIXED: tl.constexpr):
     """Each network's logit of a class, in lanes [1, K]."""
-    values = tl.zeros_like(lane).to(tl.float32)
-    for k in tl.static_range(len(begins)):
-        values = tl.where(lane == k, tl.load(begins[k] + target).to(tl.float32), values)
-    return values
+    if MIXED:
+        values = tl.zeros_like(lane).to(tl.float32)
+        for k in tl.static_range(len(begins)):
+            values = tl.where(lane == k, tl.load(begins[k] + target).to(tl.float32), values)
+        return values
+    else:
+        return tl.load(in_lanes(begins, lane) + target).to(tl.float32)
 
 
 @triton.jit
@@ -91,6 +75,7 @@ def _first_sweep(
     target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
 ):
@@ -98,7 +83,7 @@ def _first_sweep(
     Σ t (z − max z); for the row Σ t, the largest probability and its class.
     """
     target_ptr, label_smoothing, _ = labels
-    L: tl.constexpr = BLOCK_C // V
+    L: tl.constexpr = BLOCK_C // (LOADS * V)
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
     maxima = ()
     sums = ()
@@ -111,45 +96,45 @@ def _first_sweep(
     best = tl.full([L], -float("inf"), tl.float32)
     best_at = tl.full([L], C, tl.int32)
     for start in tl.range(0, C, BLOCK_C):
-        column = start + tl.arange(0, BLOCK_C)
-        inside = column < C
+        inside, read, first = loads_of(start, C, BLOCK_C, V)
         if not ONE_CLASS:
             if SOFT:
-                t = tl.load(target_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-                tile = tl.reshape(t, [L, V])
-                largest = tl.max(tile, 1)
-                at = tl.where(tile == largest[:, None], tl.reshape(column, [L, V]), C)
-                best_at = tl.where(largest > best, tl.min(at, 1), best_at)
+                column = of_threads(columns(read, V), LOADS)
+                t = tl.load(target_ptr + columns(read, V)).to(tl.float32)
+                largest = thread_maxima(of_threads(t, LOADS))
+                is_largest = of_threads(t, LOADS) == largest[None, :, None]
+                at = tl.min(tl.min(tl.where(is_largest, column, C), 2), 0)
+                best_at = tl.where(largest > best, at, best_at)
                 best = tl.maximum(best, largest)
-                t = tl.where(inside, t, 0.0)
+                t = tl.where(inside[:, None], t, 0.0)
             else:
-                t = tl.where(column == target, 1.0, 0.0)
-            t = tl.reshape(smoothed(t, label_smoothing, inside, C), [L, V])
+                t = class_indicator(first, target, V)
+            t = of_threads(smoothed(t, label_smoothing, inside[:, None], C), LOADS)
+        outside = tl.reshape(tl.where(inside, 0.0, float("inf")), [LOADS, L])
         new_maxima = ()
         new_sums = ()
         new_picks = ()
         for k in tl.static_range(len(begins)):
-            z = tl.load(begins[k] + column, mask=inside, other=-float("inf"))
-            z = tl.reshape(z.to(tl.float32), [L, V])
-            largest = tl.maximum(maxima[k], tl.max(z, 1))
+            z = floats(read_row(begins[k], read, V))
+            largest = tl.maximum(maxima[k], thread_maxima(of_threads(z, LOADS)))
             # As long as all classes so far are excluded (−inf), 0 is used as their maximum.
             shift = tl.where(largest == -float("inf"), 0.0, largest)
             lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - shift)
-            d = z - shift[:, None]
+            d = of_threads(z, LOADS) - (shift[None, :] + outside)[:, :, None]
             new_maxima = new_maxima + (largest,)
             new_sums = new_sums + (
-                sums[k] * tl.exp2(lower * LOG2E) + tl.sum(tl.exp2(d * LOG2E), 1),
+                sums[k] * tl.exp2(lower * LOG2E) + thread_sums(tl.exp2(d * LOG2E)),
             )
             if ONE_CLASS:
                 new_picks = new_picks + (picks[k],)
             else:
                 pick = picks[k] + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
-                new_picks = new_picks + (pick + tl.sum(tl.where(t > 0.0, t * d, 0.0), 1),)
+                new_picks = new_picks + (pick + thread_sums(tl.where(t > 0.0, t * d, 0.0)),)
         maxima = new_maxima
         sums = new_sums
         picks = new_picks
         if not ONE_CLASS:
-            t_sums += tl.sum(t, 1)
+            t_sums += thread_sums(t)
     return maxima, sums, picks, t_sums, best, best_at
 
 
@@ -160,20 +145,25 @@ def swept_confidences(
     lane,  # [1, K]
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
+    MIXED: tl.constexpr,
 ):
     """First sweep. For all lanes [1, K]: ℓ (−inf kept), max z, Σ exp(z − max z), z − max z of the
     target class; for the row: valid and out_of_range [1], the target class, Σ_c t(c) [1, 1].
     """
     target_ptr, label_smoothing, ignore_index = labels
-    K: tl.constexpr = lane.shape[1]
     ONE_CLASS: tl.constexpr = (not SOFT) and (label_smoothing is None)
     valid = tl.full([1], True, tl.int1)
     out_of_range = tl.full([1], False, tl.int1)
     target = None
     if not SOFT:
-        index = tl.load(target_ptr).to(tl.int64)
+        index = tl.load(target_ptr)
+        # Otherwise the compiler moves the load to where its result is needed, and the row waits
+        # for the memory once more.
+        tl.debug_barrier()
+        index = index.to(tl.int64)
         valid = valid & (index != ignore_index)
         out_of_range = (valid & ((index < 0) | (index >= C))) | out_of_range
         target = tl.where((index < 0) | (index >= C), 0, index).to(tl.int32)
@@ -181,7 +171,9 @@ def swept_confidences(
     sums = ()
     picks = ()
     for k in tl.static_range(0, len(begins), GROUP + 1):
-        of_group = _first_sweep(begins[k : k + GROUP + 1], labels, target, C, BLOCK_C, V, SOFT)
+        of_group = _first_sweep(
+            begins[k : k + GROUP + 1], labels, target, C, BLOCK_C, LOADS, V, SOFT
+        )
         maxima = maxima + of_group[0]
         sums = sums + of_group[1]
         picks = picks + of_group[2]
@@ -189,24 +181,25 @@ def swept_confidences(
     if SOFT:
         largest = tl.max(best, 0)
         target = tl.min(tl.where(best == largest, best_at, C - 1), 0)
-    of_threads = in_lanes(maxima, K)
-    z_max = tl.max(of_threads, 1)  # [1, K]
-    at_target = _at(begins, target, lane)  # here, where they fill no registers during the sweep
-    lower = tl.where(of_threads == -float("inf"), 0.0, of_threads - z_max[:, None, :])
-    e_sum = in_lanes(sums, K) * tl.exp2(lower * LOG2E)
-    # Prevents fusing the products into the sum across threads, whose results would then differ
-    # between threads. The values do not change otherwise.
-    e_sum = tl.maximum(e_sum, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    z_max = maxima_across(maxima)
+    at_target = _at(begins, target, lane, MIXED)  # here, where it fills no register in the sweep
+    e_sums = ()
+    from_max = ()
+    for k in tl.static_range(len(begins)):
+        lower = tl.where(maxima[k] == -float("inf"), 0.0, maxima[k] - number_of(z_max, k))
+        # The maximum prevents fusing the product into the sum across threads, whose results would
+        # then differ between threads. The value does not change otherwise.
+        e_sum = sums[k] * tl.exp2(lower * LOG2E)
+        e_sums = e_sums + (tl.maximum(e_sum, 0.0, propagate_nan=tl.PropagateNan.ALL),)
+        if not ONE_CLASS:
+            from_max = from_max + (picks[k] + tl.where(t_sums > 0.0, t_sums * lower, 0.0),)
+    e_sum = sums_across(e_sums)
     if ONE_CLASS:
         t_sum = tl.full([1, 1], 1.0, tl.float32)
-        e_sum = tl.sum(e_sum, 1)
         picked = at_target - z_max
     else:
         t_sum = tl.sum(t_sums, 0) + tl.zeros([1, 1], tl.float32)
-        t_sums = t_sums[None, :, None]
-        picked = in_lanes(picks, K) + tl.where(t_sums > 0.0, t_sums * lower, 0.0)
-        e_sum = tl.sum(e_sum, 1)
-        picked = tl.sum(picked, 1)
+        picked = sums_across(from_max)
     # A row with all classes excluded has no distribution.
     ell = tl.where(z_max == -float("inf"), float("nan"), log_confidence(picked, t_sum, e_sum))
     return ell, z_max, e_sum, at_target - z_max, valid, out_of_range, target, t_sum

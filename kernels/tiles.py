@@ -70,8 +70,10 @@ def tile_confidences(
     lane,  # [1, K]
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SOFT: tl.constexpr,
+    MIXED: tl.constexpr,
 ):
     """First sweep; returns what `swept_confidences` does."""
     target_ptr, label_smoothing, ignore_index = labels
@@ -145,6 +147,7 @@ def tile_kd_sums(
     kd_inputs,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    LOADS: tl.constexpr,
     V: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):
@@ -175,6 +178,7 @@ def tile_gradient(
     target,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    V: tl.constexpr,
     SOFT: tl.constexpr,
     SAME_TAU: tl.constexpr,
 ):

@@ -52,7 +52,7 @@ def pytest_addoption(parser):
         "--every-ptx", action="store_true", help="all tests of kernels on PTX, not a sample of them"
     )
     parser.addoption(
-        "--perturb", type=int, metavar="SEED", help="on PTX, let ex2, lg2, rcp and div err"
+        "--perturb", type=int, metavar="SEED", help="on PTX, let ex2, lg2, rcp, rsqrt and div err"
     )
 
 

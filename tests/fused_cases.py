@@ -22,6 +22,7 @@ from classroomkd.loss.targets import prepare_targets
 
 launch_plan = pytest.importorskip("classroomkd.kernels.launch_plan", reason="needs Triton")
 sum_blocks = launch_plan.sum_blocks
+steps = pytest.importorskip("classroomkd.kernels.blocks").steps
 
 NAMES = ("loss", "grad", *ClassroomReport._fields)
 MARGIN = 1e-6  # of the truth's norm
@@ -51,6 +52,10 @@ def laid_out(logits, layout):
         wide = logits.new_full((logits.shape[0], logits.shape[1] + 5), torch.nan)
         wide[:, 3:-2] = logits
         return wide[:, 3:-2]
+    if layout == "aligned":  # whatever the number of classes
+        wide = logits.new_full((logits.shape[0], -(-logits.shape[1] // 16) * 16), torch.nan)
+        wide[:, : logits.shape[1]] = logits
+        return wide[:, : logits.shape[1]]
     if layout == "every other row":
         tall = logits.new_full((2 * logits.shape[0], logits.shape[1]), torch.nan)
         tall[::2] = logits
@@ -66,9 +71,14 @@ def as_images(rows):
 
 
 def sweep(patch, width):
-    """Sweep over all rows, in steps of so many columns; all of a load's lie in one thread."""
-    load = max(1, min(4, width // launch_plan.WARP_SIZE))
-    patch.setattr(launch_plan, "blocks", lambda *_: launch_plan.Blocks(width, 1, 1, V=load))
+    """Sweep over all rows, in steps of so many columns."""
+    warp = launch_plan.WARP_SIZE
+    load = max(1, min(4, width // warp))
+    patch.setattr(
+        launch_plan,
+        "blocks",
+        lambda n_classes, _m, _i, _w, align, _p: steps(width, 1, load, n_classes, align, warp),
+    )
 
 
 @contextmanager
@@ -78,7 +88,7 @@ def cut_up(case):
         patch.setattr(
             launch_plan,
             "sum_blocks",
-            lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_programs=3),
+            lambda *how: sum_blocks(*how)._replace(BLOCK_R=2, group_shift=1),
         )
         if case.tiled:
             sweep(patch, 64)

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from classroomkd import fused_classroom_loss, fused_classroom_loss_and_grad
+from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
 from classrooms import classroom, probabilities
 from fused_cases import EXTREMES, Case, assert_right, decided, laid_out
+from tests.ptx import ptx_execution
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -84,6 +85,9 @@ KERNELS = {
         dtypes=(BFLOAT16, FLOAT32),
         layout="padded",
     ),
+    "one step of bfloat16": Kernel(136, 2, dtypes=(BFLOAT16,), layout="padded"),
+    "one step of pairs": Kernel(130, 2, dtypes=(BFLOAT16,)),
+    "one step, aligned": Kernel(135, 2, layout="aligned"),
     "right and ahead, dtkd": Kernel(
         *(64, 3),
         {"knowledge_filter": "correct_and_better", "mentoring": "dtkd", "temperature": 4.0},
@@ -142,6 +146,26 @@ def test_the_mean_is_of_the_valid_rows(device, n_rows):
     targets[-1] = 0
     case = Case(student, mentors, targets, {}, ["contiguous"] * 2, False)
     assert assert_right(case, device)
+
+
+@pytest.mark.ptx
+def test_any_program_completes_the_count():
+    """The first programs count all slices unless others, which run before them, need the count."""
+    student, mentors, targets = classroom(1, 1100, 2, seed=1)
+    targets[torch.arange(1100) % 3 == 1] = -100
+    results, atomics = [], set()
+    for seed in range(4):
+        with ptx_execution(seed=seed) as run:
+            results.append(fused_classroom_loss_and_grad(student, mentors, targets)[:2])
+        assert not run.findings
+        atomics.add(run.launches[0].counts["atomics"].warps)
+    assert len(atomics) > 1  # more tickets in some orders
+    assert all(all(map(torch.equal, result, results[0])) for result in results)
+    z = student.double().requires_grad_()
+    loss = classroom_loss(z, mentors.double(), targets)
+    loss.backward()
+    torch.testing.assert_close(results[0][0].double(), loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(results[0][1].double(), z.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize(("n_mentors", "decimals", "rounded"), [(1, 0, 0), (3, 1, 2), (7, 2, 12)])

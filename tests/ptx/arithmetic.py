@@ -1,8 +1,9 @@
 """What an instruction computes, on arrays of bits: uint8 to uint64 registers, bool predicates.
 
 `operation` turns an opcode into a function of its operands' bits. Results are exact (rounded once,
-to nearest even) except those of ex2, lg2, rcp and div, for which PTX documents a largest error: by
-default they are the nearest float32, and a `Perturbation` moves them about within that error.
+to nearest even) except those of ex2, lg2, rcp, rsqrt and div, for which PTX documents a largest
+error: by default they are the nearest float32, and a `Perturbation` moves them about within that
+error.
 """
 
 from __future__ import annotations
@@ -391,7 +392,7 @@ def _float(opcode: tuple[str, ...], n_sources: int) -> Operation:
 
 
 def _approximate(opcode: tuple[str, ...], perturb: Perturbation | None) -> Operation:
-    """ex2, lg2, rcp and div; the error that PTX documents is at most 2, –, 1, 2 units."""
+    """ex2, lg2, rcp, rsqrt, div; the error that PTX documents is at most 2, –, 1, 2, 2 units."""
     name, kind = opcode[0], opcode[-1]
     if kind != "f32":
         raise UnknownInstructionError("type")
@@ -401,10 +402,11 @@ def _approximate(opcode: tuple[str, ...], perturb: Perturbation | None) -> Opera
         "ex2": np.exp2,
         "lg2": np.log2,
         "rcp": np.reciprocal,
+        "rsqrt": lambda x: 1.0 / np.sqrt(x),
         "div": np.divide,
     }
     function = functions[name]
-    steps = {"ex2": 2, "rcp": 1, "div": 2}
+    steps = {"ex2": 2, "rcp": 1, "rsqrt": 2, "div": 2}
 
     def compute(*operands: Array) -> Array:
         exact = function(*(flush(each.view(f32)).astype(f64) for each in operands))
@@ -509,7 +511,7 @@ def operation(
     name, kind = opcode[0], opcode[-1]
     if kind not in WIDTH:
         raise UnknownInstructionError("type")
-    if name in ("ex2", "lg2", "rcp") or (name == "div" and kind in FLOATS):
+    if name in ("ex2", "lg2", "rcp", "rsqrt") or (name == "div" and kind in FLOATS):
         return _approximate(opcode, perturb)
     if name in _GROUPS:
         return _GROUPS[name](opcode)

@@ -37,7 +37,7 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100")
 
 CLASSES: dict[str, Callable[[tuple[str, ...]], bool]] = {
     "ex2 and lg2": lambda op: op[0] in ("ex2", "lg2"),
-    "rcp and div": lambda op: op[0] in ("rcp", "div"),
+    "rcp, rsqrt and div": lambda op: op[0] in ("rcp", "rsqrt", "div"),
     "global loads": lambda op: op[0] == "ld" and "global" in op,
     "global stores": lambda op: op[0] == "st" and "global" in op,
     "atomics": lambda op: op[0] == "atom",
@@ -372,7 +372,7 @@ def ptx_execution(
     Args:
         target: "cuda:80", "cuda:90" or "cuda:100".
         seed: decides in which order the programs run.
-        perturb: a seed by which ex2, lg2, rcp and div err, within the error that PTX documents;
+        perturb: a seed by which ex2, lg2, rcp, rsqrt, div err, within the error that PTX documents;
             None for the nearest float32.
         edit: a change to the PTX, as for a kernel that is to be damaged.
 

@@ -334,6 +334,7 @@ def test_half_precision(name, kind):
 APPROXIMATE = {
     "ex2.approx.ftz.f32": (np.exp2, 2, (-100, 100)),
     "rcp.approx.ftz.f32": (np.reciprocal, 1, (0.01, 1000)),
+    "rsqrt.approx.ftz.f32": (lambda x: 1.0 / np.sqrt(x), 2, (0.01, 1000)),
     "div.full.f32": (np.divide, 2, (0.01, 1000)),
 }
 
