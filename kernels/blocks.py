@@ -107,7 +107,7 @@ def swept_blocks(
     if n_classes > _MAX_CLASSES_OF_ONE_STEP:
         columns, num_warps = 1024, 1024 // ((4 if narrow else load) * warp_size)
         if demand == 0 and n_mentors <= 6:
-            # In bfloat16 the compiler takes no more of itself, but needs a few on capability 10.0.
+            # In bfloat16 the compiler takes about 80 by itself, a few more on capability 10.0.
             limit = None if itemsize == 2 and n_mentors > 2 and not narrow else 80
         elif demand == 1 and n_mentors <= 6 and narrow:
             columns, num_warps, limit = 512, 512 // (4 * warp_size), 96
