@@ -160,8 +160,12 @@ class SumBlocks(NamedTuple):
 
 
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
-    """Blocks for sums over programs' statistics, 32 numbers per thread at a time."""
+    """Blocks for sums over programs' statistics, 32 numbers per thread at a time.
+
+    The last of few programs sums those of all: up to four reads take less than another atomic.
+    """
     block_stats = triton.next_power_of_2(n_stats)
     block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)
-    group = triton.next_power_of_2(max(block_r, triton.cdiv(n_programs, MAX_GROUPS)))
-    return SumBlocks(block_stats, block_r, group.bit_length() - 1)
+    few = n_programs <= 4 * block_r
+    group = n_programs if few else max(block_r, triton.cdiv(n_programs, MAX_GROUPS))
+    return SumBlocks(block_stats, block_r, (max(1, group) - 1).bit_length())
