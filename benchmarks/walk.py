@@ -8,7 +8,8 @@ hold 0. Then
 - a branch with a known predicate is followed; threads that diverge reconverge at the lowest
   address, as on the hardware;
 - a branch with an unknown predicate is not taken: what it would skip is executed, so that all
-  mentors are active and all rows valid; so is an instruction with an unknown guard;
+  mentors are active and all rows valid;
+- an instruction with an unknown guard is executed, the later of two with opposite guards last;
 - a counter shared by all programs (an atomic without a fence, an integer read past L1) exceeds any
   bound: other programs have taken all slices, and the awaited ones have finished. In the very first
   program, the first such atomic returns 0;
@@ -204,9 +205,7 @@ class _Walker:
     def _write(
         self, results: Mapping[str, Value], guard: Value, active: np.ndarray, everyone: bool
     ) -> None:
-        """Threads that do not execute it keep their values; unknown ones may be overwritten. With
-        an unknown guard it is executed, as is what an unknown branch would skip.
-        """
+        """Threads that do not execute it keep their values; unknown ones may be overwritten."""
         values = self.registers.values
         guard = True if guard is None else guard
         for name, value in results.items():

@@ -89,20 +89,22 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
 def swept_blocks(
     n_classes: int, n_mentors: int, itemsize: int, warp_size: int, align: int, demand: int
 ) -> Blocks:
-    """Blocks for rows in sweeps, with a load of 16 bytes of each row per thread and step.
+    """Blocks for rows in sweeps, with loads of up to 16 bytes.
 
-    A row of up to 4096 classes is one step, 16 columns a thread, and its gradient stays in
-    registers. The limits of registers are those that by the model are fastest of those that spill
-    none: 16 warps a multiprocessor in float32, 20 in bfloat16. Eight warps a row fit only twice;
-    three times if the student is read again, which pays in bfloat16, whose rows stay in L1. With
-    many mentors in float32 fewer rows at a time stay in L2.
+    A row of up to 4096 classes is one step, at most 16 columns a thread, and its gradient stays in
+    registers. With more classes a thread has one load of each row per step, or more narrow ones.
+    The limits of registers are those that by the model are fastest of those that spill none: 16
+    warps a multiprocessor in float32, 20 in bfloat16. Rows of eight warps fit twice on a
+    multiprocessor, three times if the student is read again, which pays in bfloat16, whose rows
+    stay in L1. With many mentors in float32 fewer rows at a time stay in L2.
     """
     load = 16 // itemsize
     if n_mentors > MAX_MENTORS_APART.value:
         return Blocks(512, 1, 512 // (4 * warp_size), V=4)
     narrow = min(align, n_classes & -n_classes) < load  # loads, of rows that begin anywhere
     plain = demand == 0 and not narrow
-    columns, keep, limit = max(32, triton.next_power_of_2(n_classes)), True, 128
+    columns, keep = triton.next_power_of_2(n_classes), True
+    limit: int | None = 128
     num_warps = max(1, columns // (16 * warp_size))
     if n_classes > _MAX_CLASSES_OF_ONE_STEP:
         columns, num_warps = 1024, 1024 // ((4 if narrow else load) * warp_size)
@@ -129,8 +131,9 @@ def steps(
     columns: int, num_warps: int, load: int, n_classes: int, align: int, warp_size: int
 ) -> Blocks:
     """A row in steps of so many columns, in loads of at most ``load`` that are wholly inside."""
-    v = min(load, columns, align, n_classes & -n_classes)
-    return Blocks(columns, 1, num_warps, LOADS=max(1, columns // (v * warp_size * num_warps)), V=v)
+    a_thread = max(1, columns // (warp_size * num_warps))
+    v = min(load, a_thread, align, n_classes & -n_classes)
+    return Blocks(columns, 1, num_warps, LOADS=a_thread // v, V=v)
 
 
 def position_blocks(n_mentors: int, warp_size: int) -> Blocks:
@@ -162,7 +165,8 @@ class SumBlocks(NamedTuple):
 def sum_blocks(n_stats: int, n_programs: int, cut: Blocks, warp_size: int) -> SumBlocks:
     """Blocks for sums over programs' statistics, 32 numbers per thread at a time.
 
-    The last of few programs sums those of all: up to four reads take less than another atomic.
+    The last of few programs sums those of all: up to four reads take less time than another
+    atomic.
     """
     block_stats = triton.next_power_of_2(n_stats)
     block_r = max(1, 32 * warp_size * cut.num_warps // block_stats)

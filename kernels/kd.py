@@ -1,8 +1,9 @@
 """The KD terms of swept rows: the second and the third sweep, or both in one.
 
-A row of one tile, whose gradient fits in registers, needs no third sweep: its mentors are read
+A row of one step, whose gradient fits in registers, needs no third sweep: its mentors are read
 again one by one, and the numerators of each are still in registers when their sums are known. This
-saves 1 + 2M exponentials per class, but needs M sequential reductions instead of two.
+saves 2M exponentials per class, but needs a reduction per mentor, one after another, instead of
+three for all.
 """
 
 from __future__ import annotations

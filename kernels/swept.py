@@ -1,4 +1,4 @@
-"""Rows in sweeps: one row per program, read three times, for many classes.
+"""Rows in sweeps: one row per program, read more than once, for more classes than are held.
 
 Each thread keeps a running maximum and a running sum for every network, over its own columns only:
 
@@ -6,10 +6,11 @@ Each thread keeps a running maximum and a running sum for every network, over it
 
 which are combined across threads after the loop, for all networks in one reduction. So no loop
 contains a barrier or a reduction across threads, and the loads of all rows are in flight together;
-an inactive mentor is masked out of them instead of being branched around. More than six mentors are
-swept in groups, with the student again beside each, so that their running values leave registers
-for more warps. The first sweep computes the confidences, the second the sums of the KD terms, the
-third the gradient. In later sweeps, rows that fit are read from a cache.
+an inactive mentor is masked out of them instead of being branched around. The first sweep computes
+the confidences, the second the sums of the KD terms, the third the gradient; a row of one step
+needs no third (``kd.py``). Of more than six mentors, the first two sweeps read group after group,
+the second with the student again beside each, so that their running values leave registers for
+more warps. In later sweeps, rows that fit are read from a cache.
 
 ``columns.py`` reads the rows, in tiles [N, V]; ``threads.py`` sums them up.
 """
@@ -32,7 +33,7 @@ from classroomkd.kernels.threads import (
 )
 
 GROUP = tl.constexpr(6)
-"""Mentors whose rows are in registers at once; with more, a sweep reads group after group."""
+"""Mentors whose rows are in registers at once; in the first sweep beside the student or another."""
 
 
 @triton.jit
@@ -94,7 +95,7 @@ def _first_sweep(
         picks = picks + (tl.zeros([L], tl.float32),)
     t_sums = tl.zeros([L], tl.float32)
     best = tl.full([L], -float("inf"), tl.float32)
-    best_at = tl.full([L], C, tl.int32)
+    best_at = tl.full([L], C - 1, tl.int32)  # stays if no probability is a number
     for start in tl.range(0, C, BLOCK_C):
         inside, read, first = loads_of(start, C, BLOCK_C, V)
         if not ONE_CLASS:

@@ -54,13 +54,9 @@ def _across_threads(values, MAX: tl.constexpr):
     tiles = ()
     for k in tl.static_range(K):
         tiles = tiles + (tl.reshape(values[k if k < len(values) else 0], [L // 32, 32]),)
-    if K > 8:
-        tiles = _folded(tiles, MAX)
-    if K > 4:
-        tiles = _folded(tiles, MAX)
-    if K > 2:
-        tiles = _folded(tiles, MAX)
-    tiles = _folded(tiles, MAX)
+    for i in tl.static_range(4):
+        if (8 >> i) < K:
+            tiles = _folded(tiles, MAX)
     # Threads whose numbers agree in the lowest bits now have the same network.
     tile = tl.reshape(tiles[0], [L // K, K])
     return (tl.max(tile, 0) if MAX else tl.sum(tile, 0))[None, :]
@@ -114,10 +110,7 @@ def in_lanes(numbers, lane):
     values = numbers
     for _ in tl.static_range(K - len(numbers)):
         values = values + (numbers[0],)
-    if K > 8:
-        values = _chosen(values, lane)
-    if K > 4:
-        values = _chosen(values, lane)
-    if K > 2:
-        values = _chosen(values, lane)
-    return _chosen(values, lane)[0]
+    for i in tl.static_range(4):
+        if (8 >> i) < K:
+            values = _chosen(values, lane)
+    return values[0]

@@ -96,7 +96,7 @@ def tile_confidences(
     picks = tl.zeros([1, K, L], tl.float32)  # Σ t (z − max z)
     t_sums = tl.zeros([1, 1, L], tl.float32)
     best = tl.full([1, 1, L], -float("inf"), tl.float32)
-    best_at = tl.full([1, 1, L], C, tl.int32)
+    best_at = tl.full([1, 1, L], C - 1, tl.int32)
     for start in tl.range(0, C, BLOCK_C):
         column = start + tl.arange(0, BLOCK_C)[None, None, :]
         z = _of_threads(_logits(begins, there, column, C), V)

@@ -70,14 +70,16 @@ def as_images(rows):
     return rows.unflatten(0, (2, -1)).movedim(1, -1).contiguous()
 
 
-def sweep(patch, width):
-    """Sweep over all rows, in steps of so many columns."""
+def sweep(patch, width, **how):
+    """Read all rows in steps of so many columns; one step if it has them all."""
     warp = launch_plan.WARP_SIZE
     load = max(1, min(4, width // warp))
     patch.setattr(
         launch_plan,
         "blocks",
-        lambda n_classes, _m, _i, _w, align, _p: steps(width, 1, load, n_classes, align, warp),
+        lambda n_classes, _m, _i, _w, align, _demand: steps(
+            width, 1, load, n_classes, align, warp
+        )._replace(**how),
     )
 
 

@@ -253,7 +253,7 @@ CHOSEN_ADDRESS = [  # by what was read from memory
 
 
 def test_what_is_executed_on_a_condition_that_is_data_is_executed():
-    """Else a load from an address that was chosen so would be counted as a gather from L2."""
+    """Else an address that was chosen so would be unknown, an error for a load of 16 bytes."""
     caches = walk.Caches(0, 0, shared_is_cold=True)
     walked = walk.walk(CHOSEN_ADDRESS, {}, [], (1,), 1, caches)
     assert walked.traffic[walked.path[4, 2]].tolist() == [[0, 0, 0, walk.SECTOR]]

@@ -25,6 +25,7 @@ from classroomkd.loss import fused
 from classroomkd.loss.options import LossOptions
 from classrooms import EXTREME_MAXIMA, OPTIONS, SOFT, Classroom, classroom, probabilities
 from fused_cases import sweep
+from tests.ptx import ptx_execution
 
 launch = pytest.importorskip("classroomkd.kernels.launch", reason="needs Triton")
 FUNCTIONS = (classroom_loss, fused_classroom_loss)
@@ -159,6 +160,23 @@ def test_tiles_and_extremes(device, monkeypatch, n_classes):
     student[1] = -torch.inf
     loss, grad, *_ = same_as_definition(student, mentors, targets, device, reduction="none")
     assert loss.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.ptx
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("n_mentors", [1, 13])
+def test_probabilities_that_are_no_numbers_read_nothing_beyond_the_row(n_mentors, value):
+    """The class of the largest, whose logits the filter asks for, is inside the row even then."""
+    student = torch.randn(2, 136)
+    mentors = [torch.randn(2, 136) for _ in range(n_mentors)]  # each in memory of its own
+    targets = probabilities(2, 136)
+    targets[1] = value
+    with ptx_execution() as run:
+        loss = fused_classroom_loss(
+            student, mentors, targets, knowledge_filter="correct", reduction="none"
+        )
+    assert not run.findings
+    assert loss.isnan().tolist() == [False, True]
 
 
 @pytest.mark.usefixtures("kernels_ran")
@@ -496,12 +514,16 @@ def test_loss_and_grad(device, name, n_rows):
     assert all(map(torch.equal, report, expected_report))
     assert not grad.requires_grad
     scale = torch.tensor([1024.0], device=device)
-    scaled = fused_classroom_loss_and_grad(student, mentors, targets, scale=scale, **options)
-    alone = fused_classroom_loss_and_grad(student, mentors, targets, **options)
-    assert torch.equal(scaled[0], alone[0])
-    # A report has its rows' numbers summed with those of the loss, in other groups.
-    torch.testing.assert_close(scaled[0], loss, rtol=1e-6, atol=0)
+    scaled = fused_classroom_loss_and_grad(
+        student, mentors, targets, return_report=True, scale=scale, **options
+    )
+    assert torch.equal(scaled[0], loss)
     torch.testing.assert_close(scaled[1], grad * 1024.0, rtol=1e-6, atol=0)
+    # Without a report the rows' losses are summed in another order.
+    alone = fused_classroom_loss_and_grad(student, mentors, targets, **options)
+    assert torch.equal(alone[0], fused_classroom_loss(student, mentors, targets, **options))
+    torch.testing.assert_close(alone[0], loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(alone[1], grad, rtol=1e-6, atol=1e-9)
 
 
 def test_loss_and_grad_by_definition():

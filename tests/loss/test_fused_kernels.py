@@ -14,7 +14,7 @@ import torch
 
 from classroomkd import classroom_loss, fused_classroom_loss, fused_classroom_loss_and_grad
 from classrooms import classroom, probabilities
-from fused_cases import EXTREMES, Case, assert_right, decided, laid_out
+from fused_cases import EXTREMES, Case, assert_right, decided, laid_out, sweep
 from tests.ptx import ptx_execution
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -85,8 +85,9 @@ KERNELS = {
         dtypes=(BFLOAT16, FLOAT32),
         layout="padded",
     ),
-    "one step of bfloat16": Kernel(136, 2, dtypes=(BFLOAT16,), layout="padded"),
+    "one step of bfloat16, odd rows": Kernel(136, 2, dtypes=(BFLOAT16,), layout="padded"),
     "one step of pairs": Kernel(130, 2, dtypes=(BFLOAT16,)),
+    "one step of four pairs": Kernel(136, 2, dtypes=(BFLOAT16,)),
     "one step, aligned": Kernel(135, 2, layout="aligned"),
     "right and ahead, dtkd": Kernel(
         *(64, 3),
@@ -119,6 +120,16 @@ def test_on_any_numbers(device, name):
     cases = [KERNELS[name].case(*each) for each in numbers]
     compared = [assert_right(case, device) for case in cases if decided(case)]
     assert any(compared)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16])
+def test_the_student_beside_the_mentors(device, monkeypatch, dtype, keep):
+    """In one step its row is kept in registers, or read again beside each mentor's."""
+    sweep(monkeypatch, 128, KEEP_STUDENT=keep)
+    options = {"knowledge_filter": "none", "mentoring": "dtkd", "temperature": 4.0}
+    for kernel in (Kernel(120, 3, dtypes=(dtype,)), Kernel(120, 3, options, dtypes=(dtype,))):
+        assert assert_right(kernel.case(0, 1.0), device)
 
 
 @pytest.mark.parametrize("name", KERNELS)
