@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import multiprocessing
 import os
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -81,3 +84,19 @@ class Running:
         for file in self._outputs:
             file.unlink()
         return self
+
+
+@contextlib.contextmanager
+def group_of_two(rank: int, folder: str) -> Iterator[None]:
+    """The default process group, over gloo, with another process.
+
+    Nothing may hold it afterwards. Then its threads end with it: one that frees a tensor while
+    Python finalizes aborts the process.
+    """
+    import torch.distributed.nn.functional  # imported later, its defaults would hold the group
+
+    meeting = f"file://{folder}/meeting"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    yield
+    gc.collect()
+    torch.distributed.destroy_process_group()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import inspect
 import os
-import time
+import weakref
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, its defaults would hold the group
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +26,9 @@ _OWN_BUFFERS: dict[str, Any] = {
         if name in inspect.signature(DistributedDataParallel).parameters
     ): False
 }
+
+# Networks that hold the process group.
+_wrapped: weakref.WeakSet[DistributedDataParallel] = weakref.WeakSet()
 
 
 class Processes:
@@ -71,7 +76,9 @@ class Processes:
         if not self.together:
             return network
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(network, device_ids=ids, **_OWN_BUFFERS)
+        wrapped = DistributedDataParallel(network, device_ids=ids, **_OWN_BUFFERS)
+        _wrapped.add(wrapped)
+        return wrapped
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Average the gradients of parameters outside the network that `wrap` returned."""
@@ -115,10 +122,12 @@ class Processes:
 def _leave() -> None:
     """Leave the group when the process ends.
 
-    Gloo's threads free the last tensors shortly after an exchange. They need the GIL for that, and
-    a thread that requests it while Python finalizes aborts the process.
+    Gloo's threads need the GIL to free tensors after an exchange, and a thread that requests it
+    while Python finalizes aborts the process. They end with the last reference to the group.
     """
-    time.sleep(0.1)
+    for network in _wrapped:
+        del network.reducer, network.logger, network.process_group
+    gc.collect()
     dist.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from classroomkd import classroom_loss, fused_linear_classroom_loss
 from classroomkd.loss import cut_vocabulary, fused, linear_operators
 from classrooms import OPTIONS
-from processes import context
+from processes import context, group_of_two
 
 N, V, H = 13, 37, 8
 
@@ -405,9 +405,11 @@ def tied_gradients(model, rows, **options):
 
 
 def one_of_two_processes(rank, folder):
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+    with group_of_two(rank, folder):
+        save_gradients(rank, folder)
+
+
+def save_gradients(rank, folder):
     model = torch.nn.parallel.DistributedDataParallel(Tied())
     rows = slice(rank * N, (rank + 1) * N)
     found = {
@@ -417,7 +419,6 @@ def one_of_two_processes(rank, folder):
         ),
     }
     torch.save(found, f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path, monkeypatch):

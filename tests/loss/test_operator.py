@@ -16,6 +16,7 @@ from classroomkd import (
 )
 from classroomkd.loss import fused, operators
 from classrooms import classroom
+from processes import group_of_two
 
 # No Triton here: spawned processes import this module before they choose how to run kernels.
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="needs Triton")
@@ -482,8 +483,11 @@ def in_two_processes(rank, folder):
     import interpreter  # noqa: F401  readies it
 
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    with group_of_two(rank, folder):
+        compare_with_all_rows(rank)
+
+
+def compare_with_all_rows(rank):
     for function, ignored in (
         (classroom_loss, [1, 2, 3]),
         (fused_classroom_loss, [1, 2, 3]),
@@ -518,7 +522,6 @@ def in_two_processes(rank, folder):
         torch.testing.assert_close(grads, [*expected], rtol=1e-5, atol=1e-6)
         if (targets[mine] >= 0).any():  # everyone is ranked by all processes' rows
             torch.testing.assert_close(report.rank_weight, whole_report.rank_weight)
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

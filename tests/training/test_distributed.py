@@ -164,6 +164,49 @@ def test_a_whole_run_in_two_processes(tmp_path):
     assert summary["data"]["test_images"] == 15
 
 
+# In an interpreter that has imported nothing: a module imported after a group may keep it.
+LEAVING = """
+    code = '''
+    import atexit, time
+    from pathlib import Path
+    import torch
+
+    def workers():
+        found = 0
+        for file in Path("/proc/self/task").glob("*/comm"):
+            try:
+                found += "gloo_runloop" in file.read_text()
+            except OSError:  # it has just ended
+                pass
+        return found
+
+    def after_the_group():
+        for _ in range(1000):  # a thread that was joined is still listed for a moment
+            if workers():
+                time.sleep(0.01)
+        print(workers())
+
+    atexit.register(after_the_group)  # what is registered later runs before
+    from classroomkd.training.distributed import Processes
+
+    processes = Processes(torch.device("cpu"))
+    network = processes.wrap(torch.nn.Linear(5, 3))
+    network(torch.ones(2, 5)).sum().backward()
+    processes.sum(torch.ones(3))
+    print(workers() > 0)
+    '''
+    import os, sys
+    os.execv(sys.executable, [sys.executable, "-c", code])
+"""
+
+
+@pytest.mark.slow
+def test_threads_of_the_process_group_end_before_python_does():
+    """One that frees a tensor while Python finalizes aborts the process."""
+    for printed in launch(LEAVING, 2):
+        assert printed.split() == ["True", "0"]
+
+
 STORE = """
     import os, sys
     from pathlib import Path
