@@ -225,7 +225,9 @@ def classroom_launch(
     if n_rows == 0:
         return LaunchOutputs(loss, grad, torch.ones_like(loss), report), None
     counted = not scale_grad and (with_report or not by_row)
-    count = new((), dtype=torch.float32) if counted else None
+    count = None
+    if counted:
+        count = new((), dtype=torch.float32) if by_row else torch.empty_like(loss)
 
     batch: _Batch = student, mentors, targets
     plan = repeated.plan if repeated else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 MAX_ALIGNMENT = 16
@@ -36,7 +37,7 @@ def flattened(values: Tensor) -> Tensor:
 def new_gradient(student: Tensor) -> Tensor:
     """Memory for the gradient of logits, of their shape: in place, or rows side by side."""
     if student.dim() == 2 or in_place(student):
-        return student.new_empty(student.shape)
+        return torch.empty_like(student, memory_format=torch.contiguous_format)
     n_images, n_classes, n_positions = student.shape
     return student.new_empty(n_images, n_positions, n_classes).transpose(1, 2)
 

@@ -188,7 +188,9 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, loss_grad: Tensor) -> Any:
         student, grad, row_weight, count = ctx.saved_tensors
         scale = ctx.scale if _is_eager((loss_grad,)) else scale_rows
-        grad = scale(grad, loss_grad.detach(), row_weight, count)
+        if loss_grad.requires_grad:  # under create_graph
+            loss_grad = loss_grad.detach()
+        grad = scale(grad, loss_grad, row_weight, count)
         return final(grad, student), None, None, None, None
 
 
