@@ -81,11 +81,11 @@ def and_(a: Value, b: Value) -> Value:
 
 
 def choose(condition: Value, a: Value, b: Value) -> Value:
-    """``a`` where the predicate is true, elsewhere ``b``."""
+    """``a`` where the predicate is true, elsewhere ``b``; what none gets may be unknown."""
     if condition is None:
         return None
-    if isinstance(condition, bool):
-        return a if condition else b
+    if np.all(condition) or not np.any(condition):
+        return a if np.all(condition) else b
     return None if a is None or b is None else np.where(condition, a, b)
 
 

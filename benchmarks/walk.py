@@ -215,7 +215,7 @@ class _Walker:
                 old = values.get(name)
                 if old is not None or guard is not True:
                     where = active & guard
-                    value = choose(where if where.any() else False, value, old)
+                    value = choose(where, value, old)
             values[name] = value
 
     # ------------------------------------------------------------------ special instructions

@@ -47,9 +47,17 @@ _PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
 
 @triton.jit
 def _count_slice(target_ptr, ignore_index, n_rows, slice):
-    """The number of valid rows in a slice."""
+    """The number of valid rows in a slice; those with an invalid class index may count or not.
+
+    Of int64 indices the lower halves suffice, and take half of the registers: an index that differs
+    from ``ignore_index`` in the upper half alone is invalid.
+    """
     row = slice * SLICE + tl.arange(0, SLICE)
-    target = tl.load(target_ptr + row, mask=row < n_rows, other=0).to(tl.int64)
+    if target_ptr.dtype.element_ty == tl.int64 and ignore_index.dtype == tl.int32:
+        row_ptr = target_ptr.to(tl.pointer_type(tl.int32)) + 2 * row
+    else:
+        row_ptr = target_ptr + row
+    target = tl.load(row_ptr, mask=row < n_rows, other=0)
     return tl.sum(((row < n_rows) & (target != ignore_index)).to(tl.int32), 0)
 
 

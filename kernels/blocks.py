@@ -60,16 +60,17 @@ def blocks(
             of several dtypes or two temperatures, 2 for class probabilities.
 
     """
-    return held_blocks(n_classes, n_mentors, warp_size) or swept_blocks(
+    return held_blocks(n_classes, n_mentors, warp_size, align) or swept_blocks(
         n_classes, n_mentors, itemsize, warp_size, align, demand
     )
 
 
-def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None:
+def held_blocks(n_classes: int, n_mentors: int, warp_size: int, align: int) -> Blocks | None:
     """Blocks for rows in registers; None if they do not fit, or a sweep is faster.
 
     A thread has four columns of a piece, the widest float32 load. If a row does not fill a warp, a
-    program has several rows.
+    program has several rows. The limits of registers are the lowest that spill none: of several
+    rows, or of many columns loaded one by one, more are live.
     """
     n_lanes = triton.next_power_of_2(n_mentors + 1)
     columns = triton.next_power_of_2(n_classes)
@@ -78,9 +79,13 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int) -> Blocks | None
         piece = min(columns, max(16, 4 * warp_size * num_warps // n_lanes))
         pieces = triton.cdiv(n_classes, piece)
         rows = max(1, 4 * warp_size // (n_lanes * piece))
-        if rows * n_lanes * piece * pieces <= _MAX_VALUES_HELD * warp_size * num_warps:
-            # Left to itself the compiler spills a register of several rows on capability 8.0.
-            limit = 128 if rows > 1 and warp_size == 32 else None
+        values = rows * n_lanes * piece * pieces // (warp_size * num_warps)
+        if values <= _MAX_VALUES_HELD:
+            limit = None
+            if warp_size == 32 and rows == 1 and values <= 16:
+                limit = 80 if values <= 8 else 96
+            elif warp_size == 32 and (rows > 1 or align >= 4):
+                limit = 128
             return Blocks(piece, rows, num_warps, pieces, max_registers=limit)
         num_warps *= 2
     return None

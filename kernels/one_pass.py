@@ -48,7 +48,7 @@ from classroomkd.kernels.blocks import MAX_MENTORS_APART
 from classroomkd.kernels.device import divergence, floored
 from classroomkd.kernels.held import held_confidences, held_kd_sums, store_held_gradient
 from classroomkd.kernels.kd import one_step_kd, store_row_gradient, swept_gradient, swept_kd_sums
-from classroomkd.kernels.pieces import load_pieces, load_student, load_targets
+from classroomkd.kernels.pieces import load_classes, load_pieces, load_student, targets_of
 from classroomkd.kernels.positions import (
     place_of,
     position_confidences,
@@ -94,7 +94,7 @@ def classroom_kernel(
     task_weight,  # a_s, or None for the student's confidence
     label_smoothing,  # or None
     share_scale,  # 10 to the power of rank_decimals, or None for no rounding
-    ignore_index: tl.int64,
+    ignore_index,  # int32, or int64 if it does not fit
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,  # columns of a piece, or of a sweep's step
     PIECES: tl.constexpr,  # that hold a row; 0 to sweep
@@ -142,11 +142,11 @@ def classroom_kernel(
     labels = (target_ptr, target_stride, label_smoothing, ignore_index)
     if HELD:
         column = tl.arange(0, BLOCK_C)[None, None, :]
-        pieces = load_pieces(ptrs, strides, row, lane, column, n_rows, C, PIECES, ALIGN, MIXED)
-        students = load_student(ptrs, strides, row, lane, column, n_rows, C, PIECES, ALIGN)
-        valid, out_of_range, target, ts, t_sum = load_targets(
-            labels, row, lane, column, n_rows, C, PIECES, ALIGN
-        )
+        # Rows past the last read that one. All loads, the count's too, come before the first use.
+        read = tl.minimum(row, n_rows - 1)
+        pieces = load_pieces(ptrs, strides, read, lane, column, C, PIECES, ALIGN, MIXED)
+        students = load_student(ptrs, strides, read, lane, column, C, PIECES, ALIGN)
+        classes = load_classes(labels, read, n_rows)
     elif DENSE:
         place = place_of(row, n_positions, image_factor, image_shift)
     else:
@@ -163,6 +163,9 @@ def classroom_kernel(
     if SCALE_GRAD and REDUCTION == "mean" and not SOFT and weight_sum_ptr is None:
         count = count_slices(*counting)
     if HELD:
+        valid, out_of_range, target, ts, t_sum = targets_of(
+            labels, classes, read, mask, lane, column, C, PIECES, ALIGN
+        )
         row_ell, maxima, e_sum, d_target, ds = held_confidences(
             pieces, ts, target, t_sum, lane, column, M, ONE_CLASS
         )

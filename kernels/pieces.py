@@ -9,15 +9,6 @@ from classroomkd.kernels.device import smoothed
 
 
 @triton.jit
-def _inside(rows, column, i, C: tl.constexpr):
-    """The mask of piece i; only the piece in which the row ends depends on the columns."""
-    if (i + 1) * column.shape[2] <= C:
-        return rows & (column >= 0)
-    else:
-        return rows & (column + i * column.shape[2] < C)
-
-
-@triton.jit
 def rows_of_type(ptrs, strides, row, lane, ALIGN: tl.constexpr, TYPE: tl.constexpr):
     """The row pointers [R, K] of the lanes with this dtype, and the mask of these lanes."""
     size: tl.constexpr = TYPE.primitive_bitwidth // 8
@@ -33,30 +24,51 @@ def rows_of_type(ptrs, strides, row, lane, ALIGN: tl.constexpr, TYPE: tl.constex
 
 
 @triton.jit
-def _pieces_of_type(
-    ptrs,
-    strides,
-    row,
-    lane,
-    column,
-    n_rows,
-    C: tl.constexpr,
-    PIECES: tl.constexpr,
-    ALIGN: tl.constexpr,
-    TYPE: tl.constexpr,
-    before,
-):
-    """The pieces [R, K, L] of the lanes with this dtype; other lanes keep their values."""
-    begin, mine = rows_of_type(ptrs, strides, row, lane, ALIGN, TYPE)
-    mine = mine & (row < n_rows)[:, None]
+def _rows_of_lanes(ptrs, strides, row, lane, ALIGN: tl.constexpr):
+    """The row pointers [R, K] of networks of one dtype; the student's in lanes without a network.
+
+    By one bit of the lane after another, so that it takes fewer dependent steps than networks. The
+    compiler may not know that ``zero`` is 0: it would load an address from the kernel's arguments,
+    at an offset that depends on the lane, and on AMD's GPUs wait for memory.
+    """
+    TYPE: tl.constexpr = ptrs[0].dtype.element_ty
+    size: tl.constexpr = TYPE.primitive_bitwidth // 8
+    begins = ()
+    zero = row >> 40
+    for k in tl.static_range(lane.shape[1]):
+        if k < len(ptrs):
+            begin = ptrs[k].to(tl.int64) + row * ALIGN * strides[k] * size
+            begins = begins + ((begin ^ zero if k % 2 else begin)[:, None],)
+        else:
+            begins = begins + (begins[0],)
+    for bit in tl.static_range(5):
+        if len(begins) > 1:
+            halved = ()
+            for k in tl.static_range(0, len(begins), 2):
+                odd = (lane >> bit) % 2 == 1
+                halved = halved + (tl.where(odd, begins[k + 1], begins[k]),)
+            begins = halved
+    begin = begins[0].to(tl.pointer_type(TYPE))
+    return tl.multiple_of(begin, [ALIGN * size, ALIGN * size])
+
+
+@triton.jit
+def _load_pieces(begin, lanes, column, C: tl.constexpr, PIECES: tl.constexpr, other):
+    """Pieces of rows that begin there; ``other`` beyond the row, and in all lanes but these.
+
+    Where all lanes are to be read, ``lanes`` is None, and only the piece in which the row ends has
+    a mask: a masked load costs an instruction for each of its registers.
+    """
     pieces = ()
     for i in tl.static_range(PIECES):
-        inside = _inside(mine[:, :, None], column, i, C)
         at = column + i * column.shape[2]
-        z = tl.load(begin[:, :, None] + at, mask=inside, other=-float("inf")).to(tl.float32)
-        if len(before) > 0:
-            z = tl.where(mine[:, :, None], z, before[i])
-        pieces = pieces + (z,)
+        if lanes is not None:
+            z = tl.load(begin + at, mask=lanes & (at < C), other=other)
+        elif (i + 1) * column.shape[2] <= C:
+            z = tl.load(begin + at)
+        else:
+            z = tl.load(begin + at, mask=at < C, other=other)
+        pieces = pieces + (z.to(tl.float32),)
     return pieces
 
 
@@ -67,76 +79,66 @@ def load_pieces(
     row,  # [R]
     lane,  # [1, K]
     column,  # [1, 1, L], of the first piece
-    n_rows,
     C: tl.constexpr,
     PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
     MIXED: tl.constexpr,
 ):
-    """PIECES tiles [R, K, L] of float32, −inf outside the row."""
+    """PIECES tiles [R, K, L] of float32, −inf outside the row.
+
+    Lanes without a network have the student's, or −inf among logits of several dtypes.
+    """
+    outside = -float("inf")
     if MIXED:
         pieces = ()
         for i in tl.static_range(3):
-            pieces = _pieces_of_type(
-                ptrs,
-                strides,
-                row,
-                lane,
-                column,
-                n_rows,
-                C,
-                PIECES,
-                ALIGN,
-                (tl.float32, tl.float16, tl.bfloat16)[i],
-                pieces,
+            begin, mine = rows_of_type(
+                ptrs, strides, row, lane, ALIGN, (tl.float32, tl.float16, tl.bfloat16)[i]
             )
+            mine = mine[:, :, None]
+            of_type = _load_pieces(begin[:, :, None], mine, column, C, PIECES, outside)
+            chosen = ()
+            for piece in tl.static_range(PIECES):
+                z = of_type[piece]
+                chosen = chosen + (z if i == 0 else tl.where(mine, z, pieces[piece]),)
+            pieces = chosen
     else:
-        pieces = _pieces_of_type(
-            ptrs,
-            strides,
-            row,
-            lane,
-            column,
-            n_rows,
-            C,
-            PIECES,
-            ALIGN,
-            ptrs[0].dtype.element_ty,
-            (),
-        )
+        begin = _rows_of_lanes(ptrs, strides, row, lane, ALIGN)
+        pieces = _load_pieces(begin[:, :, None], None, column, C, PIECES, outside)
     return pieces
 
 
 @triton.jit
 def load_student(
-    ptrs,
-    strides,
-    row,
-    lane,
-    column,
-    n_rows,
-    C: tl.constexpr,
-    PIECES: tl.constexpr,
-    ALIGN: tl.constexpr,
+    ptrs, strides, row, lane, column, C: tl.constexpr, PIECES: tl.constexpr, ALIGN: tl.constexpr
 ):
     """The student's row in every lane: PIECES tiles [R, K, L], −inf outside the row."""
-    begin = (row * ALIGN * strides[0])[:, None, None] + (lane * 0)[:, :, None]
-    pieces = ()
-    for i in tl.static_range(PIECES):
-        inside = _inside((row < n_rows)[:, None, None], column, i, C)
-        at = column + i * column.shape[2]
-        z = tl.load(ptrs[0] + begin + at, mask=inside, other=-float("inf")).to(tl.float32)
-        pieces = pieces + (z,)
-    return pieces
+    begin = ptrs[0] + (row * ALIGN * strides[0])[:, None, None] + (lane * 0)[:, :, None]
+    return _load_pieces(begin, None, column, C, PIECES, -float("inf"))
 
 
 @triton.jit
-def load_targets(
+def load_classes(labels, row, n_rows):
+    """The rows' class indices, int64 [R, 1], or for one row [1, 32]; None for probabilities.
+
+    Of one row each thread reads the index, at an address of its own to the compiler, which may not
+    know that ``zero`` is 0: an index common to all threads it would bring into a uniform register
+    at once, and wait for memory before it loads the logits.
+    """
+    target_ptr, target_stride, _, _ = labels
+    if target_stride is None:
+        zero = tl.arange(0, 32 if row.shape[0] == 1 else 1) * (n_rows >> 31)
+        return tl.load(target_ptr + row[:, None] + zero[None, :]).to(tl.int64)
+
+
+@triton.jit
+def targets_of(
     labels,
+    classes,  # of `load_classes`
     row,
+    in_range,  # [R]
     lane,
     column,
-    n_rows,
     C: tl.constexpr,
     PIECES: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -146,30 +148,32 @@ def load_targets(
     [R, 1].
     """
     target_ptr, target_stride, label_smoothing, ignore_index = labels
-    in_range = row < n_rows
     pieces = ()
     if target_stride is None:
-        index = tl.load(target_ptr + row, mask=in_range, other=0).to(tl.int64)
-        valid = in_range & (index != ignore_index)
-        out_of_range = (index < 0) | (index >= C)
-        target = tl.where(out_of_range, 0, index).to(tl.int32)
+        known = (classes >= 0) & (classes < C)
+        code = tl.where(classes == ignore_index, -2, tl.where(known, classes, -1))
+        code = tl.max(code.to(tl.int32), 1)
+        valid = in_range & (code != -2)
+        out_of_range = code == -1
+        target = tl.maximum(code, 0)
         t_sum = tl.full([row.shape[0], 1], 1.0, tl.float32)
         if label_smoothing is not None:
             for i in tl.static_range(PIECES):
-                inside = _inside(in_range[:, None, None], column, i, C)
-                t = tl.where(column + i * column.shape[2] == target[:, None, None], 1.0, 0.0)
-                pieces = pieces + (smoothed(t, label_smoothing, inside, C),)
+                at = column + i * column.shape[2]
+                t = tl.where(at == target[:, None, None], 1.0, 0.0)
+                pieces = pieces + (smoothed(t, label_smoothing, at < C, C),)
     else:
         valid = in_range
         out_of_range = row < 0
         begin = (row * ALIGN * target_stride)[:, None, None] + (lane * 0)[:, :, None]
+        ts = _load_pieces(target_ptr + begin, None, column, C, PIECES, 0.0)
         best = begin * 0.0 - float("inf")
         best_at = (begin * 0 + C - 1).to(tl.int32)
         t_sums = begin * 0.0
         for i in tl.static_range(PIECES):
-            inside = _inside(in_range[:, None, None], column, i, C)
             at = column + i * column.shape[2]
-            t = tl.load(target_ptr + begin + at, mask=inside, other=0.0).to(tl.float32)
+            inside = at < C
+            t = ts[i]
             best_at = tl.where(inside & (t > best), at, best_at)
             best = tl.where(inside, tl.maximum(best, t), best)
             t = smoothed(t, label_smoothing, inside, C)

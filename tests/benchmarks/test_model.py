@@ -20,7 +20,7 @@ import sass  # noqa: E402
 import simulator  # noqa: E402
 import walk  # noqa: E402
 from processes import context  # noqa: E402
-from registers import Registers  # noqa: E402
+from registers import Registers, choose  # noqa: E402
 from sass import UNITS, Instruction  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +93,12 @@ def test_comparisons_of_two_words_and_of_what_is_unknown(low, high):
     assert unknown["P3"] is False
     unknown = registers.results(_instruction("FSETP.GT.AND", ["P3", "PT", "R7", "R0", "PT"]))
     assert unknown["P3"] is None
+
+
+def test_what_no_thread_keeps_may_be_unknown():
+    assert choose(np.full(64, True), A, None) is A
+    assert choose(np.full(64, False), None, B) is B
+    assert choose(A < B, A, None) is None
 
 
 def _instruction(opcode, operands=(), unit="alu", stall=1, sets=7, waits=0):

@@ -149,13 +149,16 @@ def test_class_indices_that_wrap_around(device):
     assert all(map(torch.equal, narrow, expected))
 
 
-@pytest.mark.parametrize("n_rows", [512, 513, 1100])
-def test_the_mean_is_of_the_valid_rows(device, n_rows):
+@pytest.mark.parametrize(
+    ("n_rows", "ignored"), [(512, -100), (513, -100), (1100, -100), (512, 2**40), (513, 2**40)]
+)
+def test_the_mean_is_of_the_valid_rows(device, n_rows, ignored):
     """Up to 512 rows each program counts them; beyond, all programs share the count."""
     student, mentors, targets = classroom(1, n_rows, 2, seed=1)  # 32 rows a program
-    targets[torch.arange(n_rows) % 3 == 1] = -100
+    targets[torch.arange(n_rows) % 3 == 1] = ignored
     targets[-1] = 0
-    case = Case(student, mentors, targets, {}, ["contiguous"] * 2, False)
+    options = {} if ignored == -100 else {"ignore_index": ignored}
+    case = Case(student, mentors, targets, options, ["contiguous"] * 2, False)
     assert assert_right(case, device)
 
 

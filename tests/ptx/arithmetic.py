@@ -326,9 +326,9 @@ def _extract(opcode: tuple[str, ...]) -> Operation:
 
 
 def _integer(opcode: tuple[str, ...]) -> Operation:
-    """add, sub, min, max, neg, abs, div, rem."""
-    _take(opcode)
+    """add, sub, min, max, neg, abs, div, rem; min and max with relu are at least 0."""
     name, kind = opcode[0], opcode[-1]
+    relu = _take(opcode, *(("relu",) if name in ("min", "max") and kind == "s32" else ()))
     dtype, bits, width = TYPES[kind], BITS[WIDTH[kind]], WIDTH[kind]
     if name in ("neg", "abs"):
         one = np.negative if name == "neg" else np.abs
@@ -337,9 +337,12 @@ def _integer(opcode: tuple[str, ...]) -> Operation:
     # NumPy's signed division rounds down; PTX's to 0, as C's and np.fmod do.
     functions |= {"div": lambda a, b: (a - np.fmod(a, b)) // b, "rem": np.fmod}
     two = functions[name]
-    return Operation(
-        width, (width, width), lambda a, b: two(a.view(dtype), b.view(dtype)).view(bits)
-    )
+
+    def of_two(a: Array, b: Array) -> Array:
+        result = two(a.view(dtype), b.view(dtype))
+        return (np.maximum(result, dtype(0)) if relu else result).view(bits)
+
+    return Operation(width, (width, width), of_two)
 
 
 # --- floating point

@@ -65,6 +65,8 @@ INTEGERS = {
     "sub": lambda a, b, _: a - b,
     "min": lambda a, b, _: min(a, b),
     "max": lambda a, b, _: max(a, b),
+    "min.relu": lambda a, b, _: max(min(a, b), 0),
+    "max.relu": lambda a, b, _: max(a, b, 0),
     "mul.lo": lambda a, b, _: a * b,
     "mul.hi": lambda a, b, bits: a * b >> bits,
     "mul.wide": lambda a, b, _: a * b,
@@ -75,7 +77,7 @@ INTEGERS = {
 }
 KINDS = {name: ["u16", "s16", "u32", "s32", "u64", "s64"] for name in INTEGERS}
 KINDS |= {"mul.wide": ["u16", "s16", "u32", "s32"], "neg": ["s32", "s64"], "abs": ["s32", "s64"]}
-KINDS |= {"mad.lo": ["s32", "u64"], "mad.wide": ["s32"]}
+KINDS |= {"mad.lo": ["s32", "u64"], "mad.wide": ["s32"], "min.relu": ["s32"], "max.relu": ["s32"]}
 
 
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name in KINDS for kind in KINDS[name]])
