@@ -84,8 +84,10 @@ def choose(condition: Value, a: Value, b: Value) -> Value:
     """``a`` where the predicate is true, elsewhere ``b``; what none gets may be unknown."""
     if condition is None:
         return None
-    if np.all(condition) or not np.any(condition):
-        return a if np.all(condition) else b
+    if np.all(condition):
+        return a
+    if not np.any(condition):
+        return b
     return None if a is None or b is None else np.where(condition, a, b)
 
 

@@ -46,14 +46,16 @@ _PER_MENTOR = tl.constexpr(len(MENTOR_STATISTICS))
 
 
 @triton.jit
-def _count_slice(target_ptr, ignore_index, n_rows, slice):
-    """The number of valid rows in a slice; those with an invalid class index may count or not.
+def _count_slice(target_ptr, ignore_index, n_rows, slice, HALVES: tl.constexpr):
+    """The number of valid rows in a slice.
 
-    Of int64 indices the lower halves suffice, and take half of the registers: an index that differs
-    from ``ignore_index`` in the upper half alone is invalid.
+    With HALVES the lower halves of int64 indices are compared, for the sake of registers. An index
+    that differs from ``ignore_index`` in the upper half alone is taken for it: it is invalid, so
+    that the loss is NaN anyway.
     """
     row = slice * SLICE + tl.arange(0, SLICE)
-    if target_ptr.dtype.element_ty == tl.int64 and ignore_index.dtype == tl.int32:
+    LONG: tl.constexpr = target_ptr.dtype.element_ty == tl.int64
+    if HALVES and (LONG and ignore_index.dtype == tl.int32):
         row_ptr = target_ptr.to(tl.pointer_type(tl.int32)) + 2 * row
     else:
         row_ptr = target_ptr + row
@@ -62,37 +64,37 @@ def _count_slice(target_ptr, ignore_index, n_rows, slice):
 
 
 @triton.jit
-def _take_slices(state_ptr, target_ptr, ignore_index, n_rows):
+def _take_slices(state_ptr, target_ptr, ignore_index, n_rows, HALVES: tl.constexpr):
     """Count slices as long as there are any that no program has taken."""
     n_slices = tl.cdiv(n_rows, SLICE)
     taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
     while taken < n_slices:
-        mine = _count_slice(target_ptr, ignore_index, n_rows, taken)
+        mine = _count_slice(target_ptr, ignore_index, n_rows, taken, HALVES)
         tl.atomic_add(state_ptr + _TALLY, mine.to(tl.int64) + 2**32, sem="relaxed")
         taken = tl.atomic_add(state_ptr + _TICKETS, 1, sem="relaxed")
 
 
 @triton.jit
-def count_slices(state_ptr, target_ptr, ignore_index, n_rows):
+def count_slices(state_ptr, target_ptr, ignore_index, n_rows, HALVES: tl.constexpr):
     """The number of valid rows if the batch is one slice. Otherwise, starts the tally and returns
     0.
     """
     count = 0
     n_slices = tl.cdiv(n_rows, SLICE)
     if n_slices == 1:
-        count = _count_slice(target_ptr, ignore_index, n_rows, 0)
+        count = _count_slice(target_ptr, ignore_index, n_rows, 0, HALVES)
     elif tl.program_id(0) < n_slices:
-        _take_slices(state_ptr, target_ptr, ignore_index, n_rows)
+        _take_slices(state_ptr, target_ptr, ignore_index, n_rows, HALVES)
     return count
 
 
 @triton.jit
-def _counted(state_ptr, target_ptr, ignore_index, n_rows):
+def _counted(state_ptr, target_ptr, ignore_index, n_rows, HALVES: tl.constexpr):
     """Complete the tally, or wait for it, and return the number of valid rows."""
     n_slices = tl.cdiv(n_rows, SLICE)
     tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
     if (tally >> 32) < n_slices:
-        _take_slices(state_ptr, target_ptr, ignore_index, n_rows)
+        _take_slices(state_ptr, target_ptr, ignore_index, n_rows, HALVES)
         while (tally >> 32) < n_slices:
             tally = tl.atomic_add(state_ptr + _TALLY, 0, sem="relaxed")
     return (tally & 0xFFFFFFFF).to(tl.int32)
@@ -106,7 +108,9 @@ def _weight_total(weight_sum_ptr):
 
 
 @triton.jit
-def gradient_factor(scale_ptr, weight_sum_ptr, counting, count, MEAN: tl.constexpr):
+def gradient_factor(
+    scale_ptr, weight_sum_ptr, counting, count, MEAN: tl.constexpr, HALVES: tl.constexpr
+):
     """The factor of every row's gradient: the scale, and for the mean 1 / valid rows.
 
     ``counting`` is what `count_slices` takes, and ``count`` its result, or None if all rows are
@@ -121,7 +125,7 @@ def gradient_factor(scale_ptr, weight_sum_ptr, counting, count, MEAN: tl.constex
         if count is None:
             count = counting[3]
         elif counting[3] > SLICE:
-            count = _counted(*counting)
+            count = _counted(*counting, HALVES)
         factor /= tl.maximum(count, 1).to(tl.float32)
     return factor
 

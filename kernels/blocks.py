@@ -69,8 +69,8 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int, align: int) -> B
     """Blocks for rows in registers; None if they do not fit, or a sweep is faster.
 
     A thread has four columns of a piece, the widest float32 load. If a row does not fill a warp, a
-    program has several rows. The limits of registers are the lowest that spill none: of several
-    rows, or of many columns loaded one by one, more are live.
+    program has several rows. The limits of registers are the lowest that spill none; loads of
+    single columns, for many networks, need more.
     """
     n_lanes = triton.next_power_of_2(n_mentors + 1)
     columns = triton.next_power_of_2(n_classes)
@@ -82,7 +82,7 @@ def held_blocks(n_classes: int, n_mentors: int, warp_size: int, align: int) -> B
         values = rows * n_lanes * piece * pieces // (warp_size * num_warps)
         if values <= _MAX_VALUES_HELD:
             limit = None
-            if warp_size == 32 and rows == 1 and values <= 16:
+            if warp_size == 32 and rows == 1 and values <= 16 and (align >= 4 or n_lanes <= 8):
                 limit = 80 if values <= 8 else 96
             elif warp_size == 32 and (rows > 1 or align >= 4):
                 limit = 128

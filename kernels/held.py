@@ -32,7 +32,7 @@ def held_confidences(
     for i in tl.static_range(1, len(pieces)):
         largest = tl.maximum(largest, pieces[i])
     maxima = tl.max(largest, 2)
-    shift = tl.where(lane <= M, maxima, 0.0)[:, :, None]  # lanes without a network stay −inf
+    shift = maxima[:, :, None]
     e_sums = tl.zeros_like(largest)
     picked = tl.zeros_like(largest)
     at_target = tl.zeros_like(largest)

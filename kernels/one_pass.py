@@ -142,7 +142,8 @@ def classroom_kernel(
     labels = (target_ptr, target_stride, label_smoothing, ignore_index)
     if HELD:
         column = tl.arange(0, BLOCK_C)[None, None, :]
-        # Rows past the last read that one. All loads, the count's too, come before the first use.
+        # Rows beyond the batch read its last row; nothing of theirs is stored. Logits and class
+        # indices, and up to 512 rows' targets for the count, are loaded before any of it is used.
         read = tl.minimum(row, n_rows - 1)
         pieces = load_pieces(ptrs, strides, read, lane, column, C, PIECES, ALIGN, MIXED)
         students = load_student(ptrs, strides, read, lane, column, C, PIECES, ALIGN)
@@ -161,7 +162,7 @@ def classroom_kernel(
     counting = (state_ptr, target_ptr, ignore_index, n_rows)
     count = None
     if SCALE_GRAD and REDUCTION == "mean" and not SOFT and weight_sum_ptr is None:
-        count = count_slices(*counting)
+        count = count_slices(*counting, HELD)  # swept rows have registers to spare here
     if HELD:
         valid, out_of_range, target, ts, t_sum = targets_of(
             labels, classes, read, mask, lane, column, C, PIECES, ALIGN
@@ -236,7 +237,7 @@ def classroom_kernel(
             factor = tl.full([ROWS], 1.0, tl.float32)
             if SCALE_GRAD:
                 factor = row_weight * gradient_factor(
-                    scale_ptr, weight_sum_ptr, counting, count, REDUCTION == "mean"
+                    scale_ptr, weight_sum_ptr, counting, count, REDUCTION == "mean", HELD
                 )
             of_rows = (task, factor, valid, nonfinite)
             if not ONE_STEP:

@@ -27,9 +27,10 @@ def rows_of_type(ptrs, strides, row, lane, ALIGN: tl.constexpr, TYPE: tl.constex
 def _rows_of_lanes(ptrs, strides, row, lane, ALIGN: tl.constexpr):
     """The row pointers [R, K] of networks of one dtype; the student's in lanes without a network.
 
-    By one bit of the lane after another, so that it takes fewer dependent steps than networks. The
-    compiler may not know that ``zero`` is 0: it would load an address from the kernel's arguments,
-    at an offset that depends on the lane, and on AMD's GPUs wait for memory.
+    They are chosen by one bit of the lane after another, in fewer dependent steps than there are
+    networks. Every second address is combined with a zero that the compiler cannot see through
+    (rows are below 2³¹). Otherwise it would load the chosen address from the kernel's arguments, at
+    an offset that depends on the lane, for which AMD's GPUs wait.
     """
     TYPE: tl.constexpr = ptrs[0].dtype.element_ty
     size: tl.constexpr = TYPE.primitive_bitwidth // 8
@@ -48,6 +49,7 @@ def _rows_of_lanes(ptrs, strides, row, lane, ALIGN: tl.constexpr):
                 odd = (lane >> bit) % 2 == 1
                 halved = halved + (tl.where(odd, begins[k + 1], begins[k]),)
             begins = halved
+    tl.static_assert(len(begins) == 1)
     begin = begins[0].to(tl.pointer_type(TYPE))
     return tl.multiple_of(begin, [ALIGN * size, ALIGN * size])
 
@@ -86,7 +88,7 @@ def load_pieces(
 ):
     """PIECES tiles [R, K, L] of float32, −inf outside the row.
 
-    Lanes without a network have the student's, or −inf among logits of several dtypes.
+    Lanes without a network have the student's: finite numbers once its maximum is subtracted.
     """
     outside = -float("inf")
     if MIXED:
@@ -95,6 +97,8 @@ def load_pieces(
             begin, mine = rows_of_type(
                 ptrs, strides, row, lane, ALIGN, (tl.float32, tl.float16, tl.bfloat16)[i]
             )
+            if ptrs[0].dtype.element_ty == begin.dtype.element_ty:
+                mine = mine | (lane >= len(ptrs))
             mine = mine[:, :, None]
             of_type = _load_pieces(begin[:, :, None], mine, column, C, PIECES, outside)
             chosen = ()
@@ -121,9 +125,9 @@ def load_student(
 def load_classes(labels, row, n_rows):
     """The rows' class indices, int64 [R, 1], or for one row [1, 32]; None for probabilities.
 
-    Of one row each thread reads the index, at an address of its own to the compiler, which may not
-    know that ``zero`` is 0: an index common to all threads it would bring into a uniform register
-    at once, and wait for memory before it loads the logits.
+    Of one row each thread reads the index itself, at an address that to the compiler depends on the
+    thread, since it does not know that ``zero`` is 0. An index common to all threads it would move
+    to a uniform register at once, and wait for memory before it loads the logits.
     """
     target_ptr, target_stride, _, _ = labels
     if target_stride is None:

@@ -125,6 +125,15 @@ def test_the_factors_are_all_that_a_call_can_be():
     assert {scale for *_, scale in factors["call"]} == names(FLOATS) | {None}
 
 
+@pytest.mark.slow
+def test_no_spill_of_many_rows_loaded_one_column_at_a_time(compile_all):
+    more = {"with_report": True, "mentoring": "dtkd", "label_smoothing": 0.1, "rank_decimals": 2}
+    call = {"n_classes": 15, "target": "cuda:90", "gradient": "autograd", **more}
+    for kernels in compile_all(_compile, [call | {"n_mentors": m} for m in (6, 12, 16)]):
+        assert kernels["classroom"].blocks.PIECES
+        assert kernels["classroom"].spilled_bytes == 0
+
+
 def _described(ignore_index):
     """What Triton is told of the arguments of both launches, rows held and swept."""
     from classroomkd.kernels import ahead_of_time as ahead
@@ -142,12 +151,13 @@ def _described(ignore_index):
 
 def test_no_ignored_index_compiles_anew_unless_it_is_longer(compile_all):
     """Of an integer Triton would make a constant (1) or a multiple of 16."""
-    indices = [-100, 0, 1, 16, -(2**31), 2**31]
-    first, *others, longer = compile_all(_described, indices)
-    assert len(first) == len(longer) == 4
+    indices = [-100, 0, 1, 16, -(2**31), -(2**31) - 1, 2**31]
+    first, *others, low, high = compile_all(_described, indices)
+    assert low == high
+    assert len(first) == len(low) == 4
     assert {kind for _, kind in first} == {"i32"}
     assert all(other == first for other in others)
-    assert {kind for _, kind in longer} == {"i64"}
+    assert {kind for _, kind in low} == {"i64"}
 
 
 def sampled():

@@ -162,6 +162,17 @@ def test_the_mean_is_of_the_valid_rows(device, n_rows, ignored):
     assert assert_right(case, device)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("mentoring", ["adaptive", "none"])
+def test_large_logits_with_fewer_networks_than_lanes(device, mentoring, mixed):
+    """The student's softmax overflows in the others, unless its maximum is subtracted there too."""
+    student, mentors, targets = classroom(2, 4, 20)
+    student[torch.arange(4), targets] += 1000
+    mentors = [mentors[0], mentors[1].bfloat16() if mixed else mentors[1]]
+    case = Case(student, mentors, targets, {"mentoring": mentoring}, ["contiguous"] * 3, False)
+    assert assert_right(case, device)
+
+
 @pytest.mark.ptx
 def test_any_program_completes_the_count():
     """The first programs count all slices unless others, which run before them, need the count."""
