@@ -66,12 +66,14 @@ def classroom_plan(
     n_stats = 2 + (n_mentors if sums else report_size(n_mentors) if with_report else 0)
     summing = sum_blocks(n_stats, n_programs, cut, warp_size)
     summed = sums or with_report or options.reduction != "none"
+    # Negative: Triton makes a 1 a constant, and does not compile a tuple with constants passed on.
+    mentor_strides = tuple(-(mentor.stride(0) // align) for mentor in mentors)
     same_stride = all(mentor.stride(0) == student.stride(0) for mentor in mentors)
     task_weight, decimals = options.fixed_task_weight, options.rank_decimals
     n_positions, image_factor, image_shift = division
     values = {
         "student_stride": student.stride(0) // align,
-        "mentor_strides": None if same_stride else tuple(x.stride(0) // align for x in mentors),
+        "mentor_strides": None if same_stride else mentor_strides,
         "target_stride": targets.stride(0) // align if soft else None,
         "n_positions": n_positions,
         "image_factor": image_factor,

@@ -82,7 +82,7 @@ def classroom_kernel(
     report_ptr,  # float32 [3 + 4M], or None
     state_ptr,  # int64, 0: see ``batch.py``; None if nothing is summed
     student_stride,  # of rows or of images, in units of ALIGN elements
-    mentor_strides,  # M, likewise, or None if all are the student's
+    mentor_strides,  # M, likewise but negative, or None if all are the student's
     target_stride,  # likewise; None for class indices
     n_positions,  # P; None for rows, as are the next two
     image_factor,  # row · factor >> shift is row / P, for rows below 2³¹

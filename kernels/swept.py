@@ -39,13 +39,13 @@ GROUP = tl.constexpr(6)
 @triton.jit
 def strides_of(student_stride, mentor_strides, M: tl.constexpr):
     """The row stride of each network, the student's first."""
-    if mentor_strides is None:
-        strides = ()
-        for _ in tl.static_range(M + 1):
+    strides = (student_stride,)
+    for k in tl.static_range(M):
+        if mentor_strides is None:
             strides = strides + (student_stride,)
-        return strides
-    else:
-        return (student_stride,) + mentor_strides
+        else:
+            strides = strides + (-mentor_strides[k],)
+    return strides
 
 
 @triton.jit

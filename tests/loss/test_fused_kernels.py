@@ -174,6 +174,19 @@ def test_large_logits_with_fewer_networks_than_lanes(device, mentoring, mixed):
 
 
 @pytest.mark.ptx
+@pytest.mark.parametrize("n_classes", [1, 16])
+def test_rows_at_a_distance_of_one_unit(n_classes):
+    """The mentors' rows lie as far apart as they are aligned, the student's farther."""
+    student, mentors, targets = classroom(2, 4, n_classes)
+    student = torch.cat([student, student], 1)[:, :n_classes]
+    mentors = [mentor.clone() for mentor in mentors]
+    with ptx_execution() as run:
+        loss = fused_classroom_loss(student, mentors, targets, reduction="none")
+    assert not run.findings
+    torch.testing.assert_close(loss, classroom_loss(student, mentors, targets, reduction="none"))
+
+
+@pytest.mark.ptx
 def test_any_program_completes_the_count():
     """The first programs count all slices unless others, which run before them, need the count."""
     student, mentors, targets = classroom(1, 1100, 2, seed=1)

@@ -471,31 +471,42 @@ class Program:
     ) -> tuple[str, Step]:
         """8×8 matrices of 16-bit numbers, by the addresses of rows of 16 bytes.
 
-        Lanes 8k … 8k + 7 name the rows of matrix k; lane l has word l mod 4 of row l div 4 of each.
+        Lanes 8k … 8k + 7 name the rows of matrix k; lane l has word l mod 4 of row l div 4 of each,
+        or transposed number l div 4 of rows 2 (l mod 4) and the next.
         """
         assert opcode[1:4] == ("sync", "aligned", "m8n8"), "form"
         assert opcode[-1] == "b16", "type"
-        assert set(opcode[5:-1]) in ({"shared"}, {"shared", "::cta"}), "form"
+        assert {"shared"} <= set(opcode[5:-1]) <= {"trans", "shared", "::cta"}, "form"
         count = {"x1": 1, "x2": 2, "x4": 4}[opcode[4]]
         slots = [self._slot(each, 4) for each in self._several(values, count)]
         address = self._address(place, 4)
         lane = np.arange(WARP)
+        width, parts = 4, [(lane // 4, 4 * (lane % 4))]
+        if "trans" in opcode:
+            width, parts = 2, [(2 * (lane % 4) + half, 2 * (lane // 4)) for half in (0, 1)]
 
         def step(group: Group, mask: Array) -> None:
             group.whole_warps(mask, np.array([ALL_LANES], np.uint32))
             lanes = np.flatnonzero(mask)
             rows = group.spread(address(group)).reshape(-1, WARP)
             for k, slot in enumerate(slots):
-                row = rows[:, 8 * k + lane // 4]
-                if (row.reshape(-1)[lanes] % 16).any():
-                    raise group.launch.findings.fatal("misaligned access of 16 bytes", at, "a row")
-                mine = (row + (4 * (lane % 4)).astype(np.uint32)).reshape(-1)
-                if opcode[0] == "stmatrix":
-                    value = group.spread(group.registers[slot])[lanes]
-                    group.store("shared", at, lanes, mine, 4, [value])
-                else:
-                    (value,) = group.load("shared", at, lanes, mine, 4, 1)
-                    group.put_lanes(slot, value, lanes)
+                read = []
+                for part, (row, offset) in enumerate(parts):
+                    begin = rows[:, 8 * k + row]
+                    if (begin.reshape(-1)[lanes] % 16).any():
+                        raise group.launch.findings.fatal(
+                            "misaligned access of 16 bytes", at, "a row"
+                        )
+                    mine = (begin + offset.astype(np.uint32)).reshape(-1)
+                    shift = np.uint32(8 * width * part)
+                    if opcode[0] == "stmatrix":
+                        value = group.spread(group.registers[slot])[lanes] >> shift
+                        group.store("shared", at, lanes, mine, width, [value.astype(BITS[width])])
+                    else:
+                        (value,) = group.load("shared", at, lanes, mine, width, 1)
+                        read.append(value.astype(np.uint32) << shift)
+                if read:
+                    group.put_lanes(slot, np.bitwise_or.reduce(read), lanes)
 
         return "masked", step
 
