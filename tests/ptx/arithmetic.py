@@ -325,6 +325,20 @@ def _extract(opcode: tuple[str, ...]) -> Operation:
     return Operation(4, (4, 4, 4), extract)
 
 
+def _funnel(opcode: tuple[str, ...]) -> Operation:
+    """shf: the upper half of two registers shifted to the left, or the lower one to the right."""
+    direction, mode, kind = opcode[1:]
+    if direction not in ("l", "r") or mode not in ("wrap", "clamp") or kind != "b32":
+        raise UnknownInstructionError("form")
+
+    def shift(low: Array, high: Array, by: Array) -> Array:
+        n = (by & u32(31) if mode == "wrap" else np.minimum(by, u32(32))).astype(u64)
+        both = high.astype(u64) << u64(32) | low
+        return ((both << n) >> u64(32) if direction == "l" else both >> n).astype(u32)
+
+    return Operation(4, (4, 4, 4), shift)
+
+
 def _integer(opcode: tuple[str, ...]) -> Operation:
     """add, sub, min, max, neg, abs, div, rem; min and max with relu are at least 0."""
     name, kind = opcode[0], opcode[-1]
@@ -544,6 +558,7 @@ _GROUPS: dict[str, Callable[[tuple[str, ...]], Operation]] = {
     "shr": _shift,
     "prmt": _permute,
     "bfe": _extract,
+    "shf": _funnel,
     "popc": _count_ones,
     "copysign": _copy_sign,
 }

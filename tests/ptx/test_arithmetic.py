@@ -130,6 +130,18 @@ def test_shifts(kind):
         assert execute(f"shl.{kind}", a, by).tolist() == expected
 
 
+@pytest.mark.parametrize("mode", ["wrap", "clamp"])
+def test_shifts_of_two_registers(mode):
+    low, high, by = draw(4, 1), draw(4, 2), draw(4, 3) % np.uint32(40)
+    numbers = [*zip(low.tolist(), high.tolist(), by.tolist(), strict=True)]
+    steps = [n % 32 if mode == "wrap" else min(n, 32) for *_, n in numbers]
+    both = [a | b << 32 for a, b, _ in numbers]
+    left = [x << n >> 32 & 2**32 - 1 for x, n in zip(both, steps, strict=True)]
+    right = [x >> n & 2**32 - 1 for x, n in zip(both, steps, strict=True)]
+    assert execute(f"shf.l.{mode}.b32", low, high, by).tolist() == left
+    assert execute(f"shf.r.{mode}.b32", low, high, by).tolist() == right
+
+
 @pytest.mark.parametrize("kind", ["u32", "s32"])
 def test_extracted_bits(kind):
     a, at, n = draw(4, 1), draw(4, 2) % 40, draw(4, 3) % 40
