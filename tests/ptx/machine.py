@@ -483,6 +483,7 @@ class Program:
         lane = np.arange(WARP)
         width, parts = 4, [(lane // 4, 4 * (lane % 4))]
         if "trans" in opcode:
+            assert opcode[0] == "ldmatrix", "form"
             width, parts = 2, [(2 * (lane % 4) + half, 2 * (lane // 4)) for half in (0, 1)]
 
         def step(group: Group, mask: Array) -> None:
@@ -490,7 +491,7 @@ class Program:
             lanes = np.flatnonzero(mask)
             rows = group.spread(address(group)).reshape(-1, WARP)
             for k, slot in enumerate(slots):
-                read = []
+                words = []
                 for part, (row, offset) in enumerate(parts):
                     begin = rows[:, 8 * k + row]
                     if (begin.reshape(-1)[lanes] % 16).any():
@@ -498,15 +499,14 @@ class Program:
                             "misaligned access of 16 bytes", at, "a row"
                         )
                     mine = (begin + offset.astype(np.uint32)).reshape(-1)
-                    shift = np.uint32(8 * width * part)
                     if opcode[0] == "stmatrix":
-                        value = group.spread(group.registers[slot])[lanes] >> shift
-                        group.store("shared", at, lanes, mine, width, [value.astype(BITS[width])])
+                        value = group.spread(group.registers[slot])[lanes]
+                        group.store("shared", at, lanes, mine, 4, [value])
                     else:
                         (value,) = group.load("shared", at, lanes, mine, width, 1)
-                        read.append(value.astype(np.uint32) << shift)
-                if read:
-                    group.put_lanes(slot, np.bitwise_or.reduce(read), lanes)
+                        words.append(value.astype(np.uint32) << np.uint32(16 * part))
+                if words:
+                    group.put_lanes(slot, np.bitwise_or.reduce(words), lanes)
 
         return "masked", step
 

@@ -40,6 +40,13 @@ def shares_kernel(
 
 
 @triton.jit
+def transposing_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    """A square tile, transposed."""
+    place = tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+    tl.store(out_ptr + place, tl.trans(tl.load(x_ptr + place)))
+
+
+@triton.jit
 def refused_kernel(x_ptr):
     """One that does not compile."""
     tl.static_assert(False, "this kernel is refused")
@@ -96,6 +103,23 @@ def test_the_kernel_is_right(target):
         with ptx_execution(target, seed=seed, perturb=seed) as run:
             assert is_right(x, run_kernel(x))
         assert not run.findings
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_matrices_that_are_transposed_as_they_are_loaded(target):
+    x = make_rows(32)[:, :32].half().contiguous()
+    out, loads = torch.empty_like(x), []
+
+    def edit(ptx):
+        loads.extend(re.findall(r"ldmatrix.*[.]trans[.]", ptx))
+        return ptx
+
+    with ptx_execution(target, edit=edit) as run:
+        arguments = {"x_ptr": x, "out_ptr": out, "N": 32}
+        launch.start(transposing_kernel, (1,), arguments, {"num_warps": 1}, x.device)
+    assert loads
+    assert not run.findings
+    assert torch.equal(out, x.T)
 
 
 def test_tensors_of_any_alignment():
