@@ -20,13 +20,11 @@ nothing cancels. Differentiating, with the weights held constant,
     ∂loss/∂z_s = a_s (softmax(z_s) Σ_c t − t) + Σ_m active_m g_m r_m τ_m (e_s/S_s − e_m/S_m).
 
 Between the two halves (all ℓ_k must be known before any r_m) the rows stay in registers
-(``held.py``) or are read again (``swept.py``, and ``positions.py`` for dense logits). All
-exponentials are powers of two, of v = u · log2(e); sums in log2 units are multiplied by ln 2 at the
-end.
+(``held.py``) or are read again (``swept.py``, and ``positions.py`` for dense logits). Exponentials
+are powers of two, of v = u · log2(e); sums in log2 units are multiplied by ln 2 at the end.
 
-Each program stores the sums of its rows' losses and, for a report, of their statistics; the last
-one adds them up (``batch.py``). So one launch computes the batch's loss, with the same bits on
-every run.
+Each program stores the sums of its rows' losses and, for a report, statistics; the last one adds
+them up (``batch.py``). So one launch computes the batch's loss, with the same bits on every run.
 """
 
 from __future__ import annotations
